@@ -1,0 +1,210 @@
+"""Prompts: the caption grammar, the word tokenizer and the text encoder.
+
+Dimensions: B batch, L tokens in a prompt, D embedding width.
+
+The grammar is small and closed, so a prompt says exactly what a Moving MNIST sample shows: which digits, how many,
+where each one starts to move, and how fast. Directions are numbered counter-clockwise from "right" in steps of 45
+degrees, as seen on the screen ("up" is a decreasing row).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+NULL_PROMPT = ""  # the prompt of classifier-free guidance's unconditional branch (Ho and Salimans, arXiv 2207.12598)
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIRECTION_PHRASES = (
+    ("to the right", "right", "rightwards"),
+    ("up and to the right", "up and right", "to the upper right"),
+    ("up", "upwards", "straight up"),
+    ("up and to the left", "up and left", "to the upper left"),
+    ("to the left", "left", "leftwards"),
+    ("down and to the left", "down and left", "to the lower left"),
+    ("down", "downwards", "straight down"),
+    ("down and to the right", "down and right", "to the lower right"),
+)
+SPEED_WORDS = {"slow": ("slowly", "gently", "calmly"), "medium": ("steadily", "evenly"), "fast": ("quickly", "fast", "rapidly")}
+SPEEDS = tuple(SPEED_WORDS)
+_MOTION_VERBS = ("moving", "drifting", "gliding", "sliding", "travelling")
+_SINGLE_NOUNS = ("a handwritten {}", "the digit {}", "a {}", "handwritten digit {}", "the number {}")
+_PAIR_NOUNS = ("digits {} and {}", "a {} and a {}", "two handwritten digits {} and {}", "the numbers {} and {}")
+_FREE_MOTION = ("bouncing around", "moving around", "bouncing off the walls")
+
+
+@dataclass(frozen=True)
+class MotionFacts:
+    """What a caption says of one digit.
+
+    digit: 0..9. direction: 0..7, counter-clockwise from right in steps of 45 degrees. speed: a key of `SPEED_WORDS`.
+    """
+
+    digit: int
+    direction: int
+    speed: str
+
+
+@dataclass(frozen=True)
+class CaptionFacts:
+    """What can be read back from a prompt: None where the prompt does not say."""
+
+    digits: tuple[int, ...]
+    directions: tuple[int | None, ...]
+    speeds: tuple[str | None, ...]
+
+
+def compose_caption(facts: list[MotionFacts], rng: np.random.Generator) -> str:
+    """Write one caption for one or two digits, choosing templates and synonyms at random.
+
+    85 % of captions name the direction, and half of those the speed too. Raises ValueError for no digit or more than two.
+    """
+    if len(facts) not in (1, 2):
+        raise ValueError(f"a caption describes 1 or 2 digits, found {len(facts)}")
+
+    def pick(options: tuple[str, ...]) -> str:
+        return options[int(rng.integers(len(options)))]
+
+    def digit_word(digit: int) -> str:
+        return str(digit) if rng.random() < 0.75 else DIGIT_WORDS[digit]
+
+    def motion(fact: MotionFacts) -> str:
+        speed = f" {pick(SPEED_WORDS[fact.speed])}" if rng.random() < 0.5 else ""
+        return f"{pick(_MOTION_VERBS)} {pick(DIRECTION_PHRASES[fact.direction])}{speed}"
+
+    names_motion = rng.random() < 0.85
+    if len(facts) == 1:
+        subject = pick(_SINGLE_NOUNS).format(digit_word(facts[0].digit))
+        if names_motion:
+            return f"{subject} {motion(facts[0])}"
+        return subject if rng.random() < 0.5 else f"{subject} {pick(_FREE_MOTION)}"
+    if names_motion:
+        return " and ".join(f"{pick(_SINGLE_NOUNS).format(digit_word(fact.digit))} {motion(fact)}" for fact in facts)
+    subject = pick(_PAIR_NOUNS).format(*(digit_word(fact.digit) for fact in facts))
+    return subject if rng.random() < 0.5 else f"{subject} {pick(_FREE_MOTION)}"
+
+
+def split_words(prompt: str) -> list[str]:
+    """Lower-case words and single digits of a prompt, in order; punctuation separates and is dropped."""
+    return re.findall(r"[0-9]|[^\W\d_]+", prompt.lower())
+
+
+def _grammar_vocabulary() -> tuple[str, ...]:
+    phrases = [*DIGIT_WORDS, *(str(d) for d in range(10)), *_MOTION_VERBS, *_SINGLE_NOUNS, *_PAIR_NOUNS, *_FREE_MOTION]
+    phrases += [p for group in DIRECTION_PHRASES for p in group] + [w for group in SPEED_WORDS.values() for w in group]
+    words = {word for phrase in phrases for word in split_words(phrase)}
+    return tuple(sorted(words))
+
+
+VOCABULARY = _grammar_vocabulary()
+PAD_TOKEN, START_TOKEN = 0, 1  # START stands first in every prompt, so the null prompt still has one token to attend to
+_WORD_TO_TOKEN = {word: index + 2 for index, word in enumerate(VOCABULARY)}
+NUM_TOKENS = len(VOCABULARY) + 2
+
+
+def parse_caption(prompt: str) -> CaptionFacts:
+    """Read digits, starting directions and speeds back from a prompt, in the order in which the digits are named.
+
+    A direction or speed belongs to the last digit named before it. Works on every caption of the grammar and on free
+    text that uses its words.
+    """
+    digits: list[int] = []
+    axes: list[list[int]] = []  # per digit: [horizontal, vertical] in {-1, 0, 1}
+    speeds: list[str | None] = []
+    speed_of = {word: speed for speed, group in SPEED_WORDS.items() for word in group}
+    horizontal = {"right": 1, "rightwards": 1, "left": -1, "leftwards": -1}
+    vertical = {"up": 1, "upwards": 1, "upper": 1, "down": -1, "downwards": -1, "lower": -1}
+    for word in split_words(prompt):
+        if word.isdigit() or word in DIGIT_WORDS:
+            digits.append(int(word) if word.isdigit() else DIGIT_WORDS.index(word))
+            axes.append([0, 0])
+            speeds.append(None)
+        elif digits and word in horizontal:
+            axes[-1][0] = horizontal[word]
+        elif digits and word in vertical:
+            axes[-1][1] = vertical[word]
+        elif digits and word in speed_of:
+            speeds[-1] = speed_of[word]
+    octant = {(1, 0): 0, (1, 1): 1, (0, 1): 2, (-1, 1): 3, (-1, 0): 4, (-1, -1): 5, (0, -1): 6, (1, -1): 7}
+    return CaptionFacts(tuple(digits), tuple(octant.get((h, v)) for h, v in axes), tuple(speeds))
+
+
+@dataclass
+class TextEncoderConfig:
+    """Sizes of the text encoder. width: embedding width D, a multiple of 32. max_tokens: L, longer prompts are cut."""
+
+    width: int = 64
+    max_tokens: int = 24
+
+    def __post_init__(self) -> None:
+        if self.width < 32 or self.width % 32:
+            raise ValueError(f"text.width is {self.width}: expected a positive multiple of 32")
+        if self.max_tokens < 2:
+            raise ValueError(f"text.max_tokens is {self.max_tokens}: expected at least 2")
+
+
+class TextEncoder(nn.Module):
+    """Word embeddings with learned positions and one pre-norm transformer layer (the role umT5 plays in Wan).
+
+    It is trained together with the teacher in pretraining and frozen afterwards. Every prompt is padded to
+    `config.max_tokens`, so its embedding does not depend on what else is in the batch.
+    """
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(NUM_TOKENS, config.width, padding_idx=PAD_TOKEN)
+        self.position_embedding = nn.Parameter(0.02 * torch.randn(config.max_tokens, config.width))
+        self.layer = nn.TransformerEncoderLayer(
+            config.width, nhead=config.width // 32, dim_feedforward=4 * config.width, dropout=0.0,
+            activation="gelu", batch_first=True, norm_first=True,
+        )
+        self.norm = nn.LayerNorm(config.width)
+        nn.init.normal_(self.token_embedding.weight, std=1.0)
+        with torch.no_grad():
+            self.token_embedding.weight[PAD_TOKEN].zero_()
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Token numbers (B, L), int64, padded with `PAD_TOKEN`, on the encoder's device.
+
+        Words outside the grammar are left out; one warning names them all and the words that are known. Words past
+        `max_tokens` are cut, also with a warning.
+        """
+        device = self.position_embedding.device
+        tokens = torch.full((len(prompts), self.config.max_tokens), PAD_TOKEN, dtype=torch.int64)
+        unknown: dict[str, None] = {}
+        num_cut = 0
+        for row, prompt in enumerate(prompts):
+            words = split_words(prompt)
+            unknown.update(dict.fromkeys(word for word in words if word not in _WORD_TO_TOKEN))
+            known = [_WORD_TO_TOKEN[word] for word in words if word in _WORD_TO_TOKEN]
+            ids = [START_TOKEN, *known][: self.config.max_tokens]
+            num_cut += len(known) + 1 > len(ids)
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        if unknown:
+            named = list(unknown)[:20]
+            more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
+            warnings.warn(
+                f"unknown words left out of the prompts: {', '.join(word[:40] for word in named)}{more}. "
+                f"Known words: {', '.join(VOCABULARY)}", stacklevel=2,
+            )
+        if num_cut:
+            warnings.warn(
+                f"{num_cut} prompts are longer than {self.config.max_tokens - 1} words: the rest was cut", stacklevel=2
+            )
+        return tokens.to(device)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, D) and their mask (B, L), True where a token stands, of token numbers (B, L)."""
+        mask = tokens != PAD_TOKEN
+        x = self.token_embedding(tokens) + self.position_embedding  # (B, L, D)
+        x = self.layer(x, src_key_padding_mask=~mask)
+        return self.norm(x) * mask.unsqueeze(-1), mask
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings and mask of text prompts: `tokenize`, then `forward`."""
+        return self(self.tokenize(prompts))
