@@ -1,0 +1,146 @@
+"""Checkpoints: atomic save, safe load, and building networks from a file.
+
+A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts, so that `torch.load(weights_only=True)` reads
+it and no file can run code. Keys that users rely on: `generator_state_dict`, `optimizer_state_dict`, `step`,
+`training_type` ("pretrain" or "dmd2"), `config` (the run's configuration as a plain dict). Beside them stand
+`text_encoder_state_dict`, and in the checkpoint of a run `generator_ema_state_dict` and all that resuming needs.
+
+    python checkpoint.py IN OUT    strip IN to its averaged weights in float16, which is what `pretrained/` ships
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import Config, config_from_dict
+from text_encoder import TextEncoder
+from tiny_causal_wan import TinyCausalWanModel
+
+REQUIRED_KEYS = ("generator_state_dict", "optimizer_state_dict", "text_encoder_state_dict", "step", "training_type", "config")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, what is wrong and what to do."""
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write to a temporary file beside `path`, flush it to the disk, then rename: `path` is always whole.
+
+    Raises OSError naming the folder if it cannot be written; what stood at `path` is then untouched.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {path.parent} ({error.strerror}): choose another one") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Raises CheckpointError for a missing, broken, hostile or foreign file."""
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: give the path of a .pt file that train.py wrote")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values, or is no checkpoint at all: refused, since reading it could run code"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: truncated, or another kind of file") from error
+    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED_KEYS):
+        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise CheckpointError(f"{path} is not a checkpoint of this project: found {found}, expected the keys {', '.join(REQUIRED_KEYS)}")
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedNetworks:
+    """Networks built from a file, in evaluation mode. generator holds the averaged weights where the file has them."""
+
+    generator: TinyCausalWanModel
+    text_encoder: TextEncoder
+    config: Config
+    step: int
+
+
+def checkpoint_config(path: Path, checkpoint: dict[str, Any]) -> Config:
+    """The typed configuration stored in a checkpoint. Raises CheckpointError if this version cannot read it."""
+    try:
+        return config_from_dict(checkpoint["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its configuration does not fit this version of the code ({error})") from error
+
+
+def load_networks(path: Path, device: torch.device) -> LoadedNetworks:
+    """Build generator and text encoder from a checkpoint, strictly. Raises CheckpointError."""
+    checkpoint = load_checkpoint(path)
+    config = checkpoint_config(path, checkpoint)
+    generator, text_encoder = TinyCausalWanModel(config.model), TextEncoder(config.text)
+    weights = "generator_ema_state_dict" if "generator_ema_state_dict" in checkpoint else "generator_state_dict"
+    for module, key in ((generator, weights), (text_encoder, "text_encoder_state_dict")):
+        load_state(module, checkpoint[key], f"{path}: {key}")
+        module.to(device).eval().requires_grad_(False)
+    return LoadedNetworks(generator, text_encoder, config, checkpoint["step"])
+
+
+def load_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Strict `load_state_dict` in the module's own dtype; CheckpointError says in one line what does not fit."""
+    try:
+        own = module.state_dict()
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or unexpected:
+            raise CheckpointError(f"{name}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        for key, value in state.items():
+            if value.shape != own[key].shape:
+                raise CheckpointError(f"{name}: {key} is {tuple(value.shape)}, expected {tuple(own[key].shape)}")
+        module.load_state_dict(state)
+    except (AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{name} is not a dict of this network's tensors") from error
+
+
+def slim_checkpoint(source: Path, target: Path) -> None:
+    """Write the averaged weights of `source` in float16, without what only resuming needs."""
+    checkpoint = load_checkpoint(source)
+    weights = checkpoint.get("generator_ema_state_dict", checkpoint["generator_state_dict"])
+    slim = {
+        "generator_state_dict": {key: value.half() for key, value in weights.items()},
+        "text_encoder_state_dict": {key: value.half() for key, value in checkpoint["text_encoder_state_dict"].items()},
+        "optimizer_state_dict": {},
+        **{key: checkpoint[key] for key in ("step", "training_type", "config")},
+    }
+    save_checkpoint(target, slim)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Strip a checkpoint to its averaged weights in float16.")
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    arguments = parser.parse_args()
+    try:
+        slim_checkpoint(arguments.source, arguments.target)
+    except (CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{arguments.target}: {arguments.target.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

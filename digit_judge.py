@@ -1,0 +1,253 @@
+"""The judge: a small convolutional network that reads the digit of a Moving MNIST frame, and its training.
+
+Dimensions: B videos, F frames, N frames of any video, C channels, H = W frame side, D digit side. Videos are
+(B, F, C, H, W) in [-1, 1]; intensities are grey values in [0, 1]. Positions are (x, y) in pixel indices, x to the right
+and y down. The judge is trained on the training digits only, so it can be held against held-out ones.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from math import cos, pi
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moving_mnist import NUM_CLASSES, DatasetConfig, MovingMNISTGenerator
+
+JUDGE_PATH = Path(__file__).parent / "pretrained" / "judge.pt"
+HAZE = 0.1  # display intensity below which a pixel does not pull the centre of mass
+POOLING = 2  # side of the judge's last average pooling
+HELD_OUT_PLACES = 4  # frames of each held-out digit that the judge is examined on
+READ_BATCH = 2048  # frames that the judge reads at a time
+
+
+def display_intensity(video: Tensor) -> Tensor:
+    """Grey values (..., H, W) in [0, 1] of video (..., C, H, W) in [-1, 1]: clamped, channels averaged.
+
+    Raises ValueError for values that are not finite: a broken video has no score.
+    """
+    if not torch.isfinite(video).all():
+        raise ValueError("the video has values that are not finite: expected numbers in [-1, 1]")
+    return (video.float().clamp(-1, 1).mean(dim=-3) + 1) / 2
+
+
+def intensity_centres(intensity: Tensor) -> Tensor:
+    """Centres (..., 2) of intensities (..., H, W), counting pixels of at least `HAZE`."""
+    weights = torch.where(intensity >= HAZE, intensity, 0.0)
+    mass = weights.sum(dim=(-2, -1))
+    height, width = intensity.shape[-2:]
+    columns = torch.arange(width, dtype=weights.dtype, device=weights.device)
+    rows = torch.arange(height, dtype=weights.dtype, device=weights.device)
+    x = (weights.sum(dim=-2) * columns).sum(dim=-1)
+    y = (weights.sum(dim=-1) * rows).sum(dim=-1)
+    middle = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=weights.dtype, device=weights.device)
+    is_blank = mass.unsqueeze(-1) == 0
+    return torch.where(is_blank, middle, torch.stack((x, y), dim=-1) / mass.clamp_min(HAZE).unsqueeze(-1))  # (..., 2)
+
+
+@dataclass
+class JudgeConfig:
+    """The frames that a judge reads and its size.
+
+    frame_size, digit_size: as in `DatasetConfig`, pixels. widths: channels of its stages, each at half the side of the
+    one before. accuracy: share of held-out frames read right, measured when it was trained.
+    """
+
+    frame_size: int = 32
+    digit_size: int = 14
+    widths: tuple[int, ...] = (32, 64, 128)
+    accuracy: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.widths = tuple(self.widths)
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"the judge's widths are {self.widths}: expected positive channel counts")
+        if self.crop_size >> (len(self.widths) - 1) < POOLING:
+            raise ValueError(
+                f"the judge's window of {self.crop_size} pixels is too small for {len(self.widths)} stages: "
+                "choose a larger digit_size or fewer widths"
+            )
+
+    @property
+    def crop_size(self) -> int:
+        """Side of the window around the centre of mass: the digit and one pixel on every side."""
+        return self.digit_size + 2
+
+
+class DigitJudge(nn.Module):
+    """Reads the digit of a frame from a window around the frame's centre of mass.
+
+    The window moves by whole pixels, so nothing is resampled, and the network never has to learn translation.
+    `class_mass` (10,) is the mean stroke mass of every class in real frames.
+    """
+
+    def __init__(self, config: JudgeConfig):
+        super().__init__()
+        self.config = config
+        layers: list[nn.Module] = []
+        width_before = 1
+        for stage, width in enumerate(config.widths):
+            if stage > 0:
+                layers.append(nn.MaxPool2d(2))
+            for width_in in (width_before, width):
+                layers += [nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            width_before = width
+        side = config.crop_size >> (len(config.widths) - 1)
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Sequential(
+            nn.AvgPool2d(POOLING), nn.Flatten(), nn.Dropout(0.3),
+            nn.Linear(width_before * (side // POOLING) ** 2, NUM_CLASSES),
+        )
+        self.register_buffer("class_mass", torch.ones(NUM_CLASSES))
+
+    def crop(self, intensity: Tensor) -> Tensor:
+        """Windows (N, 1, crop, crop) around the centres of mass of intensities (N, H, W); zero outside the frame."""
+        size = self.config.crop_size
+        padded = functional.pad(intensity, (size, size, size, size))
+        corner = (intensity_centres(intensity) - (size - 1) / 2).round().long() + size  # (N, 2)
+        offset = torch.arange(size, device=intensity.device)
+        columns = (corner[:, :1] + offset).unsqueeze(1)  # (N, 1, crop)
+        rows = (corner[:, 1:] + offset).unsqueeze(2)  # (N, crop, 1)
+        frame = torch.arange(len(intensity), device=intensity.device).view(-1, 1, 1)
+        return padded[frame, rows, columns].unsqueeze(1)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Logits (N, 10) of frames (N, C, H, W) in [-1, 1]."""
+        return self.head(self.features(self.crop(display_intensity(frames))))
+
+    def check_matches(self, config: DatasetConfig) -> None:
+        """Raise ValueError unless the judge was trained for these videos: one digit, the same sizes."""
+        if config.num_digits != 1:
+            raise ValueError(f"dataset.num_digits is {config.num_digits}: the measures are for videos of 1 digit")
+        for name, found, expected in (
+            ("frame_size", config.frame_size, self.config.frame_size),
+            ("digit_size", config.digit_size, self.config.digit_size),
+        ):
+            if found != expected:
+                raise ValueError(
+                    f"dataset.{name} is {found}, the judge was trained for {expected}: "
+                    "train another one with `python metrics.py --train_judge`"
+                )
+
+
+def load_judge(path: str | os.PathLike = JUDGE_PATH, device: str | torch.device = "cpu") -> DigitJudge:
+    """The judge of a file that `save_judge` wrote, in float32 and eval mode, without gradients.
+
+    Raises FileNotFoundError where there is no such file, ValueError for a file that is not a judge.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no judge at {path}: make one with `python metrics.py --train_judge --output {path}`")
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(stored, dict) or set(stored) != {"judge_state_dict", "config"}:
+        raise ValueError(f"{path} is not a judge: expected the keys judge_state_dict and config")
+    judge = DigitJudge(JudgeConfig(**stored["config"]))
+    judge.load_state_dict(stored["judge_state_dict"], strict=True)
+    return judge.requires_grad_(False).eval().to(device)
+
+
+def save_judge(judge: DigitJudge, path: str | os.PathLike) -> None:
+    """Write weights (float16) and config; the file appears whole or not at all."""
+    state = {name: x.half() if x.is_floating_point() else x for name, x in judge.state_dict().items()}
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        torch.save({"judge_state_dict": state, "config": asdict(judge.config)}, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def augmented_frames(generator: MovingMNISTGenerator, num_frames: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Augmented frames (N, C, H, W) in [-1, 1] with a digit anywhere in them, and labels (N,).
+
+    The 28 x 28 digits are rotated, scaled, sheared, bent and made thinner or thicker, the frames blurred, dimmed or
+    brightened, and given noise.
+    """
+    size, digit_size = generator.config.frame_size, generator.config.digit_size
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(num_frames, *shape, generator=rng)
+
+    rows = torch.randint(len(generator.digit_set.labels), (num_frames,), generator=rng)
+    images = generator.digit_set.images[rows].unsqueeze(1).float() / 255  # (N, 1, 28, 28)
+    angle = uniform(-0.22, 0.22)
+    stretch = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=1).view(-1, 2, 2)
+    shear = torch.eye(2).repeat(num_frames, 1, 1)
+    shear[:, 0, 0], shear[:, 1, 1], shear[:, 0, 1] = uniform(0.85, 1.18), uniform(0.85, 1.18), uniform(-0.25, 0.25)
+    affine = torch.cat((stretch @ shear, torch.zeros(num_frames, 2, 1)), dim=2)  # (N, 2, 3)
+    grid = functional.affine_grid(affine, list(images.shape), align_corners=False)  # (N, 28, 28, 2)
+    bend = 0.05 * torch.randn(num_frames, 2, 5, 5, generator=rng)
+    bend = functional.interpolate(bend, size=images.shape[-2:], mode="bicubic", align_corners=True)
+    images = functional.grid_sample(images, grid + bend.permute(0, 2, 3, 1), align_corners=False)
+    thickness = uniform(-0.35, 0.5, 1, 1, 1) * (uniform(0, 1, 1, 1, 1) < 0.5)
+    thicker = functional.max_pool2d(images, 3, stride=1, padding=1) - images
+    thinner = images + functional.max_pool2d(-images, 3, stride=1, padding=1)
+    images = images + thickness.clamp_min(0) * thicker + thickness.clamp_max(0) * thinner
+    sprites = functional.interpolate(images, size=(digit_size, digit_size), mode="area")  # (N, 1, D, D)
+    centre = (digit_size - 1) / 2 + (size - digit_size) * uniform(0, 1, 1, 1, 2)  # (N, F = 1, N digits = 1, 2)
+    frames = (generator.render(sprites, centre).squeeze(1) + 1) / 2  # (N, C, H, W)
+    blurred = functional.avg_pool2d(frames, 3, stride=1, padding=1)
+    frames = torch.lerp(frames, blurred, uniform(0, 0.8, 1, 1, 1) * (uniform(0, 1, 1, 1, 1) < 0.3))
+    frames = frames * uniform(0.6, 1.5, 1, 1, 1)
+    noise = uniform(0, 0.06, 1, 1, 1) * (uniform(0, 1, 1, 1, 1) < 0.3)
+    frames = frames + noise * torch.randn(frames.shape, generator=rng)
+    return 2 * frames.clamp(0, 1) - 1, generator.digit_set.labels[rows]
+
+
+def train_judge(config: DatasetConfig, num_steps: int, seed: int, batch_size: int = 128) -> DigitJudge:
+    """A judge trained on augmented frames of the training digits: AdamW, cosine decay, bf16 autocast.
+
+    Raises ValueError for data of two digits or no step.
+    """
+    if num_steps < 1:
+        raise ValueError(f"the judge's number of training steps is {num_steps}: expected at least 1")
+    if config.num_digits != 1:
+        raise ValueError(f"dataset.num_digits is {config.num_digits}: the judge reads frames of 1 digit")
+    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
+    generator = MovingMNISTGenerator(config, "train")
+    judge = DigitJudge(JudgeConfig(frame_size=config.frame_size, digit_size=config.digit_size)).train()
+    judge = judge.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+    mass, labels = generator.sprites.sum(dim=(1, 2)), generator.digit_set.labels
+    judge.class_mass.copy_(torch.stack([mass[labels == digit].mean() for digit in range(NUM_CLASSES)]))
+    peak_lr = 3e-3
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=peak_lr, weight_decay=0.02)
+    for step in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = peak_lr * min((step + 1) / 50, (1 + cos(pi * step / num_steps)) / 2)
+        frames, digits = augmented_frames(generator, batch_size, rng)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = functional.cross_entropy(judge(frames), digits, label_smoothing=0.05)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 99:
+            print(f"judge: step {step + 1} of {num_steps}, loss {loss.item():.3f}", flush=True)
+    judge.requires_grad_(False).eval()
+    judge.config.accuracy = held_out_accuracy(judge, MovingMNISTGenerator(config, "test"), rng)
+    return judge
+
+
+@torch.no_grad()
+def read_digits(judge: DigitJudge, video: Tensor) -> Tensor:
+    """Probabilities (B, F, 10) of the digit in every frame of video (B, F, C, H, W), on the judge's device.
+
+    A judge always names a digit, even in a blank frame: `read_classes` gates on stroke mass.
+    """
+    device = judge.class_mass.device
+    parts = [judge(part.to(device)).softmax(dim=-1) for part in video.flatten(0, 1).split(READ_BATCH)]
+    return torch.cat(parts).unflatten(0, video.shape[:2])
+
+
+def held_out_accuracy(judge: DigitJudge, generator: MovingMNISTGenerator, rng: torch.Generator) -> float:
+    """Share of real frames read right: every digit of the split, in `HELD_OUT_PLACES` random places."""
+    labels, config = generator.digit_set.labels, generator.config
+    place = torch.rand(len(labels), HELD_OUT_PLACES, 1, 2, generator=rng)
+    centre = (config.digit_size - 1) / 2 + generator.span * place  # (M, places, 1, 2)
+    video = generator.render(generator.sprites.unsqueeze(1), centre)  # (M, places, C, H, W)
+    return (read_digits(judge, video).argmax(dim=-1) == labels.unsqueeze(1)).float().mean().item()

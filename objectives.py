@@ -1,0 +1,76 @@
+"""Losses that use data: the pretraining of one network as bidirectional teacher and as causal starting point.
+
+Dimensions: B batch, F frames, C channels, H height, W width, K = F / num_frames_per_block blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flow_matching import add_noise, expand_time, sample_time, x_0_from_velocity
+from tiny_causal_wan import PromptContext, TinyCausalWanModel
+
+
+def x_0_prediction_loss(v: Tensor, x_t: Tensor, x_0: Tensor, t: Tensor, time_floor: float, frame_weight: Tensor | None = None) -> Tensor:
+    """Mean of |x_0_hat - x_0|^2 / max(t, time_floor)^2, with x_0_hat = x_t - t v; a scalar.
+
+    For t >= time_floor this is flow matching's |v_hat - v|^2 (arXiv 2210.02747, Eq. 14); below it the weight stops
+    growing. frame_weight (B, F) selects the frames that count.
+    """
+    error = (x_0_from_velocity(x_t, v, t) - x_0) / expand_time(t, x_t).clamp(min=time_floor)
+    per_frame = error.square().mean(dim=(2, 3, 4))  # (B, F)
+    if frame_weight is None:
+        return per_frame.mean()
+    return (per_frame * frame_weight).sum() / frame_weight.sum().clamp(min=1)
+
+
+def bidirectional_loss(
+    model: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext, time_shift: float, time_floor: float, generator: torch.Generator
+) -> Tensor:
+    """Flow matching with full attention and one time for the whole video: what makes the teacher."""
+    t = sample_time((x_0.shape[0], 1), time_shift, generator).to(x_0.device).expand(x_0.shape[:2])
+    x_t = add_noise(x_0, _noise_like(x_0, generator), t)
+    return x_0_prediction_loss(model.forward_bidirectional(x_t, t, prompt), x_t, x_0, t, time_floor)
+
+
+def block_causal_loss(
+    model: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext, num_frames_per_block: int, clean_prefix_probability: float,
+    time_shift: float, time_floor: float, generator: torch.Generator,
+) -> Tensor:
+    """Diffusion forcing (arXiv 2407.01392) with block-causal attention, one time per block, and clean context.
+
+    In a share `clean_prefix_probability` of the videos the first 0..K-1 blocks stand at t = 0 and do not count in the
+    loss: this is the context that the KV cache supplies at inference.
+    """
+    t, frame_weight = sample_block_times(
+        x_0.shape[0], x_0.shape[1], num_frames_per_block, clean_prefix_probability, time_shift, generator
+    )
+    t, frame_weight = t.to(x_0.device), frame_weight.to(x_0.device)
+    x_t = add_noise(x_0, _noise_like(x_0, generator), t)
+    v = model.forward_block_causal(x_t, t, prompt, num_frames_per_block)
+    return x_0_prediction_loss(v, x_t, x_0, t, time_floor, frame_weight)
+
+
+def sample_block_times(
+    batch_size: int, num_frames: int, num_frames_per_block: int, clean_prefix_probability: float, time_shift: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Times (B, F), one per block, and the weight (B, F) of each frame in the loss: 0 on the clean prefix, else 1."""
+    num_blocks = num_frames // num_frames_per_block
+    t = sample_time((batch_size, num_blocks), time_shift, generator)
+    prefix = torch.randint(num_blocks, (batch_size, 1), generator=generator)
+    has_prefix = torch.rand((batch_size, 1), generator=generator) < clean_prefix_probability
+    clean = has_prefix & (torch.arange(num_blocks) < prefix)  # (B, K)
+    t = t.masked_fill(clean, 0.0)
+    return t.repeat_interleave(num_frames_per_block, 1), (~clean).float().repeat_interleave(num_frames_per_block, 1)
+
+
+def drop_prompts(prompts: list[str], probability: float, null_prompt: str, generator: torch.Generator) -> list[str]:
+    """Replace each prompt by the null prompt with this probability (arXiv 2207.12598, section 3.2)."""
+    drop = torch.rand(len(prompts), generator=generator) < probability
+    return [null_prompt if dropped else prompt for prompt, dropped in zip(prompts, drop.tolist(), strict=True)]
+
+
+def _noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)

@@ -1,0 +1,132 @@
+"""What a run leaves behind beside its checkpoints: its folder, scalars as CSV and curves, and an offline wandb run."""
+
+from __future__ import annotations
+
+import csv
+import os
+import warnings
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import wandb  # noqa: E402
+
+from config import WandbConfig  # noqa: E402
+
+
+def make_run_folder(log_dir: Path, run_name: str | None) -> Path:
+    """Create and return a folder of this run alone; a name that is taken gets a number. Raises OSError naming log_dir."""
+    name = run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 10_000):
+            folder = log_dir / (name if attempt == 1 else f"{name}-{attempt}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {log_dir} ({error.strerror}): set log_dir to one that can be written") from error
+    raise OSError(f"{log_dir} holds 10,000 runs named {name}: set run_name to another name")
+
+
+def point_to_latest(link: Path, target: Path) -> None:
+    """Make `link` lead to `target` (both under the same folder) in one atomic step, replacing an earlier link."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(temporary, link)
+
+
+class RunLog:
+    """Scalars of one run, written as they come: to scalars.csv, and to wandb unless that is disabled or broken."""
+
+    def __init__(self, folder: Path, columns: tuple[str, ...], config: dict[str, Any], wandb_config: WandbConfig):
+        self.folder = folder
+        self.columns = ("step", "seconds", *columns)
+        self._file = open(folder / "scalars.csv", "w", newline="")
+        self._writer = csv.DictWriter(self._file, self.columns)
+        self._writer.writeheader()
+        self._wandb = self._start_wandb(config, wandb_config)
+
+    def _start_wandb(self, config: dict[str, Any], wandb_config: WandbConfig) -> Any | None:
+        if wandb_config.mode == "disabled":
+            return None
+        try:
+            return wandb.init(
+                project=wandb_config.project, mode=wandb_config.mode, dir=str(self.folder), name=self.folder.name, config=config,
+                settings=wandb.Settings(silent=True, init_timeout=60),
+            )
+        except Exception as error:  # whatever wandb raises, training goes on without it
+            self._give_up_wandb(error)
+            return None
+
+    def _give_up_wandb(self, error: Exception) -> None:
+        self._wandb = None
+        warnings.warn(f"wandb is off for the rest of this run ({error}); scalars.csv has every figure", stacklevel=3)
+
+    def scalars(self, step: int, seconds: float, figures: dict[str, float]) -> None:
+        """Write one row; a column without a figure stays empty."""
+        self._writer.writerow({"step": step, "seconds": f"{seconds:.2f}", **{k: f"{v:.6g}" for k, v in figures.items()}})
+        self._file.flush()
+        if self._wandb is not None:
+            try:
+                self._wandb.log(figures, step=step)
+            except Exception as error:  # as above
+                self._give_up_wandb(error)
+
+    def media(self, step: int, name: str, path: Path) -> None:
+        """Show a picture or GIF in wandb; the file itself is already in the run's folder."""
+        if self._wandb is not None:
+            try:
+                self._wandb.log({name: wandb.Image(str(path))}, step=step)
+            except Exception as error:  # as above
+                self._give_up_wandb(error)
+
+    def close(self) -> None:
+        """Close the files, draw curves.png and finish the wandb run."""
+        self._file.close()
+        if self._wandb is not None:
+            try:
+                self._wandb.finish(quiet=True)
+            except Exception as error:  # as above
+                self._give_up_wandb(error)
+        draw_curves(self.folder / "scalars.csv", self.folder / "curves.png")
+
+
+def draw_curves(csv_path: Path, picture_path: Path) -> None:
+    """One panel per scalar over the step, the raw values pale and a running median over them."""
+    with open(csv_path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in (rows[0] if rows else {}) if name not in ("step", "seconds")]
+    names = [name for name in names if any(row[name] for row in rows)]
+    if not names:
+        return
+    num_columns = min(3, len(names))
+    num_rows = -(-len(names) // num_columns)
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=(4.2 * num_columns, 2.8 * num_rows), squeeze=False)
+    for axis in axes.flat[len(names):]:
+        axis.axis("off")
+    for axis, name in zip(axes.flat, names, strict=False):
+        steps = np.array([int(row["step"]) for row in rows if row[name]])
+        values = np.array([float(row[name]) for row in rows if row[name]])
+        width = max(len(values) // 40, 1)
+        median = [np.median(values[max(i - width, 0): i + width + 1]) for i in range(len(values))]
+        axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axis.plot(steps, median, color="tab:blue", linewidth=1.5)
+        finite = values[np.isfinite(values)]
+        if len(finite) and finite.min() > 0 and finite.max() > 20 * np.median(finite):
+            axis.set_yscale("log")
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(picture_path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,317 @@
+"""The two kinds of training, each as one object with `train_step`, `sample` and `state_dict`.
+
+A stage owns its networks, averages and optimizers; the loop around it (`train.SimplifiedTrainer`) owns the step counter,
+the files and the logs. All randomness comes from one `torch.Generator`, and data are numbered, so a stage's state is
+complete in its `state_dict`.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, load_state
+from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig
+from dynamic_video_sf import (
+    RolloutPlan, SelfForcingEngine, few_step_plan, make_noise_streams, rollout_blocks, sample_bidirectional, warp_steps,
+)
+from moving_mnist import MovingMNISTGenerator
+from objectives import bidirectional_loss, block_causal_loss, drop_prompts
+from runtime import Runtime
+from text_encoder import NULL_PROMPT, TextEncoder
+from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+
+NAIVE_STEPS = [1000, 750, 500, 250]  # what the pretrained network is shown with before Self-Forcing
+
+
+class Stage(Protocol):
+    """What the training loop needs of a stage."""
+
+    columns: tuple[str, ...]  # the scalars that train_step reports
+    text_encoder: TextEncoder
+
+    def train_step(self, step: int) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None: ...
+    def sample(self, prompts: list[str], seeds: list[int], num_frames: int) -> dict[str, Tensor]: ...
+    def networks(self) -> dict[str, nn.Module]: ...
+
+
+def draw_num_frames(config: TrainingConfig, random: torch.Generator) -> int:
+    """A uniform multiple of the block between min_num_frames and max_num_frames, one for the whole batch."""
+    block = config.num_frames_per_block
+    low, high = config.min_num_frames // block, config.max_num_frames // block
+    return block * int(torch.randint(low, high + 1, (1,), generator=random))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, live: nn.Module, decay: float, num_updates: int) -> None:
+    """Exponential moving average of the weights; the first updates forget faster, so the start does not linger."""
+    decay = min(decay, (1 + num_updates) / (10 + num_updates))
+    for averaged, current in zip(average.parameters(), live.parameters(), strict=True):
+        averaged.lerp_(current, 1 - decay)
+
+
+@torch.no_grad()
+def sample_few_step(
+    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan,
+    runtime: Runtime,
+) -> Tensor:
+    """Videos (B, F, C, H, W), float32, from the one rollout; under the plan's guidance where it is not 1."""
+    with runtime.autocast():
+        prompt = model.encode_prompt(*text_encoder.encode(prompts))
+        null = model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))
+        blocks = rollout_blocks(model, prompt, make_noise_streams(seeds), num_frames // plan.num_frames_per_block, plan, null)
+        return torch.cat(list(blocks), dim=1).float()
+
+
+@torch.no_grad()
+def sample_many_step(
+    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], num_frames: int, num_steps: int,
+    time_shift: float, guidance: float, runtime: Runtime,
+) -> Tensor:
+    """Videos (B, F, C, H, W), float32, from the bidirectional sampler."""
+    with runtime.autocast():
+        prompt = model.encode_prompt(*text_encoder.encode(prompts))
+        null = model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))
+        return sample_bidirectional(
+            model, prompt, null, make_noise_streams(seeds), num_frames, num_steps, time_shift, guidance
+        ).float()
+
+
+class PretrainStage:
+    """Pretraining on Moving MNIST: even steps bidirectional, odd steps block-causal (see `objectives`)."""
+
+    columns = ("loss_bidirectional", "loss_causal", "gradient_norm", "lr_factor")
+
+    def __init__(self, config: Config, runtime: Runtime, random: torch.Generator):
+        assert isinstance(config.training, PretrainConfig)
+        self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
+        self.data = MovingMNISTGenerator(config.dataset, "train")
+        self.num_videos_seen = 0
+        self.model = TinyCausalWanModel(config.model).to(runtime.device)
+        self.text_encoder = TextEncoder(config.text).to(runtime.device)
+        self.live = nn.ModuleDict({"generator": self.model, "text_encoder": self.text_encoder})
+        self.average = copy.deepcopy(self.live).requires_grad_(False).eval()
+        if self.config.compile:
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
+        matrices = [p for n, p in self.model.blocks.named_parameters() if p.ndim == 2 and n.endswith(".weight")]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in self.live.parameters() if id(p) not in chosen]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "muon": torch.optim.Muon(
+                matrices, lr=self.config.muon_lr, weight_decay=self.config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
+            "adamw": torch.optim.AdamW(others, lr=self.config.lr, weight_decay=self.config.weight_decay),
+        }
+        self.base_rates = {"muon": self.config.muon_lr, "adamw": self.config.lr}
+
+    def rate_factor(self, step: int) -> float:
+        """Linear warm-up, constant, linear decay over the last `decay_fraction` of the run."""
+        config = self.config
+        decay_steps = max(config.decay_fraction * config.num_steps, 1)
+        return min((step + 1) / max(config.warmup_steps, 1), (config.num_steps - step) / decay_steps, 1.0)
+
+    def train_step(self, step: int) -> dict[str, float]:
+        config = self.config
+        num_frames = draw_num_frames(config, self.random)
+        indices = range(self.num_videos_seen, self.num_videos_seen + config.batch_size)
+        self.num_videos_seen += config.batch_size
+        batch = self.data.sample(self.seed, indices, num_frames)
+        prompts = drop_prompts(batch.captions, config.prompt_dropout, NULL_PROMPT, self.random)
+        x_0 = batch.video.to(self.runtime.device)
+        with self.runtime.autocast():
+            prompt = self.model.encode_prompt(*self.text_encoder.encode(prompts))
+            if step % 2 == 0:
+                loss = bidirectional_loss(self.model, x_0, prompt, config.time_shift, config.loss_time_floor, self.random)
+            else:
+                loss = block_causal_loss(
+                    self.model, x_0, prompt, config.num_frames_per_block, config.clean_prefix_probability, config.time_shift,
+                    config.loss_time_floor, self.random,
+                )
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.live.parameters(), config.clip_norm)
+        factor = self.rate_factor(step)
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * self.base_rates[name]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        update_average(self.average, self.live, config.ema_decay, step)
+        kind = "loss_bidirectional" if step % 2 == 0 else "loss_causal"
+        return {kind: loss.item(), "gradient_norm": norm.item(), "lr_factor": factor}
+
+    def sample(self, prompts: list[str], seeds: list[int], num_frames: int) -> dict[str, Tensor]:
+        """The averaged network as many-step teacher and, naively, in four causal steps."""
+        model, text_encoder = self.average["generator"], self.average["text_encoder"]
+        config = self.config
+        naive = RolloutPlan(warp_steps(NAIVE_STEPS, config.time_shift), config.num_frames_per_block)
+        return {
+            f"teacher, {config.teacher_steps} steps": sample_many_step(
+                model, text_encoder, prompts, seeds, num_frames, config.teacher_steps, config.time_shift, config.guidance, self.runtime
+            ),
+            "naive, 4 steps": sample_few_step(model, text_encoder, prompts, seeds, num_frames, naive, self.runtime),
+        }
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.model, "text_encoder": self.text_encoder}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "generator_state_dict": self.model.state_dict(),
+            "generator_ema_state_dict": self.average["generator"].state_dict(),
+            "text_encoder_state_dict": self.average["text_encoder"].state_dict(),
+            "text_encoder_live_state_dict": self.text_encoder.state_dict(),
+            "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "random_state": self.random.get_state(),
+            "num_videos_seen": self.num_videos_seen,
+        }
+
+    def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
+        targets = {
+            "generator_state_dict": self.model, "generator_ema_state_dict": self.average["generator"],
+            "text_encoder_state_dict": self.average["text_encoder"], "text_encoder_live_state_dict": self.text_encoder,
+        }
+        _load_modules(targets, checkpoint, name)
+        for key, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(checkpoint["optimizer_state_dict"][key])
+        self.random.set_state(checkpoint["random_state"])
+        self.num_videos_seen = checkpoint["num_videos_seen"]
+
+
+class SelfForcingStage:
+    """Self-Forcing with distribution matching: a critic update every step, a generator update every few."""
+
+    columns = (
+        "loss_generator", "loss_critic", "dmd_gradient_norm", "score_distance", "gradient_norm_generator",
+        "gradient_norm_critic", "exit_step", "num_frames",
+    )
+
+    def __init__(self, config: Config, runtime: Runtime, random: torch.Generator):
+        assert isinstance(config.training, SelfForcingConfig)
+        self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
+        self.captions = MovingMNISTGenerator(config.dataset, "train")  # of the data, only the prompts are used
+        self.num_prompts_seen = 0
+        teacher, self.text_encoder = load_teacher(Path(self.config.pretrained_checkpoint), config.model, runtime.device)
+        self.engine = SelfForcingEngine(self.config, teacher, random)
+        self.average = copy.deepcopy(self.engine.generator).requires_grad_(False).eval()
+        rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
+        modules = {"generator": self.engine.generator, "critic": self.engine.fake_score}
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                module.parameters(), lr=rates[name], betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay
+            )
+            for name, module in modules.items()
+        }
+        self.num_generator_updates = 0
+
+    def train_step(self, step: int) -> dict[str, float]:
+        config, engine = self.config, self.engine
+        num_frames = draw_num_frames(config, self.random)
+        prompts = self.captions.captions(self.seed, range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size))
+        self.num_prompts_seen += config.batch_size
+        is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
+        figures: dict[str, float] = {"num_frames": num_frames}
+        with torch.no_grad(), self.runtime.autocast():
+            text = self.text_encoder.encode(prompts)
+        with self.runtime.autocast(), torch.set_grad_enabled(is_generator_turn):
+            rollout = engine.rollout(engine.generator.encode_prompt(*text), num_frames, with_gradient=is_generator_turn)
+        figures["exit_step"] = rollout.exit_steps[0]
+        if is_generator_turn:
+            figures |= self._update_generator(rollout.scored, text, len(prompts))
+        # The critic learns from the same videos: the rollout of the generator's turn serves twice.
+        with self.runtime.autocast():
+            loss = engine.critic_loss(rollout.scored, engine.fake_score.encode_prompt(*text))
+        figures["loss_critic"] = loss.item()
+        figures["gradient_norm_critic"] = self._step("critic", engine.fake_score, loss)
+        return figures
+
+    def _update_generator(self, x_0: Tensor, text: tuple[Tensor, Tensor], batch_size: int) -> dict[str, float]:
+        engine = self.engine
+        with torch.no_grad(), self.runtime.autocast():  # prompts of the two scores, which are constants here
+            null = self.text_encoder.encode([NULL_PROMPT] * batch_size)
+            real, real_null = engine.real_score.encode_prompt(*text), engine.real_score.encode_prompt(*null)
+            fake = engine.fake_score.encode_prompt(*text)
+        with self.runtime.autocast():
+            loss, figures = engine.generator_loss(x_0, real, real_null, fake)
+        norm = self._step("generator", engine.generator, loss)
+        update_average(self.average, engine.generator, self.config.ema_decay, self.num_generator_updates)
+        self.num_generator_updates += 1
+        return {"loss_generator": loss.item(), "gradient_norm_generator": norm, **figures}
+
+    def _step(self, name: str, module: nn.Module, loss: Tensor) -> float:
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(module.parameters(), self.config.clip_norm)
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad(set_to_none=True)
+        return norm.item()
+
+    def sample(self, prompts: list[str], seeds: list[int], num_frames: int) -> dict[str, Tensor]:
+        """The averaged student beside its teacher and beside the teacher sampled naively in the student's steps."""
+        config, plan = self.config, self.engine.plan
+        common = (self.text_encoder, prompts, seeds, num_frames)
+        return {
+            f"teacher, {config.teacher_steps} steps": sample_many_step(
+                self.engine.real_score, *common, config.teacher_steps, config.time_shift, config.guidance, self.runtime
+            ),
+            f"naive, {len(plan.times)} steps": sample_few_step(self.engine.real_score, *common, plan, self.runtime),
+            f"student, {len(plan.times)} steps": sample_few_step(self.average, *common, plan, self.runtime),
+        }
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.engine.generator, "critic": self.engine.fake_score}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "generator_state_dict": self.engine.generator.state_dict(),
+            "generator_ema_state_dict": self.average.state_dict(),
+            "critic_state_dict": self.engine.fake_score.state_dict(),
+            "real_score_state_dict": self.engine.real_score.state_dict(),
+            "text_encoder_state_dict": self.text_encoder.state_dict(),
+            "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "random_state": self.random.get_state(),
+            "num_prompts_seen": self.num_prompts_seen,
+            "num_generator_updates": self.num_generator_updates,
+        }
+
+    def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
+        targets = {
+            "generator_state_dict": self.engine.generator, "generator_ema_state_dict": self.average,
+            "critic_state_dict": self.engine.fake_score, "real_score_state_dict": self.engine.real_score,
+            "text_encoder_state_dict": self.text_encoder,
+        }
+        _load_modules(targets, checkpoint, name)
+        for key, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(checkpoint["optimizer_state_dict"][key])
+        self.random.set_state(checkpoint["random_state"])
+        self.num_prompts_seen = checkpoint["num_prompts_seen"]
+        self.num_generator_updates = checkpoint["num_generator_updates"]
+
+
+def _load_modules(targets: dict[str, nn.Module], checkpoint: dict[str, Any], name: str) -> None:
+    for key, module in targets.items():
+        if key not in checkpoint:
+            raise CheckpointError(f"{name} lacks {key}: it was stripped for generation, or is of another kind of training; resume "
+                                  "from a checkpoint in the run's own folder")
+        load_state(module, checkpoint[key], f"{name}: {key}")
+
+
+def load_teacher(path: Path, model: ModelConfig, device: torch.device) -> tuple[TinyCausalWanModel, TextEncoder]:
+    """The pretrained network and its text encoder, frozen. Raises CheckpointError naming both sizes if they differ."""
+    checkpoint = load_checkpoint(path)
+    stored = checkpoint_config(path, checkpoint)
+    if stored.model != model:
+        differing = [key for key, value in vars(model).items() if vars(stored.model)[key] != value]
+        found = ", ".join(f"model.{key}={vars(stored.model)[key]}" for key in differing)
+        wanted = ", ".join(f"model.{key}={vars(model)[key]}" for key in differing)
+        raise CheckpointError(f"{path} was trained with {found}, but this run asks for {wanted}: give the same sizes or another teacher")
+    teacher, text_encoder = TinyCausalWanModel(model), TextEncoder(stored.text)
+    weights = "generator_ema_state_dict" if "generator_ema_state_dict" in checkpoint else "generator_state_dict"
+    load_state(teacher, checkpoint[weights], f"{path}: {weights}")
+    load_state(text_encoder, checkpoint["text_encoder_state_dict"], f"{path}: text_encoder_state_dict")
+    return teacher.to(device), text_encoder.to(device).eval().requires_grad_(False)

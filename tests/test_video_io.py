@@ -1,0 +1,321 @@
+"""Tests of `video_io`: files read back as they were written, bad input is refused, failures leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import video_io
+
+LABELS = ["a zero moving up", "a handwritten nine drifting quickly down and to the left, then back again"]
+
+
+def moving_square(num_frames: int = 5, side: int = 16, channels: int = 1) -> Tensor:
+    """(F, C, H, W) in [0, 1]: a square of many levels, its own in each channel, that moves one pixel a frame."""
+    video = torch.zeros(num_frames, channels, side, side)
+    for frame in range(num_frames):
+        for channel in range(channels):
+            video[frame, channel, 2:8, 1 + frame : 7 + frame] = torch.linspace(0.1, 1, 36).view(6, 6) / (1 + channel)
+    return video
+
+
+def batch() -> Tensor:
+    return torch.stack([moving_square(7), moving_square(7).flip(-1)])  # (2, F, C, H, W)
+
+
+def gif_frames(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        frames = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            frames.append(np.asarray(image.convert("RGB")))
+    return np.stack(frames)
+
+
+WRITERS = {
+    "clip.gif": lambda path, video: video_io.save_video(path, video),
+    "clip.mp4": lambda path, video: video_io.save_video(path, video),
+    "clip.png": lambda path, video: video_io.save_video(path, video),
+    "clip.npz": lambda path, video: video_io.save_array(path, video, "a two"),
+    "contact.png": lambda path, video: video_io.contact_sheet(path, video[None], ["a two"]),
+    "sheet.png": lambda path, video: video_io.comparison_sheet(path, [("real", video[None])], ["a two"]),
+    "sheet.gif": lambda path, video: video_io.comparison_gif(path, [("real", video[None])], ["a two"]),
+}
+every_writer = pytest.mark.parametrize("name", WRITERS)
+
+
+def test_to_display_maps_the_model_range_and_clamps():
+    video = torch.tensor([-3.0, -1.0, 0.0, 0.5, 1.0, 7.0])
+    torch.testing.assert_close(video_io.to_display(video), torch.tensor([0.0, 0.0, 0.5, 0.75, 1.0, 1.0]))
+
+
+def test_to_uint8_rounds_clamps_and_enlarges_by_whole_pixels():
+    video = torch.tensor([[-1.0, 0.0, 0.499], [0.5, 1.0, 2.0]]).view(1, 1, 2, 3)
+    pixels = video_io.to_uint8(video, scale=2)
+    assert pixels.shape == (1, 4, 6, 3) and pixels.dtype == np.uint8
+    expected = np.array([[0, 0, 127], [128, 255, 255]], dtype=np.uint8)  # 0.499 * 255 = 127.2, 0.5 * 255 = 127.5
+    np.testing.assert_array_equal(pixels[0, :, :, 1], expected.repeat(2, axis=0).repeat(2, axis=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_float_type_and_gradients_are_accepted(dtype):
+    video = torch.ones(2, 3, 4, 4, dtype=dtype, requires_grad=True)
+    assert (video_io.to_uint8(video) == 255).all()
+
+
+def test_channels_keep_their_order():
+    video = torch.zeros(1, 3, 2, 2)
+    video[:, 2] = 1
+    np.testing.assert_array_equal(video_io.to_uint8(video)[0, 0, 0], [0, 0, 255])
+
+
+def test_a_batch_is_tiled_in_reading_order_with_white_gaps():
+    video = torch.tensor([0.0, 0.2, 0.4]).view(3, 1, 1, 1, 1).expand(3, 2, 1, 4, 4)
+    pixels = video_io.to_uint8(video)[..., 0]
+    side, gap = 4, video_io.GAP
+    assert pixels.shape == (2, 2 * side + gap, 2 * side + gap)
+    corners = pixels[0][[0, 0, -1, -1, side], [0, -1, 0, -1, 0]]
+    np.testing.assert_array_equal(corners, [0, 51, 102, 255, 255])  # the missing fourth video and the gap are white
+
+
+def test_array_round_trip_is_exact(tmp_path):
+    video = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for prompt in ("a zero moving up", ""):
+        path = tmp_path / "clip.npz"
+        video_io.save_array(path, video, prompt)
+        loaded, loaded_prompt = video_io.load_array(path)
+        assert loaded.dtype == torch.float32 and torch.equal(loaded, video) and loaded_prompt == prompt
+
+
+def test_array_is_clamped_to_the_model_range_and_has_plain_keys(tmp_path):
+    video_io.save_array(tmp_path / "clip.NPZ", moving_square() * 8 - 4, "x")
+    assert os.listdir(tmp_path) == ["clip.NPZ"]
+    with np.load(tmp_path / "clip.NPZ", allow_pickle=False) as arrays:
+        assert sorted(arrays.files) == ["prompt", "video"]
+        assert arrays["video"].min() == -1 and arrays["video"].max() == 1
+
+
+def test_load_array_refuses_other_files(tmp_path):
+    (tmp_path / "text.npz").write_text("no archive")
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    with pytest.raises(ValueError, match="not an .npz archive"):
+        video_io.load_array(tmp_path / "text.npz")
+    with pytest.raises(ValueError, match="weights.*expected 'video' and 'prompt'"):
+        video_io.load_array(tmp_path / "other.npz")
+
+
+def test_grey_gif_reads_back_exactly(tmp_path):
+    video = moving_square(6)
+    video_io.save_video(tmp_path / "clip.gif", video, fps=10, scale=3)
+    np.testing.assert_array_equal(gif_frames(tmp_path / "clip.gif"), video_io.to_uint8(video, scale=3))
+    with Image.open(tmp_path / "clip.gif") as image:
+        assert image.info["duration"] == 100 and image.info["loop"] == 0
+
+
+def test_colour_gif_reads_back_closely(tmp_path):
+    video = moving_square(6, channels=3)
+    video[3:] = 1 - video[3:].flip(1)  # other colours, so each frame needs its own palette
+    video_io.save_video(tmp_path / "clip.gif", video)
+    error = gif_frames(tmp_path / "clip.gif").astype(int) - video_io.to_uint8(video, scale=4)
+    assert abs(error).max() <= 8
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_still_gif_keeps_its_frame_count(tmp_path, channels):
+    video = torch.linspace(0, 1, 16).view(1, 1, 4, 4).expand(9, channels, 4, 4)
+    video_io.save_video(tmp_path / "still.gif", video)
+    assert len(gif_frames(tmp_path / "still.gif")) == 9
+
+
+def test_png_strip_puts_frames_side_by_side_and_a_batch_in_rows(tmp_path):
+    videos = batch()
+    video_io.save_video(tmp_path / "strip.png", videos, scale=2)
+    picture = np.asarray(Image.open(tmp_path / "strip.png"))
+    side, pitch = 32, 32 + video_io.GAP
+    assert picture.shape == (pitch + side, 6 * pitch + side, 3)
+    for row, video in enumerate(videos):
+        for column, frame in enumerate(video_io.to_uint8(video, scale=2)):
+            cell = picture[row * pitch : row * pitch + side, column * pitch : column * pitch + side]
+            np.testing.assert_array_equal(cell, frame)
+    assert (picture[:, side:pitch] == 255).all()
+
+
+@pytest.mark.parametrize(("side", "scale"), [(16, 4), (15, 3), (5, 1)])
+def test_mp4_has_every_frame_and_odd_sizes_gain_one_pixel(tmp_path, side, scale):
+    video = torch.linspace(0.1, 0.9, 9).view(9, 1, 1, 1).expand(9, 1, side, side)
+    video_io.save_video(tmp_path / "clip.mp4", video, fps=8, scale=scale)
+    frames = np.stack(imageio.mimread(tmp_path / "clip.mp4"))
+    even = side * scale + side * scale % 2
+    assert frames.shape == (9, even, even, 3)
+    expected = np.linspace(0.1, 0.9, 9)[:, None, None, None] * 255
+    assert abs(frames - expected).max() < 10
+    assert imageio.get_reader(tmp_path / "clip.mp4").get_meta_data()["fps"] == 8
+
+
+@pytest.mark.parametrize("num_frames", [1, 30])
+def test_animations_of_any_length(tmp_path, num_frames):
+    for suffix in (".gif", ".mp4"):
+        path = tmp_path / f"clip{suffix}"
+        video_io.save_video(path, moving_square(num_frames, side=48), scale=1)
+        assert len(imageio.mimread(path)) == num_frames
+
+
+def test_evenly_spaced_frames_include_both_ends():
+    assert video_io._evenly_spaced(21, 7) == [0, 3, 7, 10, 13, 17, 20]
+    assert video_io._evenly_spaced(4, 7) == [0, 1, 2, 3]
+
+
+def contains(picture: np.ndarray, patch: np.ndarray) -> bool:
+    windows = np.lib.stride_tricks.sliding_window_view(picture[..., 0], patch.shape[:2])
+    return bool((windows == patch[..., 0]).all(axis=(-1, -2)).any())
+
+
+def test_contact_sheet_shows_the_chosen_frames_and_its_labels(tmp_path):
+    videos = batch()
+    video_io.contact_sheet(tmp_path / "sheet.png", videos, LABELS, num_columns_frames=3, scale=2)
+    picture = np.asarray(Image.open(tmp_path / "sheet.png"))
+    for video in videos:
+        frames = video_io.to_uint8(video, scale=2)
+        assert [contains(picture, frame) for frame in frames] == [True, False, False, True, False, False, True]
+    video_io.contact_sheet(tmp_path / "blank.png", videos, ["", LABELS[1]], num_columns_frames=3, scale=2)
+    assert not np.array_equal(picture, np.asarray(Image.open(tmp_path / "blank.png")))
+    margin = video_io.MARGIN
+    assert (picture[:margin] == 255).all() and (picture[-margin:] == 255).all()
+    assert (picture[:, :margin] == 255).all() and (picture[:, -margin:] == 255).all()
+
+
+def test_comparison_sheet_shows_each_source_of_each_prompt(tmp_path):
+    groups = [("Real", batch()), ("Teacher", 0.5 * batch()), ("Student", 0.25 * batch().expand(-1, -1, 3, -1, -1))]
+    video_io.comparison_sheet(tmp_path / "sheet.png", groups, LABELS, num_columns_frames=2, scale=2)
+    picture = np.asarray(Image.open(tmp_path / "sheet.png"))
+    for _, videos in groups:
+        for video in videos:
+            frames = video_io.to_uint8(video, scale=2)
+            assert contains(picture, frames[0]) and contains(picture, frames[-1]) and not contains(picture, frames[3])
+
+
+def test_comparison_gif_plays_every_source_of_every_prompt_and_stays_small(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    square = moving_square(21, side=32).expand(6, -1, -1, -1, -1)
+    noisy = [square + level * torch.randn(square.shape, generator=generator) for level in (0, 0.02, 0.15, 0.03)]
+    groups = list(zip(("Real", "Teacher", "Naive", "Student"), noisy, strict=True))
+    path = tmp_path / "sheet.gif"
+    video_io.comparison_gif(path, groups, LABELS * 3)
+    assert path.stat().st_size < 1_500_000
+    frames = gif_frames(path)
+    assert len(frames) == 21
+    row = frames[:, :, -video_io.MARGIN // 2 - 96 : -video_io.MARGIN // 2]  # the last column of prompts
+    steps = video_io.GREY_LEVELS_OF_ANIMATED_SHEET - 1
+    rounded = (video_io.to_uint8(square[5], scale=3) / 255 * steps).round() / steps * 255
+    top = frames.shape[1] - video_io.MARGIN // 2 - 4 * 96 - 3 * video_io.GAP
+    assert abs(row[:, top : top + 96] - rounded).max() <= 9  # at most one rounding step apart
+
+
+def test_text_is_wrapped_to_the_width_and_loses_no_word():
+    text = video_io._Text(14, (0, 0, 0))
+    lines = text.wrap("drifting quickly down incomprehensibilities", 80)
+    assert all(text.width(line) <= 80 for line in lines)
+    assert "".join(lines).replace(" ", "") == "driftingquicklydownincomprehensibilities"
+
+
+@every_writer
+def test_nan_is_refused_and_an_existing_file_survives(tmp_path, name):
+    video = moving_square()
+    video[2, 0, 3, 3] = float("nan")
+    path = tmp_path / name
+    path.write_bytes(b"earlier")
+    with pytest.raises(ValueError, match="NaN in 1 of"):
+        WRITERS[name](path, video)
+    assert path.read_bytes() == b"earlier" and os.listdir(tmp_path) == [name]
+
+
+@every_writer
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((5, 2, 8, 8), "1 or 3 channels, got 2"), ((0, 1, 8, 8), "must not be empty")],
+)
+def test_wrong_channels_and_empty_videos_are_refused(tmp_path, name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        WRITERS[name](tmp_path / name, torch.zeros(shape))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (1, 1, 2, 1, 8, 8)])
+def test_wrong_rank_is_refused(tmp_path, shape):
+    for name in ("clip.gif", "clip.mp4", "clip.png", "clip.npz"):
+        with pytest.raises(ValueError, match=f"got {len(shape)} dimensions"):
+            WRITERS[name](tmp_path / name, torch.zeros(shape))
+    with pytest.raises(ValueError, match="one video"):
+        video_io.save_array(tmp_path / "clip.npz", batch(), "a two")
+
+
+def test_integer_tensors_and_arrays_are_refused():
+    with pytest.raises(TypeError, match="torch.uint8"):
+        video_io.to_uint8(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="ndarray"):
+        video_io.to_uint8(np.zeros((2, 1, 4, 4)))
+
+
+def test_formats_rates_and_scales_are_checked(tmp_path):
+    video = moving_square()
+    with pytest.raises(ValueError, match="save_array"):
+        video_io.save_video(tmp_path / "clip.npz", video)
+    with pytest.raises(ValueError, match="'.avi'.*use one of .gif, .mp4, .png"):
+        video_io.save_video(tmp_path / "clip.avi", video)
+    with pytest.raises(ValueError, match="save_array writes .npz"):
+        video_io.save_array(tmp_path / "clip.gif", video, "x")
+    with pytest.raises(ValueError, match="fps must be"):
+        video_io.save_video(tmp_path / "clip.gif", video, fps=0)
+    with pytest.raises(ValueError, match="fps <= 50"):
+        video_io.save_video(tmp_path / "clip.gif", video, fps=60)
+    with pytest.raises(ValueError, match="scale must be"):
+        video_io.save_video(tmp_path / "clip.gif", video, scale=0)
+
+
+def test_sheets_refuse_disagreeing_shapes(tmp_path):
+    path = tmp_path / "sheet.png"
+    with pytest.raises(ValueError, match="each of the 1 labels"):
+        video_io.contact_sheet(path, batch(), ["one label"])
+    with pytest.raises(ValueError, match="group 'Student'"):
+        video_io.comparison_sheet(path, [("Real", batch()), ("Student", batch()[:1])], LABELS)
+    with pytest.raises(ValueError, match="same \\(frames, height, width\\)"):
+        video_io.comparison_gif(path, [("Real", batch()), ("Student", batch()[:, :3])], LABELS)
+    with pytest.raises(ValueError, match="at least one group"):
+        video_io.comparison_sheet(path, [], LABELS)
+
+
+@every_writer
+def test_parent_folders_are_made_and_no_temporary_file_stays(tmp_path, name):
+    path = tmp_path / "new" / "folder" / name
+    WRITERS[name](path, moving_square())
+    assert os.listdir(path.parent) == [name] and path.stat().st_size > 0
+
+
+@every_writer
+def test_an_unwritable_folder_is_named_in_one_line(tmp_path, name):
+    (tmp_path / "file").write_text("a regular file, not a folder")
+    with pytest.raises(OSError) as caught:
+        WRITERS[name](tmp_path / "file" / name, moving_square())
+    message = str(caught.value)
+    assert str(tmp_path / "file") in message and "choose another" in message and "\n" not in message
+
+
+@every_writer
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    path.write_bytes(b"earlier")
+
+    def fail(*_args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(video_io.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        WRITERS[name](path, moving_square())
+    assert path.read_bytes() == b"earlier" and os.listdir(tmp_path) == [name]

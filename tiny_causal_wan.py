@@ -1,0 +1,364 @@
+"""A tiny Wan-style video transformer: one set of weights, bidirectional or block-causal, with a KV cache.
+
+Dimensions
+    B batch, F frames, C channels, H height, W width of the video
+    T, Y, X the patch grid (T = F / patch_size[0]), N = Y X tokens a patch row in time, S = T N tokens of the video
+    D model width, h heads, d = D / h, L prompt tokens
+
+The block is Wan's (arXiv 2503.20314, section 4): adaLN modulation with six parameters per frame, self-attention with 3-D
+RoPE and RMS-normalised queries and keys, cross-attention to the prompt, feed-forward. Two things are our own, because
+patches are large and the network is small: it predicts x_0 inside and hands out the velocity, and the mean prompt
+embedding joins the time embedding (as pooled text does in arXiv 2403.03206).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flow_matching import NUM_TRAIN_TIMESTEPS, velocity_from_x_0
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # self-attention of one layer: q, k, v (B, h, S, d) -> (B, h, S, d)
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of the network. frame_size in pixels (square frames); patch_size is [temporal, height, width]."""
+
+    frame_size: int = 32
+    channels: int = 1
+    width: int = 192
+    num_layers: int = 6
+    num_heads: int = 3
+    ffn_ratio: int = 4
+    patch_size: list[int] = field(default_factory=lambda: [1, 8, 8])
+    text_width: int = 64
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+            if any(number < 1 for number in numbers):
+                raise ValueError(f"model.{name} is {value}: expected at least 1")
+        if len(self.patch_size) != 3:
+            raise ValueError(f"model.patch_size is {list(self.patch_size)}: expected [temporal, height, width]")
+        for axis, patch in zip(("height", "width"), self.patch_size[1:], strict=True):
+            if self.frame_size % patch:
+                divisors = [n for n in range(1, self.frame_size + 1) if self.frame_size % n == 0]
+                raise ValueError(
+                    f"model.patch_size {list(self.patch_size)}: the {axis} {patch} does not divide the frame size "
+                    f"{self.frame_size}; choose one of {divisors}"
+                )
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2 or self.width // self.num_heads < 6:
+            raise ValueError(
+                f"model.width {self.width} over model.num_heads {self.num_heads}: expected an even head size of at least 6"
+            )
+        if self.channels not in (1, 3):
+            raise ValueError(f"model.channels is {self.channels}: expected 1 or 3")
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def tokens_per_patch_row(self) -> int:
+        """N: tokens of one temporal patch."""
+        return (self.frame_size // self.patch_size[1]) * (self.frame_size // self.patch_size[2])
+
+    @property
+    def patch_values(self) -> int:
+        return self.channels * self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
+
+
+@dataclass(frozen=True)
+class PromptContext:
+    """What the network keeps of a batch of prompts, computed once: cross-attention keys and values per layer.
+
+    keys, values: one (B, h, L, d) per layer. mask (B, 1, 1, L): True where a token stands. pooled (B, D).
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+    pooled: Tensor
+
+    def concatenate(self, other: PromptContext) -> PromptContext:
+        """Both batches as one, this one first."""
+        return PromptContext(
+            [torch.cat(pair) for pair in zip(self.keys, other.keys, strict=True)],
+            [torch.cat(pair) for pair in zip(self.values, other.values, strict=True)],
+            torch.cat([self.mask, other.mask]), torch.cat([self.pooled, other.pooled]),
+        )
+
+
+class KVCache:
+    """Self-attention keys (rotated to their positions) and values of the frames made so far.
+
+    `window_frames`: how many frames a block may see, itself included; None for all. Only `append` writes, and it makes
+    new tensors, so that a graph built on an earlier state stays valid.
+    """
+
+    def __init__(self, num_layers: int, window_frames: int | None = None):
+        self.num_frames = 0  # frames written so far: the position of the next block
+        self.window_frames = window_frames
+        self._keys: list[Tensor | None] = [None] * num_layers
+        self._values: list[Tensor | None] = [None] * num_layers
+
+    def with_current(self, layer: int, k: Tensor, v: Tensor, tokens_per_frame: float, num_frames: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that a block of num_frames may attend to: the visible past, then the block's own k and v."""
+        past_k, past_v = self._keys[layer], self._values[layer]
+        if past_k is None or past_v is None:
+            return k, v
+        if self.window_frames is not None:
+            visible = round(max(self.window_frames - num_frames, 0) * tokens_per_frame)
+            start = max(past_k.shape[2] - visible, 0)
+            past_k, past_v = past_k[:, :, start:], past_v[:, :, start:]
+        return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+
+    def append(self, keys: list[Tensor], values: list[Tensor], num_frames: int) -> None:
+        """Add one finished block: per layer, keys and values (B, h, S_block, d)."""
+        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+            tokens_per_frame = k.shape[2] / num_frames
+            k, v = self.with_current(layer, k.detach(), v.detach(), tokens_per_frame, num_frames)
+            self._keys[layer], self._values[layer] = k, v
+        self.num_frames += num_frames
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return 0 if self._keys[0] is None else self._keys[0].shape[2]
+
+
+@lru_cache(maxsize=64)
+def block_causal_mask(
+    num_frames: int, num_frames_per_block: int, window_frames: int | None, temporal_patch: int, tokens_per_patch_row: int,
+    device: torch.device,
+) -> Tensor:
+    """(S, S) bool, True where a query may look: its own block and the earlier ones inside the window.
+
+    The window ends with the query's block and counts it, exactly as `KVCache` does.
+    """
+    frame = torch.arange(0, num_frames, temporal_patch, device=device)  # (T,) first frame of each patch row
+    block_end = (frame // num_frames_per_block + 1) * num_frames_per_block
+    allowed = frame[None, :] < block_end[:, None]  # (T query, T key)
+    if window_frames is not None:
+        allowed &= frame[None, :] >= block_end[:, None] - max(window_frames, num_frames_per_block)
+    return allowed.repeat_interleave(tokens_per_patch_row, 0).repeat_interleave(tokens_per_patch_row, 1)
+
+
+@lru_cache(maxsize=256)
+def _rope_angles(grid: tuple[int, int], head_size: int, theta: float, first_row: int, num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (S, d / 2) of 3-D RoPE (arXiv 2104.09864; axis split as in Wan) from patch row first_row on."""
+    grid_y, grid_x = grid
+    half = head_size // 2
+    sizes = (half - 2 * (half // 3), half // 3, half // 3)  # angles given to time, height, width
+    positions = torch.meshgrid(
+        torch.arange(first_row, first_row + num_rows, dtype=torch.float64),
+        torch.arange(grid_y, dtype=torch.float64),
+        torch.arange(grid_x, dtype=torch.float64), indexing="ij",
+    )
+    angles = []
+    for size, position in zip(sizes, positions, strict=True):
+        frequency = theta ** (-torch.arange(size, dtype=torch.float64) / size)
+        angles.append(position.flatten()[:, None] * frequency)  # (S, size)
+    angle = torch.cat(angles, dim=1)
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, h, S, d): the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, Eq. 1) over (B, h, S, d); mask is True where a query may look.
+
+    On the CPU it is written out: at a few hundred tokens that is up to 4 times as fast as the fused kernel's backward pass.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, h, S_q, S_k)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
+    """(..., width) cosines and sines of Wan's timestep 1000 t (arXiv 1706.03762)."""
+    half = width // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angle = NUM_TRAIN_TIMESTEPS * t.float()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class WanBlock(nn.Module):
+    """One transformer block. Input and output tokens (B, T, N, D); six modulation parameters per patch row."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.width
+        self.num_heads = config.num_heads
+        self.modulation = nn.Parameter(torch.zeros(6, width))
+        self.norm_self = nn.LayerNorm(width, elementwise_affine=False)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+        self.norm_cross = nn.LayerNorm(width)
+        self.cross_q, self.cross_k, self.cross_v, self.cross_o = (nn.Linear(width, width) for _ in range(4))
+        self.norm_cross_q, self.norm_cross_k = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+        self.norm_ffn = nn.LayerNorm(width, elementwise_affine=False)
+        self.ffn_in, self.ffn_out = nn.Linear(width, config.ffn_ratio * width), nn.Linear(config.ffn_ratio * width, width)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], -1, self.num_heads, x.shape[-1] // self.num_heads).transpose(1, 2)  # (B, h, S, d)
+
+    def prompt_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention keys and values (B, h, L, d) of prompt tokens (B, L, D)."""
+        return self._heads(self.norm_cross_k(self.cross_k(text))), self._heads(self.cross_v(text))
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], prompt_key: Tensor, prompt_value: Tensor, prompt_mask: Tensor,
+        attend: Attend,
+    ) -> Tensor:
+        """modulation (B, T, 6, D); rope: cos and sin (S, d / 2); prompt key and value (B, h, L, d), mask (B, 1, 1, L)."""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (modulation + self.modulation).unsqueeze(3).unbind(2)  # (B, T, 1, D)
+        y = self.norm_self(x) * (1 + scale_a) + shift_a
+        q = apply_rope(self._heads(self.norm_q(self.q(y))), *rope)
+        k = apply_rope(self._heads(self.norm_k(self.k(y))), *rope)
+        y = attend(q, k, self._heads(self.v(y)))  # (B, h, S, d)
+        x = x + gate_a * self.o(y.transpose(1, 2).reshape(x.shape))
+        q = self._heads(self.norm_cross_q(self.cross_q(self.norm_cross(x))))
+        y = attention(q, prompt_key, prompt_value, prompt_mask)
+        x = x + self.cross_o(y.transpose(1, 2).reshape(x.shape))
+        y = self.norm_ffn(x) * (1 + scale_f) + shift_f
+        return x + gate_f * self.ffn_out(F.gelu(self.ffn_in(y)))
+
+
+class TinyCausalWanModel(nn.Module):
+    """The network of generator, teacher and critic alike; which attention it uses is said at each call."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        width, patch = config.width, tuple(config.patch_size)
+        self.patch_embedding = nn.Conv3d(config.channels, width, kernel_size=patch, stride=patch)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_width, width), nn.GELU(), nn.Linear(width, width))
+        self.time_embedding = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        self.head_norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.head_modulation = nn.Parameter(torch.zeros(2, width))
+        self.head = nn.Linear(width, config.patch_values)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier for the matrices; adaLN-zero (arXiv 2212.09748): every block starts as the identity up to cross-attention."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.view(self.config.width, -1))
+        nn.init.zeros_(self.time_projection[1].weight)
+        nn.init.zeros_(self.head.weight)
+        for block in self.blocks:
+            nn.init.zeros_(block.cross_o.weight)
+
+    def new_cache(self, window_frames: int | None = None) -> KVCache:
+        """An empty cache for this network."""
+        return KVCache(self.config.num_layers, window_frames)
+
+    def encode_prompt(self, text: Tensor, text_mask: Tensor) -> PromptContext:
+        """Per-prompt work, done once: text (B, L, text_width) and its mask (B, L) from `TextEncoder`."""
+        embedded = self.text_embedding(text)  # (B, L, D)
+        weight = text_mask.unsqueeze(-1).to(embedded.dtype)
+        pooled = (embedded * weight).sum(1) / weight.sum(1)
+        keys, values = zip(*(block.prompt_keys_values(embedded) for block in self.blocks), strict=True)
+        return PromptContext(list(keys), list(values), text_mask[:, None, None, :], pooled)
+
+    def forward_bidirectional(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
+        """v (B, F, C, H, W) where every frame sees every frame. t (B, F) in [0, 1]."""
+        return self._run(x_t, t, prompt, 0, [attention] * self.config.num_layers)
+
+    def forward_block_causal(
+        self, x_t: Tensor, t: Tensor, prompt: PromptContext, num_frames_per_block: int, window_frames: int | None = None
+    ) -> Tensor:
+        """v (B, F, C, H, W) where each frame sees its own block and the earlier ones (inside the window)."""
+        self._check_block(num_frames_per_block)
+        mask = block_causal_mask(
+            x_t.shape[1], num_frames_per_block, window_frames, self.config.patch_size[0],
+            self.config.tokens_per_patch_row, x_t.device,
+        )
+        return self._run(x_t, t, prompt, 0, [partial(attention, mask=mask)] * self.config.num_layers)
+
+    def forward_cached(self, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> Tensor:
+        """v of one block x_t (B, F_block, C, H, W) that follows the cached frames; the cache is read, not written."""
+        return self._run(x_t, t, prompt, cache.num_frames, self._cached_attention(cache, x_t.shape[1], None))
+
+    @torch.no_grad()  # the cache never carries gradient (Self-Forcing, Algorithm 1)
+    def write_cache(self, x: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> None:
+        """Run one finished block (B, F_block, C, H, W) at time t (B, F_block) and append its keys and values."""
+        written: list[tuple[Tensor, Tensor]] = []
+        self._run(x, t, prompt, cache.num_frames, self._cached_attention(cache, x.shape[1], written))
+        cache.append([k for k, _ in written], [v for _, v in written], x.shape[1])
+
+    def _cached_attention(self, cache: KVCache, num_frames: int, written: list[tuple[Tensor, Tensor]] | None) -> list[Attend]:
+        """Per layer, attention to the cached past and the block itself; `written` collects the block's own keys and values."""
+        self._check_block(num_frames)
+        tokens_per_frame = self.config.tokens_per_patch_row / self.config.patch_size[0]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+            if written is not None:
+                written.append((k, v))
+            return attention(q, *cache.with_current(layer, k, v, tokens_per_frame, num_frames))
+
+        return [partial(attend, layer=layer) for layer in range(self.config.num_layers)]
+
+    def _check_block(self, num_frames_per_block: int) -> None:
+        if num_frames_per_block % self.config.patch_size[0]:
+            raise ValueError(
+                f"a block of {num_frames_per_block} frames is not a multiple of the temporal patch {self.config.patch_size[0]}"
+            )
+
+    def _run(self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int, attends: list[Attend]) -> Tensor:
+        expected = (self.config.channels, self.config.frame_size, self.config.frame_size)
+        if x_t.ndim != 5 or tuple(x_t.shape[2:]) != expected or x_t.shape[1] % self.config.patch_size[0]:
+            raise ValueError(
+                f"video of shape {tuple(x_t.shape)}: expected (B, F, {', '.join(map(str, expected))}) "
+                f"with F a multiple of the temporal patch {self.config.patch_size[0]}"
+            )
+        temporal_patch = self.config.patch_size[0]
+        x = self.patchify(x_t)  # (B, T, N, D)
+        with torch.autocast(x_t.device.type, enabled=False):  # times and modulation stay in float32
+            embedded_time = self.time_embedding(sinusoidal_embedding(t[:, ::temporal_patch], self.config.width))  # (B, T, D)
+            embedded_time = embedded_time + prompt.pooled.float()[:, None]
+            modulation = self.time_projection(embedded_time).unflatten(-1, (6, self.config.width))  # (B, T, 6, D)
+        rope = self._rope(first_frame // temporal_patch, x.shape[1], x_t.device)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, modulation, rope, prompt.keys[layer], prompt.values[layer], prompt.mask, attends[layer])
+        shift, scale = (embedded_time[:, :, None] + self.head_modulation).unsqueeze(3).unbind(2)  # (B, T, 1, D)
+        x_0 = self.unpatchify(self.head(self.head_norm(x) * (1 + scale) + shift).float())
+        return velocity_from_x_0(x_t.float(), x_0, t)
+
+    def patchify(self, video: Tensor) -> Tensor:
+        """Video (B, F, C, H, W) to embedded tokens (B, T, N, D)."""
+        x = self.patch_embedding(rearrange(video, "b f c h w -> b c f h w"))
+        return rearrange(x, "b d t y x -> b t (y x) d")
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """Patch values (B, T, N, C pt ph pw) to video (B, F, C, H, W)."""
+        pt, ph, pw = self.config.patch_size
+        return rearrange(
+            tokens, "b t (y x) (c pt ph pw) -> b (t pt) c (y ph) (x pw)",
+            y=self.config.frame_size // ph, c=self.config.channels, pt=pt, ph=ph, pw=pw,
+        )
+
+    def _rope(self, first_row: int, num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        _, ph, pw = self.config.patch_size
+        grid = (self.config.frame_size // ph, self.config.frame_size // pw)
+        return _rope_angles(grid, self.config.head_size, self.config.rope_theta, first_row, num_rows, device)

@@ -1,0 +1,447 @@
+"""Videos to files: GIF, MP4, PNG strips, raw arrays, and sheets that put several videos on one picture.
+
+Dimensions: B batch, F frames, C channels (1 grey or 3 RGB), H height, W width; all sizes on paper are in pixels.
+
+Conventions. A video is a floating-point tensor `(F, C, H, W)`, or a batch `(B, F, C, H, W)`, on any device. Pictures
+are made from values in [0, 1] ("display range"): anything outside is clamped, NaN is refused. Networks work in [-1, 1]
+("model range"), which `to_display` maps to [0, 1]; only `save_array` and `load_array` speak the model range. Frames are
+enlarged by whole factors with nearest-neighbour, so a pixel of the video stays a crisp square.
+
+Every writer creates the parent folder, writes a temporary file beside the target and renames it over the target at the
+end: an interrupted or failed write leaves whatever was there before.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from einops import repeat
+from PIL import GifImagePlugin, Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CHANNELS = (1, 3)
+VIDEO_SUFFIXES = (".gif", ".mp4", ".png")
+MAX_GIF_FPS = 50  # a GIF counts delays in 1/100 s, and browsers play a delay below 2/100 s at 10 frames a second
+MP4_QUALITY = 8  # imageio's scale, 0 worst to 10 best
+GAP = 2  # between frames of one strip
+ROW_GAP = 20  # between videos of a contact sheet
+GREY_LEVELS_OF_ANIMATED_SHEET = 32  # rounding a network's faint background noise away keeps the GIF small
+
+BACKGROUND = (255, 255, 255)
+TITLE_COLOUR = (23, 27, 33)
+LABEL_COLOUR = (87, 96, 106)
+RULE_COLOUR = (216, 222, 228)
+MARGIN = 24
+TITLE_PADDING = 8
+LINE_HEIGHT = 1.3  # of the font size
+SMALLEST_FONT = 13
+FONT_PER_FRAME_HEIGHT = 0.22  # text grows with the frames, so it stays readable when a large sheet is shown small
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def to_display(video: Tensor) -> Tensor:
+    """Map model range to display range: (..., ) in [-1, 1] -> the same shape in [0, 1], clamped. NaN stays NaN."""
+    return ((video + 1) / 2).clamp(0, 1)
+
+
+def to_uint8(video: Tensor, scale: int = 1) -> np.ndarray:
+    """Turn a video into RGB bytes, enlarged `scale` times by nearest-neighbour.
+
+    video: (F, C, H, W) in [0, 1]; a batch (B, F, C, H, W) is tiled into one near-square grid with white gaps.
+    Returns uint8 (F, H * scale, W * scale, 3), or the grid's height and width for a batch.
+    Raises TypeError for non-float input and ValueError for a wrong rank, channel count, scale, or for NaN.
+    """
+    video = _checked(video)
+    if video.ndim == 4:
+        return _frames_to_uint8(video, scale)
+    num_columns = math.ceil(math.sqrt(video.shape[0]))
+    cells = [_frames_to_uint8(sample, scale) for sample in video]
+    rows = [_join(cells[i : i + num_columns], axis=2) for i in range(0, len(cells), num_columns)]
+    missing = rows[0].shape[2] - rows[-1].shape[2]
+    rows[-1] = np.pad(rows[-1], ((0, 0), (0, 0), (0, missing), (0, 0)), constant_values=BACKGROUND[0])
+    return _join(rows, axis=1)
+
+
+def _checked(video: Tensor) -> Tensor:
+    """A float32 copy on the CPU, after the checks of rank, channels, emptiness and NaN. No values are changed."""
+    if not isinstance(video, Tensor) or not video.is_floating_point():
+        found = f"a {video.dtype} tensor" if isinstance(video, Tensor) else f"a {type(video).__name__}"
+        raise TypeError(f"a video must be a floating-point torch tensor, got {found}; convert it with .float()")
+    shape = tuple(video.shape)
+    if video.ndim not in (4, 5):
+        raise ValueError(f"a video must be (F, C, H, W) or (B, F, C, H, W), got {len(shape)} dimensions: {shape}")
+    if shape[-3] not in CHANNELS:
+        raise ValueError(f"a video must have 1 or 3 channels, got {shape[-3]} in {shape}; expected (..., C, H, W)")
+    if 0 in shape:
+        raise ValueError(f"a video must not be empty, got shape {shape}")
+    video = video.detach().to("cpu", torch.float32)
+    num_nan = int(video.isnan().sum())
+    if num_nan:
+        raise ValueError(f"the video has NaN in {num_nan} of {video.numel()} values, expected none; check the model")
+    return video
+
+
+def _checked_batch(name: str, videos: Tensor, labels: list[str]) -> Tensor:
+    videos = _checked(videos)
+    if videos.ndim != 5 or videos.shape[0] != len(labels):
+        raise ValueError(
+            f"{name} must be (B, F, C, H, W) with one video for each of the {len(labels)} labels,"
+            f" got shape {tuple(videos.shape)}"
+        )
+    return videos
+
+
+def _checked_groups(groups: list[tuple[str, Tensor]], labels: list[str]) -> list[tuple[str, Tensor]]:
+    """The groups with checked videos; all must agree in B, F, H and W, since they share rows and columns."""
+    if not groups or not labels:
+        raise ValueError(f"a comparison needs at least one group and one label, got {len(groups)} and {len(labels)}")
+    checked = [(name, _checked_batch(f"group '{name}'", videos, labels)) for name, videos in groups]
+    sizes = {name: (videos.shape[1], *videos.shape[3:]) for name, videos in checked}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"all groups must have the same (frames, height, width), got {sizes}; cut them alike")
+    return checked
+
+
+def _checked_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _frames_to_uint8(video: Tensor, scale: int) -> np.ndarray:
+    _checked_count("scale", scale)
+    video = (video.clamp(0, 1) * 255).round().to(torch.uint8)  # (F, C, H, W)
+    video = video.expand(-1, 3, -1, -1)  # grey becomes RGB
+    return repeat(video.numpy(), "f c h w -> f (h sh) (w sw) c", sh=scale, sw=scale)
+
+
+def _join(pieces: list[np.ndarray], axis: int) -> np.ndarray:
+    """Concatenate along `axis` with a white gap between neighbours."""
+    gap_shape = list(pieces[0].shape)
+    gap_shape[axis] = GAP
+    gap = np.full(gap_shape, BACKGROUND[0], dtype=np.uint8)
+    with_gaps = [part for piece in pieces for part in (gap, piece)]
+    return np.concatenate(with_gaps[1:], axis=axis)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, of the same suffix; rename it to `path` if the body succeeds.
+
+    Raises OSError (PermissionError where that is the cause) naming the folder when it cannot be written.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write the file {path}: a folder of that name exists; choose another file name")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        message = f"cannot write into the folder {path.parent} ({error.strerror}); choose another or make it writable"
+        raise OSError(error.errno, message) from error
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_video(path: Path, video: Tensor, fps: int = 8, scale: int = 4) -> None:
+    """Write a video in the format its suffix names.
+
+    .gif and .mp4 are animations at `fps` frames a second (a GIF rounds each delay to 1/100 s; grey levels are exact in
+    a grey GIF; an MP4 is H.264 yuv420p, its last row or column repeated where a side is odd). .png is one strip,
+    frames side by side. A batch becomes a grid in animations and one row a video in a strip.
+
+    video: (F, C, H, W) or (B, F, C, H, W) in [0, 1]. scale: nearest-neighbour enlargement.
+    Raises ValueError for an unknown suffix or an unusable video, fps or scale; OSError for an unwritable folder.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        raise ValueError(f"save_video does not write raw arrays ({path.name}); use save_array, which keeps [-1, 1]")
+    if suffix not in VIDEO_SUFFIXES:
+        raise ValueError(f"unknown video format '{suffix}' in {path.name}; use one of {', '.join(VIDEO_SUFFIXES)}")
+    _checked_count("fps", fps)
+    if suffix == ".png":
+        _write_png(path, _strips(_checked(video), scale))
+    elif suffix == ".gif":
+        _write_gif(path, to_uint8(video, scale), fps)
+    else:
+        _write_mp4(path, to_uint8(video, scale), fps)
+
+
+def _strips(video: Tensor, scale: int) -> np.ndarray:
+    """(F, C, H, W) or (B, F, C, H, W) -> one picture (height, width, 3): a row a video, a column a frame."""
+    batch = video if video.ndim == 5 else video[None]  # (B, F, C, H, W)
+    return _join([_join(list(_frames_to_uint8(sample, scale)), axis=1) for sample in batch], axis=0)
+
+
+def _write_png(path: Path, picture: np.ndarray) -> None:
+    with _replacing(path) as temporary:
+        Image.fromarray(picture).save(temporary, optimize=True)
+
+
+def _write_gif(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Write (F, H, W, 3) bytes as an endless loop; grey frames keep their exact levels.
+
+    Frames are encoded one at a time, because Pillow's `save_all` merges equal neighbours and so loses frames of a still
+    video.
+    """
+    if fps > MAX_GIF_FPS:
+        raise ValueError(f"a GIF cannot play {fps} frames a second; use fps <= {MAX_GIF_FPS}, or write an .mp4")
+    is_grey = bool((frames == frames[..., :1]).all())
+    images = [Image.fromarray(frame[..., 0]) if is_grey else Image.fromarray(frame).quantize() for frame in frames]
+    timing = {"duration": round(1000 / fps), "loop": 0}  # milliseconds; loop 0 repeats for ever
+    header, _ = GifImagePlugin.getheader(images[0].copy(), info=dict(timing))
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        file.writelines(header)
+        for image in images:
+            file.writelines(GifImagePlugin.getdata(image, include_color_table=not is_grey, **timing))
+        file.write(b";")  # the GIF trailer
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Write (F, H, W, 3) bytes as H.264; yuv420p needs even sides, so an odd side repeats its last row or column."""
+    odd_rows, odd_columns = frames.shape[1] % 2, frames.shape[2] % 2
+    frames = np.pad(frames, ((0, 0), (0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
+    with _replacing(path) as temporary:
+        writer = imageio.get_writer(
+            temporary,
+            format="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            quality=MP4_QUALITY,
+            pixelformat="yuv420p",
+            macro_block_size=1,  # sides are even already: imageio must not rescale
+            ffmpeg_log_level="error",
+            output_params=["-movflags", "+faststart"],  # the index first, so browsers start at once
+        )
+        with writer:
+            for frame in frames:
+                writer.append_data(frame)
+
+
+def save_array(path: Path, video_model_range: Tensor, prompt: str) -> None:
+    """Write one video and its prompt as an .npz: `video` float32 (F, C, H, W) in [-1, 1] and `prompt`, a string array.
+
+    Values outside [-1, 1] are clamped. Raises ValueError for another suffix, a batch or an unusable video; OSError for
+    an unwritable folder.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".npz":
+        raise ValueError(f"save_array writes .npz files, got {path.name}; pictures are written by save_video")
+    video = _checked(video_model_range)
+    if video.ndim != 4:
+        raise ValueError(f"save_array takes one video (F, C, H, W), got {tuple(video.shape)}; call it for each video")
+    with _replacing(path) as temporary, temporary.open("wb") as file:  # given a name, numpy may add a suffix to it
+        np.savez_compressed(file, video=video.clamp(-1, 1).numpy(), prompt=np.array(prompt))
+
+
+def load_array(path: Path) -> tuple[Tensor, str]:
+    """Read what `save_array` wrote: video float32 (F, C, H, W) in [-1, 1], and its prompt.
+
+    Raises FileNotFoundError, or ValueError where the file is no such archive. Runs no code from the file (no pickle).
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {Path(name).stem for name in archive.namelist()}
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not an .npz archive; expected a file written by save_array") from error
+    if not {"video", "prompt"} <= names:
+        raise ValueError(f"{path} holds the arrays {sorted(names)}; expected 'video' and 'prompt' from save_array")
+    with np.load(path, allow_pickle=False) as arrays:
+        return torch.from_numpy(arrays["video"]), str(arrays["prompt"])
+
+
+# --- sheets -----------------------------------------------------------------------------------------------------------
+
+
+class _Text:
+    """One size of Pillow's built-in typeface: the same look on every machine. Measures, wraps and draws."""
+
+    def __init__(self, size: int, colour: tuple[int, int, int]):
+        self.font = ImageFont.load_default(size)
+        self.colour = colour
+        self.line_height = round(size * LINE_HEIGHT)
+
+    def width(self, text: str) -> int:
+        return math.ceil(self.font.getlength(text))
+
+    def wrap(self, text: str, width: int) -> list[str]:
+        """Break `text` between words, and inside a word only where the word alone is wider than `width`."""
+        lines = [""]
+        for word in text.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if self.width(longer) <= width:
+                lines[-1] = longer
+                continue
+            if lines[-1]:
+                lines.append("")
+            for letter in word:
+                if lines[-1] and self.width(lines[-1] + letter) > width:
+                    lines.append("")
+                lines[-1] += letter
+        return lines
+
+    def height(self, lines: list[str]) -> int:
+        return len(lines) * self.line_height
+
+    def draw(self, canvas: Image.Image, lines: list[str], x: int, middle: int, anchor: str = "lm") -> None:
+        """Draw `lines` centred vertically on `middle`; `anchor` is Pillow's: lm left, mm centred, rm right at `x`."""
+        top = middle - self.height(lines) / 2
+        pen = ImageDraw.Draw(canvas)
+        for index, line in enumerate(lines):
+            y = top + (index + 0.5) * self.line_height
+            pen.text((x, y), line, font=self.font, fill=self.colour, anchor=anchor)
+
+
+def _font_size(frame_height: int) -> int:
+    return max(SMALLEST_FONT, round(frame_height * FONT_PER_FRAME_HEIGHT))
+
+
+def _paste(canvas: Image.Image, pixels: np.ndarray, x: int, y: int) -> None:
+    canvas.paste(Image.fromarray(pixels), (x, y))
+
+
+def _evenly_spaced(num_frames: int, num_shown: int) -> list[int]:
+    """`num_shown` frame numbers from the first to the last, both included (all of them where there are fewer)."""
+    return np.linspace(0, num_frames - 1, min(num_frames, num_shown)).round().astype(int).tolist()
+
+
+def _draw_frame_numbers(canvas: Image.Image, text: _Text, shown: list[int], x: int, middle: int, cell: int) -> None:
+    for column, frame in enumerate(shown):
+        number = f"frame {frame}" if text.width(f"frame {frame}") < cell else str(frame)
+        text.draw(canvas, [number], x + column * (cell + GAP) + cell // 2, middle, anchor="mm")
+
+
+def contact_sheet(
+    path: Path, videos: Tensor, labels: list[str], num_columns_frames: int = 7, scale: int = 3
+) -> None:
+    """Write a PNG with one row a video: its label at the left, evenly spaced frames at the right, frame numbers on top.
+
+    videos: (B, F, C, H, W) in [0, 1]. labels: B texts, wrapped where long. num_columns_frames: frames shown of each.
+    Raises ValueError where labels and videos differ in number or a video is unusable; OSError for an unwritable folder.
+    """
+    _checked_count("num_columns_frames", num_columns_frames)
+    videos = _checked_batch("videos", videos, labels)
+    shown = _evenly_spaced(videos.shape[1], num_columns_frames)
+    rows = [_strips(video, scale) for video in videos[:, shown]]  # each (H * scale, strip width, 3)
+    cell_height, cell_width = (side * scale for side in videos.shape[-2:])
+    strip_width = rows[0].shape[1]
+    text = _Text(_font_size(cell_height), TITLE_COLOUR)
+    small = _Text(max(SMALLEST_FONT, round(_font_size(cell_height) * 0.8)), LABEL_COLOUR)
+
+    label_width = min(max(text.width(label) for label in labels), max(strip_width // 2, 8 * text.line_height))
+    wrapped = [text.wrap(label, label_width) for label in labels]
+    pitch = max(cell_height, *(text.height(lines) for lines in wrapped)) + ROW_GAP
+    strip_x = MARGIN + label_width + MARGIN
+    top = MARGIN + small.line_height + TITLE_PADDING
+    canvas = Image.new("RGB", (strip_x + strip_width + MARGIN, top + pitch * len(rows) - ROW_GAP + MARGIN), BACKGROUND)
+
+    _draw_frame_numbers(canvas, small, shown, strip_x, MARGIN + small.line_height // 2, cell_width)
+    for index, (row, lines) in enumerate(zip(rows, wrapped, strict=True)):
+        middle = top + index * pitch + (pitch - ROW_GAP) // 2
+        text.draw(canvas, lines, MARGIN, middle)
+        _paste(canvas, row, strip_x, middle - cell_height // 2)
+    _write_png(Path(path), np.asarray(canvas))
+
+
+def comparison_sheet(
+    path: Path,
+    groups: list[tuple[str, Tensor]],
+    labels: list[str],
+    num_columns_frames: int = 7,
+    scale: int = 3,
+    num_panels_across: int = 2,
+) -> None:
+    """Write a PNG that compares sources: a panel a prompt, in it one row a source, evenly spaced frames along the row.
+
+    groups: (source name, videos (B, F, C, H, W) in [0, 1]), all of the same B, F, H, W. labels: the B prompts, which
+    title the panels. Source names stand at the left of each row, frame numbers over the panels of the first line.
+    Raises ValueError where shapes or counts disagree or a video is unusable; OSError for an unwritable folder.
+    """
+    _checked_count("num_columns_frames", num_columns_frames)
+    _checked_count("num_panels_across", num_panels_across)
+    groups = _checked_groups(groups, labels)
+    videos = torch.stack([videos.expand(-1, -1, 3, -1, -1) for _, videos in groups], dim=1)  # (B, sources, F, C, H, W)
+    shown = _evenly_spaced(videos.shape[2], num_columns_frames)
+    panels = [_strips(video[:, shown], scale) for video in videos]
+    panel_height, panel_width = panels[0].shape[:2]
+    cell_height, cell_width = (side * scale for side in videos.shape[-2:])
+    size = _font_size(cell_height)
+    title, name_text = _Text(size, TITLE_COLOUR), _Text(size, LABEL_COLOUR)
+    small = _Text(max(SMALLEST_FONT, round(size * 0.8)), LABEL_COLOUR)
+
+    across = min(num_panels_across, len(panels))
+    down = math.ceil(len(panels) / across)
+    name_width = max(name_text.width(name) for name, _ in groups)
+    titles = [title.wrap(label, panel_width) for label in labels]
+    title_height = max(title.height(lines) for lines in titles) + 2 * TITLE_PADDING
+    panels_x = MARGIN + name_width + MARGIN // 2
+    top = MARGIN + small.line_height + TITLE_PADDING
+    pitch_x, pitch_y = panel_width + MARGIN, title_height + panel_height + MARGIN
+    canvas = Image.new("RGB", (panels_x + across * pitch_x, top + down * pitch_y), BACKGROUND)
+
+    for column in range(across):
+        x = panels_x + column * pitch_x
+        _draw_frame_numbers(canvas, small, shown, x, MARGIN + small.line_height // 2, cell_width)
+    for index, (panel, lines) in enumerate(zip(panels, titles, strict=True)):
+        x, y = panels_x + index % across * pitch_x, top + index // across * pitch_y
+        if index % across == 0:
+            ImageDraw.Draw(canvas).line((MARGIN, y, canvas.width - MARGIN, y), fill=RULE_COLOUR, width=GAP)
+            for row, (name, _) in enumerate(groups):
+                middle = y + title_height + row * (cell_height + GAP) + cell_height // 2
+                name_text.draw(canvas, [name], panels_x - MARGIN // 2, middle, anchor="rm")
+        title.draw(canvas, lines, x, y + title_height - TITLE_PADDING - title.height(lines) // 2)
+        _paste(canvas, panel, x, y + title_height)
+    _write_png(Path(path), np.asarray(canvas))
+
+
+def comparison_gif(
+    path: Path, groups: list[tuple[str, Tensor]], labels: list[str], fps: int = 8, scale: int = 3
+) -> None:
+    """Write the animated comparison: a column a prompt, a row a source, all playing together.
+
+    groups: (source name, videos (B, F, C, H, W) in [0, 1]), all of the same B, F, H, W. labels: the B prompts, which
+    title the columns. Values are rounded to `GREY_LEVELS_OF_ANIMATED_SHEET` levels a channel to keep the file small.
+    Raises ValueError where shapes or counts disagree, fps is unusable or a video is; OSError for an unwritable folder.
+    """
+    _checked_count("fps", fps)
+    groups = _checked_groups(groups, labels)
+    steps = GREY_LEVELS_OF_ANIMATED_SHEET - 1
+    rows = []
+    for _, videos in groups:
+        rounded = (videos.clamp(0, 1) * steps).round() / steps
+        rows.append(_join([_frames_to_uint8(video, scale) for video in rounded], axis=2))
+    cells = _join(rows, axis=1)  # (F, grid height, grid width, 3)
+    num_frames, grid_height, grid_width, _ = cells.shape
+    cell_height, cell_width = (side * scale for side in groups[0][1].shape[-2:])
+    title, name_text = _Text(SMALLEST_FONT, TITLE_COLOUR), _Text(SMALLEST_FONT, TITLE_COLOUR)
+
+    half = MARGIN // 2
+    titles = [title.wrap(label, cell_width - 2 * GAP) for label in labels]
+    title_height = max(title.height(lines) for lines in titles)
+    x = half + max(name_text.width(name) for name, _ in groups) + half
+    y = half + title_height + TITLE_PADDING
+    canvas = Image.new("RGB", (x + grid_width + half, y + grid_height + half), BACKGROUND)
+    for column, lines in enumerate(titles):
+        centre = x + column * (cell_width + GAP) + cell_width // 2
+        title.draw(canvas, lines, centre, half + title_height - title.height(lines) // 2, anchor="mm")
+    for row, (name, _) in enumerate(groups):
+        name_text.draw(canvas, [name], x - half, y + row * (cell_height + GAP) + cell_height // 2, anchor="rm")
+    frames = repeat(np.asarray(canvas.convert("L")), "h w -> f h w c", f=num_frames, c=3).copy()
+    frames[:, y : y + grid_height, x : x + grid_width] = cells
+    _write_gif(Path(path), frames, fps)
