@@ -15,6 +15,7 @@ import os
 import pickle
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class CheckpointError(ValueError):
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, then rename: `path` is always whole.
 
-    Raises OSError naming the folder if it cannot be written; what stood at `path` is then untouched.
+    Raises OSError naming the folder or file if it cannot be written; what stood at `path` is then untouched.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +50,11 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except (OSError, RuntimeError) as error:  # a full disk comes as either, depending on who of torch notices
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"cannot write {path} ({reason}): what stood there is untouched; free some space or choose another folder") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)  # gone already if the rename was reached
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -59,12 +62,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give the path of a .pt file that train.py wrote")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's musings about a foreign file; the refusal below says it all
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, or is no checkpoint at all: refused, since reading it could run code"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except Exception as error:  # bytes that are no checkpoint can raise nearly anything, and it all means the same
         raise CheckpointError(f"{path} cannot be read as a checkpoint: truncated, or another kind of file") from error
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED_KEYS):
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__

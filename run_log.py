@@ -14,7 +14,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-import wandb  # noqa: E402
 
 from config import WandbConfig  # noqa: E402
 
@@ -59,6 +58,8 @@ class RunLog:
         if wandb_config.mode == "disabled":
             return None
         try:
+            import wandb  # here, as training must also run where it is missing or broken
+
             return wandb.init(
                 project=wandb_config.project, mode=wandb_config.mode, dir=str(self.folder), name=self.folder.name, config=config,
                 settings=wandb.Settings(silent=True, init_timeout=60),
@@ -85,6 +86,8 @@ class RunLog:
         """Show a picture or GIF in wandb; the file itself is already in the run's folder."""
         if self._wandb is not None:
             try:
+                import wandb
+
                 self._wandb.log({name: wandb.Image(str(path))}, step=step)
             except Exception as error:  # as above
                 self._give_up_wandb(error)
@@ -94,7 +97,7 @@ class RunLog:
         self._file.close()
         if self._wandb is not None:
             try:
-                self._wandb.finish(quiet=True)
+                self._wandb.finish()
             except Exception as error:  # as above
                 self._give_up_wandb(error)
         draw_curves(self.folder / "scalars.csv", self.folder / "curves.png")

@@ -16,16 +16,13 @@ from torch import Tensor, nn
 
 from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, load_state
 from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig
-from dynamic_video_sf import (
-    RolloutPlan, SelfForcingEngine, few_step_plan, make_noise_streams, rollout_blocks, sample_bidirectional, warp_steps,
-)
+from dynamic_video_sf import RolloutPlan, SelfForcingEngine, warp_steps
 from moving_mnist import MovingMNISTGenerator
 from objectives import bidirectional_loss, block_causal_loss, drop_prompts
 from runtime import Runtime
+from sampling import NAIVE_STEPS, sample_few_step, sample_many_step
 from text_encoder import NULL_PROMPT, TextEncoder
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
-
-NAIVE_STEPS = [1000, 750, 500, 250]  # what the pretrained network is shown with before Self-Forcing
 
 
 class Stage(Protocol):
@@ -54,33 +51,6 @@ def update_average(average: nn.Module, live: nn.Module, decay: float, num_update
     decay = min(decay, (1 + num_updates) / (10 + num_updates))
     for averaged, current in zip(average.parameters(), live.parameters(), strict=True):
         averaged.lerp_(current, 1 - decay)
-
-
-@torch.no_grad()
-def sample_few_step(
-    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan,
-    runtime: Runtime,
-) -> Tensor:
-    """Videos (B, F, C, H, W), float32, from the one rollout; under the plan's guidance where it is not 1."""
-    with runtime.autocast():
-        prompt = model.encode_prompt(*text_encoder.encode(prompts))
-        null = model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))
-        blocks = rollout_blocks(model, prompt, make_noise_streams(seeds), num_frames // plan.num_frames_per_block, plan, null)
-        return torch.cat(list(blocks), dim=1).float()
-
-
-@torch.no_grad()
-def sample_many_step(
-    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], num_frames: int, num_steps: int,
-    time_shift: float, guidance: float, runtime: Runtime,
-) -> Tensor:
-    """Videos (B, F, C, H, W), float32, from the bidirectional sampler."""
-    with runtime.autocast():
-        prompt = model.encode_prompt(*text_encoder.encode(prompts))
-        null = model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))
-        return sample_bidirectional(
-            model, prompt, null, make_noise_streams(seeds), num_frames, num_steps, time_shift, guidance
-        ).float()
 
 
 class PretrainStage:

@@ -119,8 +119,8 @@ def parse_caption(prompt: str) -> CaptionFacts:
     horizontal = {"right": 1, "rightwards": 1, "left": -1, "leftwards": -1}
     vertical = {"up": 1, "upwards": 1, "upper": 1, "down": -1, "downwards": -1, "lower": -1}
     for word in split_words(prompt.lower().replace("two handwritten digits", "digits")):  # a count there, not a digit
-        if word.isdigit() or word in DIGIT_WORDS:
-            digits.append(int(word) if word.isdigit() else DIGIT_WORDS.index(word))
+        if word.isdecimal() or word in DIGIT_WORDS:
+            digits.append(int(word) if word.isdecimal() else DIGIT_WORDS.index(word))
             axes.append([0, 0])
             speeds.append(None)
         elif digits and word in horizontal:

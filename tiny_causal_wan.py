@@ -13,6 +13,7 @@ embedding joins the time embedding (as pooled text does in arXiv 2403.03206).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flow_matching import NUM_TRAIN_TIMESTEPS, velocity_from_x_0
+from flow_matching import NUM_TRAIN_TIMESTEPS, expand_time, velocity_from_x_0
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # self-attention of one layer: q, k, v (B, h, S, d) -> (B, h, S, d)
 
@@ -135,6 +136,7 @@ class KVCache:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a kept mask must also serve later training
 def block_causal_mask(
     num_frames: int, num_frames_per_block: int, window_frames: int | None, temporal_patch: int, tokens_per_patch_row: int,
     device: torch.device,
@@ -152,7 +154,10 @@ def block_causal_mask(
 
 
 @lru_cache(maxsize=256)
-def _rope_angles(grid: tuple[int, int], head_size: int, theta: float, first_row: int, num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+@torch.inference_mode(False)  # a kept table must also serve later training
+def _rope_angles(
+    grid: tuple[int, int], head_size: int, theta: float, first_row: int, num_rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """cos and sin (S, d / 2) of 3-D RoPE (arXiv 2104.09864; axis split as in Wan) from patch row first_row on."""
     grid_y, grid_x = grid
     half = head_size // 2
@@ -198,6 +203,13 @@ def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMS normalisation (arXiv 1910.07467) in the format of its input, so that autocast keeps the fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class WanBlock(nn.Module):
     """One transformer block. Input and output tokens (B, T, N, D); six modulation parameters per patch row."""
 
@@ -208,10 +220,10 @@ class WanBlock(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(6, width))
         self.norm_self = nn.LayerNorm(width, elementwise_affine=False)
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+        self.norm_q, self.norm_k = RMSNorm(width, eps=1e-6), RMSNorm(width, eps=1e-6)
         self.norm_cross = nn.LayerNorm(width)
         self.cross_q, self.cross_k, self.cross_v, self.cross_o = (nn.Linear(width, width) for _ in range(4))
-        self.norm_cross_q, self.norm_cross_k = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+        self.norm_cross_q, self.norm_cross_k = RMSNorm(width, eps=1e-6), RMSNorm(width, eps=1e-6)
         self.norm_ffn = nn.LayerNorm(width, elementwise_affine=False)
         self.ffn_in, self.ffn_out = nn.Linear(width, config.ffn_ratio * width), nn.Linear(config.ffn_ratio * width, width)
 
@@ -289,7 +301,9 @@ class TinyCausalWanModel(nn.Module):
         self, x_t: Tensor, t: Tensor, prompt: PromptContext, num_frames_per_block: int, window_frames: int | None = None
     ) -> Tensor:
         """v (B, F, C, H, W) where each frame sees its own block and the earlier ones (inside the window)."""
-        self._check_block(num_frames_per_block)
+        self._check_block(num_frames_per_block, window_frames)
+        if x_t.shape[1] % num_frames_per_block:
+            raise ValueError(f"{x_t.shape[1]} frames: expected a multiple of the block of {num_frames_per_block}")
         mask = block_causal_mask(
             x_t.shape[1], num_frames_per_block, window_frames, self.config.patch_size[0],
             self.config.tokens_per_patch_row, x_t.device,
@@ -309,7 +323,7 @@ class TinyCausalWanModel(nn.Module):
 
     def _cached_attention(self, cache: KVCache, num_frames: int, written: list[tuple[Tensor, Tensor]] | None) -> list[Attend]:
         """Per layer, attention to the cached past and the block itself; `written` collects the block's own keys and values."""
-        self._check_block(num_frames)
+        self._check_block(num_frames, cache.window_frames)
         tokens_per_frame = self.config.tokens_per_patch_row / self.config.patch_size[0]
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -319,11 +333,11 @@ class TinyCausalWanModel(nn.Module):
 
         return [partial(attend, layer=layer) for layer in range(self.config.num_layers)]
 
-    def _check_block(self, num_frames_per_block: int) -> None:
-        if num_frames_per_block % self.config.patch_size[0]:
-            raise ValueError(
-                f"a block of {num_frames_per_block} frames is not a multiple of the temporal patch {self.config.patch_size[0]}"
-            )
+    def _check_block(self, num_frames_per_block: int, window_frames: int | None) -> None:
+        patch = self.config.patch_size[0]
+        for name, count in (("block", num_frames_per_block), ("window", window_frames)):
+            if count is not None and (count < 1 or count % patch):
+                raise ValueError(f"a {name} of {count} frames: expected a positive multiple of the temporal patch {patch}")
 
     def _run(self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int, attends: list[Attend]) -> Tensor:
         expected = (self.config.channels, self.config.frame_size, self.config.frame_size)
@@ -332,6 +346,9 @@ class TinyCausalWanModel(nn.Module):
                 f"video of shape {tuple(x_t.shape)}: expected (B, F, {', '.join(map(str, expected))}) "
                 f"with F a multiple of the temporal patch {self.config.patch_size[0]}"
             )
+        if prompt.pooled.shape[0] != x_t.shape[0]:
+            raise ValueError(f"{prompt.pooled.shape[0]} prompts for {x_t.shape[0]} videos: expected one each")
+        expand_time(t, x_t)  # refuses a t that is not (B, F); frames that share a temporal patch share its first frame's t
         temporal_patch = self.config.patch_size[0]
         x = self.patchify(x_t)  # (B, T, N, D)
         with torch.autocast(x_t.device.type, enabled=False):  # times and modulation stay in float32
@@ -362,3 +379,76 @@ class TinyCausalWanModel(nn.Module):
         _, ph, pw = self.config.patch_size
         grid = (self.config.frame_size // ph, self.config.frame_size // pw)
         return _rope_angles(grid, self.config.head_size, self.config.rope_theta, first_row, num_rows, device)
+
+
+def _time_blocks(
+    model: TinyCausalWanModel, prompt: PromptContext, num_blocks: int, block: int, num_steps: int, is_cached: bool
+) -> float:
+    """Frames per second of num_steps passes a block at batch 1, with the cache or with the mask over all frames so far."""
+    cache, side = model.new_cache(), model.config.frame_size
+    video = torch.zeros(1, num_blocks * block, model.config.channels, side, side)
+    t = torch.full(video.shape[:2], 0.5)
+    started = time.perf_counter()
+    for first in range(0, num_blocks * block, block):
+        now, so_far = slice(first, first + block), slice(0, first + block)
+        for _ in range(num_steps):
+            if is_cached:
+                model.forward_cached(video[:, now], t[:, now], prompt, cache)
+            else:
+                model.forward_block_causal(video[:, so_far], t[:, so_far], prompt, block)
+        if is_cached:
+            model.write_cache(video[:, now], t[:, now], prompt, cache)
+    return num_blocks * block / (time.perf_counter() - started)
+
+
+@torch.no_grad()
+def self_test(seed: int = 0) -> bool:
+    """Check a small network, time the default one, print every finding, and say whether all is well."""
+    torch.manual_seed(seed)
+    block, window, num_frames = 3, 6, 12
+    small = TinyCausalWanModel(ModelConfig(frame_size=8, width=16, num_layers=2, num_heads=2, patch_size=[1, 4, 4]))
+    for parameter in small.parameters():
+        if not parameter.any():  # zeros would hide what a path does
+            nn.init.normal_(parameter, std=0.2)
+    x_t, t = torch.randn(2, num_frames, 1, 8, 8), 0.1 + 0.9 * torch.rand(2, num_frames)
+    prompt = small.encode_prompt(torch.randn(2, 5, small.config.text_width), torch.ones(2, 5, dtype=torch.bool))
+
+    cache, parts = small.new_cache(window), []
+    for x, times in zip(x_t.split(block, 1), t.split(block, 1), strict=True):
+        parts.append(small.forward_cached(x, times, prompt, cache))
+        small.write_cache(x, times, prompt, cache)
+    difference = (torch.cat(parts, 1) - small.forward_block_causal(x_t, t, prompt, block, window)).abs().max().item()
+
+    other = x_t.clone()
+    other[:, -block:] += 1
+    change = small.forward_block_causal(other, t, prompt, block) - small.forward_block_causal(x_t, t, prompt, block)
+    past, present = change[:, :-block].abs().max().item(), change[:, -block:].abs().max().item()
+    full = small.forward_bidirectional(other, t, prompt) - small.forward_bidirectional(x_t, t, prompt)
+    seen = full[:, :-block].abs().max().item()
+
+    small.patch_embedding.weight.copy_(torch.eye(small.config.patch_values).view_as(small.patch_embedding.weight))
+    small.patch_embedding.bias.zero_()
+    round_trip = (small.unpatchify(small.patchify(x_t)) - x_t).abs().max().item()
+
+    model = TinyCausalWanModel(ModelConfig())
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    prompt = model.encode_prompt(torch.randn(1, 5, model.config.text_width), torch.ones(1, 5, dtype=torch.bool))
+    _time_blocks(model, prompt, 1, block, 1, is_cached=True)  # the first pass pays for set-up
+    num_blocks, num_steps = 5, 4
+    with_cache, without = (_time_blocks(model, prompt, num_blocks, block, num_steps, is_cached) for is_cached in (True, False))
+    checks = (
+        (difference < 1e-5, f"blocks through the cache equal the full pass under the mask: {difference:.1e} apart at most"),
+        (past == 0 and present > 0, f"the past does not see the future: it moves by {past:.1e}, the changed block by {present:.1e}"),
+        (seen > 0, f"the bidirectional network does see it: the past moves by {seen:.1e}"),
+        (round_trip == 0, f"patchify, then unpatchify, is the identity: {round_trip:.1e} apart at most"),
+        (3.5e6 < num_parameters < 4.5e6, f"the default network has {num_parameters:,} parameters"),
+    )
+    for is_ok, finding in checks:
+        print(f"{'ok  ' if is_ok else 'FAIL'} {finding}")
+    print(f"     {num_blocks * block} frames in blocks of {block}, {num_steps} passes a block, batch 1: "
+          f"{with_cache:.1f} frames per second with the cache, {without:.1f} without")
+    return all(is_ok for is_ok, _ in checks)
+
+
+if __name__ == "__main__":
+    raise SystemExit(0 if self_test() else 1)

@@ -7,18 +7,20 @@ Every key can be overridden on the command line, such as `training.num_steps=200
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
 import hydra
 import torch
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint, save_checkpoint
-from config import Config, build_config, config_to_dict, register_schemas
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from config import Config, build_config, config_to_dict, explain_refusal, register_schemas
 from metrics import JUDGE_PATH, facts_of_prompts, load_judge, score_videos, summarise
 from moving_mnist import MovingMNISTGenerator
 from run_log import RunLog, make_run_folder, point_to_latest
@@ -50,13 +52,13 @@ class SimplifiedTrainer:
         random = torch.Generator().manual_seed(config.seed)
         self.stage: Stage = STAGES[config.training.training_type](config, self.runtime, random)
         self.first_step = 0
+        self.last_checkpoint: Path | None = None
         if config.training.resume is not None:
             self._resume(Path(config.training.resume))
         held_out = MovingMNISTGenerator(config.dataset, "test")
         self.shown = held_out.sample(SAMPLE_SEED, range(NUM_SHOWN), config.training.max_num_frames)
         self.folder = make_run_folder(Path(config.log_dir), config.run_name)
         self.log = RunLog(self.folder, self.stage.columns, config_to_dict(config), config.wandb)
-        self.last_checkpoint: Path | None = None
         self._interval_checkpoints: list[Path] = []
 
     def _resume(self, path: Path) -> None:
@@ -66,10 +68,15 @@ class SimplifiedTrainer:
                 f"training.resume={path} is of training type {checkpoint['training_type']}, this run is "
                 f"{self.config.training.training_type}: choose the same training= or another file"
             )
-        self.stage.load_state_dict(checkpoint, str(path))
-        self.first_step = checkpoint["step"]
+        try:
+            self.stage.load_state_dict(checkpoint, str(path))
+            self.first_step = int(checkpoint["step"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = explain_refusal(error)
+            raise CheckpointError(f"{path} does not hold what resuming needs ({reason}): give an untouched checkpoint of a run") from error
         if self.first_step >= self.config.training.num_steps:
             raise ValueError(f"{path} stands at step {self.first_step}: set training.num_steps above it to go on")
+        self.last_checkpoint = path
 
     def train(self) -> Path:
         """Run all steps. Returns the run's folder."""
@@ -98,8 +105,11 @@ class SimplifiedTrainer:
     def _check_finite(self, step: int, figures: dict[str, float]) -> None:
         bad = [name for name, value in figures.items() if not math.isfinite(value)]
         if bad:
-            kept = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint was due yet"
-            raise TrainingDiverged(f"{bad[0]} is {figures[bad[0]]} at step {step}: stopped; {kept}. Try a lower learning rate")
+            raise self._diverged(f"{bad[0]} is {figures[bad[0]]} at step {step}")
+
+    def _diverged(self, finding: str) -> TrainingDiverged:
+        kept = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint was due yet"
+        return TrainingDiverged(f"{finding}: stopped; {kept}. Try a lower learning rate")
 
     def _at_intervals(self, step: int) -> None:
         """What is due after `step` finished steps; at the last step the end of the run takes over the checkpoint."""
@@ -114,6 +124,9 @@ class SimplifiedTrainer:
                 self._interval_checkpoints.pop(0).unlink(missing_ok=True)
 
     def _save(self, path: Path, step: int) -> None:
+        for name, module in self.stage.networks().items():  # a finite loss can end in an update that is not
+            if not all(parameter.isfinite().all() for parameter in module.parameters()):
+                raise self._diverged(f"a weight of the {name} is not finite after {step} steps")
         checkpoint = {
             "step": step, "training_type": self.config.training.training_type, "config": config_to_dict(self.config),
             **self.stage.state_dict(),
@@ -156,15 +169,24 @@ class SimplifiedTrainer:
 register_schemas()
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "configs"), config_name="train")
 def main(composed: DictConfig) -> None:
     try:
         SimplifiedTrainer(build_config(composed)).train()
-    except (TrainingDiverged, ValueError, OSError, OmegaConfBaseException) as error:
-        sys.exit(f"error: {error}")
+    except (TrainingDiverged, ValueError, OSError, ImportError, OmegaConfBaseException) as error:
+        sys.exit(f"error: {explain_refusal(error) if isinstance(error, OmegaConfBaseException) else error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the run's folder keeps its interval checkpoints")
 
 
+def run_command_line() -> None:
+    """`main`, where what Hydra refuses is one line too."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its refusals, instead of printing a page and exiting
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {explain_refusal(error)}")
+
+
 if __name__ == "__main__":
-    main()
+    run_command_line()

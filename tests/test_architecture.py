@@ -1,0 +1,52 @@
+"""The rooms: imports go down the list, never up or in a circle, and the house rules that a parser can see hold."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = (
+    "flow_matching", "tiny_causal_wan", "text_encoder", "mnist_digits", "moving_mnist", "config", "objectives",
+    "dynamic_video_sf", "runtime", "checkpoint", "sampling", "stages", "video_io", "digit_judge", "metrics", "run_log",
+    "train", "generate", "evaluate", "benchmark", "demo",
+)
+FILES = sorted(ROOT.glob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path.name}:{node.lineno}: a relative import"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_every_top_level_file_is_a_known_room():
+    unknown = {path.stem for path in FILES} - set(ROOMS)
+    assert not unknown, f"give {sorted(unknown)} a place in the list of rooms, here and in the README"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_imports_go_down_the_list(path):
+    rooms_above = set(ROOMS[: ROOMS.index(path.stem)])
+    own = imported_modules(path) & set(ROOMS)
+    assert own <= rooms_above, f"{path.name} imports {sorted(own - rooms_above)}, which stand at or below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_attribute_is_guessed_and_no_error_swallowed(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name):
+            assert node.id not in ("getattr", "hasattr", "setattr"), f"{path.name}:{node.lineno}: {node.id}"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{path.name}:{node.lineno}: a bare except"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_is_read_in_one_sitting(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 450

@@ -1,0 +1,211 @@
+"""Checkpoints: atomic save, exact round trip, every broken or hostile file refused before it can do anything."""
+
+import io
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint as checkpoint_module
+from checkpoint import (
+    REQUIRED_KEYS, CheckpointError, checkpoint_config, load_checkpoint, load_networks, load_state, save_checkpoint, slim_checkpoint,
+)
+from config import Config, PretrainConfig, config_to_dict
+from conftest import randomise
+from moving_mnist import DatasetConfig
+from text_encoder import TextEncoder, TextEncoderConfig
+from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+
+CONFIG = Config(
+    model=ModelConfig(frame_size=16, width=24, num_layers=2, num_heads=2, ffn_ratio=2, patch_size=[1, 8, 8], text_width=32),
+    text=TextEncoderConfig(width=32, max_tokens=12), dataset=DatasetConfig(frame_size=16, digit_size=8), training=PretrainConfig(),
+)
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict:
+    """What a run would save: live and averaged weights that differ, and the optimizer's state."""
+    torch.manual_seed(0)
+    live, average = randomise(TinyCausalWanModel(CONFIG.model), 1), randomise(TinyCausalWanModel(CONFIG.model), 2)
+    moments = {key: torch.randn_like(value) for key, value in live.state_dict().items()}
+    return {
+        "generator_state_dict": live.state_dict(), "generator_ema_state_dict": average.state_dict(),
+        "text_encoder_state_dict": TextEncoder(CONFIG.text).state_dict(), "optimizer_state_dict": {"adamw": {"state": moments}},
+        "step": 42, "training_type": "pretrain", "config": config_to_dict(CONFIG),
+    }
+
+
+@pytest.fixture
+def path(tmp_path, whole) -> Path:
+    save_checkpoint(tmp_path / "run" / "checkpoint.pt", whole)
+    return tmp_path / "run" / "checkpoint.pt"
+
+
+# ----------------------------------------------------------------------------------------------------------------- save
+
+
+def test_round_trip_is_exact(path, whole):
+    loaded = load_checkpoint(path)
+    assert loaded.keys() == whole.keys() and loaded["step"] == 42 and loaded["config"] == whole["config"]
+    for name in ("generator_state_dict", "generator_ema_state_dict", "text_encoder_state_dict"):
+        assert loaded[name].keys() == whole[name].keys()
+        assert all(torch.equal(loaded[name][key], whole[name][key]) for key in whole[name])
+
+
+@pytest.mark.parametrize("failing, error", [
+    ("save", OSError("disk full")), ("save", RuntimeError("disk\nfull")), ("replace", OSError("no")),
+])
+def test_a_failure_while_saving_leaves_the_old_file_and_no_other(path, whole, monkeypatch, failing, error):
+    before = path.read_bytes()
+
+    def fail(first, *rest):
+        if failing == "save":
+            rest[0].write(b"half a file")
+        raise error
+
+    monkeypatch.setattr(*{"save": (torch, "save", fail), "replace": (os, "replace", fail)}[failing])
+    with pytest.raises(OSError, match="cannot write .*checkpoint.pt") as caught:
+        save_checkpoint(path, whole)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+def test_an_interrupt_while_saving_leaves_the_old_file_and_no_other(path, whole, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, whole)
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, whole):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="cannot write to the folder .*file"):
+        save_checkpoint(tmp_path / "file" / "checkpoint.pt", whole)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+# ---------------------------------------------------------------------------------------------------------- broken files
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(path):
+    content = path.read_bytes()
+    lengths = {0, 1, 2, 3, 4, 10, 100, len(content) // 2, len(content) - 100, len(content) - 22, len(content) - 1}
+    for length in sorted(lengths | set(range(500, len(content), len(content) // 25))):
+        path.write_bytes(content[:length])
+        refused(path)
+
+
+def test_other_kinds_of_files_are_refused(tmp_path, path):
+    buffer = io.BytesIO()
+    torch.save([1, 2], buffer)
+    contents = {
+        "text": b"hello", "zeros": bytes(1000), "picture": b"\x89PNG\r\n\x1a\n" + bytes(50), "list": buffer.getvalue(),
+        "shifted": b"x" + path.read_bytes(), "pickle": pickle.dumps({"step": 1}), "utf": "é".encode() * 99, "json": b'{"step": 1}',
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        refused(tmp_path / name)
+    assert "no checkpoint at" in refused(tmp_path / "missing.pt")
+    assert "no checkpoint at" in refused(tmp_path)  # a folder
+
+
+@pytest.mark.parametrize("key", REQUIRED_KEYS)
+def test_a_file_without_a_required_key_is_foreign(tmp_path, whole, key):
+    torch.save({name: value for name, value in whole.items() if name != key}, tmp_path / "foreign.pt")
+    assert key in refused(tmp_path / "foreign.pt")
+
+
+class Hostile:
+    """Unpickled by a careless reader, it would make a file."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("form", ["in a checkpoint", "old format", "bare pickle"])
+def test_a_hostile_file_is_refused_and_runs_nothing(tmp_path, whole, form):
+    hostile, path, trace = {**whole, "step": Hostile(tmp_path / "trace")}, tmp_path / "hostile.pt", tmp_path / "trace"
+    if form == "bare pickle":
+        path.write_bytes(pickle.dumps(hostile["step"]))
+    else:
+        torch.save(hostile, path, _use_new_zipfile_serialization=form == "in a checkpoint")
+    refused(path)
+    assert not trace.exists()
+    if form != "bare pickle":
+        torch.load(path, weights_only=False)
+        assert trace.exists(), "the file is harmless: nothing was tested"
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+
+
+def test_networks_carry_the_averaged_weights_in_evaluation_mode(path, whole):
+    networks = load_networks(path, torch.device("cpu"))
+    assert networks.config == CONFIG and networks.step == 42
+    assert not networks.generator.training and not any(p.requires_grad for p in networks.generator.parameters())
+    for key, value in networks.generator.state_dict().items():
+        assert torch.equal(value, whole["generator_ema_state_dict"][key])
+
+
+def test_weights_of_another_size_or_network_are_named(whole):
+    model = TinyCausalWanModel(CONFIG.model)
+    state = dict(whole["generator_state_dict"])
+    key, value = next((key, value) for key, value in state.items() if value.ndim == 2)
+    with pytest.raises(CheckpointError, match=rf"file: .*expected \({value.shape[0]}, {value.shape[1]}\)"):
+        load_state(model, {**state, key: value[:-1]}, "file")
+    with pytest.raises(CheckpointError, match="missing .*" + key):
+        load_state(model, {name: tensor for name, tensor in state.items() if name != key}, "file")
+    with pytest.raises(CheckpointError, match="unexpected .*stranger"):
+        load_state(model, {**state, "stranger": value}, "file")
+    for nonsense in ([1, 2], {**state, key: "text"}, 3):
+        with pytest.raises(CheckpointError, match="file is not a dict of this network's tensors"):
+            load_state(model, nonsense, "file")
+
+
+@pytest.mark.parametrize("config", [
+    3, {}, {"training": 3}, {"training": {"training_type": []}}, {**config_to_dict(CONFIG), "novelty": 1},
+    {**config_to_dict(CONFIG), "model": {"width": "wide"}}, {**config_to_dict(CONFIG), "model": {"width": -1}},
+])
+def test_a_configuration_of_another_version_is_refused(path, whole, config):
+    with pytest.raises(CheckpointError, match="its configuration does not fit this version"):
+        checkpoint_config(path, {**whole, "config": config})
+
+
+def test_a_slim_checkpoint_loads_in_half_precision_and_less_than_half_the_size(path, tmp_path, whole):
+    slim = tmp_path / "slim.pt"
+    slim_checkpoint(path, slim)
+    assert slim.stat().st_size < path.stat().st_size / 2
+    stored = load_checkpoint(slim)
+    assert {value.dtype for value in stored["generator_state_dict"].values()} == {torch.float16}
+    assert stored["optimizer_state_dict"] == {} and stored["step"] == 42 and stored["training_type"] == "pretrain"
+    loaded = load_networks(slim, torch.device("cpu")).generator.state_dict()
+    for key, value in whole["generator_ema_state_dict"].items():
+        assert loaded[key].dtype == value.dtype
+        torch.testing.assert_close(loaded[key], value, rtol=1e-3, atol=1e-6)
+
+
+def test_the_command_line_strips_or_explains(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(path), str(tmp_path / "slim.pt")])
+    checkpoint_module.main()
+    assert "slim.pt: 0." in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(tmp_path / "none.pt"), str(tmp_path / "slim.pt")])
+    with pytest.raises(SystemExit, match="error: no checkpoint at"):
+        checkpoint_module.main()

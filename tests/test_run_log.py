@@ -1,0 +1,188 @@
+"""What a run leaves behind: a folder of its own, every figure in a CSV, curves, and wandb that never stops it."""
+
+import csv
+import sys
+import warnings
+
+import imageio.v3 as imageio
+import pytest
+import wandb
+
+import run_log
+from config import WandbConfig
+from run_log import RunLog, draw_curves, make_run_folder, point_to_latest
+
+COLUMNS = ("loss", "loss_other")
+DISABLED = WandbConfig(mode="disabled")
+
+
+class BrokenRun:
+    """A wandb run whose network has gone."""
+
+    def log(self, *arguments, **options):
+        raise ConnectionError("wandb has gone")
+
+    def finish(self, *arguments, **options):
+        raise ConnectionError("wandb has gone")
+
+
+def write_steps(log: RunLog, steps: range) -> None:
+    for step in steps:
+        log.scalars(step, 0.5 * step, {"loss": 1 / (step + 1)} if step % 2 else {"loss": 2.0, "loss_other": -1e-12})
+
+
+def rows_of(folder) -> list[dict[str, str]]:
+    with open(folder / "scalars.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_name_that_is_taken_gets_a_number(tmp_path):
+    folders = [make_run_folder(tmp_path / "logs", "mine") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["mine", "mine-2", "mine-3"] and all(folder.is_dir() for folder in folders)
+
+
+def test_two_runs_in_one_second_have_their_own_folders(tmp_path, monkeypatch):
+    class Clock(run_log.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2025, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(run_log, "datetime", Clock)
+    assert [make_run_folder(tmp_path, None).name for _ in range(2)] == ["2025-01-02_03-04-05", "2025-01-02_03-04-05-2"]
+
+
+def test_a_second_run_leaves_the_first_ones_files_alone(tmp_path):
+    first = make_run_folder(tmp_path, "mine")
+    (first / "scalars.csv").write_text("kept")
+    RunLog(make_run_folder(tmp_path, "mine"), COLUMNS, {}, DISABLED).close()
+    assert (first / "scalars.csv").read_text() == "kept"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="cannot write to the folder .*file.*set log_dir"):
+        make_run_folder(tmp_path / "file" / "logs", None)
+
+
+def test_the_link_leads_to_the_latest_and_moves_with_the_folder(tmp_path):
+    root, link = tmp_path / "logs", tmp_path / "logs" / "checkpoint_final.pt"
+    for name in ("one", "two"):
+        target = make_run_folder(root, name) / "checkpoint_final.pt"
+        target.write_text(name)
+        point_to_latest(link, target)
+        assert link.read_text() == name
+    assert sorted(path.name for path in root.iterdir()) == ["checkpoint_final.pt", "one", "two"]
+    root.rename(tmp_path / "moved")
+    assert (tmp_path / "moved" / "checkpoint_final.pt").read_text() == "two"
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_the_csv_has_every_step_at_once_and_curves_are_drawn(tmp_path):
+    log = RunLog(tmp_path, COLUMNS, {}, DISABLED)
+    write_steps(log, range(5))
+    rows = rows_of(tmp_path)  # before the file is closed: a killed run loses nothing
+    assert [int(row["step"]) for row in rows] == list(range(5))
+    assert [row["loss_other"] for row in rows] == ["-1e-12", "", "-1e-12", "", "-1e-12"]
+    assert float(rows[3]["loss"]) == 0.25 and rows[3]["seconds"] == "1.50"
+    log.close()
+    picture = imageio.imread(tmp_path / "curves.png")
+    assert picture.shape[0] > 100 and picture.shape[1] > 400 and picture.std() > 5
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_an_unknown_figure_is_refused(tmp_path):
+    log = RunLog(tmp_path, COLUMNS, {}, DISABLED)
+    with pytest.raises(ValueError, match="surprise"):
+        log.scalars(0, 0.0, {"surprise": 1.0})
+    log.close()
+
+
+@pytest.mark.parametrize("content", ["", "step,seconds,loss\n", "step,seconds,loss\n0,0.1,\n"])
+def test_nothing_to_draw_is_no_error(tmp_path, content):
+    (tmp_path / "scalars.csv").write_text(content)
+    draw_curves(tmp_path / "scalars.csv", tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_curves_with_a_spike_or_without_a_finite_value_are_drawn(tmp_path):
+    rows = "".join(f"{step},0.1,{value},nan\n" for step, value in enumerate([1.0, 1.1, 900.0, "inf", 0.9]))
+    (tmp_path / "scalars.csv").write_text("step,seconds,loss,loss_other\n" + rows)
+    draw_curves(tmp_path / "scalars.csv", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------------------------------------------------------- wandb
+
+
+def test_wandb_that_cannot_start_is_one_warning(tmp_path, monkeypatch):
+    def refuse(**options):
+        raise RuntimeError("no account")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.warns(UserWarning, match="wandb is off.*no account.*scalars.csv"):
+        log = RunLog(tmp_path, COLUMNS, {}, WandbConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_steps(log, range(3))
+        log.close()
+    assert len(rows_of(tmp_path)) == 3
+
+
+def test_wandb_that_is_not_installed_is_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now raises ModuleNotFoundError
+    with pytest.warns(UserWarning, match="wandb is off"):
+        log = RunLog(tmp_path, COLUMNS, {}, WandbConfig())
+    write_steps(log, range(3))
+    log.close()
+    assert len(rows_of(tmp_path)) == 3 and (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("moment", ["scalars", "media", "close"])
+def test_wandb_that_breaks_mid_run_is_one_warning(tmp_path, monkeypatch, moment):
+    monkeypatch.setattr(wandb, "init", lambda **options: BrokenRun())
+    log = RunLog(tmp_path, COLUMNS, {}, WandbConfig())
+    with pytest.warns(UserWarning, match="wandb is off") as caught:
+        if moment == "media":
+            log.media(0, "samples", tmp_path / "none.png")
+        if moment != "close":
+            write_steps(log, range(3))
+        log.close()
+    assert len(caught) == 1
+    assert len(rows_of(tmp_path)) == (0 if moment == "close" else 3)
+
+
+def test_wandb_is_told_the_figures_and_the_pictures(tmp_path, monkeypatch):
+    told = []
+
+    class Run(BrokenRun):
+        def log(self, figures, step):
+            told.append((step, figures))
+
+        def finish(self):
+            told.append("finished")
+
+    monkeypatch.setattr(wandb, "init", lambda **options: Run())
+    monkeypatch.setattr(wandb, "Image", str)
+    log = RunLog(tmp_path, COLUMNS, {}, WandbConfig())
+    log.scalars(3, 0.1, {"loss": 2.0})
+    log.media(4, "samples", tmp_path / "picture.png")
+    log.close()
+    assert told == [(3, {"loss": 2.0}), (4, {"samples": str(tmp_path / "picture.png")}), "finished"]
+
+
+def test_offline_wandb_needs_no_account_and_leaves_a_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # "wandb is off" would be one
+        log = RunLog(tmp_path, COLUMNS, {"seed": 0}, WandbConfig())
+        write_steps(log, range(3))
+        log.close()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(run.glob("run-*.wandb"))

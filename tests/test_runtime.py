@@ -1,0 +1,56 @@
+"""Device and number format are resolved once; what is not there is refused by name."""
+
+import pytest
+import torch
+
+import runtime
+from runtime import Runtime, resolve_runtime
+
+
+def only(monkeypatch, *, cuda: bool = False, mps: bool = False) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused(monkeypatch, device):
+    only(monkeypatch)
+    with pytest.raises(ValueError, match=f"device is {device}, which this machine does not have; found: cpu"):
+        resolve_runtime(device, "float32")
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(ValueError, match="device is gpu: expected auto, cpu, cuda or mps"):
+        resolve_runtime("gpu", "float32")
+
+
+def test_auto_takes_the_best_that_is_there(monkeypatch):
+    only(monkeypatch, cuda=True, mps=True)
+    assert resolve_runtime("auto", "float32").device.type == "cuda"
+    only(monkeypatch, mps=True)
+    assert resolve_runtime("auto", "float32").device.type == "mps"
+    only(monkeypatch)
+    assert resolve_runtime("auto", "float32").device.type == "cpu"
+
+
+@pytest.mark.parametrize("pays, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_precision_is_measured_and_an_explicit_one_obeyed(monkeypatch, pays, dtype):
+    monkeypatch.setattr(runtime, "_bfloat16_pays", lambda device: pays)
+    assert resolve_runtime("cpu", "auto").dtype == dtype
+    assert resolve_runtime("cpu", "float32").dtype == torch.float32
+    assert resolve_runtime("cpu", "bfloat16").dtype == torch.bfloat16
+
+
+def test_mps_computes_in_float32(monkeypatch):
+    only(monkeypatch, mps=True)
+    assert resolve_runtime("mps", "auto") == Runtime(torch.device("mps"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_multiplies_in_the_runtimes_format(dtype):
+    with Runtime(torch.device("cpu"), dtype).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_it_says_what_it_is():
+    assert str(Runtime(torch.device("cpu"), torch.bfloat16)) == "cpu in bfloat16"

@@ -1,0 +1,304 @@
+"""The two kinds of training: when each network moves, what resuming restores, what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomise
+from torch import Tensor, nn
+
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint, slim_checkpoint
+from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
+from dynamic_video_sf import make_noise_streams, rollout_blocks
+from moving_mnist import DatasetConfig
+from runtime import Runtime
+from sampling import sample_few_step
+from stages import PretrainStage, SelfForcingStage, draw_num_frames, load_teacher, update_average
+from text_encoder import TextEncoder, TextEncoderConfig
+from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+MODEL = {"frame_size": 16, "width": 24, "num_layers": 2, "num_heads": 2, "ffn_ratio": 2, "patch_size": [1, 8, 8], "text_width": 32}
+LENGTHS = {"batch_size": 2, "min_num_frames": 3, "max_num_frames": 9, "teacher_steps": 2}
+
+
+def run_config(training: TrainingConfig, **model_sizes: int) -> Config:
+    return Config(
+        model=ModelConfig(**(MODEL | model_sizes)), text=TextEncoderConfig(width=32, max_tokens=12),
+        dataset=DatasetConfig(frame_size=16, digit_size=8), training=training,
+    )
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """A checkpoint of pretraining with random weights everywhere."""
+    config = run_config(PretrainConfig(**LENGTHS))
+    torch.manual_seed(0)
+    model, text_encoder = randomise(TinyCausalWanModel(config.model)), TextEncoder(config.text)
+    path = tmp_path / "teacher.pt"
+    save_checkpoint(path, {
+        "generator_state_dict": model.state_dict(), "text_encoder_state_dict": text_encoder.state_dict(), "optimizer_state_dict": {},
+        "step": 1, "training_type": "pretrain", "config": config_to_dict(config),
+    })
+    return path
+
+
+def self_forcing_config(teacher: Path, **changes: Any) -> SelfForcingConfig:
+    own = {"pretrained_checkpoint": str(teacher), "dfake_gen_update_ratio": 2, "critic_warmup_steps": 3}
+    return SelfForcingConfig(**(own | LENGTHS | changes))
+
+
+def build_self_forcing(teacher: Path, seed: int = 0, **changes: Any) -> SelfForcingStage:
+    torch.manual_seed(seed)
+    return SelfForcingStage(run_config(self_forcing_config(teacher, **changes)), CPU, torch.Generator().manual_seed(seed))
+
+
+def build_pretrain(seed: int = 0, **changes: Any) -> PretrainStage:
+    torch.manual_seed(seed)
+    training = PretrainConfig(**({"num_steps": 10, "warmup_steps": 2, **LENGTHS} | changes))
+    return PretrainStage(run_config(training), CPU, torch.Generator().manual_seed(seed))
+
+
+def snapshot(module: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+
+def assert_same(actual: Any, expected: Any, name: str) -> None:
+    """Equal bit for bit, through dicts and lists."""
+    assert type(actual) is type(expected), name
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), name
+        for key in expected:
+            assert_same(actual[key], expected[key], f"{name}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected), name
+        for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            assert_same(a, b, f"{name}.{index}")
+    elif isinstance(expected, Tensor):
+        assert torch.equal(actual, expected), name
+    else:
+        assert actual == expected, name
+
+
+# Self-Forcing
+
+
+def test_generator_moves_every_few_steps_after_the_warm_up_and_the_critic_at_each(teacher: Path):
+    stage = build_self_forcing(teacher)
+    for step in range(8):
+        generator, critic, average = snapshot(stage.engine.generator), snapshot(stage.engine.fake_score), snapshot(stage.average)
+        figures = stage.train_step(step)
+        is_turn = step in (3, 5, 7)
+        assert (not torch.equal(generator, snapshot(stage.engine.generator))) == is_turn, step
+        assert (not torch.equal(average, snapshot(stage.average))) == is_turn, step
+        assert ("loss_generator" in figures) == is_turn
+        assert not torch.equal(critic, snapshot(stage.engine.fake_score)), step
+        assert figures.keys() <= set(stage.columns) and "loss_critic" in figures
+    assert stage.num_generator_updates == 3
+    assert all(parameter.grad is None for network in stage.networks().values() for parameter in network.parameters())
+
+
+def test_warm_up_holds_the_generator_back(teacher: Path):
+    stage = build_self_forcing(teacher, dfake_gen_update_ratio=1, critic_warmup_steps=2)
+    turns = ["loss_generator" in stage.train_step(step) for step in range(4)]
+    assert turns == [False, False, True, True]
+
+
+def test_average_follows_the_generator_and_lags(teacher: Path):
+    stage = build_self_forcing(teacher, dfake_gen_update_ratio=1, critic_warmup_steps=0, ema_decay=0.5)
+    assert torch.equal(snapshot(stage.average), snapshot(stage.engine.generator))
+    for step, decay in enumerate((0.1, 2 / 11, 3 / 12)):  # (1 + n) / (10 + n) until it reaches ema_decay
+        before = snapshot(stage.average)
+        stage.train_step(step)
+        live = snapshot(stage.engine.generator)
+        torch.testing.assert_close(snapshot(stage.average), decay * before + (1 - decay) * live)
+        assert not torch.equal(snapshot(stage.average), live)
+
+
+def test_update_average_reaches_its_decay():
+    average, live = nn.Linear(1, 1), nn.Linear(1, 1)
+    for module, value in ((average, 1.0), (live, 0.0)):
+        nn.init.constant_(module.weight, value)
+    update_average(average, live, 0.9, num_updates=10_000)
+    assert average.weight.item() == pytest.approx(0.9)
+
+
+def test_teacher_and_text_encoder_stay_frozen(teacher: Path):
+    stage = build_self_forcing(teacher, dfake_gen_update_ratio=1, critic_warmup_steps=0)
+    frozen = (stage.engine.real_score, stage.text_encoder)
+    before = [snapshot(module) for module in frozen]
+    assert torch.equal(before[0], snapshot(stage.engine.generator))  # all three start from the teacher
+    for step in range(3):
+        stage.train_step(step)
+    for module, parameters in zip(frozen, before, strict=True):
+        assert torch.equal(snapshot(module), parameters)
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in module.parameters())
+
+
+def test_the_rollout_carries_a_graph_in_the_generators_turn_only(teacher: Path, monkeypatch):
+    stage = build_self_forcing(teacher)
+    wanted: list[bool] = []
+    rollout = stage.engine.rollout
+
+    def record(prompt: Any, num_frames: int, with_gradient: bool) -> Any:
+        result = rollout(prompt, num_frames, with_gradient)
+        wanted.append(with_gradient)
+        assert result.scored.requires_grad == with_gradient and prompt.pooled.requires_grad == with_gradient
+        return result
+
+    monkeypatch.setattr(stage.engine, "rollout", record)
+    for step in range(6):
+        stage.train_step(step)
+    assert wanted == [False, False, False, True, False, True]  # and one rollout a step serves both updates
+
+
+def test_steps_differ_in_length_and_prompts(teacher: Path):
+    stage = build_self_forcing(teacher, critic_warmup_steps=100)
+    lengths = {stage.train_step(step)["num_frames"] for step in range(12)}
+    assert lengths == {3, 6, 9}
+    assert stage.num_prompts_seen == 24
+
+
+def test_samples_show_the_averaged_student_by_the_one_rollout(teacher: Path):
+    stage = build_self_forcing(teacher, dfake_gen_update_ratio=1, critic_warmup_steps=0)
+    for step in range(2):
+        stage.train_step(step)
+    prompts, seeds = ["a 3 moving up", "the digit 5"], [7, 8]
+    samples = stage.sample(prompts, seeds, 6)
+    assert list(samples) == ["teacher, 2 steps", "naive, 4 steps", "student, 4 steps"]
+    with torch.no_grad():
+        for name, network in (("naive, 4 steps", stage.engine.real_score), ("student, 4 steps", stage.average)):
+            prompt = network.encode_prompt(*stage.text_encoder.encode(prompts))
+            expected = torch.cat(list(rollout_blocks(network, prompt, make_noise_streams(seeds), 2, stage.engine.plan)), dim=1)
+            assert torch.equal(samples[name], expected)
+            assert torch.equal(sample_few_step(network, stage.text_encoder, prompts, seeds, 6, stage.engine.plan, CPU), expected)
+    assert not torch.equal(samples["naive, 4 steps"], samples["student, 4 steps"])
+
+
+def test_sampling_does_not_disturb_training(teacher: Path):
+    quiet, watched = build_self_forcing(teacher), build_self_forcing(teacher)
+    for step in range(4):
+        figures = quiet.train_step(step)
+        watched.sample(["a 3"], [1], 3)
+        assert watched.train_step(step) == figures
+
+
+# Pretraining
+
+
+def test_pretraining_alternates_its_two_losses():
+    stage = build_pretrain()
+    for step in range(4):
+        figures = stage.train_step(step)
+        assert ("loss_bidirectional" in figures, "loss_causal" in figures) == (step % 2 == 0, step % 2 == 1)
+        assert figures.keys() <= set(stage.columns)
+    assert stage.num_videos_seen == 8
+
+
+def test_pretraining_trains_network_and_text_encoder_and_averages_both():
+    stage = build_pretrain(lr=1e-2)
+    for network in stage.networks().values():  # past the zero-initialised head, which lets no gradient through at first
+        randomise(network)
+    before = {name: parameter.clone() for name, parameter in stage.live.named_parameters()}
+    average = snapshot(stage.average)
+    for step in range(2):
+        stage.train_step(step)
+    unmoved = [name for name, parameter in stage.live.named_parameters() if torch.equal(parameter, before[name])]
+    assert unmoved == []
+    live = snapshot(stage.live)
+    assert not torch.equal(snapshot(stage.average), average) and not torch.equal(snapshot(stage.average), live)
+
+
+def test_every_parameter_has_exactly_one_optimizer():
+    stage = build_pretrain()
+    owned = [id(p) for optimizer in stage.optimizers.values() for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in stage.live.parameters())
+
+
+def test_rate_factor_warms_up_holds_and_decays():
+    stage = build_pretrain(num_steps=100, warmup_steps=4, decay_fraction=0.4)
+    factors = [stage.rate_factor(step) for step in range(100)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert set(factors[4:61]) == {1.0}
+    assert factors[80] == pytest.approx(0.5) and factors[99] == pytest.approx(1 / 40)
+    assert stage.train_step(99)["lr_factor"] == factors[99]
+    assert stage.optimizers["muon"].param_groups[0]["lr"] == pytest.approx(factors[99] * stage.config.muon_lr)
+
+
+def test_pretraining_samples_teacher_and_naive_student():
+    stage = build_pretrain()
+    samples = stage.sample(["a 3", "a 4"], [1, 2], 6)
+    assert list(samples) == ["teacher, 2 steps", "naive, 4 steps"]
+    assert all(video.shape == (2, 6, 1, 16, 16) for video in samples.values())
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "dmd2"])
+def test_resuming_equals_an_unbroken_run_bit_for_bit(kind: str, teacher: Path, tmp_path: Path):
+    """5 steps, a checkpoint file, a stage built from another seed, 4 more steps; against 9 steps in one go."""
+
+    def build(seed: int) -> PretrainStage | SelfForcingStage:
+        return build_pretrain(seed) if kind == "pretrain" else build_self_forcing(teacher, seed)
+
+    unbroken, first, second = build(0), build(0), build(1)
+    for step in range(5):
+        unbroken.train_step(step)
+        first.train_step(step)
+    header = {"step": 5, "training_type": kind, "config": config_to_dict(run_config(unbroken.config))}
+    save_checkpoint(tmp_path / "half.pt", {**header, **first.state_dict()})
+    second.load_state_dict(load_checkpoint(tmp_path / "half.pt"), "half.pt")
+    assert_same(second.state_dict(), first.state_dict(), "loaded")
+    for step in range(5, 9):
+        assert second.train_step(step) == unbroken.train_step(step)
+    assert_same(second.state_dict(), unbroken.state_dict(), "final")
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "dmd2"])
+def test_a_stripped_checkpoint_cannot_be_resumed(kind: str, teacher: Path, tmp_path: Path):
+    stage = build_pretrain() if kind == "pretrain" else build_self_forcing(teacher)
+    header = {"step": 5, "training_type": kind, "config": config_to_dict(run_config(stage.config))}
+    save_checkpoint(tmp_path / "full.pt", {**header, **stage.state_dict()})
+    slim_checkpoint(tmp_path / "full.pt", tmp_path / "slim.pt")
+    with pytest.raises(CheckpointError, match="slim.pt lacks .*stripped for generation.*resume from a checkpoint in the run's own folder"):
+        stage.load_state_dict(load_checkpoint(tmp_path / "slim.pt"), "slim.pt")
+
+
+# The teacher file
+
+
+def test_a_teacher_of_other_sizes_is_refused_by_both_sizes(teacher: Path):
+    config = run_config(self_forcing_config(teacher), width=36, num_layers=3)
+    with pytest.raises(CheckpointError) as caught:
+        SelfForcingStage(config, CPU, torch.Generator())
+    message = str(caught.value)
+    for part in (str(teacher), "model.width=24", "model.width=36", "model.num_layers=2", "model.num_layers=3"):
+        assert part in message
+    assert "\n" not in message and "num_heads" not in message
+
+
+def test_a_missing_teacher_is_named(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="no checkpoint at .*absent.pt"):
+        build_self_forcing(tmp_path / "absent.pt")
+
+
+def test_the_teacher_is_the_averaged_network_where_the_file_has_one(teacher: Path, tmp_path: Path):
+    checkpoint = load_checkpoint(teacher)
+    averaged = {name: value + 1 for name, value in checkpoint["generator_state_dict"].items()}
+    save_checkpoint(tmp_path / "run.pt", {**checkpoint, "generator_ema_state_dict": averaged})
+    loaded, text_encoder = load_teacher(tmp_path / "run.pt", ModelConfig(**MODEL), torch.device("cpu"))
+    assert_same(dict(loaded.state_dict()), averaged, "teacher")
+    assert_same(dict(text_encoder.state_dict()), dict(checkpoint["text_encoder_state_dict"]), "text encoder")
+
+
+# Lengths
+
+
+def test_numbers_of_frames_are_multiples_of_the_block_within_bounds():
+    random = torch.Generator().manual_seed(0)
+    config = PretrainConfig(num_frames_per_block=3, min_num_frames=9, max_num_frames=21)
+    assert {draw_num_frames(config, random) for _ in range(100)} == {9, 12, 15, 18, 21}
+    fixed = PretrainConfig(num_frames_per_block=7, min_num_frames=21, max_num_frames=21)
+    assert {draw_num_frames(fixed, random) for _ in range(5)} == {21}

@@ -1,0 +1,185 @@
+"""Captions: the grammar, its reading back, the tokenizer and the encoder."""
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from text_encoder import (
+    DIGIT_WORDS,
+    DIRECTION_PHRASES,
+    NULL_PROMPT,
+    NUM_TOKENS,
+    PAD_TOKEN,
+    SPEED_WORDS,
+    SPEEDS,
+    START_TOKEN,
+    VOCABULARY,
+    CaptionFacts,
+    MotionFacts,
+    TextEncoder,
+    TextEncoderConfig,
+    compose_caption,
+    parse_caption,
+    split_words,
+)
+
+
+def random_captions(num_digits: int, count: int = 500) -> list[tuple[list[MotionFacts], str]]:
+    rng = np.random.default_rng(num_digits)
+    cases = []
+    for _ in range(count):
+        facts = [MotionFacts(int(rng.integers(10)), int(rng.integers(8)), SPEEDS[rng.integers(3)]) for _ in range(num_digits)]
+        cases.append((facts, compose_caption(facts, rng)))
+    return cases
+
+
+@pytest.mark.parametrize("num_digits", [1, 2])
+def test_captions_use_known_words_and_fit_the_default_length(num_digits):
+    for _, caption in random_captions(num_digits):
+        words = split_words(caption)
+        assert set(words) <= set(VOCABULARY) and len(words) < TextEncoderConfig().max_tokens, caption
+
+
+@pytest.mark.parametrize("num_digits", [1, 2])
+def test_what_a_caption_names_is_read_back(num_digits):
+    cases = random_captions(num_digits)
+    num_with_motion, num_speeds = 0, 0
+    for facts, caption in cases:
+        said = parse_caption(caption)
+        assert said.digits == tuple(fact.digit for fact in facts), caption
+        if any(direction is not None for direction in said.directions):
+            num_with_motion += 1
+            assert said.directions == tuple(fact.direction for fact in facts), caption
+        for fact, direction, speed in zip(facts, said.directions, said.speeds, strict=True):
+            assert speed is None or (speed == fact.speed and direction is not None), caption
+            num_speeds += speed is not None
+    assert 0.80 < num_with_motion / len(cases) < 0.90  # 85 % by the docstring
+    assert 0.42 < num_speeds / (num_with_motion * num_digits) < 0.58  # and half of those name the speed
+
+
+def test_every_phrase_of_the_grammar_is_read():
+    speed_words = [(speed, word) for speed, group in SPEED_WORDS.items() for word in group]
+    for octant, group in enumerate(DIRECTION_PHRASES):
+        for phrase, (speed, word) in itertools.product(group, speed_words):
+            other = (octant + 3) % 8
+            caption = f"A 7 moving {phrase} {word}, and the digit {DIGIT_WORDS[2]} drifting {DIRECTION_PHRASES[other][0]}!"
+            assert parse_caption(caption) == CaptionFacts((7, 2), (octant, other), (speed, None)), caption
+
+
+@pytest.mark.parametrize(("prompt", "facts"), [
+    ("", CaptionFacts((), (), ())),
+    ("moving up slowly", CaptionFacts((), (), ())),
+    ("two handwritten digits 3 and two", CaptionFacts((3, 2), (None, None), (None, None))),
+    ("A HANDWRITTEN 5 Moving Up And To The Left", CaptionFacts((5,), (3,), (None,))),
+])
+def test_free_text_is_read_too(prompt, facts):
+    assert parse_caption(prompt) == facts
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_captions_of_no_or_three_digits_are_refused(count):
+    with pytest.raises(ValueError, match=f"1 or 2 digits, found {count}"):
+        compose_caption([MotionFacts(1, 0, "slow")] * count, np.random.default_rng(0))
+
+
+def test_captions_are_a_function_of_the_generator_and_vary():
+    facts = [MotionFacts(4, 1, "fast")]
+    captions = [[compose_caption(facts, rng) for _ in range(50)] for rng in (np.random.default_rng(0), np.random.default_rng(0))]
+    assert captions[0] == captions[1] and len(set(captions[0])) > 25
+
+
+def test_the_null_prompt_is_one_token(small_text_encoder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokens = small_text_encoder.tokenize([NULL_PROMPT, "  \n", "a 3"])
+    assert tokens[:2, 0].tolist() == [START_TOKEN] * 2 and (tokens[:2, 1:] == PAD_TOKEN).all()
+    embedding, mask = small_text_encoder(tokens)
+    assert mask.sum(1).tolist() == [1, 1, 3]
+    assert embedding[:, 0].any(dim=1).all() and not embedding[~mask].any()
+
+
+def test_each_word_has_its_own_token(small_text_encoder):
+    encoder = TextEncoder(TextEncoderConfig(width=32, max_tokens=len(VOCABULARY) + 1))
+    tokens = encoder.tokenize([" ".join(VOCABULARY)])[0].tolist()
+    assert sorted(tokens) == list(range(1, NUM_TOKENS)) and len(set(tokens)) == len(tokens)
+    spellings = small_text_encoder.tokenize(["the 3, moving UP!", "The 3 moving up", "the3moving\tup"])
+    assert torch.equal(spellings[0], spellings[1]) and torch.equal(spellings[1], spellings[2])
+
+
+def test_unknown_words_are_named_once_and_left_out(small_text_encoder):
+    with pytest.warns(UserWarning, match="unknown words left out") as caught:
+        tokens = small_text_encoder.tokenize(["a purple 3", "a zebra moving up", "a purple 4"])
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert message.count("purple") == 1 and message.count("zebra") == 1 and "\n" not in message
+    assert all(word in message for word in VOCABULARY)
+    assert torch.equal(tokens, small_text_encoder.tokenize(["a 3", "a moving up", "a 4"]))
+
+
+def test_long_prompts_are_cut_with_a_warning(small_text_encoder):
+    fits = " ".join(["up"] * 11)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = small_text_encoder.tokenize([fits])
+    with pytest.warns(UserWarning, match="1 prompts are longer than 11 words") as caught:
+        tokens = small_text_encoder.tokenize([fits + " down", "a 3"])
+    assert len(caught) == 1 and torch.equal(tokens[:1], expected)
+
+
+@pytest.mark.parametrize("prompt", [
+    "a 7 moving up " * 2500, "\u4e03 a 7 \u0440\u0443\u043a\u0430 \U0001f600", "a\x00 7\x1b[31m \u202e\r\n\ud800", "\u0663 \u00b2 \u2167 7",
+    "x" * 100_000, "... --- ' \" { } \\",
+])
+def test_any_text_is_accepted(small_text_encoder, prompt):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        embedding, mask = small_text_encoder.encode([prompt])
+    assert embedding.shape == (1, 12, 32) and embedding.isfinite().all() and mask[0, 0]
+    assert len(caught) <= 2 and all(str(w.message).isprintable() and len(str(w.message)) < 5000 for w in caught)
+    parse_caption(prompt)
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])  # without gradient torch takes another kernel
+def test_an_embedding_does_not_depend_on_the_rest_of_the_batch(small_text_encoder, with_gradient):
+    prompts = ["", "a 3 moving up", "the digit 4 drifting down and to the left slowly", "digits 1 and 2"]
+    with torch.set_grad_enabled(with_gradient):
+        together, mask = small_text_encoder.encode(prompts)
+        for i, prompt in enumerate(prompts):
+            alone, alone_mask = small_text_encoder.encode([prompt])
+            assert torch.equal(alone_mask[0], mask[i])
+            torch.testing.assert_close(alone[0], together[i], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_words_do_not_attend_to_padding(small_text_encoder):
+    before, mask = small_text_encoder.encode(["a 3 moving up"])
+    small_text_encoder.position_embedding[5:] += torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    assert mask.sum() == 5
+    torch.testing.assert_close(small_text_encoder.encode(["a 3 moving up"])[0], before, rtol=0, atol=1e-6)
+
+
+def test_the_order_of_the_words_matters(small_text_encoder):
+    prompts = ["a 3 moving left and a 5 moving right", "a 5 moving left and a 3 moving right"]
+
+    def mean_embeddings() -> torch.Tensor:
+        embedding, mask = small_text_encoder.encode(prompts)
+        return (embedding * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    with torch.no_grad():
+        first, second = mean_embeddings()
+        assert (first - second).abs().max() > 1e-4
+        small_text_encoder.position_embedding.zero_()  # then the prompts are the same bag of words
+        first, second = mean_embeddings()
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("sizes", "message"), [
+    ({"width": 0}, r"text\.width is 0"), ({"width": 48}, r"text\.width is 48: expected a positive multiple of 32"),
+    ({"width": -32}, r"text\.width is -32"), ({"max_tokens": 1}, r"text\.max_tokens is 1: expected at least 2"),
+])
+def test_impossible_sizes_are_refused_by_name(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        TextEncoderConfig(**sizes)

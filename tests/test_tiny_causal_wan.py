@@ -1,0 +1,420 @@
+"""The network: cache against mask, causality, window, gradient boundaries, patches, RoPE, times, prompts, refusals."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMALL_SIZES, build_small_model, random_prompt, random_video
+from torch import Tensor
+
+from flow_matching import velocity_from_x_0, x_0_from_velocity
+from tiny_causal_wan import (
+    KVCache,
+    ModelConfig,
+    PromptContext,
+    TinyCausalWanModel,
+    _rope_angles,
+    apply_rope,
+    attention,
+    block_causal_mask,
+)
+
+NUM_FRAMES = 12
+
+
+def run_cached(
+    model: TinyCausalWanModel, x_t: Tensor, t: Tensor, prompt: PromptContext, num_frames_per_block: int, window_frames: int | None
+) -> Tensor:
+    """The video block by block, each block written to the cache as it came in."""
+    cache, parts = model.new_cache(window_frames), []
+    for x, time in zip(x_t.split(num_frames_per_block, 1), t.split(num_frames_per_block, 1), strict=True):
+        parts.append(model.forward_cached(x, time, prompt, cache))
+        model.write_cache(x, time, prompt, cache)
+    assert cache.num_frames == x_t.shape[1]
+    return torch.cat(parts, dim=1)
+
+
+def changed_frames(before: Tensor, after: Tensor) -> list[int]:
+    """The frames in which two videos differ in any bit."""
+    return (before != after).any(dim=(0, 2, 3, 4)).nonzero().flatten().tolist()
+
+
+def perturbed(x: Tensor, frame: int) -> Tensor:
+    """The video with one frame moved."""
+    x = x.clone()
+    x[:, frame] += 1
+    return x
+
+
+CACHE_CASES = [  # block, window, batch, patch_size, channels
+    *((block, window, batch, [1, 4, 4], 1) for block in (1, 3) for window in (None, 3, 6, 9) for batch in (1, 3)),
+    *((3, window, 2, patch, channels) for window in (None, 3, 6) for patch, channels in (([3, 4, 4], 3), ([1, 2, 4], 3))),
+    (3, 9, 3, [3, 8, 8], 1), (6, 6, 1, [2, 4, 2], 1), (6, None, 2, [3, 4, 4], 1), (3, 1, 2, [1, 8, 8], 3),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("block", "window", "batch", "patch_size", "channels"), CACHE_CASES)
+def test_cached_blocks_equal_the_full_pass_under_the_mask(block, window, batch, patch_size, channels):
+    model = build_small_model(patch_size=patch_size, channels=channels)
+    x_t, t = random_video(model, batch, NUM_FRAMES)
+    prompt = random_prompt(model, batch)
+    cached = run_cached(model, x_t, t, prompt, block, window)
+    masked = model.forward_block_causal(x_t, t, prompt, block, window)
+    torch.testing.assert_close(cached, masked, rtol=1e-5, atol=1e-5)
+    alone = model.forward_block_causal(x_t, t, prompt, block, block)
+    is_limited = window is not None and window <= block
+    assert is_limited or (masked - alone)[:, block:].abs().max() > 1e-3  # the past does matter
+
+
+@pytest.mark.parametrize(("block", "window", "temporal_patch"), [(1, None, 1), (3, None, 1), (3, 6, 3), (1, 4, 1), (3, 5, 1), (6, 9, 3)])
+def test_mask_says_which_frames_a_frame_may_see(block, window, temporal_patch):
+    tokens = 2
+    mask = block_causal_mask(NUM_FRAMES, block, window, temporal_patch, tokens, torch.device("cpu"))
+    rows = NUM_FRAMES // temporal_patch
+    for query, key in itertools.product(range(rows), range(rows)):
+        query_frame, key_frame = query * temporal_patch, key * temporal_patch
+        end = (query_frame // block + 1) * block
+        expected = key_frame < end and (window is None or key_frame >= end - window)
+        assert (mask[query * tokens:(query + 1) * tokens, key * tokens:(key + 1) * tokens] == expected).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [1, 3])
+def test_the_past_does_not_see_the_future(small_model, block):
+    x_t, t = random_video(small_model, 2, NUM_FRAMES)
+    prompt = random_prompt(small_model, 2)
+    before = small_model.forward_block_causal(x_t, t, prompt, block)
+    for first in range(0, NUM_FRAMES, block):
+        after = small_model.forward_block_causal(perturbed(x_t, first + block - 1), t, prompt, block)
+        assert changed_frames(before, after) == list(range(first, NUM_FRAMES))
+
+
+@torch.no_grad()
+def test_the_bidirectional_network_sees_the_future(small_model):
+    x_t, t = random_video(small_model, 2, NUM_FRAMES)
+    prompt = random_prompt(small_model, 2)
+    before = small_model.forward_bidirectional(x_t, t, prompt)
+    after = small_model.forward_bidirectional(perturbed(x_t, NUM_FRAMES - 1), t, prompt)
+    assert changed_frames(before, after) == list(range(NUM_FRAMES))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("block", "window"), [(1, 3), (3, 6), (3, 3)])
+def test_the_window_really_limits_what_one_layer_sees(block, window):
+    model = build_small_model(num_layers=1)
+    x_t, t = random_video(model, 1, NUM_FRAMES)
+    prompt = random_prompt(model, 1)
+    last_block = list(range(NUM_FRAMES - block, NUM_FRAMES))
+    first_visible = NUM_FRAMES - window
+
+    def masked(x: Tensor) -> Tensor:
+        return model.forward_block_causal(x, t, prompt, block, window)
+
+    def cached(x: Tensor) -> Tensor:
+        return run_cached(model, x, t, prompt, block, window)
+
+    for run in (masked, cached):
+        outside = changed_frames(run(x_t), run(perturbed(x_t, first_visible - 1)))
+        inside = changed_frames(run(x_t), run(perturbed(x_t, first_visible)))
+        assert not set(last_block) & set(outside) and set(last_block) <= set(inside)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("window", "expected"), [(None, [3, 6, 9, 12]), (6, [3, 6, 6, 6]), (3, [3, 3, 3, 3])])
+def test_the_cache_keeps_the_window_and_counts_all_frames(small_model, window, expected):
+    x_t, t = random_video(small_model, 1, NUM_FRAMES)
+    prompt, cache, kept = random_prompt(small_model, 1), small_model.new_cache(window), []
+    for x, time in zip(x_t.split(3, 1), t.split(3, 1), strict=True):
+        small_model.write_cache(x, time, prompt, cache)
+        kept.append(cache.num_cached_tokens // small_model.config.tokens_per_patch_row)
+    assert kept == expected and cache.num_frames == NUM_FRAMES
+
+
+def test_reading_the_cache_does_not_write_it(small_model):
+    x_t, t = random_video(small_model, 1, 3)
+    prompt, cache = random_prompt(small_model, 1), small_model.new_cache()
+    small_model.write_cache(x_t, t, prompt, cache)
+    first = small_model.forward_cached(x_t, t, prompt, cache)
+    tokens = cache.num_cached_tokens
+    assert torch.equal(small_model.forward_cached(x_t, t, prompt, cache), first)
+    assert cache.num_cached_tokens == tokens and cache.num_frames == 3
+
+
+def test_the_cache_carries_no_gradient(small_model):
+    x_t, t = random_video(small_model, 2, 6)
+    x_t.requires_grad_()
+    prompt, cache, records = random_prompt(small_model, 2), small_model.new_cache(), []
+    hook = small_model.head.register_forward_hook(lambda module, inputs, output: records.append(output.requires_grad))
+    small_model.write_cache(x_t[:, :3], t[:, :3], prompt, cache)
+    hook.remove()
+    assert records == [False]  # writing builds no graph, which would cost memory
+    v = small_model.forward_cached(x_t[:, 3:], t[:, 3:], prompt, cache)
+    (gradient,) = torch.autograd.grad(v.square().sum(), x_t)
+    assert not gradient[:, :3].any() and gradient[:, 3:].any(dim=(0, 2, 3, 4)).all()
+
+
+def test_append_cuts_the_graph_of_what_it_is_given():
+    cache = KVCache(num_layers=1)
+    k = torch.randn(1, 2, 4, 6, requires_grad=True)
+    cache.append([k * 2], [k * 3], num_frames=1)
+    empty = torch.zeros(1, 2, 0, 6)
+    assert not any(x.requires_grad for x in cache.with_current(0, empty, empty, 4.0, 1))
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_later_writes_leave_an_earlier_graph_and_earlier_tensors_alone(small_model, window):
+    x_t, t = random_video(small_model, 1, NUM_FRAMES)
+    prompt = random_prompt(small_model, 1)
+    blocks = list(zip(x_t.split(3, 1), t.split(3, 1), strict=True))
+
+    def gradient(num_later_writes: int) -> tuple[Tensor, ...]:
+        cache, context = small_model.new_cache(window), prompt
+        small_model.write_cache(*blocks[0], context, cache)
+        v = small_model.forward_cached(*blocks[1], context, cache)
+        empty = torch.zeros(1, 2, 0, small_model.config.head_size)
+        seen = cache.with_current(0, empty, empty, small_model.config.tokens_per_patch_row, 0)
+        copies = [x.clone() for x in (v, *seen)]
+        for block in blocks[1:1 + num_later_writes]:
+            small_model.write_cache(*block, context, cache)
+        assert all(torch.equal(x, copy) for x, copy in zip((v, *seen), copies, strict=True))
+        return torch.autograd.grad(v.square().mean(), list(small_model.blocks.parameters()), retain_graph=True, allow_unused=True)
+
+    for expected, actual in zip(gradient(0), gradient(3), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("patch_size", "channels"), [([1, 4, 4], 1), ([1, 2, 4], 1), ([3, 2, 4], 1), ([2, 4, 2], 3), ([1, 8, 8], 3)])
+def test_patchify_and_unpatchify_have_one_order_of_values(patch_size, channels):
+    patch_values = channels * patch_size[0] * patch_size[1] * patch_size[2]
+    model = build_small_model(width=patch_values, num_heads=1, num_layers=1, patch_size=patch_size, channels=channels)
+    with torch.no_grad():
+        model.patch_embedding.weight.copy_(torch.eye(patch_values).view_as(model.patch_embedding.weight))
+        model.patch_embedding.bias.zero_()
+        video, _ = random_video(model, 2, 6)
+        tokens = model.patchify(video)
+        assert tokens.shape == (2, 6 // patch_size[0], model.config.tokens_per_patch_row, patch_values)
+        torch.testing.assert_close(model.unpatchify(tokens), video, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_each_frame_is_modulated_by_its_own_time():
+    model = build_small_model(num_layers=1)
+    model.blocks[0].o.weight.zero_()  # no attention between frames: what is left is a function of the frame and its time
+    model.blocks[0].o.bias.zero_()
+    x_t, t = random_video(model, 2, 6)
+    prompt = random_prompt(model, 2)
+    before = model.forward_bidirectional(x_t, t, prompt)
+    other = t.clone()
+    other[:, 4] = 1.1 - other[:, 4]
+    after = model.forward_bidirectional(x_t, other, prompt)
+    assert changed_frames(before, after) == [4]
+    guess_before, guess_after = x_0_from_velocity(x_t, before, t), x_0_from_velocity(x_t, after, other)
+    assert (guess_before - guess_after)[:, 4].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_the_time_of_one_frame_reaches_the_others_by_attention(small_model):
+    x_t, t = random_video(small_model, 1, 6)
+    prompt, other = random_prompt(small_model, 1), t.clone()
+    other[:, 4] = 1.1 - other[:, 4]
+    before, after = (small_model.forward_bidirectional(x_t, time, prompt) for time in (t, other))
+    assert changed_frames(before, after) == list(range(6))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 6), (2,), (3, 6), (2, 7), (2, 6, 1)])
+def test_times_that_are_not_one_per_frame_are_refused(small_model, shape):
+    x_t, _ = random_video(small_model, 2, 6)
+    with pytest.raises(ValueError, match=r"expected one time per frame, \(2, 6\)"):
+        small_model.forward_bidirectional(x_t, torch.full(shape, 0.5), random_prompt(small_model, 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 8, 8), (2, 6, 1, 8, 4), (2, 6, 1, 16, 16), (6, 1, 8, 8)])
+def test_videos_of_the_wrong_shape_are_refused(small_model, shape):
+    with pytest.raises(ValueError, match=r"expected \(B, F, 1, 8, 8\)"):
+        small_model.forward_bidirectional(torch.zeros(shape), torch.ones(shape[:2]), random_prompt(small_model, 2))
+
+
+def test_blocks_that_split_a_temporal_patch_are_refused():
+    model = build_small_model(patch_size=[3, 4, 4])
+    x_t, t = random_video(model, 1, 6)
+    prompt = random_prompt(model, 1)
+    with pytest.raises(ValueError, match="a block of 2 frames: expected a positive multiple of the temporal patch 3"):
+        model.forward_block_causal(x_t, t, prompt, 2)
+    with pytest.raises(ValueError, match="a block of 4 frames: expected a positive multiple of the temporal patch 3"):
+        model.forward_cached(x_t[:, :4], t[:, :4], prompt, model.new_cache())
+    with pytest.raises(ValueError, match="F a multiple of the temporal patch 3"):
+        model.forward_bidirectional(x_t[:, :5], t[:, :5], prompt)
+    with pytest.raises(ValueError, match="a window of 4 frames: expected a positive multiple of the temporal patch 3"):
+        model.forward_block_causal(x_t, t, prompt, 3, window_frames=4)
+    with pytest.raises(ValueError, match="a block of 0 frames"):
+        model.forward_block_causal(x_t, t, prompt, 0)
+
+
+def test_a_batch_needs_one_prompt_a_video_and_whole_blocks(small_model):
+    x_t, t = random_video(small_model, 2, 6)
+    with pytest.raises(ValueError, match="1 prompts for 2 videos"):
+        small_model.forward_bidirectional(x_t, t, random_prompt(small_model, 1))
+    with pytest.raises(ValueError, match="6 frames: expected a multiple of the block of 4"):
+        small_model.forward_block_causal(x_t, t, random_prompt(small_model, 2), 4)
+
+
+def test_tables_first_made_in_inference_mode_serve_training():
+    model = build_small_model(seed=3, rope_theta=77.0)  # sizes of its own, so that no table is kept yet
+    x_t, t = random_video(model, 1, 6)
+    with torch.inference_mode():
+        model.forward_block_causal(x_t, t, random_prompt(model, 1), 3)
+    model.forward_block_causal(x_t, t, random_prompt(model, 1), 3).sum().backward()
+    assert model.head.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_prompt_changes_its_own_video_and_no_other(small_model):
+    x_t, t = random_video(small_model, 3, 6)
+    ours, theirs = random_prompt(small_model, 3, seed=0), random_prompt(small_model, 3, seed=1)
+    together = small_model.forward_bidirectional(x_t, t, ours)
+    assert (together - small_model.forward_bidirectional(x_t, t, theirs)).abs().amax(dim=(1, 2, 3, 4)).min() > 1e-3
+    for i in range(3):
+        alone = PromptContext([k[i:i + 1] for k in ours.keys], [v[i:i + 1] for v in ours.values], ours.mask[i:i + 1], ours.pooled[i:i + 1])
+        single = small_model.forward_bidirectional(x_t[i:i + 1], t[i:i + 1], alone)
+        torch.testing.assert_close(single, together[i:i + 1], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_words_act_by_cross_attention_and_by_their_mean(small_model):
+    x_t, t = random_video(small_model, 1, 3)
+    ours, theirs = random_prompt(small_model, 1, seed=0), random_prompt(small_model, 1, seed=1)
+    before = small_model.forward_bidirectional(x_t, t, ours)
+    by_attention = PromptContext(theirs.keys, theirs.values, theirs.mask, ours.pooled)
+    by_mean = PromptContext(ours.keys, ours.values, ours.mask, theirs.pooled)
+    for mixed in (by_attention, by_mean):
+        assert (small_model.forward_bidirectional(x_t, t, mixed) - before).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_padding_does_not_matter(small_model):
+    x_t, t = random_video(small_model, 2, 3)
+    text = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    before = small_model.forward_bidirectional(x_t, t, small_model.encode_prompt(text, mask))
+    for padding in (torch.full((2, 4, 32), 50.0), torch.zeros(2, 4, 32)):
+        other = torch.where(mask[..., None], text, padding)
+        after = small_model.forward_bidirectional(x_t, t, small_model.encode_prompt(other, mask))
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    longer = small_model.encode_prompt(F.pad(text, (0, 0, 0, 3), value=9.0), F.pad(mask, (0, 3)))
+    torch.testing.assert_close(small_model.forward_bidirectional(x_t, t, longer), before, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_concatenated_prompts_are_both_batches_in_order(small_model):
+    x_t, t = random_video(small_model, 3, 3)
+    first, second = random_prompt(small_model, 2, seed=0), random_prompt(small_model, 1, seed=1)
+    both = small_model.forward_bidirectional(x_t, t, first.concatenate(second))
+    parts = [small_model.forward_bidirectional(x_t[:2], t[:2], first), small_model.forward_bidirectional(x_t[2:], t[2:], second)]
+    torch.testing.assert_close(both, torch.cat(parts), rtol=1e-5, atol=1e-5)
+
+
+def rope_scores(vector: Tensor, query_row: int, key_row: int) -> Tensor:
+    """Scores (S, S) of one vector (d) as every query and every key of a 3 x 2 x 4 grid that starts at the given rows."""
+    x = vector.expand(1, 1, 3 * 2 * 4, -1)
+    q, k = (
+        apply_rope(x, *_rope_angles((2, 4), vector.shape[0], 10000.0, row, 3, torch.device("cpu"))) for row in (query_row, key_row)
+    )
+    return (q @ k.transpose(-1, -2))[0, 0]
+
+
+def test_rope_scores_depend_on_relative_positions_only():
+    vector = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    scores = rope_scores(vector, 0, 0)
+    for row in (1, 1000, 1_000_000):
+        torch.testing.assert_close(rope_scores(vector, row, row), scores, rtol=1e-4, atol=1e-4)
+    assert (rope_scores(vector, 1, 0) - scores).abs().max() > 0.1
+    position = torch.cartesian_prod(torch.arange(3), torch.arange(2), torch.arange(4))  # (S, 3)
+    offset = position[None] - position[:, None]  # (S, S, 3)
+    means = []
+    for step in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 3), (2, 1, -1)):
+        of_step = scores[(offset == torch.tensor(step)).all(-1)]
+        assert of_step.numel() > 0 and (of_step.max() - of_step.min()) < 1e-4
+        means.append(of_step.mean().item())
+    gaps = [abs(a - b) for a, b in itertools.combinations(means, 2)]
+    assert min(gaps) > 1e-2  # every axis has its say
+
+
+def test_rope_keeps_lengths_and_position_zero_is_the_identity():
+    x = torch.randn(2, 3, 24, 12, generator=torch.Generator().manual_seed(0))
+    rotated = apply_rope(x, *_rope_angles((2, 4), 12, 10000.0, 5, 3, torch.device("cpu")))
+    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
+    at_zero = apply_rope(x, *_rope_angles((2, 4), 12, 10000.0, 0, 3, torch.device("cpu")))
+    torch.testing.assert_close(at_zero[:, :, 0], x[:, :, 0], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_video_may_start_at_a_far_position(small_model):
+    x_t, t = random_video(small_model, 1, 3)
+    prompt, near, far = random_prompt(small_model, 1), small_model.new_cache(), small_model.new_cache()
+    far.num_frames = 1_000_000
+    v = small_model.forward_cached(x_t, t, prompt, far)
+    assert v.isfinite().all()
+    torch.testing.assert_close(v, small_model.forward_cached(x_t, t, prompt, near), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_attention_equals_the_fused_kernel(is_masked):
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, length, 16, generator=random).requires_grad_() for length in (7, 9, 9))
+    mask = None
+    if is_masked:
+        mask = torch.rand(2, 1, 7, 9, generator=random) < 0.5
+        mask[..., 0] = True
+    ours, fused = attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(ours, fused, rtol=1e-5, atol=1e-5)
+    for expected, actual in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (fused, ours)), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("sizes", "message"), [
+    ({"patch_size": [1, 3, 4]}, r"model\.patch_size \[1, 3, 4\]: the height 3 does not divide .* 8; choose one of \[1, 2, 4, 8\]"),
+    ({"patch_size": [1, 4, 16]}, r"model\.patch_size .* the width 16 does not divide"),
+    ({"patch_size": [4, 4]}, r"model\.patch_size .* expected \[temporal, height, width\]"),
+    ({"patch_size": [0, 4, 4]}, r"model\.patch_size .* expected at least 1"),
+    ({"width": 25}, r"model\.width 25 over model\.num_heads 2"),
+    ({"width": 26}, r"model\.width 26 over model\.num_heads 2"),
+    ({"num_heads": 6}, r"model\.width 24 over model\.num_heads 6"),
+    ({"channels": 2}, r"model\.channels is 2: expected 1 or 3"),
+    ({"num_layers": 0}, r"model\.num_layers is 0"),
+    ({"ffn_ratio": -1}, r"model\.ffn_ratio is -1"),
+])
+def test_impossible_sizes_are_refused_by_name(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{**SMALL_SIZES, **sizes})
+
+
+def test_the_default_network_has_about_four_million_parameters():
+    with torch.device("meta"):
+        model = TinyCausalWanModel(ModelConfig())
+    assert 3.5e6 < sum(parameter.numel() for parameter in model.parameters()) < 4.5e6
+
+
+def test_a_fresh_network_predicts_a_grey_video(small_config):
+    model = TinyCausalWanModel(small_config)
+    x_t, t = random_video(model, 2, 3)
+    v = model.forward_bidirectional(x_t, t, random_prompt(model, 2))
+    torch.testing.assert_close(v, velocity_from_x_0(x_t, torch.zeros_like(x_t), t))
+
+
+def test_every_parameter_learns(small_model):
+    x_t, t = random_video(small_model, 2, 6)
+    small_model.forward_block_causal(x_t, t, random_prompt(small_model, 2), 3).square().mean().backward()
+    dead = [name for name, parameter in small_model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert dead == []
+
+
+@torch.no_grad()
+def test_the_network_is_a_function_of_its_seed_and_its_input():
+    first, again, other = build_small_model(1), build_small_model(1), build_small_model(2)
+    x_t, t = random_video(first, 1, 6)
+    v = first.forward_block_causal(x_t, t, random_prompt(first, 1), 3)
+    assert torch.equal(v, first.forward_block_causal(x_t, t, random_prompt(first, 1), 3))
+    assert torch.equal(v, again.forward_block_causal(x_t, t, random_prompt(again, 1), 3))
+    assert not torch.equal(v, other.forward_block_causal(x_t, t, random_prompt(other, 1), 3))

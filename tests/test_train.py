@@ -1,0 +1,300 @@
+"""Training end to end on tiny networks: both stages, exact resuming, and every refusal as one line with nothing lost."""
+
+import copy
+import csv
+import os
+import pickle
+import sys
+from dataclasses import replace
+from math import nan
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import train
+from checkpoint import CheckpointError, load_checkpoint, load_networks, save_checkpoint
+from config import Config, PretrainConfig, SelfForcingConfig, WandbConfig, config_from_dict
+from moving_mnist import DatasetConfig
+from text_encoder import TextEncoderConfig
+from tiny_causal_wan import ModelConfig
+from train import SimplifiedTrainer, TrainingDiverged
+
+SHARED = {
+    "num_steps": 6, "batch_size": 2, "min_num_frames": 6, "max_num_frames": 9, "sample_interval": 0, "checkpoint_interval": 4,
+    "eval_videos": 0, "teacher_steps": 2,
+}
+
+
+def tiny_config(log_dir: Path, training: PretrainConfig | SelfForcingConfig) -> Config:
+    return Config(
+        device="cpu", precision="float32", log_dir=str(log_dir), run_name="run", training=training, wandb=WandbConfig(mode="disabled"),
+        model=ModelConfig(frame_size=16, width=24, num_layers=2, num_heads=2, ffn_ratio=2, patch_size=[1, 8, 8], text_width=32),
+        text=TextEncoderConfig(width=32, max_tokens=12), dataset=DatasetConfig(frame_size=16, digit_size=8),
+    )
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    """The run folder of a tiny teacher."""
+    training = PretrainConfig(**SHARED, warmup_steps=2)
+    return SimplifiedTrainer(tiny_config(tmp_path_factory.mktemp("pretrain"), training)).train()
+
+
+@pytest.fixture(scope="module")
+def self_forcing(pretrained) -> SelfForcingConfig:
+    return SelfForcingConfig(
+        **SHARED, pretrained_checkpoint=str(pretrained / "checkpoint_final.pt"), denoising_steps=[1000, 500], gradient_frames=6,
+        dfake_gen_update_ratio=2, critic_warmup_steps=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def student(self_forcing, tmp_path_factory) -> Path:
+    return SimplifiedTrainer(tiny_config(tmp_path_factory.mktemp("self_forcing"), self_forcing)).train()
+
+
+def assert_same(first: object, second: object, where: str) -> None:
+    """Equal to the last bit, whatever is nested in it."""
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_same(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, Tensor):
+        assert torch.equal(first, second), where
+    else:
+        assert first == second, where
+
+
+# ----------------------------------------------------------------------------------------------------------- end to end
+
+
+@pytest.mark.parametrize("stage, training_type, samplers", [("pretrained", "pretrain", 2), ("student", "dmd2", 3)])
+def test_a_run_leaves_checkpoints_samples_figures_and_curves(request, stage, training_type, samplers):
+    folder = request.getfixturevalue(stage)
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names == {
+        "checkpoint_0000004.pt", "checkpoint_final.pt", "curves.png", "scalars.csv", "samples/step_0000006.png", "samples/step_0000006.gif",
+    }
+    checkpoint = load_checkpoint(folder / "checkpoint_final.pt")
+    assert checkpoint["step"] == 6 and checkpoint["training_type"] == training_type and checkpoint["optimizer_state_dict"]
+    assert config_from_dict(checkpoint["config"]).training.training_type == training_type
+    assert (folder.parent / "checkpoint_final.pt").resolve() == (folder / "checkpoint_final.pt").resolve()
+    with open(folder / "scalars.csv", newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(6))
+    generator = load_networks(folder / "checkpoint_final.pt", torch.device("cpu")).generator
+    assert all(parameter.isfinite().all() for parameter in generator.parameters())
+
+
+def test_self_forcing_moves_the_student_and_leaves_the_teacher(student, pretrained):
+    checkpoint, teacher = load_checkpoint(student / "checkpoint_final.pt"), load_checkpoint(pretrained / "checkpoint_final.pt")
+    assert_same(checkpoint["real_score_state_dict"], teacher["generator_ema_state_dict"], "real_score")
+    assert_same(checkpoint["text_encoder_state_dict"], teacher["text_encoder_state_dict"], "text_encoder")
+    for moved in ("generator_state_dict", "generator_ema_state_dict", "critic_state_dict"):
+        assert any(not torch.equal(checkpoint[moved][key], value) for key, value in teacher["generator_ema_state_dict"].items()), moved
+    assert checkpoint["num_generator_updates"] == 3 and checkpoint["num_prompts_seen"] == 12
+
+
+@pytest.mark.parametrize("stage", ["pretrained", "student"])
+def test_resuming_equals_not_having_stopped(request, stage, tmp_path):
+    folder = request.getfixturevalue(stage)
+    whole = load_checkpoint(folder / "checkpoint_final.pt")
+    config = config_from_dict(whole["config"])
+    resumed = replace(config, log_dir=str(tmp_path), training=replace(config.training, resume=str(folder / "checkpoint_0000004.pt")))
+    torch.manual_seed(123)  # nothing may hang on the global generator
+    result = load_checkpoint(SimplifiedTrainer(resumed).train() / "checkpoint_final.pt")
+    quiet = replace(config, log_dir=str(tmp_path / "quiet"), training=replace(config.training, checkpoint_interval=0))
+    unsaved = load_checkpoint(SimplifiedTrainer(quiet).train() / "checkpoint_final.pt")
+    for other in (result, unsaved):
+        for key in whole.keys() - {"config"}:
+            assert_same(whole[key], other[key], key)
+
+
+def test_only_the_last_interval_checkpoints_are_kept(tmp_path):
+    training = PretrainConfig(**{**SHARED, "checkpoint_interval": 1}, keep_last=2)
+    folder = SimplifiedTrainer(tiny_config(tmp_path, training)).train()
+    assert sorted(path.name for path in folder.glob("*.pt")) == ["checkpoint_0000004.pt", "checkpoint_0000005.pt", "checkpoint_final.pt"]
+
+
+def test_a_second_run_overwrites_nothing_and_the_link_follows_it(pretrained):
+    before = {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file()}
+    config = config_from_dict(load_checkpoint(pretrained / "checkpoint_final.pt")["config"])
+    second = SimplifiedTrainer(replace(config, seed=1, training=replace(config.training, num_steps=1))).train()
+    assert second.name == "run-2" and {path: path.read_bytes() for path in before} == before
+    assert (pretrained.parent / "checkpoint_final.pt").resolve() == (second / "checkpoint_final.pt").resolve()
+
+
+# ----------------------------------------------------------------------------------------------------------- divergence
+
+
+@pytest.mark.parametrize("bad_step, kept", [(5, "the last good checkpoint is .*checkpoint_0000004.pt"), (2, "no checkpoint was due yet")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, bad_step, kept):
+    trainer = SimplifiedTrainer(tiny_config(tmp_path, PretrainConfig(**SHARED)))
+    sound_step = trainer.stage.train_step
+    trainer.stage.train_step = lambda step: sound_step(step) | ({"loss_causal": nan} if step == bad_step else {})
+    with pytest.raises(TrainingDiverged, match=f"loss_causal is nan at step {bad_step}: stopped; {kept}"):
+        trainer.train()
+    checkpoints = list(tmp_path.rglob("*.pt"))
+    assert [path.name for path in checkpoints] == (["checkpoint_0000004.pt"] if bad_step > 4 else [])
+    for path in checkpoints:
+        load_networks(path, torch.device("cpu"))
+    assert (trainer.folder / "curves.png").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    trainer = SimplifiedTrainer(tiny_config(tmp_path, PretrainConfig(**SHARED)))
+    sound_step = trainer.stage.train_step
+
+    def break_weights_silently(step: int) -> dict[str, float]:
+        figures = sound_step(step)
+        if step == 3:
+            with torch.no_grad():
+                next(trainer.stage.model.parameters()).fill_(nan)
+        return figures
+
+    trainer.stage.train_step = break_weights_silently
+    with pytest.raises(TrainingDiverged, match="weight of the generator is not finite after 4 steps"):
+        trainer.train()
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_resumed_run_that_diverges_names_the_checkpoint_it_came_from(pretrained, tmp_path):
+    source = str(pretrained / "checkpoint_0000004.pt")
+    trainer = SimplifiedTrainer(tiny_config(tmp_path, PretrainConfig(**SHARED, resume=source)))
+    trainer.stage.train_step = lambda step: {"loss_causal": nan}
+    with pytest.raises(TrainingDiverged, match="at step 4: stopped; the last good checkpoint is .*checkpoint_0000004.pt"):
+        trainer.train()
+
+
+# --------------------------------------------------------------------------------------------------- files that do not fit
+
+
+def write_bad_teacher(kind: str, path: Path, teacher: Path, trace: Path) -> None:
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(trace),)
+
+    content = teacher.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "foreign":
+        torch.save({"model": torch.zeros(3)}, path)
+    elif kind == "hostile":
+        path.write_bytes(pickle.dumps(Hostile()))
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("missing", "no checkpoint at"), ("truncated", "cannot be read"), ("foreign", "not a checkpoint of this project"),
+    ("hostile", "refused"),
+])
+def test_a_bad_teacher_is_refused_before_any_work(self_forcing, tmp_path, kind, words):
+    path, trace, logs = tmp_path / "teacher.pt", tmp_path / "trace", tmp_path / "logs"
+    write_bad_teacher(kind, path, Path(self_forcing.pretrained_checkpoint), trace)
+    with pytest.raises(CheckpointError, match=words):
+        SimplifiedTrainer(tiny_config(logs, replace(self_forcing, pretrained_checkpoint=str(path))))
+    assert not logs.exists() and not trace.exists()
+
+
+def test_a_teacher_of_other_sizes_is_refused_naming_both(self_forcing, tmp_path):
+    config = tiny_config(tmp_path / "logs", self_forcing)
+    with pytest.raises(CheckpointError, match="trained with model.width=24, but this run asks for model.width=36"):
+        SimplifiedTrainer(replace(config, model=replace(config.model, width=36)))
+    assert not (tmp_path / "logs").exists()
+
+
+def test_resuming_from_what_does_not_fit_is_refused(pretrained, student, self_forcing, tmp_path):
+    def resume(training: PretrainConfig | SelfForcingConfig, path: Path) -> SimplifiedTrainer:
+        return SimplifiedTrainer(tiny_config(tmp_path / "logs", replace(training, resume=str(path))))
+
+    pretraining = PretrainConfig(**SHARED)
+    with pytest.raises(ValueError, match="training type pretrain, this run is dmd2"):
+        resume(self_forcing, pretrained / "checkpoint_0000004.pt")
+    with pytest.raises(ValueError, match="stands at step 6: set training.num_steps above it"):
+        resume(pretraining, pretrained / "checkpoint_final.pt")
+    whole = load_checkpoint(pretrained / "checkpoint_0000004.pt")
+    for changes, words in (
+        ({"optimizer_state_dict": {}}, "does not hold what resuming needs"), ({"random_state": 3}, "does not hold what resuming needs"),
+        ({"step": "four"}, "invalid literal"), ({"generator_state_dict": {}}, "missing"),
+    ):
+        save_checkpoint(tmp_path / "bad.pt", {**copy.copy(whole), **changes})
+        with pytest.raises(ValueError, match=words) as caught:
+            resume(pretraining, tmp_path / "bad.pt")
+        assert "\n" not in str(caught.value)
+    del whole["generator_ema_state_dict"]
+    save_checkpoint(tmp_path / "slim.pt", whole)
+    with pytest.raises(CheckpointError, match="lacks generator_ema_state_dict"):
+        resume(pretraining, tmp_path / "slim.pt")
+    assert not (tmp_path / "logs").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+TINY = [
+    "device=cpu", "wandb.mode=disabled", "model.frame_size=16", "model.width=24", "model.num_layers=1", "model.num_heads=2",
+    "model.patch_size=[1,8,8]", "dataset.frame_size=16", "dataset.digit_size=8", "training.num_steps=1", "training.batch_size=2",
+    "training.min_num_frames=3", "training.max_num_frames=3", "training.teacher_steps=1",
+]
+
+
+def command_line(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    train.run_command_line()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["training.num_step=3"], "unknown key training.num_step.*training.num_steps"), (["training.lr=abc"], "training.lr: .*abc"),
+    (["training=selfforcing"], "unknown choice training=selfforcing: expected one of pretrain, self_forcing"),
+    (["training.min_num_frames=10"], "nearest valid: 9 or 12"), (["+training.num_step=3"], "unknown key training.num_step"),
+    (["model.patch_size=[1,5,5]"], "does not divide the frame size 32"), (["training.lr=nan"], "training.lr is nan"),
+    (["training.pretrained_checkpoint=none.pt", "device=cpu"], "no checkpoint at none.pt"),
+    (["training=pretrain", *TINY, "log_dir=TMP/file/logs"], "cannot write to the folder .*file/logs"),
+    (["training=pretrain", *TINY, "dataset.mnist_root=TMP/mnist"], "train-images-idx3-ubyte is not a sound MNIST file"),
+    (["training=pretrain", "device=cuda"], "device is cuda, which this machine does not have"),
+])
+def test_the_command_line_refuses_in_one_line(arguments, words, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "mnist").mkdir()
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        (tmp_path / "mnist" / name).write_bytes(b"corrupt")
+    before = sorted(tmp_path.rglob("*"))
+    overrides = [argument.replace("TMP", str(tmp_path)) for argument in arguments]
+    if not any(override.startswith("log_dir") for override in overrides):
+        overrides.append(f"log_dir={tmp_path}/logs")
+    with pytest.raises(SystemExit, match=f"^error: .*{words}") as caught:
+        command_line(monkeypatch, *overrides)
+    assert "\n" not in caught.value.code  # sys.exit prints it to stderr, and the exit status is 1
+    assert capfd.readouterr().err == ""  # and nothing else stands there
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_line_trains(tmp_path, monkeypatch, capsys):
+    command_line(monkeypatch, "training=pretrain", *TINY, f"log_dir={tmp_path}", "run_name=mine")
+    assert load_checkpoint(tmp_path / "checkpoint_final.pt")["step"] == 1
+    assert "trained 1 steps" in capsys.readouterr().out
+
+
+def test_help_and_the_composed_job_are_shown(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command_line(monkeypatch, "--help")
+    assert caught.value.code in (0, None) and "num_steps: 800" in capsys.readouterr().out
+    command_line(monkeypatch, "--cfg", "job", "training.num_steps=7")
+    assert "num_steps: 7" in capsys.readouterr().out
+
+
+def test_multirun_runs_every_choice(tmp_path, monkeypatch):
+    seen = []
+
+    class Recorder:
+        def __init__(self, config: Config):
+            self.config = config
+
+        def train(self) -> None:
+            seen.append((self.config.seed, self.config.training.training_type))
+
+    monkeypatch.setattr(train, "SimplifiedTrainer", Recorder)
+    command_line(monkeypatch, "-m", "seed=3,4", "training=pretrain,self_forcing", f"hydra.sweep.dir={tmp_path}")
+    assert seen == [(3, "pretrain"), (3, "dmd2"), (4, "pretrain"), (4, "dmd2")]
