@@ -34,7 +34,9 @@ MATRIX_SIZE = 1024
 
 
 @torch.no_grad()
-def sample_without_cache(networks: LoadedNetworks, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan, runtime: Runtime) -> Tensor:
+def sample_without_cache(
+    networks: LoadedNetworks, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan, runtime: Runtime
+) -> Tensor:
     """The few-step rollout with the past recomputed at every pass: the same videos (B, F, C, H, W), only slower.
 
     What a rollout costs without a KV cache; `context_time` is 0 here, as in the student that ships.

@@ -3,7 +3,8 @@
 A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts, so that `torch.load(weights_only=True)` reads
 it and no file can run code. Keys that users rely on: `generator_state_dict`, `optimizer_state_dict`, `step`,
 `training_type` ("pretrain" or "dmd2"), `config` (the run's configuration as a plain dict). Beside them stand
-`text_encoder_state_dict`, and in the checkpoint of a run `generator_ema_state_dict` and all that resuming needs.
+`text_encoder_state_dict` and `prompts_drawn` (seed: number of training captions drawn), and in the checkpoint of a run
+`generator_ema_state_dict` and all that resuming needs.
 
     python checkpoint.py IN OUT    strip IN to its averaged weights in float16, which is what `pretrained/` ships
 """
@@ -27,7 +28,9 @@ from config import Config, config_from_dict
 from text_encoder import TextEncoder
 from tiny_causal_wan import TinyCausalWanModel
 
-REQUIRED_KEYS = ("generator_state_dict", "optimizer_state_dict", "text_encoder_state_dict", "step", "training_type", "config")
+REQUIRED_KEYS = (
+    "generator_state_dict", "optimizer_state_dict", "text_encoder_state_dict", "step", "training_type", "config", "prompts_drawn",
+)
 
 
 class CheckpointError(ValueError):
@@ -85,6 +88,7 @@ class LoadedNetworks:
     text_encoder: TextEncoder
     config: Config
     step: int
+    prompts_drawn: dict[int, int]  # seed: n says that training drew the captions (seed, 0..n - 1): these are not held out
 
 
 def checkpoint_config(path: Path, checkpoint: dict[str, Any]) -> Config:
@@ -95,16 +99,21 @@ def checkpoint_config(path: Path, checkpoint: dict[str, Any]) -> Config:
         raise CheckpointError(f"{path}: its configuration does not fit this version of the code ({error})") from error
 
 
+def generator_key(checkpoint: dict[str, Any]) -> str:
+    """Where the weights to use stand: the averaged ones in a run's checkpoint, the only ones in a stripped one."""
+    return "generator_ema_state_dict" if "generator_ema_state_dict" in checkpoint else "generator_state_dict"
+
+
 def load_networks(path: Path, device: torch.device) -> LoadedNetworks:
     """Build generator and text encoder from a checkpoint, strictly. Raises CheckpointError."""
     checkpoint = load_checkpoint(path)
     config = checkpoint_config(path, checkpoint)
     generator, text_encoder = TinyCausalWanModel(config.model), TextEncoder(config.text)
-    weights = "generator_ema_state_dict" if "generator_ema_state_dict" in checkpoint else "generator_state_dict"
+    weights = generator_key(checkpoint)
     for module, key in ((generator, weights), (text_encoder, "text_encoder_state_dict")):
         load_state(module, checkpoint[key], f"{path}: {key}")
         module.to(device).eval().requires_grad_(False)
-    return LoadedNetworks(generator, text_encoder, config, checkpoint["step"])
+    return LoadedNetworks(generator, text_encoder, config, checkpoint["step"], checkpoint["prompts_drawn"])
 
 
 def load_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> None:
@@ -125,12 +134,12 @@ def load_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> 
 def slim_checkpoint(source: Path, target: Path) -> None:
     """Write the averaged weights of `source` in float16, without what only resuming needs."""
     checkpoint = load_checkpoint(source)
-    weights = checkpoint.get("generator_ema_state_dict", checkpoint["generator_state_dict"])
+    weights = checkpoint[generator_key(checkpoint)]
     slim = {
         "generator_state_dict": {key: value.half() for key, value in weights.items()},
         "text_encoder_state_dict": {key: value.half() for key, value in checkpoint["text_encoder_state_dict"].items()},
         "optimizer_state_dict": {},
-        **{key: checkpoint[key] for key in ("step", "training_type", "config")},
+        **{key: checkpoint[key] for key in ("step", "training_type", "config", "prompts_drawn")},
     }
     save_checkpoint(target, slim)
 

@@ -263,8 +263,11 @@ def _unknown_key(key: str, kinds: list[TrainingConfig]) -> str:
     return f"unknown key {key}{run}: the nearest known key is {nearest}; --help shows them all"
 
 
-def explain_refusal(error: Exception) -> str:
-    """One line that says which key or choice was refused, and what would do; Hydra's own messages take a page."""
+def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> str:
+    """One line that says which key or choice was refused, and what would do; Hydra's own messages take a page.
+
+    known_keys: those of another configuration than a training run's.
+    """
     root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__
@@ -275,6 +278,9 @@ def explain_refusal(error: Exception) -> str:
     if isinstance(root, (ConfigAttributeError, ConfigKeyError)) and root.full_key:
         typed = re.match(r"Could not override '([^']+)'", str(error))
         key = typed.group(1) if typed else root.full_key
+        if known_keys is not None:
+            nearest = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.0)[0]
+            return f"unknown key {key}: the nearest known key is {nearest}; known are {', '.join(known_keys)}"
         kinds = {PretrainConfig: [PretrainConfig()], SelfForcingConfig: [SelfForcingConfig()]}
         both: list[TrainingConfig] = [SelfForcingConfig(), PretrainConfig()]
         return _unknown_key(key, kinds[root.object_type] if root.object_type in kinds else both)

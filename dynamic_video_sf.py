@@ -20,7 +20,13 @@ from torch import Tensor
 
 from config import SelfForcingConfig
 from flow_matching import (
-    add_noise, classifier_free_guidance, eps_from_velocity, euler_sampler, sampling_times, shift_time, timestep_to_time,
+    add_noise,
+    classifier_free_guidance,
+    eps_from_velocity,
+    euler_sampler,
+    sampling_times,
+    shift_time,
+    timestep_to_time,
     x_0_from_velocity,
 )
 from objectives import x_0_prediction_loss
@@ -60,7 +66,9 @@ def warp_steps(denoising_steps: list[int], time_shift: float) -> tuple[float, ..
     return tuple(shift_time(timestep_to_time(torch.tensor(denoising_steps)), time_shift).tolist())
 
 
-def many_step_plan(num_steps: int, time_shift: float, num_frames_per_block: int, guidance: float, window_frames: int | None = None) -> RolloutPlan:
+def many_step_plan(
+    num_steps: int, time_shift: float, num_frames_per_block: int, guidance: float, window_frames: int | None = None
+) -> RolloutPlan:
     """Euler's method with num_steps steps a block: how a causal network is sampled that was not distilled."""
     times = tuple(sampling_times(num_steps, time_shift)[:-1].tolist())
     return RolloutPlan(times, num_frames_per_block, fresh_noise=False, window_frames=window_frames, guidance=guidance)

@@ -12,20 +12,23 @@ student, beside real videos of held-out digits with the same prompts. The figure
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from checkpoint import LoadedNetworks, load_networks
-from config import DEVICES, PRECISIONS
+from config import DEVICES, PRECISIONS, explain_refusal
 from metrics import facts_of_prompts, load_judge, score_videos, summarise
 from moving_mnist import DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
 from runtime import resolve_runtime
@@ -87,7 +90,7 @@ def make_rows(config: EvaluateConfig) -> list[Row]:
     steps = None if config.denoising_steps is None else tuple(config.denoising_steps)
     settings = SamplerSettings(steps, config.num_steps, config.guidance)
     if config.checkpoint:
-        return [Row(path, Path(path), settings) for path in config.checkpoint]
+        return [Row(Path(path).stem, Path(path), settings) for path in config.checkpoint]
     teacher, student = (REPOSITORY / "pretrained" / name for name in ("teacher.pt", "student.pt"))
     return [
         Row("teacher", teacher, SamplerSettings()),
@@ -115,7 +118,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
         print(format_row(name, results[name]), flush=True)
 
     print(f"{config.num_videos} videos of {config.num_frames} frames, held-out prompts, seed {config.seed}, {runtime}")
-    print(" " * 24 + "".join(f"{title:>26}" for title in FIGURES.values()))
+    print(" " * 34 + "".join(f"{title:>26}" for title in FIGURES.values()))
     score("real", real.video, {})
     for row in rows:
         networks = loaded[row.path]
@@ -134,9 +137,11 @@ def held_out_videos(dataset: DatasetConfig, networks: list[LoadedNetworks], conf
     """Real videos of held-out digits whose prompts, word for word, none of the networks drew in training."""
     trained_on = MovingMNISTGenerator(dataset, "train")
     drawn: set[str] = set()
-    for seed in {item.config.seed for item in networks}:
-        most = max(item.num_prompts_drawn for item in networks if item.config.seed == seed)
-        drawn.update(trained_on.captions(seed, range(most)))
+    most: dict[int, int] = {}
+    for item in networks:
+        most |= {seed: max(number, most.get(seed, 0)) for seed, number in item.prompts_drawn.items()}
+    for seed, num_drawn in most.items():
+        drawn.update(trained_on.captions(seed, range(num_drawn)))
     held_out, seed = MovingMNISTGenerator(dataset, "test"), PROMPT_SEED + config.seed
     indices: list[int] = []
     for index in count():
@@ -157,7 +162,7 @@ def format_row(name: str, figures: dict[str, object]) -> str:
         value, interval = figures.get(key), figures.get(f"{key}_ci")
         assert isinstance(value, float) and isinstance(interval, list)
         cells.append(f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]")
-    return f"{name:<24}" + "".join(f"{cell:>26}" for cell in cells)
+    return f"{name:<34}" + "".join(f"{cell:>26}" for cell in cells)
 
 
 def write_results(folder: Path, results: dict[str, dict[str, object]], shown: list[tuple[str, Tensor]], prompts: list[str]) -> None:
@@ -171,7 +176,7 @@ def write_results(folder: Path, results: dict[str, dict[str, object]], shown: li
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
+@hydra.main(version_base="1.3", config_path=str(REPOSITORY / "configs"), config_name="evaluate")
 def main(composed: DictConfig) -> None:
     try:
         config = OmegaConf.to_object(composed)
@@ -181,5 +186,14 @@ def main(composed: DictConfig) -> None:
         sys.exit(f"error: {error}")
 
 
+def run_command_line() -> None:
+    """`main`, where what Hydra refuses is one line too."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its refusals, instead of printing a page and exiting
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {explain_refusal(error, [field.name for field in fields(EvaluateConfig)])}")
+
+
 if __name__ == "__main__":
-    main()
+    run_command_line()

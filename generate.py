@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from checkpoint import LoadedNetworks, load_networks
 from config import DEVICES, PRECISIONS

@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from digit_judge import (
-    JUDGE_PATH, DigitJudge, display_intensity, intensity_centres, load_judge, read_digits, save_judge, train_judge,
+    JUDGE_PATH,
+    DigitJudge,
+    display_intensity,
+    intensity_centres,
+    load_judge,
+    read_digits,
+    save_judge,
+    train_judge,
 )
 from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTGenerator, bounce
 from text_encoder import parse_caption

@@ -19,7 +19,13 @@ from tqdm import tqdm
 from checkpoint import LoadedNetworks
 from config import SelfForcingConfig, TrainingConfig, check_denoising_steps, check_num_frames
 from dynamic_video_sf import (
-    RolloutPlan, few_step_plan, make_noise_streams, many_step_plan, rollout_blocks, sample_bidirectional, warp_steps,
+    RolloutPlan,
+    few_step_plan,
+    make_noise_streams,
+    many_step_plan,
+    rollout_blocks,
+    sample_bidirectional,
+    warp_steps,
 )
 from flow_matching import NUM_TRAIN_TIMESTEPS
 from runtime import Runtime

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, load_state
+from checkpoint import CheckpointError, LoadedNetworks, load_networks, load_state
 from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig
 from dynamic_video_sf import RolloutPlan, SelfForcingEngine, warp_steps
 from moving_mnist import MovingMNISTGenerator
@@ -140,6 +140,7 @@ class PretrainStage:
             "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "random_state": self.random.get_state(),
             "num_videos_seen": self.num_videos_seen,
+            "prompts_drawn": {self.seed: self.num_videos_seen},
         }
 
     def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
@@ -167,8 +168,9 @@ class SelfForcingStage:
         self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
         self.captions = MovingMNISTGenerator(config.dataset, "train")  # of the data, only the prompts are used
         self.num_prompts_seen = 0
-        teacher, self.text_encoder = load_teacher(Path(self.config.pretrained_checkpoint), config.model, runtime.device)
-        self.engine = SelfForcingEngine(self.config, teacher, random)
+        loaded = load_teacher(Path(self.config.pretrained_checkpoint), config.model, runtime.device)
+        self.text_encoder, self.teacher_prompts = loaded.text_encoder, loaded.prompts_drawn
+        self.engine = SelfForcingEngine(self.config, loaded.generator, random)
         self.average = copy.deepcopy(self.engine.generator).requires_grad_(False).eval()
         rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
         modules = {"generator": self.engine.generator, "critic": self.engine.fake_score}
@@ -246,6 +248,7 @@ class SelfForcingStage:
             "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "random_state": self.random.get_state(),
             "num_prompts_seen": self.num_prompts_seen,
+            "prompts_drawn": self.teacher_prompts | {self.seed: max(self.teacher_prompts.get(self.seed, 0), self.num_prompts_seen)},
             "num_generator_updates": self.num_generator_updates,
         }
 
@@ -271,17 +274,12 @@ def _load_modules(targets: dict[str, nn.Module], checkpoint: dict[str, Any], nam
         load_state(module, checkpoint[key], f"{name}: {key}")
 
 
-def load_teacher(path: Path, model: ModelConfig, device: torch.device) -> tuple[TinyCausalWanModel, TextEncoder]:
+def load_teacher(path: Path, model: ModelConfig, device: torch.device) -> LoadedNetworks:
     """The pretrained network and its text encoder, frozen. Raises CheckpointError naming both sizes if they differ."""
-    checkpoint = load_checkpoint(path)
-    stored = checkpoint_config(path, checkpoint)
-    if stored.model != model:
-        differing = [key for key, value in vars(model).items() if vars(stored.model)[key] != value]
-        found = ", ".join(f"model.{key}={vars(stored.model)[key]}" for key in differing)
+    stored = load_networks(path, device)
+    differing = [key for key, value in vars(model).items() if vars(stored.config.model)[key] != value]
+    if differing:
+        found = ", ".join(f"model.{key}={vars(stored.config.model)[key]}" for key in differing)
         wanted = ", ".join(f"model.{key}={vars(model)[key]}" for key in differing)
         raise CheckpointError(f"{path} was trained with {found}, but this run asks for {wanted}: give the same sizes or another teacher")
-    teacher, text_encoder = TinyCausalWanModel(model), TextEncoder(stored.text)
-    weights = "generator_ema_state_dict" if "generator_ema_state_dict" in checkpoint else "generator_state_dict"
-    load_state(teacher, checkpoint[weights], f"{path}: {weights}")
-    load_state(text_encoder, checkpoint["text_encoder_state_dict"], f"{path}: text_encoder_state_dict")
-    return teacher.to(device), text_encoder.to(device).eval().requires_grad_(False)
+    return stored

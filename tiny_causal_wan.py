@@ -117,16 +117,14 @@ class KVCache:
         if past_k is None or past_v is None:
             return k, v
         if self.window_frames is not None:
-            visible = round(max(self.window_frames - num_frames, 0) * tokens_per_frame)
-            start = max(past_k.shape[2] - visible, 0)
+            start = max(past_k.shape[2] - round(max(self.window_frames - num_frames, 0) * tokens_per_frame), 0)
             past_k, past_v = past_k[:, :, start:], past_v[:, :, start:]
         return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
 
     def append(self, keys: list[Tensor], values: list[Tensor], num_frames: int) -> None:
         """Add one finished block: per layer, keys and values (B, h, S_block, d)."""
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-            tokens_per_frame = k.shape[2] / num_frames
-            k, v = self.with_current(layer, k.detach(), v.detach(), tokens_per_frame, num_frames)
+            k, v = self.with_current(layer, k.detach(), v.detach(), k.shape[2] / num_frames, num_frames)
             self._keys[layer], self._values[layer] = k, v
         self.num_frames += num_frames
 
@@ -381,9 +379,7 @@ class TinyCausalWanModel(nn.Module):
         return _rope_angles(grid, self.config.head_size, self.config.rope_theta, first_row, num_rows, device)
 
 
-def _time_blocks(
-    model: TinyCausalWanModel, prompt: PromptContext, num_blocks: int, block: int, num_steps: int, is_cached: bool
-) -> float:
+def _time_blocks(model: TinyCausalWanModel, prompt: PromptContext, num_blocks: int, block: int, num_steps: int, is_cached: bool) -> float:
     """Frames per second of num_steps passes a block at batch 1, with the cache or with the mask over all frames so far."""
     cache, side = model.new_cache(), model.config.frame_size
     video = torch.zeros(1, num_blocks * block, model.config.channels, side, side)
@@ -423,8 +419,7 @@ def self_test(seed: int = 0) -> bool:
     other[:, -block:] += 1
     change = small.forward_block_causal(other, t, prompt, block) - small.forward_block_causal(x_t, t, prompt, block)
     past, present = change[:, :-block].abs().max().item(), change[:, -block:].abs().max().item()
-    full = small.forward_bidirectional(other, t, prompt) - small.forward_bidirectional(x_t, t, prompt)
-    seen = full[:, :-block].abs().max().item()
+    seen = (small.forward_bidirectional(other, t, prompt) - small.forward_bidirectional(x_t, t, prompt))[:, :-block].abs().max().item()
 
     small.patch_embedding.weight.copy_(torch.eye(small.config.patch_values).view_as(small.patch_embedding.weight))
     small.patch_embedding.bias.zero_()

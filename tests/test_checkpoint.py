@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import randomise
 
 import checkpoint as checkpoint_module
 from checkpoint import (
-    REQUIRED_KEYS, CheckpointError, checkpoint_config, load_checkpoint, load_networks, load_state, save_checkpoint, slim_checkpoint,
+    REQUIRED_KEYS,
+    CheckpointError,
+    checkpoint_config,
+    load_checkpoint,
+    load_networks,
+    load_state,
+    save_checkpoint,
+    slim_checkpoint,
 )
 from config import Config, PretrainConfig, config_to_dict
-from conftest import randomise
 from moving_mnist import DatasetConfig
 from text_encoder import TextEncoder, TextEncoderConfig
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
@@ -34,7 +41,7 @@ def whole() -> dict:
     return {
         "generator_state_dict": live.state_dict(), "generator_ema_state_dict": average.state_dict(),
         "text_encoder_state_dict": TextEncoder(CONFIG.text).state_dict(), "optimizer_state_dict": {"adamw": {"state": moments}},
-        "step": 42, "training_type": "pretrain", "config": config_to_dict(CONFIG),
+        "step": 42, "training_type": "pretrain", "config": config_to_dict(CONFIG), "prompts_drawn": {0: 8},
     }
 
 

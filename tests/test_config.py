@@ -9,8 +9,18 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from config import (
-    Config, PretrainConfig, SelfForcingConfig, WandbConfig, build_config, check_denoising_steps, check_num_frames, check_parts_fit,
-    config_from_dict, config_to_dict, explain_refusal, register_schemas,
+    Config,
+    PretrainConfig,
+    SelfForcingConfig,
+    WandbConfig,
+    build_config,
+    check_denoising_steps,
+    check_num_frames,
+    check_parts_fit,
+    config_from_dict,
+    config_to_dict,
+    explain_refusal,
+    register_schemas,
 )
 from moving_mnist import DatasetConfig
 from text_encoder import TextEncoderConfig

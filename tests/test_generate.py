@@ -49,6 +49,7 @@ def write_networks(path: Path, training: TrainingConfig) -> Path:
     save_checkpoint(path, {
         "generator_state_dict": generator.state_dict(), "text_encoder_state_dict": text_encoder.state_dict(),
         "optimizer_state_dict": {}, "step": 5, "training_type": training.training_type, "config": config_to_dict(config),
+        "prompts_drawn": {0: 8},
     })
     return path
 

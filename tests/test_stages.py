@@ -39,7 +39,7 @@ def teacher(tmp_path: Path) -> Path:
     path = tmp_path / "teacher.pt"
     save_checkpoint(path, {
         "generator_state_dict": model.state_dict(), "text_encoder_state_dict": text_encoder.state_dict(), "optimizer_state_dict": {},
-        "step": 1, "training_type": "pretrain", "config": config_to_dict(config),
+        "step": 1, "training_type": "pretrain", "config": config_to_dict(config), "prompts_drawn": {0: 8},
     })
     return path
 
@@ -247,7 +247,7 @@ def test_resuming_equals_an_unbroken_run_bit_for_bit(kind: str, teacher: Path, t
     for step in range(5):
         unbroken.train_step(step)
         first.train_step(step)
-    header = {"step": 5, "training_type": kind, "config": config_to_dict(run_config(unbroken.config))}
+    header = {"step": 5, "training_type": kind, "config": config_to_dict(run_config(unbroken.config)), "prompts_drawn": {0: 8}}
     save_checkpoint(tmp_path / "half.pt", {**header, **first.state_dict()})
     second.load_state_dict(load_checkpoint(tmp_path / "half.pt"), "half.pt")
     assert_same(second.state_dict(), first.state_dict(), "loaded")
@@ -259,7 +259,7 @@ def test_resuming_equals_an_unbroken_run_bit_for_bit(kind: str, teacher: Path, t
 @pytest.mark.parametrize("kind", ["pretrain", "dmd2"])
 def test_a_stripped_checkpoint_cannot_be_resumed(kind: str, teacher: Path, tmp_path: Path):
     stage = build_pretrain() if kind == "pretrain" else build_self_forcing(teacher)
-    header = {"step": 5, "training_type": kind, "config": config_to_dict(run_config(stage.config))}
+    header = {"step": 5, "training_type": kind, "config": config_to_dict(run_config(stage.config)), "prompts_drawn": {0: 8}}
     save_checkpoint(tmp_path / "full.pt", {**header, **stage.state_dict()})
     slim_checkpoint(tmp_path / "full.pt", tmp_path / "slim.pt")
     with pytest.raises(CheckpointError, match="slim.pt lacks .*stripped for generation.*resume from a checkpoint in the run's own folder"):
@@ -288,7 +288,8 @@ def test_the_teacher_is_the_averaged_network_where_the_file_has_one(teacher: Pat
     checkpoint = load_checkpoint(teacher)
     averaged = {name: value + 1 for name, value in checkpoint["generator_state_dict"].items()}
     save_checkpoint(tmp_path / "run.pt", {**checkpoint, "generator_ema_state_dict": averaged})
-    loaded, text_encoder = load_teacher(tmp_path / "run.pt", ModelConfig(**MODEL), torch.device("cpu"))
+    stored = load_teacher(tmp_path / "run.pt", ModelConfig(**MODEL), torch.device("cpu"))
+    loaded, text_encoder = stored.generator, stored.text_encoder
     assert_same(dict(loaded.state_dict()), averaged, "teacher")
     assert_same(dict(text_encoder.state_dict()), dict(checkpoint["text_encoder_state_dict"]), "text encoder")
 

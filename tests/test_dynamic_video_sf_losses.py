@@ -1,0 +1,225 @@
+"""Self-Forcing's losses: whom each one reaches, and distribution matching against closed forms."""
+
+import pytest
+import torch
+from conftest import build_small_model, random_prompt
+from torch import Tensor, nn
+
+import dynamic_video_sf
+from config import SelfForcingConfig
+from dynamic_video_sf import NORMALISER_FLOOR, SelfForcingEngine, dmd_gradient, dmd_loss
+from flow_matching import x_0_from_velocity
+from tiny_causal_wan import PromptContext
+
+
+def build_engine(**changes: object) -> SelfForcingEngine:
+    return SelfForcingEngine(SelfForcingConfig(**changes), build_small_model(), torch.Generator().manual_seed(0))
+
+
+def prompts_of(engine: SelfForcingEngine) -> tuple[PromptContext, PromptContext, PromptContext]:
+    return random_prompt(engine.real_score, 2), random_prompt(engine.real_score, 2, seed=9), random_prompt(engine.fake_score, 2)
+
+
+def perturb(module: nn.Module) -> None:
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=random))
+
+
+def test_the_generators_loss_reaches_the_generator_alone():
+    engine = build_engine()
+    perturb(engine.fake_score)
+    before = {name: value.clone() for name, value in engine.real_score.state_dict().items()}
+    rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
+    score_passes: list[bool] = []
+    for score in (engine.fake_score, engine.real_score):
+        score.head.register_forward_hook(lambda module, args, output: score_passes.append(output.requires_grad))
+    engine.generator_loss(rollout.scored, *prompts_of(engine))[0].backward()
+    assert score_passes == [False, False]
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in engine.generator.parameters())
+    assert all(parameter.grad is None for parameter in engine.fake_score.parameters())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in engine.real_score.parameters())
+    torch.testing.assert_close(dict(engine.real_score.state_dict()), before, rtol=0, atol=0)
+
+
+def test_the_critics_loss_reaches_the_critic_alone():
+    engine = build_engine()
+    rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
+    assert rollout.scored.requires_grad
+    engine.critic_loss(rollout.scored, random_prompt(engine.fake_score, 2)).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in engine.fake_score.parameters())
+    assert all(parameter.grad is None for parameter in [*engine.generator.parameters(), *engine.real_score.parameters()])
+
+
+def test_the_three_networks_share_no_storage():
+    engine = build_engine()
+    pointers = [{p.data_ptr() for p in net.parameters()} for net in (engine.generator, engine.fake_score, engine.real_score)]
+    assert not (pointers[0] & pointers[1] or pointers[0] & pointers[2] or pointers[1] & pointers[2])
+
+
+# Distribution matching
+
+
+def random_batch(num_tensors: int) -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(4, 3, 1, 2, 2, generator=random, dtype=torch.float64) for _ in range(num_tensors)]
+
+
+def test_dmd_gradient_vanishes_where_the_scores_agree():
+    x_0, x_0_real, x_0_fake = random_batch(3)
+    assert not dmd_gradient(x_0, x_0_real, x_0_real).any()
+    assert dmd_gradient(x_0, x_0_fake, x_0_real).any()
+
+
+def test_dmd_loss_differentiates_to_the_gradient():
+    x_0, gradient = random_batch(2)
+    x_0.requires_grad_()
+    gradient.requires_grad_()
+    derivative, into_scores = torch.autograd.grad(dmd_loss(x_0, gradient), [x_0, gradient], allow_unused=True)
+    torch.testing.assert_close(derivative, gradient.detach() / x_0.numel())
+    assert into_scores is None
+
+
+def test_descending_the_loss_moves_a_sample_toward_the_teachers():
+    x_0, x_0_real = random_batch(2)
+    x_0.requires_grad_()
+    (derivative,) = torch.autograd.grad(dmd_loss(x_0, dmd_gradient(x_0.detach(), x_0.detach(), x_0_real)), x_0)  # the critic knows x_0
+    before, after = (x_0 - x_0_real).abs(), (x_0 - 0.1 * x_0.numel() * derivative - x_0_real).abs()
+    assert (after < before).all()
+
+
+def test_dmd_gradient_is_normalised_per_sample():
+    x_0, x_0_fake, x_0_real = random_batch(3)
+    whole = dmd_gradient(x_0, x_0_fake, x_0_real)
+    torch.testing.assert_close(whole[:1], dmd_gradient(x_0[:1], x_0_fake[:1], x_0_real[:1]))
+    torch.testing.assert_close(whole * (x_0 - x_0_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True), x_0_fake - x_0_real)
+    torch.testing.assert_close(dmd_gradient(10 * x_0, 10 * x_0_fake, 10 * x_0_real), whole)
+
+
+def test_dmd_gradient_is_bounded_on_a_perfect_sample():
+    x_0, x_0_fake = random_batch(2)
+    torch.testing.assert_close(dmd_gradient(x_0, x_0_fake, x_0), (x_0_fake - x_0) / NORMALISER_FLOOR)
+    assert not dmd_gradient(x_0, x_0, x_0).any()
+
+
+def test_generator_loss_is_dmd_with_guided_teacher_and_bidirectional_scores():
+    engine = build_engine(guidance=2.5)
+    perturb(engine.fake_score)
+    real, null, fake = prompts_of(engine)
+    x_0 = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=False).scored.requires_grad_()
+    state = engine.random.get_state()
+    loss, figures = engine.generator_loss(x_0, real, null, fake)
+    (derivative,) = torch.autograd.grad(loss, x_0)
+    engine.random.set_state(state)
+    with torch.no_grad():
+        x_t, t = engine._noised(x_0)
+        x_0_fake = x_0_from_velocity(x_t, engine.fake_score.forward_bidirectional(x_t, t, fake), t)
+        cond, uncond = (x_0_from_velocity(x_t, engine.real_score.forward_bidirectional(x_t, t, p), t) for p in (real, null))
+        x_0_real = uncond + 2.5 * (cond - uncond)
+    expected = dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
+    torch.testing.assert_close(derivative, expected / x_0.numel(), rtol=1e-3, atol=1e-3 * derivative.abs().max().item())
+    assert figures["score_distance"] == pytest.approx((x_0_fake - x_0_real).abs().mean().item(), rel=1e-3)
+    assert figures["dmd_gradient_norm"] == pytest.approx(expected.square().mean().sqrt().item(), rel=1e-3)
+
+
+def test_score_times_are_uniform_between_their_bounds():
+    engine = build_engine(min_score_time=0.3, max_score_time=0.8)
+    x_0 = torch.zeros(4000, 2, 1, 1, 1)
+    x_t, t = engine._noised(x_0)
+    assert t.shape == (4000, 2) and torch.equal(t[:, 0], t[:, 1])
+    assert 0.3 <= t.min() < 0.31 and 0.79 < t.max() <= 0.8
+    assert t.mean().item() == pytest.approx(0.55, abs=0.01)
+    assert (x_t[:, 0] / t[:, 0].view(-1, 1, 1, 1)).std().item() == pytest.approx(1, abs=0.05)
+    assert not torch.equal(x_t[:, 0], x_t[:, 1])
+
+
+class GaussianScore(nn.Module):
+    """The exact denoiser of N(mean + pooled prompt, factor factor^T), in place of a network; videos are (B, F, 1, 1, D)."""
+
+    def __init__(self, mean: Tensor, factor: Tensor):
+        super().__init__()
+        self.mean, self.factor = nn.Parameter(mean), nn.Parameter(factor)
+
+    def forward_bidirectional(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
+        """E[x_0 | x_t] = m + (1 - t) S ((1 - t)^2 S + t^2 I)^-1 (x_t - (1 - t) m), handed out as a velocity."""
+        t, mean = t[..., None, None, None], self.mean + prompt.pooled[:, None, None, None]
+        covariance = self.factor @ self.factor.T
+        noisy = (1 - t).square() * covariance + t.square() * torch.eye(len(self.mean), dtype=x_t.dtype)  # (B, F, 1, D, D)
+        solved = torch.linalg.solve(noisy, (x_t - (1 - t) * mean).transpose(-1, -2)).transpose(-1, -2)
+        return (x_t - (mean + (1 - t) * solved @ covariance)) / t
+
+
+def shift_prompt(batch_size: int, shift: list[float]) -> PromptContext:
+    return PromptContext([], [], torch.ones(batch_size, 1, 1, 1, dtype=torch.bool), torch.tensor([shift]).expand(batch_size, -1))
+
+
+def test_on_gaussians_the_engines_gradient_is_the_closed_form():
+    """Fake N(m_f, s^2), teacher N(m_u, s^2) and N(m_c, s^2) guided to the mean m_u + w (m_c - m_u)."""
+    s, weight = 0.6, 2.0
+    config = SelfForcingConfig(guidance=weight)
+    engine = SelfForcingEngine(config, GaussianScore(torch.zeros(2), s * torch.eye(2)), torch.Generator().manual_seed(0))
+    fake, cond, uncond = [0.8, -0.1], [-0.5, 0.4], [0.2, 0.1]
+    x_0 = (torch.tensor(fake) + s * torch.randn(32, 3, 1, 1, 2, generator=engine.random)).requires_grad_()
+    state = engine.random.get_state()
+    loss, _ = engine.generator_loss(x_0, shift_prompt(32, cond), shift_prompt(32, uncond), shift_prompt(32, fake))
+    (derivative,) = torch.autograd.grad(loss, x_0)
+    engine.random.set_state(state)
+    x_t, t = engine._noised(x_0.detach())
+    t = t[..., None, None, None]
+    spread = (1 - t) ** 2 * s**2 + t**2
+    guided = torch.tensor(uncond) + weight * (torch.tensor(cond) - torch.tensor(uncond))
+    x_0_real = guided + s**2 * (1 - t) / spread * (x_t - (1 - t) * guided)
+    scale = (x_0.detach() - x_0_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    closed_form = (torch.tensor(fake) - guided) * t**2 / spread / scale
+    torch.testing.assert_close(derivative, closed_form / x_0.numel(), rtol=1e-3, atol=1e-7)
+
+
+def train_toy_generator(sign: float, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An affine map of 2-D noise under the engine's own two losses. Returns mean and covariance, reached and wanted."""
+    monkeypatch.setattr(dynamic_video_sf, "dmd_gradient", lambda *arguments: sign * dmd_gradient(*arguments))
+    target_mean, target_factor = torch.tensor([1.5, -1.0]), torch.tensor([[0.7, 0.0], [0.4, 0.5]])
+    random = torch.Generator().manual_seed(0)
+    engine = SelfForcingEngine(SelfForcingConfig(guidance=1.0), GaussianScore(target_mean, target_factor), random)
+    prompt = shift_prompt(256, [0.0, 0.0])
+    mean, factor = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.eye(2))
+    with torch.no_grad():  # the critic starts at what the generator makes, not at the teacher
+        engine.fake_score.mean.copy_(mean)
+        engine.fake_score.factor.copy_(factor)
+    generator_optimizer = torch.optim.Adam([mean, factor], lr=0.02, betas=(0.0, 0.999))
+    critic_optimizer = torch.optim.Adam(engine.fake_score.parameters(), lr=0.02, betas=(0.0, 0.999))
+    for step in range(num_steps):
+        decay = min(1.0, 2 * (1 - step / num_steps))
+        generator_optimizer.param_groups[0]["lr"], critic_optimizer.param_groups[0]["lr"] = 0.02 * decay, 0.02 * decay
+        x_0 = (mean + torch.randn(256, 2, generator=random) @ factor.T).view(256, 1, 1, 1, 2)
+        if step % 3 == 2:
+            generator_optimizer.zero_grad()
+            engine.generator_loss(x_0, prompt, prompt, prompt)[0].backward()
+            generator_optimizer.step()
+        critic_optimizer.zero_grad()
+        engine.critic_loss(x_0, prompt).backward()
+        critic_optimizer.step()
+    reached = (mean.detach(), (factor @ factor.T).detach())
+    return (*reached, target_mean, target_factor @ target_factor.T)
+
+
+def test_a_toy_generator_moves_onto_its_target(monkeypatch):
+    mean, covariance, target_mean, target_covariance = train_toy_generator(1.0, 600, monkeypatch)
+    torch.testing.assert_close(mean, target_mean, atol=0.04, rtol=0)
+    torch.testing.assert_close(covariance, target_covariance, atol=0.04, rtol=0)
+
+
+def test_with_the_sign_flipped_the_toy_generator_flees_its_target(monkeypatch):
+    mean, _, target_mean, _ = train_toy_generator(-1.0, 300, monkeypatch)
+    assert (mean - target_mean).norm() > 1.3 * target_mean.norm()
+
+
+def test_critic_loss_is_smallest_at_the_generators_distribution():
+    """The critic's minimum is the denoiser of what the generator makes: shifted means cost more."""
+    engine = SelfForcingEngine(SelfForcingConfig(), GaussianScore(torch.zeros(2), 0.5 * torch.eye(2)), torch.Generator().manual_seed(0))
+    x_0 = torch.tensor([0.6, -0.3]) + 0.5 * torch.randn(4096, 1, 1, 1, 2, generator=engine.random)
+    state, losses = engine.random.get_state(), {}
+    for offset in (-0.2, 0.0, 0.2):
+        engine.random.set_state(state)
+        losses[offset] = engine.critic_loss(x_0, shift_prompt(4096, [0.6 + offset, -0.3])).item()
+    assert losses[0.0] < min(losses[-0.2], losses[0.2])
