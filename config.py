@@ -75,7 +75,6 @@ class TrainingConfig:
     teacher_steps: int = 50  # Euler steps of the many-step samples that are shown
     guidance: float = 2.5  # of those samples, and of the teacher in distribution matching; 1 is none
     resume: str | None = None  # checkpoint of a run of the same training type to go on from
-    compile: bool = False  # torch.compile of the transformer blocks: needs a C++ compiler, pays only in long runs
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "num_frames_per_block", "teacher_steps", "log_interval", "keep_last"):
@@ -111,6 +110,7 @@ class PretrainConfig(TrainingConfig):
     decay_fraction: float = 0.4  # share of the run, at its end, over which the rates fall linearly to 0
     prompt_dropout: float = 0.1
     clean_prefix_probability: float = 0.5
+    compile: bool = False  # torch.compile of the transformer blocks: needs a C++ compiler, pays only in long runs
     loss_time_floor: float = 0.3
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from config import SelfForcingConfig
+from config import SelfForcingConfig, check_num_frames
 from flow_matching import (
     add_noise,
     classifier_free_guidance,
@@ -202,6 +202,7 @@ class SelfForcingEngine:
     def rollout(self, prompt: PromptContext, num_frames: int, with_gradient: bool) -> Rollout:
         """Generate from noise as inference does, stopping at a random exit step (Algorithm 1)."""
         config = self.config
+        check_num_frames("num_frames", num_frames, config.num_frames_per_block)
         num_blocks = num_frames // config.num_frames_per_block
         num_exits = 1 if config.same_exit_step else num_blocks
         exits = torch.randint(len(self.plan.times), (num_exits,), generator=self.random).tolist()

@@ -17,8 +17,12 @@ class Runtime:
     dtype: torch.dtype
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context in which networks run; nothing is changed in float32."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        """The context in which networks run; nothing is changed in float32.
+
+        Without the cache of cast weights: before PyTorch 2.11 a weight cast in a pass without gradient was reused, detached, by
+        a later pass with gradient, and the rollout has both kinds in one context.
+        """
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16, cache_enabled=False)
 
     def __str__(self) -> str:
         return f"{self.device} in {str(self.dtype).removeprefix('torch.')}"

@@ -41,6 +41,7 @@ def sample_few_step(
     runtime: Runtime,
 ) -> Tensor:
     """Videos (B, F, C, H, W), float32, from the one rollout; under the plan's guidance where it is not 1."""
+    check_num_frames("num_frames", num_frames, plan.num_frames_per_block)
     with runtime.autocast():
         prompt = model.encode_prompt(*text_encoder.encode(prompts))
         null = model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))

@@ -21,7 +21,7 @@ from moving_mnist import MovingMNISTGenerator
 from objectives import bidirectional_loss, block_causal_loss, drop_prompts
 from runtime import Runtime
 from sampling import NAIVE_STEPS, sample_few_step, sample_many_step
-from text_encoder import NULL_PROMPT, TextEncoder
+from text_encoder import NULL_PROMPT, TextEncoder, TextEncoderConfig
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 
 
@@ -151,6 +151,8 @@ class PretrainStage:
         _load_modules(targets, checkpoint, name)
         for key, optimizer in self.optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"][key])
+            for group in optimizer.param_groups:  # the command line's wish, not that of the run that is resumed; rates: train_step
+                group["weight_decay"] = self.config.weight_decay
         self.random.set_state(checkpoint["random_state"])
         self.num_videos_seen = checkpoint["num_videos_seen"]
 
@@ -168,15 +170,15 @@ class SelfForcingStage:
         self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
         self.captions = MovingMNISTGenerator(config.dataset, "train")  # of the data, only the prompts are used
         self.num_prompts_seen = 0
-        loaded = load_teacher(Path(self.config.pretrained_checkpoint), config.model, runtime.device)
+        loaded = load_teacher(Path(self.config.pretrained_checkpoint), config.model, config.text, runtime.device)
         self.text_encoder, self.teacher_prompts = loaded.text_encoder, loaded.prompts_drawn
         self.engine = SelfForcingEngine(self.config, loaded.generator, random)
         self.average = copy.deepcopy(self.engine.generator).requires_grad_(False).eval()
-        rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
+        self.rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
         modules = {"generator": self.engine.generator, "critic": self.engine.fake_score}
         self.optimizers = {
             name: torch.optim.AdamW(
-                module.parameters(), lr=rates[name], betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay
+                module.parameters(), lr=self.rates[name], betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay
             )
             for name, module in modules.items()
         }
@@ -261,6 +263,8 @@ class SelfForcingStage:
         _load_modules(targets, checkpoint, name)
         for key, optimizer in self.optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"][key])
+            for group in optimizer.param_groups:  # the command line's wishes, not those of the run that is resumed
+                group.update(lr=self.rates[key], betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
         self.random.set_state(checkpoint["random_state"])
         self.num_prompts_seen = checkpoint["num_prompts_seen"]
         self.num_generator_updates = checkpoint["num_generator_updates"]
@@ -274,12 +278,16 @@ def _load_modules(targets: dict[str, nn.Module], checkpoint: dict[str, Any], nam
         load_state(module, checkpoint[key], f"{name}: {key}")
 
 
-def load_teacher(path: Path, model: ModelConfig, device: torch.device) -> LoadedNetworks:
+def load_teacher(path: Path, model: ModelConfig, text: TextEncoderConfig, device: torch.device) -> LoadedNetworks:
     """The pretrained network and its text encoder, frozen. Raises CheckpointError naming both sizes if they differ."""
     stored = load_networks(path, device)
-    differing = [key for key, value in vars(model).items() if vars(stored.config.model)[key] != value]
-    if differing:
-        found = ", ".join(f"model.{key}={vars(stored.config.model)[key]}" for key in differing)
-        wanted = ", ".join(f"model.{key}={vars(model)[key]}" for key in differing)
-        raise CheckpointError(f"{path} was trained with {found}, but this run asks for {wanted}: give the same sizes or another teacher")
+    found, wanted = [], []
+    for group, mine, theirs in (("model", model, stored.config.model), ("text", text, stored.config.text)):
+        differing = [key for key, value in vars(mine).items() if vars(theirs)[key] != value]
+        found += [f"{group}.{key}={vars(theirs)[key]}" for key in differing]
+        wanted += [f"{group}.{key}={vars(mine)[key]}" for key in differing]
+    if found:
+        raise CheckpointError(
+            f"{path} was trained with {', '.join(found)}, but this run asks for {', '.join(wanted)}: give the same sizes or another teacher"
+        )
     return stored

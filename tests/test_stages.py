@@ -9,7 +9,7 @@ from conftest import randomise
 from torch import Tensor, nn
 
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint, slim_checkpoint
-from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
+from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_from_dict, config_to_dict
 from dynamic_video_sf import make_noise_streams, rollout_blocks
 from moving_mnist import DatasetConfig
 from runtime import Runtime
@@ -279,6 +279,22 @@ def test_a_teacher_of_other_sizes_is_refused_by_both_sizes(teacher: Path):
     assert "\n" not in message and "num_heads" not in message
 
 
+def test_a_teacher_of_another_text_encoder_is_refused(teacher: Path):
+    config = run_config(self_forcing_config(teacher))
+    config.text.max_tokens += 1
+    found, wanted = config.text.max_tokens - 1, config.text.max_tokens
+    with pytest.raises(CheckpointError, match=f"trained with text.max_tokens={found}, but this run asks for text.max_tokens={wanted}"):
+        SelfForcingStage(config, CPU, torch.Generator())
+
+
+def test_a_resumed_run_takes_its_rates_from_the_new_configuration(teacher: Path):
+    state = build_self_forcing(teacher).state_dict()
+    resumed = build_self_forcing(teacher, lr=3e-6, critic_lr=4e-6)
+    resumed.load_state_dict(state, "run")
+    rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in resumed.optimizers.items()}
+    assert rates == {"generator": 3e-6, "critic": 4e-6}
+
+
 def test_a_missing_teacher_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no checkpoint at .*absent.pt"):
         build_self_forcing(tmp_path / "absent.pt")
@@ -288,7 +304,7 @@ def test_the_teacher_is_the_averaged_network_where_the_file_has_one(teacher: Pat
     checkpoint = load_checkpoint(teacher)
     averaged = {name: value + 1 for name, value in checkpoint["generator_state_dict"].items()}
     save_checkpoint(tmp_path / "run.pt", {**checkpoint, "generator_ema_state_dict": averaged})
-    stored = load_teacher(tmp_path / "run.pt", ModelConfig(**MODEL), torch.device("cpu"))
+    stored = load_teacher(tmp_path / "run.pt", ModelConfig(**MODEL), config_from_dict(checkpoint["config"]).text, torch.device("cpu"))
     loaded, text_encoder = stored.generator, stored.text_encoder
     assert_same(dict(loaded.state_dict()), averaged, "teacher")
     assert_same(dict(text_encoder.state_dict()), dict(checkpoint["text_encoder_state_dict"]), "text encoder")
