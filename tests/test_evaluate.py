@@ -1,0 +1,80 @@
+"""evaluate.py scores a checkpoint on prompts that its training never drew, and says clearly what it cannot do."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomise
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from checkpoint import load_networks, save_checkpoint
+from config import Config, PretrainConfig, config_to_dict
+from evaluate import FIGURES, REPOSITORY, EvaluateConfig, evaluate, held_out_videos
+from moving_mnist import DatasetConfig, MovingMNISTGenerator
+from text_encoder import TextEncoder
+from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+
+NUM_DRAWN = 300
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """An untrained network for 32-pixel frames of one digit."""
+    config = Config(model=ModelConfig(width=24, num_layers=1, num_heads=2), training=PretrainConfig(teacher_steps=2))
+    torch.manual_seed(0)
+    path = tmp_path / "teacher.pt"
+    save_checkpoint(path, {
+        "generator_state_dict": randomise(TinyCausalWanModel(config.model)).state_dict(),
+        "text_encoder_state_dict": TextEncoder(config.text).state_dict(), "optimizer_state_dict": {}, "step": 1,
+        "training_type": "pretrain", "config": config_to_dict(config), "prompts_drawn": {0: NUM_DRAWN},
+    })
+    return path
+
+
+def test_real_videos_score_high_an_untrained_network_low_and_files_are_left(teacher: Path, tmp_path: Path):
+    config = EvaluateConfig(checkpoint=str(teacher), num_videos=24, num_frames=6, precision="float32", output_dir=str(tmp_path / "out"))
+    results = evaluate(config)
+    assert list(results) == ["real", "teacher, 2 steps, guidance 2.5"]
+    untrained = results["teacher, 2 steps, guidance 2.5"]
+    assert results["real"]["frames_right"] > 0.9 and results["real"]["track_within_1px"] == 1
+    assert untrained["frames_right"] < 0.5 and untrained["frames_per_second"] > 0
+    for key in FIGURES:
+        low, high = results["real"][f"{key}_ci"]
+        assert low <= results["real"][key] <= high
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == results
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", "comparison.png", "comparison.gif"}
+
+
+def test_prompts_are_held_out_word_for_word(teacher: Path):
+    networks = load_networks(teacher, torch.device("cpu"))
+    config = EvaluateConfig(num_videos=50, num_frames=3)
+    videos = held_out_videos(DatasetConfig(), [networks], config)
+    drawn = set(MovingMNISTGenerator(DatasetConfig(), "train").captions(0, range(NUM_DRAWN)))
+    assert len(videos.captions) == 50 and drawn.isdisjoint(videos.captions)
+    again = held_out_videos(DatasetConfig(), [networks], config)
+    assert again.captions == videos.captions
+    other = held_out_videos(DatasetConfig(), [networks], EvaluateConfig(num_videos=50, num_frames=3, seed=1))
+    assert other.captions != videos.captions
+
+
+def test_the_yaml_composes_to_the_defaults():
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        assert OmegaConf.to_object(compose("evaluate")) == EvaluateConfig()
+
+
+@pytest.mark.parametrize(("argument", "words"), [
+    ("chekpoint=x", "unknown key chekpoint: the nearest known key is checkpoint"),
+    ("num_videos=0", "num_videos is 0: expected at least 1"),
+    ("seed=abc", "seed"),
+    ("checkpoint=absent.pt", "no checkpoint at absent.pt"),
+])
+def test_bad_input_is_one_line(argument: str, words: str, tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "evaluate.py", argument, "device=cpu"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr

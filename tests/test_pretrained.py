@@ -1,0 +1,48 @@
+"""The networks that ship: small, loadable, and able to do what the README says of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import load_networks
+from config import PretrainConfig, SelfForcingConfig
+from metrics import facts_of_prompts, load_judge, score_videos, summarise
+from moving_mnist import MovingMNISTGenerator
+from runtime import Runtime
+from sampling import SamplerSettings, generate
+
+PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
+
+
+def score(name: str, settings: SamplerSettings, num_videos: int) -> dict[str, object]:
+    networks = load_networks(PRETRAINED / name, RUNTIME.device)
+    dataset = networks.config.dataset
+    prompts = MovingMNISTGenerator(dataset, "test").captions(987_654_321, range(num_videos))
+    video = generate(networks, prompts, list(range(num_videos)), 21, settings, RUNTIME, batch_size=16)
+    return summarise(score_videos(load_judge(), video, *facts_of_prompts(prompts), dataset))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("teacher.pt", PretrainConfig), ("student.pt", SelfForcingConfig)])
+def test_files_are_small_and_say_what_they_are(name: str, kind: type):
+    assert (PRETRAINED / name).stat().st_size < 9e6
+    assert isinstance(load_networks(PRETRAINED / name, RUNTIME.device).config.training, kind)
+
+
+def test_the_student_makes_what_the_prompts_ask_in_four_steps():
+    figures = score("student.pt", SamplerSettings(), 64)
+    assert figures["frames_right"] > 0.85 and figures["videos_right"] > 0.9
+    assert figures["track_within_1px"] > 0.7 and figures["direction_obeyed"] > 0.6
+    assert 0.85 < figures["stroke_mass_ratio"] < 1.15
+
+
+def test_the_same_steps_without_self_forcing_fall_far_behind():
+    naive = score("teacher.pt", SamplerSettings(denoising_steps=(1000, 750, 500, 250)), 32)
+    assert naive["frames_right"] < 0.7
+
+
+@pytest.mark.slow
+def test_the_teacher_makes_what_the_prompts_ask_in_many_steps():
+    figures = score("teacher.pt", SamplerSettings(num_steps=25), 32)
+    assert figures["frames_right"] > 0.85 and figures["videos_right"] > 0.9
