@@ -77,6 +77,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED_KEYS):
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise CheckpointError(f"{path} is not a checkpoint of this project: found {found}, expected the keys {', '.join(REQUIRED_KEYS)}")
+    drawn = checkpoint["prompts_drawn"]
+    counts = [*drawn.keys(), *drawn.values()] if isinstance(drawn, dict) else [drawn]
+    if not all(isinstance(number, int) and number >= 0 for number in [checkpoint["step"], *counts]):
+        raise CheckpointError(f"{path}: step and prompts_drawn are {checkpoint['step']!r} and {drawn!r}: expected whole numbers")
     return checkpoint
 
 
@@ -105,30 +109,44 @@ def generator_key(checkpoint: dict[str, Any]) -> str:
 
 
 def load_networks(path: Path, device: torch.device) -> LoadedNetworks:
-    """Build generator and text encoder from a checkpoint, strictly. Raises CheckpointError."""
+    """Build generator and text encoder from a checkpoint, strictly, in float32. Raises CheckpointError.
+
+    The stored sizes are compared with the stored tensors before memory is taken for them.
+    """
     checkpoint = load_checkpoint(path)
     config = checkpoint_config(path, checkpoint)
-    generator, text_encoder = TinyCausalWanModel(config.model), TextEncoder(config.text)
     weights = generator_key(checkpoint)
+    if config.model.num_layers > len(checkpoint[weights]):
+        raise CheckpointError(f"{path}: model.num_layers is {config.model.num_layers}, more than the file has tensors")
+    try:
+        with torch.device("meta"):  # shapes only
+            generator, text_encoder = TinyCausalWanModel(config.model), TextEncoder(config.text)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: no network can be built of its stored sizes ({error})") from error
     for module, key in ((generator, weights), (text_encoder, "text_encoder_state_dict")):
-        load_state(module, checkpoint[key], f"{path}: {key}")
+        check_state(module, checkpoint[key], f"{path}: {key}")
+        module.load_state_dict({name: value.float() for name, value in checkpoint[key].items()}, assign=True)
         module.to(device).eval().requires_grad_(False)
     return LoadedNetworks(generator, text_encoder, config, checkpoint["step"], checkpoint["prompts_drawn"])
 
 
+def check_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Raise CheckpointError, saying in one line what differs, unless `state` has exactly the module's tensors."""
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{name} is not a dict of this network's tensors")
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise CheckpointError(f"{name}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise CheckpointError(f"{name}: {key} is {tuple(value.shape)}, expected {tuple(own[key].shape)}")
+
+
 def load_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """Strict `load_state_dict` in the module's own dtype; CheckpointError says in one line what does not fit."""
-    try:
-        own = module.state_dict()
-        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if missing or unexpected:
-            raise CheckpointError(f"{name}: missing {missing[:3]}, unexpected {unexpected[:3]}")
-        for key, value in state.items():
-            if value.shape != own[key].shape:
-                raise CheckpointError(f"{name}: {key} is {tuple(value.shape)}, expected {tuple(own[key].shape)}")
-        module.load_state_dict(state)
-    except (AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{name} is not a dict of this network's tensors") from error
+    """Strict `load_state_dict` in the module's own dtype; raises CheckpointError as `check_state` does."""
+    check_state(module, state, name)
+    module.load_state_dict(state)
 
 
 def slim_checkpoint(source: Path, target: Path) -> None:

@@ -38,6 +38,7 @@ from video_io import comparison_gif, comparison_sheet, to_display
 REPOSITORY = Path(__file__).resolve().parent
 NUM_SHOWN = 6  # prompts in the pictures
 PROMPT_SEED = 2**40  # far from the seeds of training runs
+MAX_SEED = 2**20
 MAX_TRIES = 1000  # candidates a prompt, before the search for new ones gives up
 FIGURES = {
     "frames_right": "frames right", "videos_right": "videos right", "one_class": "one class in all",
@@ -72,8 +73,8 @@ class EvaluateConfig:
                 raise ValueError(f"{name} is {value}: expected at least 1")
         if self.device not in DEVICES or self.precision not in PRECISIONS:
             raise ValueError(f"device {self.device}, precision {self.precision}: expected one of {DEVICES} and of {PRECISIONS}")
-        if not 0 <= self.seed < PROMPT_SEED:
-            raise ValueError(f"seed is {self.seed}: expected 0 to {PROMPT_SEED - 1}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed is {self.seed}: expected 0 to {MAX_SEED}")
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,17 @@ from moving_mnist import MovingMNISTGenerator
 from objectives import bidirectional_loss, block_causal_loss, drop_prompts
 from runtime import Runtime
 from sampling import NAIVE_STEPS, sample_few_step, sample_many_step
-from text_encoder import NULL_PROMPT, TextEncoder, TextEncoderConfig
-from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+from text_encoder import NULL_PROMPT, TextEncoder
+from tiny_causal_wan import TinyCausalWanModel
+
+REPOSITORY = Path(__file__).resolve().parent
+DATA_GEOMETRY = ("frame_size", "digit_size", "num_digits", "channels")  # what two stages of one network must share
 
 
 class Stage(Protocol):
     """What the training loop needs of a stage."""
 
     columns: tuple[str, ...]  # the scalars that train_step reports
-    text_encoder: TextEncoder
 
     def train_step(self, step: int) -> dict[str, float]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -43,6 +45,11 @@ def draw_num_frames(config: TrainingConfig, random: torch.Generator) -> int:
     block = config.num_frames_per_block
     low, high = config.min_num_frames // block, config.max_num_frames // block
     return block * int(torch.randint(low, high + 1, (1,), generator=random))
+
+
+def merge_counts(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
+    """Prompts drawn by two trainings together: per seed, the larger number, as both count from 0."""
+    return {seed: max(one.get(seed, 0), other.get(seed, 0)) for seed in one.keys() | other.keys()}
 
 
 @torch.no_grad()
@@ -63,6 +70,7 @@ class PretrainStage:
         self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
         self.data = MovingMNISTGenerator(config.dataset, "train")
         self.num_videos_seen = 0
+        self.earlier_prompts: dict[int, int] = {}  # drawn by the runs that this one goes on from
         self.model = TinyCausalWanModel(config.model).to(runtime.device)
         self.text_encoder = TextEncoder(config.text).to(runtime.device)
         self.live = nn.ModuleDict({"generator": self.model, "text_encoder": self.text_encoder})
@@ -140,7 +148,7 @@ class PretrainStage:
             "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "random_state": self.random.get_state(),
             "num_videos_seen": self.num_videos_seen,
-            "prompts_drawn": {self.seed: self.num_videos_seen},
+            "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_videos_seen}),
         }
 
     def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
@@ -155,6 +163,7 @@ class PretrainStage:
                 group["weight_decay"] = self.config.weight_decay
         self.random.set_state(checkpoint["random_state"])
         self.num_videos_seen = checkpoint["num_videos_seen"]
+        self.earlier_prompts = checkpoint["prompts_drawn"]
 
 
 class SelfForcingStage:
@@ -170,8 +179,8 @@ class SelfForcingStage:
         self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
         self.captions = MovingMNISTGenerator(config.dataset, "train")  # of the data, only the prompts are used
         self.num_prompts_seen = 0
-        loaded = load_teacher(Path(self.config.pretrained_checkpoint), config.model, config.text, runtime.device)
-        self.text_encoder, self.teacher_prompts = loaded.text_encoder, loaded.prompts_drawn
+        loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
+        self.text_encoder, self.earlier_prompts = loaded.text_encoder, loaded.prompts_drawn
         self.engine = SelfForcingEngine(self.config, loaded.generator, random)
         self.average = copy.deepcopy(self.engine.generator).requires_grad_(False).eval()
         self.rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
@@ -250,7 +259,7 @@ class SelfForcingStage:
             "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "random_state": self.random.get_state(),
             "num_prompts_seen": self.num_prompts_seen,
-            "prompts_drawn": self.teacher_prompts | {self.seed: max(self.teacher_prompts.get(self.seed, 0), self.num_prompts_seen)},
+            "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_prompts_seen}),
             "num_generator_updates": self.num_generator_updates,
         }
 
@@ -267,6 +276,7 @@ class SelfForcingStage:
                 group.update(lr=self.rates[key], betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
         self.random.set_state(checkpoint["random_state"])
         self.num_prompts_seen = checkpoint["num_prompts_seen"]
+        self.earlier_prompts = checkpoint["prompts_drawn"]
         self.num_generator_updates = checkpoint["num_generator_updates"]
 
 
@@ -278,16 +288,28 @@ def _load_modules(targets: dict[str, nn.Module], checkpoint: dict[str, Any], nam
         load_state(module, checkpoint[key], f"{name}: {key}")
 
 
-def load_teacher(path: Path, model: ModelConfig, text: TextEncoderConfig, device: torch.device) -> LoadedNetworks:
-    """The pretrained network and its text encoder, frozen. Raises CheckpointError naming both sizes if they differ."""
-    stored = load_networks(path, device)
-    found, wanted = [], []
-    for group, mine, theirs in (("model", model, stored.config.model), ("text", text, stored.config.text)):
-        differing = [key for key, value in vars(mine).items() if vars(theirs)[key] != value]
+def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
+    """Raise CheckpointError naming both sides where a checkpoint's networks, or what its videos show, are not this run's."""
+    groups = (("model", stored.model, wanted.model), ("text", stored.text, wanted.text), ("dataset", stored.dataset, wanted.dataset))
+    found, asked = [], []
+    for group, theirs, ours in groups:
+        keys = DATA_GEOMETRY if group == "dataset" else tuple(vars(ours))
+        differing = [key for key in keys if vars(theirs)[key] != vars(ours)[key]]
         found += [f"{group}.{key}={vars(theirs)[key]}" for key in differing]
-        wanted += [f"{group}.{key}={vars(mine)[key]}" for key in differing]
+        asked += [f"{group}.{key}={vars(ours)[key]}" for key in differing]
     if found:
         raise CheckpointError(
-            f"{path} was trained with {', '.join(found)}, but this run asks for {', '.join(wanted)}: give the same sizes or another teacher"
+            f"{path} was trained with {', '.join(found)}, but this run asks for {', '.join(asked)}: give the same sizes or another file"
         )
+
+
+def load_teacher(path: Path, config: Config, device: torch.device) -> LoadedNetworks:
+    """The pretrained network and its text encoder, frozen. A relative path that is not here is looked for in the repository.
+
+    Raises CheckpointError naming both sides if sizes differ.
+    """
+    if not path.is_absolute() and not path.exists() and (REPOSITORY / path).exists():
+        path = REPOSITORY / path
+    stored = load_networks(path, device)
+    check_same_networks(path, stored.config, config)
     return stored

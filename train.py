@@ -19,17 +19,24 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, save_checkpoint
 from config import Config, build_config, config_to_dict, explain_refusal, register_schemas
-from metrics import JUDGE_PATH, facts_of_prompts, load_judge, score_videos, summarise
+from digit_judge import JUDGE_PATH, DigitJudge, load_judge
+from metrics import facts_of_prompts, score_videos, summarise
 from moving_mnist import MovingMNISTGenerator
 from run_log import RunLog, make_run_folder, point_to_latest
 from runtime import resolve_runtime
-from stages import PretrainStage, SelfForcingStage, Stage
+from stages import PretrainStage, SelfForcingStage, Stage, check_same_networks
 from video_io import comparison_gif, comparison_sheet, to_display
 
 NUM_SHOWN = 6  # prompts in the sample sheets
 SAMPLE_SEED = 2**31  # seeds of samples stand far from the indices that training draws
+EVAL_BATCH = 32
+MIN_JUDGED_FRAMES = 3  # a track needs as many
+REPORTED = {
+    "frames_right": "frames right", "one_class": "one class throughout", "track_within_1px": "track within 1 px",
+    "direction_obeyed": "direction obeyed",
+}
 STAGES = {"pretrain": PretrainStage, "dmd2": SelfForcingStage}
 BAR_FIGURES = ("loss_bidirectional", "loss_causal", "loss_generator", "loss_critic", "score_distance")
 
@@ -55,11 +62,27 @@ class SimplifiedTrainer:
         self.last_checkpoint: Path | None = None
         if config.training.resume is not None:
             self._resume(Path(config.training.resume))
+        self.judge = self._load_judge()
         held_out = MovingMNISTGenerator(config.dataset, "test")
         self.shown = held_out.sample(SAMPLE_SEED, range(NUM_SHOWN), config.training.max_num_frames)
         self.folder = make_run_folder(Path(config.log_dir), config.run_name)
         self.log = RunLog(self.folder, self.stage.columns, config_to_dict(config), config.wandb)
         self._interval_checkpoints: list[Path] = []
+
+    def _load_judge(self) -> DigitJudge | None:
+        """The judge that ships, or None, said in one line, where it cannot read this run's videos."""
+        training, dataset = self.config.training, self.config.dataset
+        if training.eval_videos == 0:
+            return None
+        judge = load_judge(JUDGE_PATH, self.runtime.device)
+        readable = (dataset.num_digits, dataset.frame_size, dataset.digit_size) == (1, judge.config.frame_size, judge.config.digit_size)
+        if readable and training.max_num_frames >= MIN_JUDGED_FRAMES:
+            return judge
+        print(
+            f"no figures at the end: the judge reads one digit of {judge.config.digit_size} px on {judge.config.frame_size} px frames, "
+            f"in videos of at least {MIN_JUDGED_FRAMES} frames"
+        )
+        return None
 
     def _resume(self, path: Path) -> None:
         checkpoint = load_checkpoint(path)
@@ -68,6 +91,7 @@ class SimplifiedTrainer:
                 f"training.resume={path} is of training type {checkpoint['training_type']}, this run is "
                 f"{self.config.training.training_type}: choose the same training= or another file"
             )
+        check_same_networks(path, checkpoint_config(path, checkpoint), self.config)
         try:
             self.stage.load_state_dict(checkpoint, str(path))
             self.first_step = int(checkpoint["step"])
@@ -86,16 +110,20 @@ class SimplifiedTrainer:
             with tqdm(range(self.first_step, training.num_steps), initial=self.first_step, total=training.num_steps,
                       mininterval=1, dynamic_ncols=True) as bar:
                 shown: dict[str, float] = {}
+                unlogged: dict[str, float] = {}  # the newest of each figure since the last row: some come only every few steps
                 for step in bar:
                     figures = self.stage.train_step(step)
                     self._check_finite(step, figures)
-                    if step % training.log_interval == 0:
-                        self.log.scalars(step, time.perf_counter() - start, figures)
+                    unlogged |= figures
+                    if (step + 1) % training.log_interval == 0 or step + 1 == training.num_steps:
+                        self.log.scalars(step, time.perf_counter() - start, unlogged)
+                        unlogged = {}
                     shown |= {name: figures[name] for name in BAR_FIGURES if name in figures}
                     bar.set_postfix({name.removeprefix("loss_"): f"{value:.3f}" for name, value in shown.items()})
                     self._at_intervals(step + 1)
             self._save(self.folder / "checkpoint_final.pt", training.num_steps)
             point_to_latest(Path(self.config.log_dir) / "checkpoint_final.pt", self.folder / "checkpoint_final.pt")
+            self._show_samples(training.num_steps)
         finally:
             self.log.close()
         print(f"trained {training.num_steps - self.first_step} steps in {(time.perf_counter() - start) / 60:.1f} minutes")
@@ -112,21 +140,27 @@ class SimplifiedTrainer:
         return TrainingDiverged(f"{finding}: stopped; {kept}. Try a lower learning rate")
 
     def _at_intervals(self, step: int) -> None:
-        """What is due after `step` finished steps; at the last step the end of the run takes over the checkpoint."""
+        """What is due after `step` finished steps, the checkpoint first; the end of the run has its own."""
         training = self.config.training
-        if training.sample_interval and step % training.sample_interval == 0 or step == training.num_steps:
-            self._show_samples(step)
-        if training.checkpoint_interval and step % training.checkpoint_interval == 0 and step < training.num_steps:
+        if step == training.num_steps:
+            return
+        if training.checkpoint_interval and step % training.checkpoint_interval == 0:
             path = self.folder / f"checkpoint_{step:07d}.pt"
             self._save(path, step)
             self._interval_checkpoints.append(path)
             while len(self._interval_checkpoints) > training.keep_last:
                 self._interval_checkpoints.pop(0).unlink(missing_ok=True)
+        if training.sample_interval and step % training.sample_interval == 0:
+            self._check_weights(step)
+            self._show_samples(step)
 
-    def _save(self, path: Path, step: int) -> None:
+    def _check_weights(self, step: int) -> None:
         for name, module in self.stage.networks().items():  # a finite loss can end in an update that is not
             if not all(parameter.isfinite().all() for parameter in module.parameters()):
                 raise self._diverged(f"a weight of the {name} is not finite after {step} steps")
+
+    def _save(self, path: Path, step: int) -> None:
+        self._check_weights(step)
         checkpoint = {
             "step": step, "training_type": self.config.training.training_type, "config": config_to_dict(self.config),
             **self.stage.state_dict(),
@@ -145,25 +179,21 @@ class SimplifiedTrainer:
         self.log.media(step, "samples", folder / f"step_{step:07d}.png")
 
     def _report_quality(self) -> None:
-        """Let the judge read fresh samples on held-out prompts and print one line per sampler."""
+        """Let the judge read fresh samples on prompts of held-out digits and print one line per sampler."""
+        if self.judge is None:
+            return
         training, dataset = self.config.training, self.config.dataset
-        if training.eval_videos == 0 or dataset.num_digits != 1 or dataset.frame_size != 32:
-            return  # the judge that ships reads one digit on 32-pixel frames
-        judge = load_judge(JUDGE_PATH, self.runtime.device)
         prompts = MovingMNISTGenerator(dataset, "test").captions(SAMPLE_SEED + 1, range(training.eval_videos))
         digits, directions = facts_of_prompts(prompts)
         videos: dict[str, list[torch.Tensor]] = {}
-        for first in range(0, len(prompts), 32):
-            seeds = [SAMPLE_SEED + 1000 + index for index in range(first, min(first + 32, len(prompts)))]
-            for name, video in self.stage.sample(prompts[first: first + 32], seeds, training.max_num_frames).items():
+        for first in range(0, len(prompts), EVAL_BATCH):
+            seeds = [SAMPLE_SEED + 1000 + index for index in range(first, min(first + EVAL_BATCH, len(prompts)))]
+            for name, video in self.stage.sample(prompts[first: first + EVAL_BATCH], seeds, training.max_num_frames).items():
                 videos.setdefault(name, []).append(video)
         for name, parts in videos.items():
-            summary = summarise(score_videos(judge, torch.cat(parts), digits, directions, dataset))
-            print(
-                f"{name:>20}: frames right {summary['frames_right']:.3f}, one class throughout {summary['one_class']:.3f}, "
-                f"track within 1 px {summary['track_within_1px']:.3f}, direction obeyed {summary['direction_obeyed']:.3f} "
-                f"({len(prompts)} videos)"
-            )
+            summary = summarise(score_videos(self.judge, torch.cat(parts), digits, directions, dataset))
+            figures = ", ".join(f"{title} {summary[key]:.3f}" for key, title in REPORTED.items() if key in summary)
+            print(f"{name:>20}: {figures} ({len(prompts)} videos)")
 
 
 register_schemas()
@@ -176,7 +206,7 @@ def main(composed: DictConfig) -> None:
     except (TrainingDiverged, ValueError, OSError, ImportError, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain_refusal(error) if isinstance(error, OmegaConfBaseException) else error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the run's folder keeps its interval checkpoints")
+        sys.exit("interrupted: checkpoints written so far stay in the run's folder; training.resume=PATH goes on from one")
 
 
 def run_command_line() -> None:

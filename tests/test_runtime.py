@@ -34,7 +34,7 @@ def test_auto_takes_the_best_that_is_there(monkeypatch):
 
 
 @pytest.mark.parametrize("pays, dtype", [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_precision_is_measured_and_an_explicit_one_obeyed(monkeypatch, pays, dtype):
+def test_auto_precision_follows_the_processor_and_an_explicit_one_is_obeyed(monkeypatch, pays, dtype):
     monkeypatch.setattr(runtime, "_bfloat16_pays", lambda device: pays)
     assert resolve_runtime("cpu", "auto").dtype == dtype
     assert resolve_runtime("cpu", "float32").dtype == torch.float32
