@@ -131,9 +131,11 @@ class SelfForcingConfig(TrainingConfig):
 
     training_type: str = "dmd2"
     pretrained_checkpoint: str = "pretrained/teacher.pt"
-    num_steps: int = 800
+    num_steps: int = 700
     batch_size: int = 8
     lr: float = 1.5e-4
+    guidance: float = 2.0  # stronger guidance makes strokes bolder than real ones
+    teacher_steps: int = 25  # for the samples of a run only
     critic_lr: float = 5e-4
     adam_betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
     weight_decay: float = 0.01

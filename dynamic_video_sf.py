@@ -20,6 +20,7 @@ from torch import Tensor
 
 from config import SelfForcingConfig, check_num_frames
 from flow_matching import (
+    NUM_TRAIN_TIMESTEPS,
     add_noise,
     classifier_free_guidance,
     eps_from_velocity,
@@ -57,7 +58,7 @@ def few_step_plan(config: SelfForcingConfig, window_frames: int | None = None) -
     """The plan of a Self-Forcing model: its denoising steps, warped by the time shift."""
     return RolloutPlan(
         warp_steps(config.denoising_steps, config.time_shift), config.num_frames_per_block,
-        context_time=config.context_noise / 1000, window_frames=window_frames,
+        context_time=config.context_noise / NUM_TRAIN_TIMESTEPS, window_frames=window_frames,
     )
 
 
@@ -67,11 +68,12 @@ def warp_steps(denoising_steps: list[int], time_shift: float) -> tuple[float, ..
 
 
 def many_step_plan(
-    num_steps: int, time_shift: float, num_frames_per_block: int, guidance: float, window_frames: int | None = None
+    num_steps: int, time_shift: float, num_frames_per_block: int, guidance: float, window_frames: int | None = None,
+    context_time: float = 0.0,
 ) -> RolloutPlan:
     """Euler's method with num_steps steps a block: how a causal network is sampled that was not distilled."""
     times = tuple(sampling_times(num_steps, time_shift)[:-1].tolist())
-    return RolloutPlan(times, num_frames_per_block, fresh_noise=False, window_frames=window_frames, guidance=guidance)
+    return RolloutPlan(times, num_frames_per_block, False, context_time, window_frames, guidance)
 
 
 def make_noise_streams(seeds: list[int]) -> list[torch.Generator]:

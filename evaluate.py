@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -49,7 +50,7 @@ FIGURES = {
 @dataclass
 class EvaluateConfig:
     """What to score. checkpoint: paths, or one path; none for what ships. num_steps, denoising_steps, guidance: as in
-    generate.py, for every row. seed: names both the held-out prompts and the videos' noise."""
+    generate.py, for every checkpoint named, or for the student that ships. seed: names both the held-out prompts and the videos' noise."""
 
     checkpoint: Any = None
     num_videos: int = 512
@@ -93,8 +94,9 @@ def make_rows(config: EvaluateConfig) -> list[Row]:
     if config.checkpoint:
         return [Row(Path(path).stem, Path(path), settings) for path in config.checkpoint]
     teacher, student = (REPOSITORY / "pretrained" / name for name in ("teacher.pt", "student.pt"))
+    guidance = load_networks(student, torch.device("cpu")).config.training.guidance  # the teacher as the student was shown it
     return [
-        Row("teacher", teacher, SamplerSettings()),
+        Row("teacher", teacher, SamplerSettings(guidance=guidance)),
         Row("naive", teacher, SamplerSettings(denoising_steps=tuple(NAIVE_STEPS))),
         Row("student", student, settings),
     ]

@@ -114,8 +114,8 @@ class SamplerSettings:
             assert self.denoising_steps is not None
             return RolloutPlan(warp_steps(list(self.denoising_steps), training.time_shift), block, window_frames=window_frames)
         if self.num_steps is not None:
-            plan = many_step_plan(self.num_steps, training.time_shift, block, 1.0, window_frames)
-            return replace(plan, context_time=training.context_noise / NUM_TRAIN_TIMESTEPS)
+            context_time = training.context_noise / NUM_TRAIN_TIMESTEPS
+            return many_step_plan(self.num_steps, training.time_shift, block, 1.0, window_frames, context_time)
         steps = training.denoising_steps if self.denoising_steps is None else list(self.denoising_steps)
         return few_step_plan(replace(training, denoising_steps=steps), window_frames)
 
