@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, LoadedNetworks, load_networks
+from checkpoint import LoadedNetworks, load_networks
 from config import SelfForcingConfig, check_num_frames
 from dynamic_video_sf import RolloutPlan, draw_noise, few_step_plan, make_noise_streams
 from flow_matching import add_noise, x_0_from_velocity
@@ -39,8 +39,10 @@ def sample_without_cache(
 ) -> Tensor:
     """The few-step rollout with the past recomputed at every pass: the same videos (B, F, C, H, W), only slower.
 
-    What a rollout costs without a KV cache; `context_time` is 0 here, as in the student that ships.
+    What a rollout costs without a KV cache. Raises ValueError for a student trained with context noise.
     """
+    if plan.context_time != 0:
+        raise ValueError(f"context noise {plan.context_time}: the comparison without cache is for students that have none")
     model, config = networks.generator, networks.generator.config
     streams = make_noise_streams(seeds)
     shape = (plan.num_frames_per_block, config.channels, config.frame_size, config.frame_size)
@@ -139,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"\n{describe_machine()}; {runtime}: {matrix_limit(runtime) / 1e9:.0f} GFLOP/s in a {MATRIX_SIZE}-squared product")
             for batch_size in options.batch_sizes:
                 benchmark(student, teacher, runtime, options.num_frames, batch_size, options.repeats)
-    except (CheckpointError, ValueError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -98,16 +98,19 @@ class TrainingConfig:
 
 @dataclass
 class PretrainConfig(TrainingConfig):
-    """Pretraining on Moving MNIST: bidirectional and block-causal steps in turn."""
+    """Pretraining on Moving MNIST: bidirectional and block-causal steps in turn, on short clips first if asked."""
 
     training_type: str = "pretrain"
     num_steps: int = 6000
-    batch_size: int = 16
+    batch_size: int = 24
+    clip_steps: int = 0  # the first so many steps see clips of clip_frames, clip_batch_size at a time: digits are learned sooner
+    clip_frames: int = 6
+    clip_batch_size: int = 64
     lr: float = 1.5e-3  # AdamW: embeddings, biases, norms, head
     muon_lr: float = 3e-3  # Muon: matrices of the transformer blocks
     weight_decay: float = 0.01
     warmup_steps: int = 50
-    decay_fraction: float = 0.4  # share of the run, at its end, over which the rates fall linearly to 0
+    decay_fraction: float = 0.3  # share of the run, at its end, over which the rates fall linearly to 0
     prompt_dropout: float = 0.1
     clean_prefix_probability: float = 0.5
     compile: bool = False  # torch.compile of the transformer blocks: needs a C++ compiler, pays only in long runs
@@ -118,6 +121,10 @@ class PretrainConfig(TrainingConfig):
         for name in ("prompt_dropout", "clean_prefix_probability", "decay_fraction"):
             value = asdict(self)[name]
             _require(0 <= value <= 1, f"training.{name}", value, "a number in [0, 1]")
+        _require(self.clip_steps >= 0, "training.clip_steps", self.clip_steps, "0 (none) or more")
+        _require(self.clip_batch_size >= 1, "training.clip_batch_size", self.clip_batch_size, "at least 1")
+        if self.clip_steps:
+            check_num_frames("training.clip_frames", self.clip_frames, self.num_frames_per_block)
         _require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "0 or more")
         _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
         _require(self.muon_lr > 0, "training.muon_lr", self.muon_lr, "a positive number")

@@ -141,11 +141,18 @@ def load_judge(path: str | os.PathLike = JUDGE_PATH, device: str | torch.device 
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no judge at {path}: make one with `python metrics.py --train_judge --output {path}`")
-    stored = torch.load(path, map_location="cpu", weights_only=True)
+    refusal = f"{path} is not a sound judge: make one with `python metrics.py --train_judge --output {path}`"
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no checkpoint can raise nearly anything, and it all means the same
+        raise ValueError(refusal) from error
     if not isinstance(stored, dict) or set(stored) != {"judge_state_dict", "config"}:
-        raise ValueError(f"{path} is not a judge: expected the keys judge_state_dict and config")
-    judge = DigitJudge(JudgeConfig(**stored["config"]))
-    judge.load_state_dict(stored["judge_state_dict"], strict=True)
+        raise ValueError(refusal)
+    try:
+        judge = DigitJudge(JudgeConfig(**stored["config"]))
+        judge.load_state_dict(stored["judge_state_dict"], strict=True)
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(refusal) from error
     return judge.requires_grad_(False).eval().to(device)
 
 

@@ -30,10 +30,11 @@ from torch import Tensor
 
 from checkpoint import LoadedNetworks, load_networks
 from config import DEVICES, PRECISIONS, explain_refusal
+from generate import require_writable
 from metrics import facts_of_prompts, load_judge, score_videos, summarise
 from moving_mnist import DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
 from runtime import resolve_runtime
-from sampling import NAIVE_STEPS, SamplerSettings, describe_sampler, generate
+from sampling import NAIVE_STEPS, SamplerSettings, check_length, describe_sampler, generate
 from video_io import comparison_gif, comparison_sheet, to_display
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -108,9 +109,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     rows = make_rows(config)
     loaded: dict[Path, LoadedNetworks] = {row.path: load_networks(row.path, runtime.device) for row in rows}
     dataset = loaded[rows[0].path].config.dataset
+    judge = load_judge()
+    judge.check_matches(dataset)
+    for row in rows:  # whatever does not fit is refused before any sampling
+        training = loaded[row.path].config.training
+        check_length(config.num_frames, row.settings.make_plan(training), training)
+        if loaded[row.path].config.dataset != dataset:
+            raise ValueError(f"{row.path} was trained on other data than {rows[0].path}: evaluate them one by one")
+    require_writable(Path(config.output_dir))
     real = held_out_videos(dataset, list(loaded.values()), config)
     seeds = [PROMPT_SEED * (config.seed + 1) + index for index in range(config.num_videos)]
-    judge = load_judge()
     results: dict[str, dict[str, object]] = {}
     shown: list[tuple[str, Tensor]] = []
 
@@ -125,8 +133,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     score("real", real.video, {})
     for row in rows:
         networks = loaded[row.path]
-        if networks.config.dataset != dataset:
-            raise ValueError(f"{row.path} was trained on other data than {rows[0].path}: evaluate them one by one")
         name = f"{row.name}, {describe_sampler(row.settings, networks.config.training)}"
         start = time.perf_counter()
         video = generate(networks, real.captions, seeds, config.num_frames, row.settings, runtime, config.batch_size, True)
@@ -158,21 +164,23 @@ def held_out_videos(dataset: DatasetConfig, networks: list[LoadedNetworks], conf
     return held_out.sample(seed, indices, config.num_frames)
 
 
-def format_row(name: str, figures: dict[str, object]) -> str:
+def format_row(name: str, figures: dict[str, Any]) -> str:
     """One line of the table: each figure with its interval."""
     cells = []
     for key in FIGURES:
-        value, interval = figures.get(key), figures.get(f"{key}_ci")
-        assert isinstance(value, float) and isinstance(interval, list)
-        cells.append(f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]")
+        if key not in figures:  # no prompt names a direction
+            cells.append("-")
+            continue
+        low, high = figures[f"{key}_ci"]
+        cells.append(f"{figures[key]:.3f} [{low:.3f}, {high:.3f}]")
     return f"{name:<34}" + "".join(f"{cell:>26}" for cell in cells)
 
 
 def write_results(folder: Path, results: dict[str, dict[str, object]], shown: list[tuple[str, Tensor]], prompts: list[str]) -> None:
     """evaluation.json and the pictures of the first prompts, every source side by side."""
+    (folder / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     comparison_sheet(folder / "comparison.png", shown, prompts)
     comparison_gif(folder / "comparison.gif", shown, prompts)
-    (folder / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"wrote evaluation.json, comparison.png and comparison.gif to {folder}")
 
 
@@ -185,7 +193,7 @@ def main(composed: DictConfig) -> None:
         config = OmegaConf.to_object(composed)
         assert isinstance(config, EvaluateConfig)
         evaluate(config)
-    except (ValueError, OSError) as error:  # CheckpointError is a ValueError
+    except (ValueError, OSError, ImportError) as error:  # CheckpointError is a ValueError
         sys.exit(f"error: {error}")
 
 

@@ -82,7 +82,7 @@ def require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"cannot write into the folder {folder} ({error.strerror}): choose another --output_dir") from error
+        raise OSError(f"cannot write into the folder {folder} ({error.strerror}): choose another output_dir") from error
 
 
 def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[int], suffix: str, facts: dict[str, Any]) -> list[Path]:
@@ -215,12 +215,12 @@ def main(argv: list[str] | None = None) -> None:
         warnings.showwarning = _print_warning  # one line without source code; put back by catch_warnings
         try:
             run(arguments)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             sys.exit("error: out of memory: choose a smaller --batch_size")
-        except (ValueError, OSError) as error:  # CheckpointError is a ValueError
+        except (ValueError, OSError, ImportError) as error:  # CheckpointError is a ValueError
             sys.exit(f"error: {' '.join(str(error).split())}")
         except KeyboardInterrupt:
-            sys.exit("interrupted: the files written so far are whole")
+            sys.exit("interrupted: videos are written once all are sampled, so some or all of this call's are missing")
 
 
 if __name__ == "__main__":

@@ -97,9 +97,11 @@ class PretrainStage:
 
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
-        num_frames = draw_num_frames(config, self.random)
-        indices = range(self.num_videos_seen, self.num_videos_seen + config.batch_size)
-        self.num_videos_seen += config.batch_size
+        num_frames, batch_size = draw_num_frames(config, self.random), config.batch_size
+        if step < config.clip_steps:
+            num_frames, batch_size = config.clip_frames, config.clip_batch_size
+        indices = range(self.num_videos_seen, self.num_videos_seen + batch_size)
+        self.num_videos_seen += batch_size
         batch = self.data.sample(self.seed, indices, num_frames)
         prompts = drop_prompts(batch.captions, config.prompt_dropout, NULL_PROMPT, self.random)
         x_0 = batch.video.to(self.runtime.device)

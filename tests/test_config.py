@@ -65,7 +65,7 @@ def test_the_choices_are_there():
 
 def test_defaults_are_the_dataclasses_own():
     assert composed() == Config(training=SelfForcingConfig())
-    assert composed("training=pretrain") == Config(training=PretrainConfig())
+    assert composed("training=pretrain") == Config(training=PretrainConfig(clip_steps=2200))
 
 
 def test_overrides_arrive_with_their_type():

@@ -389,7 +389,7 @@ def test_the_output_folder_is_checked_before_sampling(student_path: Path, tmp_pa
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         message = refusal("--checkpoint", str(student_path), "--output_dir", str(folder))
-        assert f"cannot write into the folder {folder}" in message and "--output_dir" in message
+        assert f"cannot write into the folder {folder}" in message and "output_dir" in message
 
 
 @pytest.mark.parametrize("arguments", [["--format", "avi"], ["--seed", "x"], ["--prompts"], ["--num_frame", "9"], ["--device", "tpu"]])

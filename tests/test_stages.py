@@ -266,6 +266,21 @@ def test_a_stripped_checkpoint_cannot_be_resumed(kind: str, teacher: Path, tmp_p
         stage.load_state_dict(load_checkpoint(tmp_path / "slim.pt"), "slim.pt")
 
 
+def test_clips_first_equal_a_run_on_clips_that_is_resumed_on_whole_videos():
+    together = build_pretrain(clip_steps=2, clip_frames=3, clip_batch_size=4, min_num_frames=9)
+    clips = build_pretrain(batch_size=4, min_num_frames=3, max_num_frames=3)
+    for step in range(2):
+        together.train_step(step)
+        clips.train_step(step)
+    whole = build_pretrain(seed=1, min_num_frames=9)
+    whole.load_state_dict(clips.state_dict(), "clips")
+    for step in range(2, 4):
+        together.train_step(step)
+        whole.train_step(step)
+    assert together.num_videos_seen == 2 * 4 + 2 * 2
+    assert_same(dict(together.model.state_dict()), dict(whole.model.state_dict()), "clips first")
+
+
 # The teacher file
 
 
