@@ -15,7 +15,6 @@ import argparse
 import os
 import pickle
 import sys
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +41,14 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
     Raises OSError naming the folder or file if it cannot be written; what stood at `path` is then untouched.
     """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        temporary.touch()
     except OSError as error:
         raise OSError(f"cannot write to the folder {path.parent} ({error.strerror}): choose another one") from error
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
@@ -57,7 +57,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         reason = str(error).partition("\n")[0]
         raise OSError(f"cannot write {path} ({reason}): what stood there is untouched; free some space or choose another folder") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)  # gone already if the rename was reached
+        temporary.unlink(missing_ok=True)  # gone already if the rename was reached
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

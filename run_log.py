@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import warnings
 from datetime import datetime
 from pathlib import Path
@@ -36,10 +37,16 @@ def make_run_folder(log_dir: Path, run_name: str | None) -> Path:
 
 
 def point_to_latest(link: Path, target: Path) -> None:
-    """Make `link` lead to `target` (both under the same folder) in one atomic step, replacing an earlier link."""
+    """Make `link` lead to `target` (both under the same folder) in one atomic step, replacing an earlier one.
+
+    A file system without symbolic links gets a copy.
+    """
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(target, link.parent))
+    try:
+        temporary.symlink_to(os.path.relpath(target, link.parent))
+    except OSError:
+        shutil.copyfile(target, temporary)
     os.replace(temporary, link)
 
 

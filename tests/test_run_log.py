@@ -186,3 +186,17 @@ def test_offline_wandb_needs_no_account_and_leaves_a_folder(tmp_path, monkeypatc
         log.close()
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(run.glob("run-*.wandb"))
+
+
+def test_without_symbolic_links_the_latest_is_a_copy(tmp_path, monkeypatch):
+    target = tmp_path / "run" / "checkpoint_final.pt"
+    target.parent.mkdir()
+    target.write_bytes(b"weights")
+
+    def refuse(*_: object) -> None:
+        raise OSError("no symbolic links here")
+
+    monkeypatch.setattr(type(target), "symlink_to", refuse)
+    point_to_latest(tmp_path / "checkpoint_final.pt", target)
+    assert (tmp_path / "checkpoint_final.pt").read_bytes() == b"weights"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["checkpoint_final.pt"]
