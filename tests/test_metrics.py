@@ -125,10 +125,13 @@ def test_judge_round_trip_and_strictness(judge, tmp_path):
     stored = torch.load(path, weights_only=True)
     del stored["judge_state_dict"]["class_mass"]
     torch.save(stored, path)
-    with pytest.raises(RuntimeError, match="class_mass"):
+    with pytest.raises(ValueError, match="not a sound judge"):
+        metrics.load_judge(path)
+    path.write_bytes(b"no judge")
+    with pytest.raises(ValueError, match="not a sound judge"):
         metrics.load_judge(path)
     torch.save({"state": 1}, path)
-    with pytest.raises(ValueError, match="not a judge"):
+    with pytest.raises(ValueError, match="not a sound judge"):
         metrics.load_judge(path)
     with pytest.raises(FileNotFoundError, match="--train_judge"):
         metrics.load_judge(tmp_path / "none.pt")
