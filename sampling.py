@@ -44,7 +44,7 @@ def sample_few_step(
     check_num_frames("num_frames", num_frames, plan.num_frames_per_block)
     with runtime.autocast():
         prompt = model.encode_prompt(*text_encoder.encode(prompts))
-        null = model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))
+        null = None if plan.guidance == 1 else model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))
         blocks = rollout_blocks(model, prompt, make_noise_streams(seeds), num_frames // plan.num_frames_per_block, plan, null)
         return torch.cat(list(blocks), dim=1).float()
 
