@@ -14,7 +14,6 @@ from config import (
     SelfForcingConfig,
     WandbConfig,
     build_config,
-    check_denoising_steps,
     check_num_frames,
     check_parts_fit,
     config_from_dict,
@@ -133,8 +132,8 @@ def test_frame_counts_name_their_neighbours(num_frames, nearest):
 
 
 def test_denoising_steps_may_be_a_single_one():
-    check_denoising_steps("steps", [1000])
-    check_denoising_steps("steps", [1000, 1])
+    assert SelfForcingConfig(denoising_steps=[1000]).denoising_steps == [1000]
+    assert SelfForcingConfig(denoising_steps=[1000, 1]).denoising_steps == [1000, 1]
 
 
 # -------------------------------------------------------------------------------------------------------- round trips

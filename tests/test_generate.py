@@ -27,7 +27,7 @@ from generate import BidirectionalPlan, SamplerSettings, generate, main, slug
 from moving_mnist import DatasetConfig
 from runtime import Runtime
 from stages import sample_many_step
-from text_encoder import TextEncoder, TextEncoderConfig
+from text_encoder import TextEncoder, TextEncoderConfig, parse_caption
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 from video_io import load_array
 
@@ -224,6 +224,7 @@ def test_default_prompts_speak_the_grammar(student: LoadedNetworks, num_digits: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         student.text_encoder.tokenize(list(entry.DEFAULT_PROMPTS[num_digits]))
+    assert {len(parse_caption(prompt).digits) for prompt in entry.DEFAULT_PROMPTS[num_digits]} == {num_digits}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
