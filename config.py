@@ -143,6 +143,8 @@ class SelfForcingConfig(TrainingConfig):
     lr: float = 1.5e-4
     guidance: float = 2.0  # stronger guidance makes strokes bolder than real ones
     teacher_steps: int = 25  # for the samples of a run only
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # times of the scores at which the teacher is guided
+    generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
     critic_lr: float = 5e-4
     adam_betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
     weight_decay: float = 0.01
@@ -171,6 +173,10 @@ class SelfForcingConfig(TrainingConfig):
         _require(
             len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas), "training.adam_betas",
             list(self.adam_betas), "two numbers in [0, 1)",
+        )
+        _require(
+            len(self.guidance_interval) == 2 and 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1,
+            "training.guidance_interval", list(self.guidance_interval), "two times in [0, 1], the lower one first",
         )
         _require(
             0 < self.min_score_time < self.max_score_time <= 1, "training.min_score_time and max_score_time",

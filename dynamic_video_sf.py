@@ -25,6 +25,8 @@ from flow_matching import (
     classifier_free_guidance,
     eps_from_velocity,
     euler_sampler,
+    expand_time,
+    interval_weight,
     sampling_times,
     shift_time,
     timestep_to_time,
@@ -191,13 +193,16 @@ class SelfForcingEngine:
 
     generator: the student, trained by `generator_loss`. real_score: the frozen teacher. fake_score: the critic, trained
     by `critic_loss` on what the generator makes. The engine owns no optimizer and draws all randomness from `random`.
+    All three start as copies of `teacher`, the generator of `start` where one is given.
     """
 
-    def __init__(self, config: SelfForcingConfig, teacher: TinyCausalWanModel, random: torch.Generator):
+    def __init__(
+        self, config: SelfForcingConfig, teacher: TinyCausalWanModel, random: torch.Generator, start: TinyCausalWanModel | None = None
+    ):
         self.config = config
         self.plan = few_step_plan(config)
         self.random = random
-        self.generator = copy.deepcopy(teacher).train().requires_grad_(True)
+        self.generator = copy.deepcopy(teacher if start is None else start).train().requires_grad_(True)
         self.fake_score = copy.deepcopy(teacher).train().requires_grad_(True)
         self.real_score = copy.deepcopy(teacher).eval().requires_grad_(False)
 
@@ -232,7 +237,8 @@ class SelfForcingEngine:
             cond, uncond = self.real_score.forward_bidirectional(
                 torch.cat([x_t, x_t]), torch.cat([t, t]), real_prompt.concatenate(real_null_prompt)
             ).chunk(2)
-            x_0_real = x_0_from_velocity(x_t, classifier_free_guidance(cond, uncond, self.config.guidance), t)
+            weight = expand_time(interval_weight(t, self.config.guidance, self.config.guidance_interval), x_t)
+            x_0_real = x_0_from_velocity(x_t, classifier_free_guidance(cond, uncond, weight), t)
             gradient = dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
         figures = {
             "dmd_gradient_norm": gradient.square().mean().sqrt().item(),

@@ -83,12 +83,18 @@ def sampling_times(num_steps: int, shift: float) -> Tensor:
     return shift_time(torch.linspace(1, 0, num_steps + 1), shift)
 
 
-def classifier_free_guidance(cond: Tensor, uncond: Tensor, weight: float) -> Tensor:
+def classifier_free_guidance(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:
     """uncond + w (cond - uncond) (Ho and Salimans, arXiv 2207.12598, Eq. 6 with w there = w - 1 here).
 
-    Linear, so it may be applied to v or to x_0 alike.
+    Linear, so it may be applied to v or to x_0 alike. weight: one number, or a tensor that broadcasts against cond.
     """
     return uncond + weight * (cond - uncond)
+
+
+def interval_weight(t: Tensor, weight: float, interval: list[float]) -> Tensor:
+    """w where low <= t <= high, else 1 (Kynkaanniemi et al., arXiv 2404.07724, Eq. 6): guidance in some noise levels only."""
+    low, high = interval
+    return torch.where((t >= low) & (t <= high), weight, 1.0)
 
 
 def euler_sampler(velocity_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor) -> Tensor:

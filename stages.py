@@ -183,7 +183,11 @@ class SelfForcingStage:
         self.num_prompts_seen = 0
         loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
         self.text_encoder, self.earlier_prompts = loaded.text_encoder, loaded.prompts_drawn
-        self.engine = SelfForcingEngine(self.config, loaded.generator, random)
+        start = None
+        if self.config.generator_checkpoint is not None:
+            start = load_start(Path(self.config.generator_checkpoint), config, loaded, runtime.device)
+            self.earlier_prompts = merge_counts(self.earlier_prompts, start.prompts_drawn)
+        self.engine = SelfForcingEngine(self.config, loaded.generator, random, None if start is None else start.generator)
         self.average = copy.deepcopy(self.engine.generator).requires_grad_(False).eval()
         self.rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
         modules = {"generator": self.engine.generator, "critic": self.engine.fake_score}
@@ -303,6 +307,19 @@ def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
         raise CheckpointError(
             f"{path} was trained with {', '.join(found)}, but this run asks for {', '.join(asked)}: give the same sizes or another file"
         )
+
+
+def load_start(path: Path, config: Config, teacher: LoadedNetworks, device: torch.device) -> LoadedNetworks:
+    """The network that a generator starts from. Raises CheckpointError as `load_teacher` does, and if it was trained with
+    another text encoder than the teacher's, which alone is kept."""
+    start = load_teacher(path, config, device)
+    for ours, theirs in zip(start.text_encoder.parameters(), teacher.text_encoder.parameters(), strict=True):
+        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):  # float16 files may stand beside float32 ones
+            raise CheckpointError(
+                f"{path} was trained with another text encoder than the teacher {config.training.pretrained_checkpoint}: "
+                "give a generator that was trained from this teacher"
+            )
+    return start
 
 
 def load_teacher(path: Path, config: Config, device: torch.device) -> LoadedNetworks:

@@ -156,7 +156,7 @@ def block_causal_mask(
 def _rope_angles(
     grid: tuple[int, int], head_size: int, theta: float, first_row: int, num_rows: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (S, d / 2) of 3-D RoPE (arXiv 2104.09864; axis split as in Wan) from patch row first_row on."""
+    """cos and signed sin (S, d) of 3-D RoPE (arXiv 2104.09864; axis split as in Wan) from patch row first_row on."""
     grid_y, grid_x = grid
     half = head_size // 2
     sizes = (half - 2 * (half // 3), half // 3, half // 3)  # angles given to time, height, width
@@ -170,14 +170,17 @@ def _rope_angles(
         frequency = theta ** (-torch.arange(size, dtype=torch.float64) / size)
         angles.append(position.flatten()[:, None] * frequency)  # (S, size)
     angle = torch.cat(angles, dim=1)
-    return angle.cos().float().to(device), angle.sin().float().to(device)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.cat([cos, cos], dim=1).to(device), torch.cat([-sin, sin], dim=1).to(device)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, h, S, d): the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    """Rotate x (B, h, S, d): the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i.
+
+    cos and sin (S, d) hold every angle twice, the first half of sin negated, so that a rotation is two products.
+    """
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -238,16 +241,16 @@ class WanBlock(nn.Module):
     ) -> Tensor:
         """modulation (B, T, 6, D); rope: cos and sin (S, d / 2); prompt key and value (B, h, L, d), mask (B, 1, 1, L)."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (modulation + self.modulation).unsqueeze(3).unbind(2)  # (B, T, 1, D)
-        y = self.norm_self(x) * (1 + scale_a) + shift_a
+        y = torch.addcmul(shift_a, self.norm_self(x), 1 + scale_a)
         q = apply_rope(self._heads(self.norm_q(self.q(y))), *rope)
         k = apply_rope(self._heads(self.norm_k(self.k(y))), *rope)
         y = attend(q, k, self._heads(self.v(y)))  # (B, h, S, d)
-        x = x + gate_a * self.o(y.transpose(1, 2).reshape(x.shape))
+        x = torch.addcmul(x, gate_a, self.o(y.transpose(1, 2).reshape(x.shape)))
         q = self._heads(self.norm_cross_q(self.cross_q(self.norm_cross(x))))
         y = attention(q, prompt_key, prompt_value, prompt_mask)
         x = x + self.cross_o(y.transpose(1, 2).reshape(x.shape))
-        y = self.norm_ffn(x) * (1 + scale_f) + shift_f
-        return x + gate_f * self.ffn_out(F.gelu(self.ffn_in(y)))
+        y = torch.addcmul(shift_f, self.norm_ffn(x), 1 + scale_f)
+        return torch.addcmul(x, gate_f, self.ffn_out(F.gelu(self.ffn_in(y))))
 
 
 class TinyCausalWanModel(nn.Module):
