@@ -61,6 +61,7 @@ class TrainingConfig:
     num_steps: int = 1000
     batch_size: int = 16  # videos a step
     lr: float = 1e-4
+    decay_fraction: float = 0.0  # share of the run, at its end, over which the learning rates fall linearly to 0
     num_frames_per_block: int = 3
     min_num_frames: int = 21
     max_num_frames: int = 21
@@ -86,6 +87,7 @@ class TrainingConfig:
         for name in ("lr", "time_shift", "clip_norm"):
             value = asdict(self)[name]
             _require(0 < value < float("inf"), f"training.{name}", value, "a positive number")
+        _require(0 <= self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "a number in [0, 1]")
         _require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
         _require(self.guidance >= 0, "training.guidance", self.guidance, "0 or more (1 is no guidance)")
         check_num_frames("training.min_num_frames", self.min_num_frames, self.num_frames_per_block)
@@ -110,7 +112,7 @@ class PretrainConfig(TrainingConfig):
     muon_lr: float = 3e-3  # Muon: matrices of the transformer blocks
     weight_decay: float = 0.01
     warmup_steps: int = 50
-    decay_fraction: float = 0.3  # share of the run, at its end, over which the rates fall linearly to 0
+    decay_fraction: float = 0.3
     prompt_dropout: float = 0.1
     clean_prefix_probability: float = 0.5
     compile: bool = False  # torch.compile of the transformer blocks: needs a C++ compiler, pays only in long runs
@@ -118,7 +120,7 @@ class PretrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("prompt_dropout", "clean_prefix_probability", "decay_fraction"):
+        for name in ("prompt_dropout", "clean_prefix_probability"):
             value = asdict(self)[name]
             _require(0 <= value <= 1, f"training.{name}", value, "a number in [0, 1]")
         _require(self.clip_steps >= 0, "training.clip_steps", self.clip_steps, "0 (none) or more")

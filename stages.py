@@ -52,6 +52,18 @@ def merge_counts(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
     return {seed: max(one.get(seed, 0), other.get(seed, 0)) for seed in one.keys() | other.keys()}
 
 
+def rate_factor(config: TrainingConfig, step: int, warmup_steps: int = 0) -> float:
+    """Of the learning rates at this step: linear warm-up, constant, linear decay over the last `decay_fraction` of the run."""
+    decay_steps = max(config.decay_fraction * config.num_steps, 1)
+    return min((step + 1) / max(warmup_steps, 1), (config.num_steps - step) / decay_steps, 1.0)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let every group of the optimizer learn at this rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 @torch.no_grad()
 def update_average(average: nn.Module, live: nn.Module, decay: float, num_updates: int) -> None:
     """Exponential moving average of the weights; the first updates forget faster, so the start does not linger."""
@@ -89,12 +101,6 @@ class PretrainStage:
         }
         self.base_rates = {"muon": self.config.muon_lr, "adamw": self.config.lr}
 
-    def rate_factor(self, step: int) -> float:
-        """Linear warm-up, constant, linear decay over the last `decay_fraction` of the run."""
-        config = self.config
-        decay_steps = max(config.decay_fraction * config.num_steps, 1)
-        return min((step + 1) / max(config.warmup_steps, 1), (config.num_steps - step) / decay_steps, 1.0)
-
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
         num_frames, batch_size = draw_num_frames(config, self.random), config.batch_size
@@ -116,10 +122,9 @@ class PretrainStage:
                 )
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.live.parameters(), config.clip_norm)
-        factor = self.rate_factor(step)
+        factor = rate_factor(config, step, config.warmup_steps)
         for name, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = factor * self.base_rates[name]
+            set_rate(optimizer, factor * self.base_rates[name])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         update_average(self.average, self.live, config.ema_decay, step)
@@ -206,6 +211,8 @@ class SelfForcingStage:
         self.num_prompts_seen += config.batch_size
         is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
         figures: dict[str, float] = {"num_frames": num_frames}
+        for name, optimizer in self.optimizers.items():
+            set_rate(optimizer, rate_factor(config, step) * self.rates[name])
         with torch.no_grad(), self.runtime.autocast():
             text = self.text_encoder.encode(prompts)
         with self.runtime.autocast(), torch.set_grad_enabled(is_generator_turn):
@@ -278,8 +285,8 @@ class SelfForcingStage:
         _load_modules(targets, checkpoint, name)
         for key, optimizer in self.optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"][key])
-            for group in optimizer.param_groups:  # the command line's wishes, not those of the run that is resumed
-                group.update(lr=self.rates[key], betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
+            for group in optimizer.param_groups:  # the command line's wishes, not those of the run that is resumed; rates: train_step
+                group.update(betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
         self.random.set_state(checkpoint["random_state"])
         self.num_prompts_seen = checkpoint["num_prompts_seen"]
         self.earlier_prompts = checkpoint["prompts_drawn"]

@@ -101,6 +101,8 @@ def test_overrides_arrive_with_their_type():
     ("model.channels=3", ["model.channels is 3", "dataset.channels=1"]),
     ("training.lr=nan", ["training.lr is nan"]), ("training.lr=inf", ["training.lr is inf"]), ("training.lr=0", ["training.lr is 0"]),
     ("training.critic_lr=inf", ["training.critic_lr is inf"]), ("training.guidance=inf", ["training.guidance is inf"]),
+    ("training.guidance_interval=[0.8,0.2]", ["training.guidance_interval", "[0.8, 0.2]", "the lower one first"]),
+    ("training.decay_fraction=1.5", ["training.decay_fraction is 1.5", "[0, 1]"]),
     ("training.weight_decay=nan", ["training.weight_decay is nan"]), ("model.rope_theta=inf", ["model.rope_theta is inf"]),
     ("training.num_steps=0", ["training.num_steps is 0"]), ("training.batch_size=-1", ["training.batch_size is -1"]),
     ("training.context_noise=1001", ["training.context_noise is 1001"]), ("training.adam_betas=[0.9]", ["training.adam_betas is [0.9]"]),

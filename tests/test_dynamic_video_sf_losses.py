@@ -154,10 +154,11 @@ def shift_prompt(batch_size: int, shift: list[float]) -> PromptContext:
     return PromptContext([], [], torch.ones(batch_size, 1, 1, 1, dtype=torch.bool), torch.tensor([shift]).expand(batch_size, -1))
 
 
-def test_on_gaussians_the_engines_gradient_is_the_closed_form():
-    """Fake N(m_f, s^2), teacher N(m_u, s^2) and N(m_c, s^2) guided to the mean m_u + w (m_c - m_u)."""
+@pytest.mark.parametrize("interval", [[0.0, 1.0], [0.4, 0.7]])
+def test_on_gaussians_the_engines_gradient_is_the_closed_form(interval: list[float]):
+    """Fake N(m_f, s^2), teacher N(m_u, s^2) and N(m_c, s^2) guided, inside the interval, to the mean m_u + w (m_c - m_u)."""
     s, weight = 0.6, 2.0
-    config = SelfForcingConfig(guidance=weight)
+    config = SelfForcingConfig(guidance=weight, guidance_interval=interval)
     engine = SelfForcingEngine(config, GaussianScore(torch.zeros(2), s * torch.eye(2)), torch.Generator().manual_seed(0))
     fake, cond, uncond = [0.8, -0.1], [-0.5, 0.4], [0.2, 0.1]
     x_0 = (torch.tensor(fake) + s * torch.randn(32, 3, 1, 1, 2, generator=engine.random)).requires_grad_()
@@ -168,6 +169,7 @@ def test_on_gaussians_the_engines_gradient_is_the_closed_form():
     x_t, t = engine._noised(x_0.detach())
     t = t[..., None, None, None]
     spread = (1 - t) ** 2 * s**2 + t**2
+    weight = torch.where((t >= interval[0]) & (t <= interval[1]), weight, 1.0)
     guided = torch.tensor(uncond) + weight * (torch.tensor(cond) - torch.tensor(uncond))
     x_0_real = guided + s**2 * (1 - t) / spread * (x_t - (1 - t) * guided)
     scale = (x_0.detach() - x_0_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)

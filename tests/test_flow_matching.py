@@ -12,6 +12,7 @@ from flow_matching import (
     classifier_free_guidance,
     eps_from_velocity,
     euler_sampler,
+    interval_weight,
     expand_time,
     sample_time,
     sampling_times,
@@ -136,6 +137,12 @@ def test_guidance_weight_one_is_cond_and_zero_is_uncond(path):
     torch.testing.assert_close(classifier_free_guidance(cond, uncond, 1.0), cond)
     torch.testing.assert_close(classifier_free_guidance(cond, uncond, 0.0), uncond, rtol=0, atol=0)
     torch.testing.assert_close(classifier_free_guidance(cond, uncond, 3.0), 3 * cond - 2 * uncond)
+
+
+def test_guidance_in_an_interval_is_none_outside():
+    t = torch.tensor([[0.1, 0.3, 0.5], [0.7, 0.9, 1.0]])
+    assert interval_weight(t, 2.5, [0.3, 0.7]).tolist() == [[1.0, 2.5, 2.5], [2.5, 1.0, 1.0]]
+    assert interval_weight(t, 2.5, [0.0, 1.0]).eq(2.5).all()
 
 
 def test_guidance_is_the_same_for_velocity_and_x_0(path):

@@ -14,7 +14,7 @@ from dynamic_video_sf import make_noise_streams, rollout_blocks
 from moving_mnist import DatasetConfig
 from runtime import Runtime
 from sampling import sample_few_step
-from stages import PretrainStage, SelfForcingStage, draw_num_frames, load_teacher, update_average
+from stages import PretrainStage, SelfForcingStage, draw_num_frames, load_teacher, rate_factor, update_average
 from text_encoder import TextEncoder, TextEncoderConfig
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 
@@ -218,7 +218,7 @@ def test_every_parameter_has_exactly_one_optimizer():
 
 def test_rate_factor_warms_up_holds_and_decays():
     stage = build_pretrain(num_steps=100, warmup_steps=4, decay_fraction=0.4)
-    factors = [stage.rate_factor(step) for step in range(100)]
+    factors = [rate_factor(stage.config, step, stage.config.warmup_steps) for step in range(100)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert set(factors[4:61]) == {1.0}
     assert factors[80] == pytest.approx(0.5) and factors[99] == pytest.approx(1 / 40)
@@ -306,8 +306,38 @@ def test_a_resumed_run_takes_its_rates_from_the_new_configuration(teacher: Path)
     state = build_self_forcing(teacher).state_dict()
     resumed = build_self_forcing(teacher, lr=3e-6, critic_lr=4e-6)
     resumed.load_state_dict(state, "run")
+    resumed.train_step(1)
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in resumed.optimizers.items()}
     assert rates == {"generator": 3e-6, "critic": 4e-6}
+
+
+def test_both_rates_of_self_forcing_fall_at_the_end_of_the_run(teacher: Path):
+    stage = build_self_forcing(teacher, num_steps=20, decay_fraction=0.5, lr=1e-4, critic_lr=3e-4)
+    for step, factor in ((9, 1.0), (10, 1.0), (15, 0.5), (19, 0.1)):
+        stage.train_step(step)
+        rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in stage.optimizers.items()}
+        assert rates == pytest.approx({"generator": factor * 1e-4, "critic": factor * 3e-4})
+
+
+def test_a_generator_can_start_from_another_network_than_the_teacher(teacher: Path, tmp_path: Path):
+    start = load_checkpoint(teacher)
+    start["generator_state_dict"] = {name: value + 0.1 for name, value in start["generator_state_dict"].items()}
+    save_checkpoint(tmp_path / "start.pt", {**start, "prompts_drawn": {0: 3, 7: 5}})
+    stage = build_self_forcing(teacher, generator_checkpoint=str(tmp_path / "start.pt"))
+    assert_same(dict(stage.engine.generator.state_dict()), start["generator_state_dict"], "generator")
+    assert_same(dict(stage.average.state_dict()), start["generator_state_dict"], "average")
+    own = dict(load_checkpoint(teacher)["generator_state_dict"])
+    assert_same(dict(stage.engine.real_score.state_dict()), own, "teacher")
+    assert_same(dict(stage.engine.fake_score.state_dict()), own, "critic")
+    assert stage.earlier_prompts == {0: 8, 7: 5}
+
+
+def test_a_generator_of_another_text_encoder_is_refused(teacher: Path, tmp_path: Path):
+    start = load_checkpoint(teacher)
+    start["text_encoder_state_dict"] = {name: value + 0.1 for name, value in start["text_encoder_state_dict"].items()}
+    save_checkpoint(tmp_path / "start.pt", start)
+    with pytest.raises(CheckpointError, match="start.pt was trained with another text encoder than the teacher .*teacher.pt: give a"):
+        build_self_forcing(teacher, generator_checkpoint=str(tmp_path / "start.pt"))
 
 
 def test_a_missing_teacher_is_named(tmp_path: Path):
