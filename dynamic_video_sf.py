@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from config import SelfForcingConfig, check_num_frames
 from flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
+    ancestral_sampler,
     classifier_free_guidance,
     eps_from_velocity,
     euler_sampler,
@@ -144,24 +146,37 @@ def _write_context(
     model.write_cache(x, t, prompt, cache)
 
 
+@dataclass(frozen=True)
+class BidirectionalPlan:
+    """How the teacher is sampled: all frames at once, in num_steps guided steps. guidance: 1 for none. eta: how much of a
+    step's noise is fresh, see `fresh_share`: 0 is Euler's method, 1 ancestral sampling."""
+
+    num_steps: int
+    time_shift: float
+    guidance: float
+    eta: float = 0.0
+
+
 @torch.no_grad()
 def sample_bidirectional(
     model: TinyCausalWanModel, prompt: PromptContext, null_prompt: PromptContext, streams: list[torch.Generator], num_frames: int,
-    num_steps: int, time_shift: float, guidance: float,
+    plan: BidirectionalPlan,
 ) -> Tensor:
-    """The teacher's own sampler: all frames at once, Euler's method with guidance. Returns (B, F, C, H, W)."""
+    """The teacher's own sampler. Returns (B, F, C, H, W)."""
     both = prompt.concatenate(null_prompt)
 
     def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
-        if guidance == 1.0:
+        if plan.guidance == 1.0:
             return model.forward_bidirectional(x, t, prompt)
         cond, uncond = model.forward_bidirectional(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return classifier_free_guidance(cond, uncond, guidance)
+        return classifier_free_guidance(cond, uncond, plan.guidance)
 
     config = model.config
     shape = (num_frames, config.channels, config.frame_size, config.frame_size)
-    noise = draw_noise(streams, shape, next(model.parameters()).device)
-    return euler_sampler(velocity_fn, noise, sampling_times(num_steps, time_shift))
+    draw, times = partial(draw_noise, streams, shape, next(model.parameters()).device), sampling_times(plan.num_steps, plan.time_shift)
+    if plan.eta == 0:
+        return euler_sampler(velocity_fn, draw(), times)
+    return ancestral_sampler(velocity_fn, draw(), times, plan.eta, draw)
 
 
 def dmd_gradient(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from checkpoint import LoadedNetworks
 from config import SelfForcingConfig, TrainingConfig, check_denoising_steps, check_num_frames
 from dynamic_video_sf import (
+    BidirectionalPlan,
     RolloutPlan,
     few_step_plan,
     make_noise_streams,
@@ -51,25 +52,19 @@ def sample_few_step(
 
 @torch.no_grad()
 def sample_many_step(
-    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], num_frames: int, num_steps: int,
-    time_shift: float, guidance: float, runtime: Runtime,
+    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], num_frames: int,
+    plan: BidirectionalPlan, runtime: Runtime,
 ) -> Tensor:
     """Videos (B, F, C, H, W), float32, from the bidirectional sampler."""
     with runtime.autocast():
         prompt = model.encode_prompt(*text_encoder.encode(prompts))
         null = model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))
-        return sample_bidirectional(
-            model, prompt, null, make_noise_streams(seeds), num_frames, num_steps, time_shift, guidance
-        ).float()
+        return sample_bidirectional(model, prompt, null, make_noise_streams(seeds), num_frames, plan).float()
 
 
-@dataclass(frozen=True)
-class BidirectionalPlan:
-    """How the teacher is sampled: all frames at once, num_steps steps of Euler's method. guidance: 1 for none."""
-
-    num_steps: int
-    time_shift: float
-    guidance: float
+def teacher_plan(training: TrainingConfig) -> BidirectionalPlan:
+    """How a run samples its teacher."""
+    return BidirectionalPlan(training.teacher_steps, training.time_shift, training.guidance, training.teacher_eta)
 
 
 @dataclass(frozen=True)
@@ -102,9 +97,9 @@ class SamplerSettings:
         last `max_num_frames` frames, the length of training, so it can go on for any length.
         """
         is_student = isinstance(training, SelfForcingConfig)
+        wishes = {"num_steps": self.num_steps, "guidance": self.guidance}
         if not is_student and self.denoising_steps is None:
-            num_steps = training.teacher_steps if self.num_steps is None else self.num_steps
-            return BidirectionalPlan(num_steps, training.time_shift, training.guidance if self.guidance is None else self.guidance)
+            return replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
         plan = self._causal_plan(training, window_frames=training.max_num_frames)
         return replace(plan, guidance=1.0 if self.guidance is None else self.guidance)
 
@@ -167,7 +162,7 @@ def _sample(
 ) -> Tensor:
     common = (networks.generator, networks.text_encoder, prompts, seeds, num_frames)
     if isinstance(plan, BidirectionalPlan):
-        return sample_many_step(*common, plan.num_steps, plan.time_shift, plan.guidance, runtime)
+        return sample_many_step(*common, plan, runtime)
     return sample_few_step(*common, plan, runtime)
 
 

@@ -20,7 +20,7 @@ from dynamic_video_sf import RolloutPlan, SelfForcingEngine, warp_steps
 from moving_mnist import MovingMNISTGenerator
 from objectives import bidirectional_loss, block_causal_loss, drop_prompts
 from runtime import Runtime
-from sampling import NAIVE_STEPS, sample_few_step, sample_many_step
+from sampling import NAIVE_STEPS, sample_few_step, sample_many_step, teacher_plan
 from text_encoder import NULL_PROMPT, TextEncoder
 from tiny_causal_wan import TinyCausalWanModel
 
@@ -138,7 +138,7 @@ class PretrainStage:
         naive = RolloutPlan(warp_steps(NAIVE_STEPS, config.time_shift), config.num_frames_per_block)
         return {
             f"teacher, {config.teacher_steps} steps": sample_many_step(
-                model, text_encoder, prompts, seeds, num_frames, config.teacher_steps, config.time_shift, config.guidance, self.runtime
+                model, text_encoder, prompts, seeds, num_frames, teacher_plan(config), self.runtime
             ),
             "naive, 4 steps": sample_few_step(model, text_encoder, prompts, seeds, num_frames, naive, self.runtime),
         }
@@ -252,9 +252,7 @@ class SelfForcingStage:
         config, plan = self.config, self.engine.plan
         common = (self.text_encoder, prompts, seeds, num_frames)
         return {
-            f"teacher, {config.teacher_steps} steps": sample_many_step(
-                self.engine.real_score, *common, config.teacher_steps, config.time_shift, config.guidance, self.runtime
-            ),
+            f"teacher, {config.teacher_steps} steps": sample_many_step(self.engine.real_score, *common, teacher_plan(config), self.runtime),
             f"naive, {len(plan.times)} steps": sample_few_step(self.engine.real_score, *common, plan, self.runtime),
             f"student, {len(plan.times)} steps": sample_few_step(self.average, *common, plan, self.runtime),
         }

@@ -10,6 +10,7 @@ from torch import Tensor
 import dynamic_video_sf
 from config import SelfForcingConfig
 from dynamic_video_sf import (
+    BidirectionalPlan,
     RolloutPlan,
     SelfForcingEngine,
     dmd_gradient,
@@ -176,7 +177,7 @@ def test_one_guided_block_is_the_bidirectional_sampler(small_model):
     prompt, null = random_prompt(small_model, 2), random_prompt(small_model, 2, seed=9)
     for guidance in (1.0, 2.5):
         block = run(small_model, prompt, [1, 2], 1, many_step_plan(5, 3.0, BLOCK, guidance), null_prompt=null)
-        whole = sample_bidirectional(small_model, prompt, null, make_noise_streams([1, 2]), BLOCK, 5, 3.0, guidance)
+        whole = sample_bidirectional(small_model, prompt, null, make_noise_streams([1, 2]), BLOCK, BidirectionalPlan(5, 3.0, guidance))
         torch.testing.assert_close(block, whole, atol=1e-3, rtol=1e-3)
 
 
