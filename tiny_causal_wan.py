@@ -156,7 +156,8 @@ def block_causal_mask(
 def _rope_angles(
     grid: tuple[int, int], head_size: int, theta: float, first_row: int, num_rows: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and signed sin (S, d) of 3-D RoPE (arXiv 2104.09864; axis split as in Wan) from patch row first_row on."""
+    """3-D RoPE (arXiv 2104.09864; axis split as in Wan) from patch row first_row on: cos (S, d), each angle twice, and sin (S, d),
+    whose first half is negated, so that a rotation is two products."""
     grid_y, grid_x = grid
     half = head_size // 2
     sizes = (half - 2 * (half // 3), half // 3, half // 3)  # angles given to time, height, width
@@ -175,12 +176,8 @@ def _rope_angles(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, h, S, d): the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i.
-
-    cos and sin (S, d) hold every angle twice, the first half of sin negated, so that a rotation is two products.
-    """
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
+    """Rotate x (B, h, S, d) by `_rope_angles`: the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -239,7 +236,7 @@ class WanBlock(nn.Module):
         self, x: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], prompt_key: Tensor, prompt_value: Tensor, prompt_mask: Tensor,
         attend: Attend,
     ) -> Tensor:
-        """modulation (B, T, 6, D); rope: cos and sin (S, d / 2); prompt key and value (B, h, L, d), mask (B, 1, 1, L)."""
+        """modulation (B, T, 6, D); rope: cos and sin (S, d); prompt key and value (B, h, L, d), mask (B, 1, 1, L)."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (modulation + self.modulation).unsqueeze(3).unbind(2)  # (B, T, 1, D)
         y = torch.addcmul(shift_a, self.norm_self(x), 1 + scale_a)
         q = apply_rope(self._heads(self.norm_q(self.q(y))), *rope)
@@ -364,9 +361,10 @@ class TinyCausalWanModel(nn.Module):
         return velocity_from_x_0(x_t.float(), x_0, t)
 
     def patchify(self, video: Tensor) -> Tensor:
-        """Video (B, F, C, H, W) to embedded tokens (B, T, N, D)."""
-        x = self.patch_embedding(rearrange(video, "b f c h w -> b c f h w"))
-        return rearrange(x, "b d t y x -> b t (y x) d")
+        """Video (B, F, C, H, W) to embedded tokens (B, T, N, D): the Conv3d, whose patches do not overlap, as one product."""
+        pt, ph, pw = self.config.patch_size
+        patches = rearrange(video, "b (t pt) c (y ph) (x pw) -> b t (y x) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Patch values (B, T, N, C pt ph pw) to video (B, F, C, H, W)."""
