@@ -148,6 +148,7 @@ class SelfForcingConfig(TrainingConfig):
     guidance: float = 2.0  # stronger guidance makes strokes bolder than real ones
     teacher_steps: int = 25  # for the samples of a run only
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # times of the scores at which the teacher is guided
+    clamp_real_score: bool = True  # keep the guided teacher's x_0 in [-1, 1]: without it contrast and background drift
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
     critic_lr: float = 5e-4
     adam_betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
