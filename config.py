@@ -142,9 +142,10 @@ class SelfForcingConfig(TrainingConfig):
 
     training_type: str = "dmd2"
     pretrained_checkpoint: str = "pretrained/teacher.pt"
-    num_steps: int = 700
+    num_steps: int = 480
     batch_size: int = 8
-    lr: float = 1.5e-4
+    lr: float = 2e-4
+    decay_fraction: float = 0.5
     guidance: float = 2.0  # stronger guidance makes strokes bolder than real ones
     teacher_steps: int = 25  # for the samples of a run only
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # times of the scores at which the teacher is guided

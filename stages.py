@@ -211,8 +211,8 @@ class SelfForcingStage:
         self.num_prompts_seen += config.batch_size
         is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
         figures: dict[str, float] = {"num_frames": num_frames}
-        for name, optimizer in self.optimizers.items():
-            set_rate(optimizer, rate_factor(config, step) * self.rates[name])
+        set_rate(self.optimizers["generator"], rate_factor(config, step) * config.lr)
+        set_rate(self.optimizers["critic"], config.critic_lr)  # never slower: the critic must keep up with the generator
         with torch.no_grad(), self.runtime.autocast():
             text = self.text_encoder.encode(prompts)
         with self.runtime.autocast(), torch.set_grad_enabled(is_generator_turn):
