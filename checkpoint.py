@@ -116,7 +116,7 @@ def load_networks(path: Path, device: torch.device) -> LoadedNetworks:
     checkpoint = load_checkpoint(path)
     config = checkpoint_config(path, checkpoint)
     weights = generator_key(checkpoint)
-    if config.model.num_layers > len(checkpoint[weights]):
+    if isinstance(checkpoint[weights], dict) and config.model.num_layers > len(checkpoint[weights]):
         raise CheckpointError(f"{path}: model.num_layers is {config.model.num_layers}, more than the file has tensors")
     try:
         with torch.device("meta"):  # shapes only
@@ -150,7 +150,13 @@ def load_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> 
 
 
 def slim_checkpoint(source: Path, target: Path) -> None:
-    """Write the averaged weights of `source` in float16, without what only resuming needs."""
+    """Write the averaged weights of `source` in float16, without what only resuming needs.
+
+    Raises CheckpointError for a source that no network can be built from and for a target that exists, OSError as `save_checkpoint`.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} exists already: give the name of a new file, or delete it first")
+    load_networks(source, torch.device("cpu"))  # refuses what could not be used
     checkpoint = load_checkpoint(source)
     weights = checkpoint[generator_key(checkpoint)]
     slim = {

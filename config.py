@@ -79,6 +79,8 @@ class TrainingConfig:
     resume: str | None = None  # checkpoint of a run of the same training type to go on from
 
     def __post_init__(self) -> None:
+        own_type = type(self).training_type
+        _require(self.training_type == own_type, "training.training_type", self.training_type, f"{own_type}, which training= has chosen")
         for name in ("num_steps", "batch_size", "num_frames_per_block", "teacher_steps", "log_interval", "keep_last"):
             value = asdict(self)[name]
             _require(value >= 1, f"training.{name}", value, "at least 1")
@@ -149,7 +151,7 @@ class SelfForcingConfig(TrainingConfig):
     guidance: float = 2.0  # stronger guidance makes strokes bolder than real ones
     teacher_steps: int = 25  # for the samples of a run only
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # times of the scores at which the teacher is guided
-    clamp_real_score: bool = True  # keep the guided teacher's x_0 in [-1, 1]: without it contrast and background drift
+    clamp_scores: bool = True  # keep both scores' x_0 in [-1, 1]: without it contrast and background drift
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
     critic_lr: float = 5e-4
     adam_betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
@@ -326,4 +328,10 @@ def config_from_dict(plain: dict[str, Any]) -> Config:
         "model": ModelConfig, "text": TextEncoderConfig, "dataset": DatasetConfig, "training": kinds[training_type],
         "wandb": WandbConfig,
     }
-    return Config(**{key: parts[key](**value) if key in parts else value for key, value in plain.items()})
+    typed = {key: _typed(parts[key], value) if key in parts else value for key, value in plain.items()}
+    return Config(**typed)
+
+
+def _typed(kind: type, plain: dict[str, Any]) -> Any:
+    """The dataclass `kind` of plain values, with every type checked as on the command line."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))

@@ -257,8 +257,8 @@ class SelfForcingEngine:
             ).chunk(2)
             weight = expand_time(interval_weight(t, self.config.guidance, self.config.guidance_interval), x_t)
             x_0_real = x_0_from_velocity(x_t, classifier_free_guidance(cond, uncond, weight), t)
-            if self.config.clamp_real_score:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): guidance overshoots
-                x_0_real = x_0_real.clamp(-1, 1)
+            if self.config.clamp_scores:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): videos are in this range
+                x_0_fake, x_0_real = x_0_fake.clamp(-1, 1), x_0_real.clamp(-1, 1)
             gradient = dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
         figures = {
             "dmd_gradient_norm": gradient.square().mean().sqrt().item(),
@@ -291,7 +291,7 @@ def self_test() -> bool:
     with torch.no_grad():
         for parameter in teacher.parameters():  # a fresh network's head and gates are 0, which would hide every error
             parameter.copy_(0.15 * torch.randn(parameter.shape, generator=random))
-    config = SelfForcingConfig(gradient_frames=6, guidance=1.0, clamp_real_score=False)
+    config = SelfForcingConfig(gradient_frames=6, guidance=1.0, clamp_scores=False)
     engine = SelfForcingEngine(config, teacher, random)
     text, mask = torch.randn(2, 4, 32, generator=random), torch.ones(2, 4, dtype=torch.bool)
     findings = [

@@ -82,10 +82,14 @@ def sample_time(shape: tuple[int, ...], shift: float, generator: torch.Generator
 
 
 def sampling_times(num_steps: int, shift: float) -> Tensor:
-    """The num_steps + 1 times of a sampler, from 1 to 0, uniform before the shift. float32."""
+    """The num_steps + 1 times of a sampler, from 1 to 0, uniform before the shift. float32.
+
+    None but the last is below VELOCITY_TIME_FLOOR: from there a velocity would no longer lead to x_0.
+    """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}: expected at least 1")
-    return shift_time(torch.linspace(1, 0, num_steps + 1), shift)
+    times = shift_time(torch.linspace(1, 0, num_steps + 1), shift)
+    return torch.cat([times[:-1].clamp(min=VELOCITY_TIME_FLOOR), times[-1:]])
 
 
 def classifier_free_guidance(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:
@@ -114,7 +118,7 @@ def euler_sampler(velocity_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, ti
 
 
 def fresh_share(t: Tensor, t_next: Tensor, eta: float) -> Tensor:
-    """Standard deviation of the fresh noise over that of all noise in a step from t to t_next < t, both < 1 or t = 1.
+    """Standard deviation of the fresh noise over that of all noise in a step from t to t_next, 0 <= t_next <= t <= 1, t_next < 1.
 
     eta sqrt(1 - (a_t s_next / (a_next s_t))^2) with a = 1 - t, s = t: DDIM's eta (arXiv 2010.02502, Eq. 16); 0 is the ODE, 1 is
     ancestral sampling, whose steps are draws from the forward process reversed.

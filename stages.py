@@ -194,11 +194,11 @@ class SelfForcingStage:
             self.earlier_prompts = merge_counts(self.earlier_prompts, start.prompts_drawn)
         self.engine = SelfForcingEngine(self.config, loaded.generator, random, None if start is None else start.generator)
         self.average = copy.deepcopy(self.engine.generator).requires_grad_(False).eval()
-        self.rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
+        rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
         modules = {"generator": self.engine.generator, "critic": self.engine.fake_score}
         self.optimizers = {
             name: torch.optim.AdamW(
-                module.parameters(), lr=self.rates[name], betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay
+                module.parameters(), lr=rates[name], betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay
             )
             for name, module in modules.items()
         }
@@ -280,6 +280,7 @@ class SelfForcingStage:
             "critic_state_dict": self.engine.fake_score, "real_score_state_dict": self.engine.real_score,
             "text_encoder_state_dict": self.text_encoder,
         }
+        self._check_same_teacher(checkpoint, name)
         _load_modules(targets, checkpoint, name)
         for key, optimizer in self.optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"][key])
@@ -289,6 +290,18 @@ class SelfForcingStage:
         self.num_prompts_seen = checkpoint["num_prompts_seen"]
         self.earlier_prompts = checkpoint["prompts_drawn"]
         self.num_generator_updates = checkpoint["num_generator_updates"]
+
+
+    def _check_same_teacher(self, checkpoint: dict[str, Any], name: str) -> None:
+        """A run that goes on keeps its teacher: another one, or another start, would silently not be used."""
+        if self.config.generator_checkpoint is not None:
+            raise CheckpointError(f"training.generator_checkpoint does not go with training.resume={name}, which brings the generator")
+        stored, own = checkpoint.get("real_score_state_dict", {}), self.engine.real_score.state_dict()
+        if stored.keys() == own.keys() and not all(torch.equal(stored[key], value.cpu()) for key, value in own.items()):
+            raise CheckpointError(
+                f"{name} was trained with another teacher than training.pretrained_checkpoint={self.config.pretrained_checkpoint}: "
+                "give the teacher of that run, or start a new run with training.generator_checkpoint"
+            )
 
 
 def _load_modules(targets: dict[str, nn.Module], checkpoint: dict[str, Any], name: str) -> None:
@@ -317,7 +330,7 @@ def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
 def load_start(path: Path, config: Config, teacher: LoadedNetworks, device: torch.device) -> LoadedNetworks:
     """The network that a generator starts from. Raises CheckpointError as `load_teacher` does, and if it was trained with
     another text encoder than the teacher's, which alone is kept."""
-    start = load_teacher(path, config, device)
+    start = load_fitting(path, config, device)
     for ours, theirs in zip(start.text_encoder.parameters(), teacher.text_encoder.parameters(), strict=True):
         if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):  # float16 files may stand beside float32 ones
             raise CheckpointError(
@@ -328,7 +341,18 @@ def load_start(path: Path, config: Config, teacher: LoadedNetworks, device: torc
 
 
 def load_teacher(path: Path, config: Config, device: torch.device) -> LoadedNetworks:
-    """The pretrained network and its text encoder, frozen. A relative path that is not here is looked for in the repository.
+    """The pretrained network and its text encoder, frozen. Raises CheckpointError as `load_fitting` does, and for a student."""
+    teacher = load_fitting(path, config, device)
+    if isinstance(teacher.config.training, SelfForcingConfig):
+        raise CheckpointError(
+            f"{path} is a student of Self-Forcing, whose bidirectional side is no longer trained: give a pretrained network as the "
+            "teacher; training.generator_checkpoint=PATH lets a generator start from a student"
+        )
+    return teacher
+
+
+def load_fitting(path: Path, config: Config, device: torch.device) -> LoadedNetworks:
+    """The networks of a file, which must have this run's sizes. A relative path that is not here is looked for in the repository.
 
     Raises CheckpointError naming both sides if sizes differ.
     """

@@ -214,7 +214,7 @@ def run_command_line() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its refusals, instead of printing a page and exiting
     try:
         main()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises a bare ValueError for training=null
         sys.exit(f"error: {explain_refusal(error)}")
 
 
