@@ -309,7 +309,10 @@ def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> st
         return _unknown_key(key, kinds[root.object_type] if root.object_type in kinds else both)
     lines = [line.strip() for line in str(root if str(root) else error).splitlines() if line.strip()]
     if isinstance(root, OmegaConfBaseException) and root.full_key:
-        return f"{root.full_key}: {lines[0]}"
+        kinds_of_training: list[TrainingConfig] = [PretrainConfig(), SelfForcingConfig()]
+        defaults = {key: value for kind in kinds_of_training for key, value in _flatten(config_to_dict(Config(training=kind))).items()}
+        example = f"; expected a value such as {defaults[root.full_key]}, its default" if root.full_key in defaults else ""
+        return f"{root.full_key}: {lines[0]}{example}"
     return "; ".join(lines)
 
 

@@ -172,7 +172,10 @@ def download_mnist(
     A transfer that breaks off leaves NAME.part, from which the next try goes on. Raises OSError where every mirror
     failed twice.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {root} ({error.strerror}): set dataset.mnist_root to another one") from error
     for name, digest in sha256.items():
         if _idx_file(root, name) is not None:
             continue

@@ -320,7 +320,10 @@ def visualize(batch: MovingMNISTBatch, output_dir: Path, max_columns: int = 7) -
     import imageio.v3 as imageio  # both imported here: training needs neither
     from matplotlib.figure import Figure
 
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {output_dir} ({error.strerror}): choose another --output_dir") from error
     pixels = ((batch.video + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2)  # (B, F, H, W, C)
     pixels = pixels.expand(-1, -1, -1, -1, 3)
     num_videos, num_frames, _, side, _ = pixels.shape

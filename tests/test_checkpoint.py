@@ -196,6 +196,29 @@ def test_a_configuration_of_another_version_is_refused(path, whole, config):
         checkpoint_config(path, {**whole, "config": config})
 
 
+def test_a_value_of_the_wrong_type_in_the_stored_configuration_is_refused(tmp_path, whole):
+    broken = {**whole, "config": {**whole["config"], "training": {**whole["config"]["training"], "teacher_steps": 2.5}}}
+    save_checkpoint(tmp_path / "broken.pt", broken)
+    with pytest.raises(CheckpointError, match="broken.pt: its configuration does not fit .*2.5"):
+        load_networks(tmp_path / "broken.pt", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("weights", [7, [1, 2], {"q": 3}])
+def test_weights_that_are_none_are_refused_by_loading_and_by_stripping(tmp_path, whole, weights):
+    save_checkpoint(tmp_path / "broken.pt", {**whole, "generator_ema_state_dict": weights})
+    for use in (lambda path: load_networks(path, torch.device("cpu")), lambda path: slim_checkpoint(path, tmp_path / "slim.pt")):
+        with pytest.raises(CheckpointError, match="broken.pt"):
+            use(tmp_path / "broken.pt")
+    assert not (tmp_path / "slim.pt").exists()
+
+
+def test_stripping_overwrites_nothing_not_even_its_source(path, whole):
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="checkpoint.pt exists already"):
+        slim_checkpoint(path, path)
+    assert path.read_bytes() == before
+
+
 def test_a_slim_checkpoint_loads_in_half_precision_and_less_than_half_the_size(path, tmp_path, whole):
     slim = tmp_path / "slim.pt"
     slim_checkpoint(path, slim)
@@ -213,6 +236,6 @@ def test_the_command_line_strips_or_explains(path, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(path), str(tmp_path / "slim.pt")])
     checkpoint_module.main()
     assert "slim.pt: 0." in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(tmp_path / "none.pt"), str(tmp_path / "slim.pt")])
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(tmp_path / "none.pt"), str(tmp_path / "other.pt")])
     with pytest.raises(SystemExit, match="error: no checkpoint at"):
         checkpoint_module.main()

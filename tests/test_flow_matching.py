@@ -230,6 +230,16 @@ def test_ancestral_sampling_keeps_the_spread_of_a_gaussian_and_fresh_noise_alone
     assert 0.6 * share == pytest.approx(posterior**0.5)
 
 
+def test_many_steps_end_at_x_0_through_the_bounded_velocity(path):
+    """However fine the steps, a network that predicts x_0 is followed to it, though its velocity is bounded near t = 0."""
+    x_0, eps, _ = path
+    for num_steps in (4, 50, 400):
+        times = sampling_times(num_steps, 3.0)
+        assert len(times) == num_steps + 1 and times[0] == 1 and times[-1] == 0 and (times[1:] <= times[:-1]).all()
+        sample = euler_sampler(lambda x, t: velocity_from_x_0(x, x_0, t), eps, times)
+        torch.testing.assert_close(sample, x_0, rtol=0, atol=1e-6)
+
+
 def test_gradient_flows_through_euler():
     rate = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
     x = torch.full((1, 2, 1, 1, 1), 2.0, dtype=torch.float64, requires_grad=True)

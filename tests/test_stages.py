@@ -340,6 +340,26 @@ def test_a_generator_of_another_text_encoder_is_refused(teacher: Path, tmp_path:
         build_self_forcing(teacher, generator_checkpoint=str(tmp_path / "start.pt"))
 
 
+def test_a_student_is_no_teacher(teacher: Path, tmp_path: Path):
+    stage = build_self_forcing(teacher)
+    header = {"step": 5, "training_type": "dmd2", "config": config_to_dict(run_config(stage.config)), "prompts_drawn": {0: 8}}
+    save_checkpoint(tmp_path / "student.pt", {**header, **stage.state_dict()})
+    with pytest.raises(CheckpointError, match="student.pt is a student .*training.generator_checkpoint=PATH"):
+        build_self_forcing(tmp_path / "student.pt")
+    build_self_forcing(teacher, generator_checkpoint=str(tmp_path / "student.pt"))
+
+
+def test_a_resumed_run_keeps_its_teacher_and_its_generator(teacher: Path, tmp_path: Path):
+    state = build_self_forcing(teacher).state_dict()
+    other = load_checkpoint(teacher)
+    other["generator_state_dict"] = {name: value + 0.1 for name, value in other["generator_state_dict"].items()}
+    save_checkpoint(tmp_path / "other.pt", other)
+    with pytest.raises(CheckpointError, match="run.pt was trained with another teacher than .*other.pt"):
+        build_self_forcing(tmp_path / "other.pt").load_state_dict(state, "run.pt")
+    with pytest.raises(CheckpointError, match="generator_checkpoint does not go with training.resume=run.pt"):
+        build_self_forcing(teacher, generator_checkpoint=str(teacher)).load_state_dict(state, "run.pt")
+
+
 def test_a_missing_teacher_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no checkpoint at .*absent.pt"):
         build_self_forcing(tmp_path / "absent.pt")

@@ -252,6 +252,9 @@ def command_line(monkeypatch, *arguments: str) -> None:
     (["training.pretrained_checkpoint=none.pt", "device=cpu"], "no checkpoint at none.pt"),
     (["training=pretrain", *TINY, "log_dir=TMP/file/logs"], "cannot write to the folder .*file/logs"),
     (["training=pretrain", *TINY, "dataset.mnist_root=TMP/mnist"], "train-images-idx3-ubyte is not a sound MNIST file"),
+    (["training.training_type=foo"], "training.training_type is foo: expected dmd2"),
+    (["training=pretrain", "training.training_type=dmd2"], "training.training_type is dmd2: expected pretrain"),
+    (["training=null"], "training"), (["training.denoising_steps=null"], "training.denoising_steps: .*such as .1000, 750, 500, 250"),
     (["training=pretrain", "device=cuda"], "device is cuda, which this machine does not have"),
 ])
 def test_the_command_line_refuses_in_one_line(arguments, words, tmp_path, monkeypatch, capfd):
@@ -280,7 +283,7 @@ def test_the_command_line_trains(tmp_path, monkeypatch, capsys):
 def test_help_and_the_composed_job_are_shown(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         command_line(monkeypatch, "--help")
-    assert caught.value.code in (0, None) and "num_steps: 700" in capsys.readouterr().out
+    assert caught.value.code in (0, None) and "num_steps: 480" in capsys.readouterr().out
     command_line(monkeypatch, "--cfg", "job", "training.num_steps=7")
     assert "num_steps: 7" in capsys.readouterr().out
 
