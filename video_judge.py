@@ -28,7 +28,7 @@ NUM_INK_FACTS = 6  # centre (2), displacement (2), stroke mass, sharpness: of ev
 NUM_LOOKS = 6  # first and last centre (2 + 2), mean stroke mass, mean sharpness: of a video
 LEAST_MASS = 0.05  # of the mean real mass: a blank frame has a logarithm too
 MIN_TRAINED_FRAMES = 9  # training shows the first 9 to `num_frames` frames
-HELD_OUT_VIDEOS = 1000
+HELD_OUT_VIDEOS = 500
 ANSWERS = ("digit", "direction", "speed")
 
 
@@ -217,17 +217,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--train", action="store_true", help="train a video judge and write it to --output")
     parser.add_argument("--output", default=str(VIDEO_JUDGE_PATH), help="the network's file, written or examined")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps of 64 videos")
-    parser.add_argument("--videos", type=int, default=12000, help="different real videos to train on")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of 64 videos")
+    parser.add_argument("--videos", type=int, default=3000, help="different real videos to train on")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the training videos")
     arguments = parser.parse_args()
     judge, config = load_judge(), DatasetConfig()
     if arguments.train:
-        save_video_judge(train_video_judge(judge, config, arguments.steps, arguments.videos, arguments.seed), arguments.output)
-    video_judge = load_video_judge(arguments.output)
-    video_judge.check_matches(judge)
-    held_out = read_real_videos(judge, MovingMNISTGenerator(config, "test"), arguments.seed + 1, HELD_OUT_VIDEOS, 21)
-    right = answered_right(video_judge, *held_out)
+        video_judge = train_video_judge(judge, config, arguments.steps, arguments.videos, arguments.seed)
+        save_video_judge(video_judge, arguments.output)
+        right = video_judge.config.accuracy
+    else:
+        video_judge = load_video_judge(arguments.output)
+        video_judge.check_matches(judge)
+        held_out = read_real_videos(judge, MovingMNISTGenerator(config, "test"), arguments.seed + 1, HELD_OUT_VIDEOS, 21)
+        right = answered_right(video_judge, *held_out)
     print(f"{HELD_OUT_VIDEOS} videos of held-out digits, told right: " + ", ".join(f"{name} {share:.1%}" for name, share in right.items()))
 
 

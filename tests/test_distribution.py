@@ -75,7 +75,8 @@ def test_intervals_hold_the_figure_and_narrow_with_more_videos():
     many, few = compare_distributions(normal(300, 4, 1, 0.5), real), compare_distributions(normal(30, 4, 1, 0.5), real)
     for name, estimate in many.items():
         assert estimate.low <= estimate.value <= estimate.high and estimate.low < estimate.high, name
-        assert estimate.high - estimate.low < 0.7 * (few[name].high - few[name].low), name
+        if name != "coverage":  # few videos cover little, whichever they are
+            assert estimate.high - estimate.low < 0.7 * (few[name].high - few[name].low), name
     assert compare_distributions(normal(300, 4, 1, 0.5), real) == many
     truth = 4 * 0.5**2
     assert many["frechet_distance"].low < truth < many["frechet_distance"].high
