@@ -161,11 +161,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
 def print_rest(panel: Panel, results: dict[str, dict[str, object]], measured_beside: dict[str, dict[str, float | list]]) -> None:
     """The tables that need every row, and what stands beside the real videos' row: it is kept there too."""
     if panel.config.num_digits == 1:
-        print(format_table("\nlooks like real video", results | measured_beside, LOOK_FIGURES))
+        print("\n" + format_table("looks like real video", results | measured_beside, LOOK_FIGURES))
         results["real"].update({key.removeprefix("real, ").replace(" ", "_"): value for key, value in measured_beside.items()})
         if not measured_beside:
             print("no Frechet distance, density and coverage: they need more videos")
-    print(format_table("\ndrift: change a block of 3 frames", results, DRIFT_FIGURES))
+    print("\n" + format_table("drift: change a block of 3 frames", results, DRIFT_FIGURES))
 
 
 def held_out_videos(dataset: DatasetConfig, networks: list[LoadedNetworks], config: EvaluateConfig) -> MovingMNISTBatch:
