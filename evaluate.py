@@ -5,8 +5,11 @@
     python evaluate.py num_videos=128               fewer videos, wider intervals
 
 Without a checkpoint it scores what ships: the teacher, the teacher sampled naively in the student's steps, and the
-student, beside real videos of held-out digits with the same prompts. The figures are those of `metrics`, each with its
-95 % bootstrap interval over the videos. Writes evaluation.json, comparison.png and comparison.gif into `output_dir`.
+student, beside real videos of held-out digits with the same prompts. The figures are those of `panel`, each with its
+95 % bootstrap interval over the videos. Writes evaluation.json (every figure, by frame and by block too), per_frame.png,
+comparison.png and comparison.gif into `output_dir`.
+
+    python evaluate.py sanity=true num_videos=256   no network: which fault of real videos moves which figure, `sanity`
 """
 
 from __future__ import annotations
@@ -31,10 +34,21 @@ from torch import Tensor
 from checkpoint import LoadedNetworks, load_networks
 from config import DEVICES, PRECISIONS, explain_refusal
 from generate import require_writable
-from metrics import facts_of_prompts, load_judge, score_videos, summarise
 from moving_mnist import DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
+from panel import Panel, judge_videos, make_panel, yardsticks
+from report import (
+    COUNT_FIGURES,
+    DRIFT_FIGURES,
+    LOOK_FIGURES,
+    PROMPT_FIGURES,
+    draw_curves,
+    format_row,
+    format_table,
+    format_titles,
+)
 from runtime import resolve_runtime
 from sampling import NAIVE_STEPS, SamplerSettings, check_length, describe_sampler, generate
+from sanity import check_sanity
 from video_io import comparison_gif, comparison_sheet, to_display
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -42,16 +56,15 @@ NUM_SHOWN = 6  # prompts in the pictures
 PROMPT_SEED = 2**40  # far from the seeds of training runs
 MAX_SEED = 2**20
 MAX_TRIES = 1000  # candidates a prompt, before the search for new ones gives up
-FIGURES = {
-    "frames_right": "frames right", "videos_right": "videos right", "one_class": "one class in all",
-    "track_within_1px": "track within 1 px", "direction_obeyed": "direction obeyed", "stroke_mass_ratio": "stroke mass",
-}
+FIGURES = PROMPT_FIGURES | LOOK_FIGURES  # of videos of one digit
 
 
 @dataclass
 class EvaluateConfig:
     """What to score. checkpoint: paths, or one path; none for what ships. num_steps, denoising_steps, guidance: as in
-    generate.py, for every checkpoint named, or for the student that ships. seed: names both the held-out prompts and the videos' noise."""
+    generate.py, for every checkpoint named, or for the student that ships. seed: names both the held-out prompts and the videos' noise.
+    sanity: try the figures on real videos made worse, instead of scoring a network. output_dir: outputs/evaluation where none is
+    named, results for sanity."""
 
     checkpoint: Any = None
     num_videos: int = 512
@@ -63,13 +76,16 @@ class EvaluateConfig:
     guidance: float | None = None
     device: str = "auto"
     precision: str = "auto"
-    output_dir: str = "outputs/evaluation"
+    sanity: bool = False
+    output_dir: str | None = None
 
     def __post_init__(self) -> None:
         paths = [] if self.checkpoint is None else [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             raise ValueError(f"checkpoint is {self.checkpoint}: expected a path, or several as 'checkpoint=[PATH,PATH]'")
         self.checkpoint = paths
+        if self.output_dir is None:
+            self.output_dir = "results" if self.sanity else "outputs/evaluation"
         for name, value in (("num_videos", self.num_videos), ("num_frames", self.num_frames), ("batch_size", self.batch_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: expected at least 1")
@@ -109,27 +125,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     rows = make_rows(config)
     loaded: dict[Path, LoadedNetworks] = {row.path: load_networks(row.path, runtime.device) for row in rows}
     dataset = loaded[rows[0].path].config.dataset
-    judge = load_judge()
-    judge.check_matches(dataset)
     for row in rows:  # whatever does not fit is refused before any sampling
         training = loaded[row.path].config.training
         check_length(config.num_frames, row.settings.make_plan(training), training)
         if loaded[row.path].config.dataset != dataset:
             raise ValueError(f"{row.path} was trained on other data than {rows[0].path}: evaluate them one by one")
     require_writable(Path(config.output_dir))
+    panel = make_panel(dataset, config.num_videos, config.num_frames, config.seed)
     real = held_out_videos(dataset, list(loaded.values()), config)
     seeds = [PROMPT_SEED * (config.seed + 1) + index for index in range(config.num_videos)]
     results: dict[str, dict[str, object]] = {}
     shown: list[tuple[str, Tensor]] = []
 
     def score(name: str, video: Tensor, facts: dict[str, object]) -> None:
-        digits, directions = facts_of_prompts(real.captions)
-        results[name] = {**facts, **summarise(score_videos(judge, video, digits, directions, dataset), config.seed)}
+        results[name] = {**facts, **judge_videos(panel, video, real.captions, config.seed)}
         shown.append((name, to_display(video[:NUM_SHOWN])))
-        print(format_row(name, results[name]), flush=True)
+        print(format_row(name, results[name], titles), flush=True)
 
     print(f"{config.num_videos} videos of {config.num_frames} frames, held-out prompts, seed {config.seed}, {runtime}")
-    print(" " * 34 + "".join(f"{title:>26}" for title in FIGURES.values()))
+    titles = PROMPT_FIGURES if dataset.num_digits == 1 else COUNT_FIGURES
+    print(format_titles("does what the prompt asks", titles), flush=True)
     score("real", real.video, {})
     for row in rows:
         networks = loaded[row.path]
@@ -138,8 +153,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
         video = generate(networks, real.captions, seeds, config.num_frames, row.settings, runtime, config.batch_size, True)
         seconds = time.perf_counter() - start
         score(name, video, {"checkpoint": row.path.name, "frames_per_second": config.num_videos * config.num_frames / seconds})
+    print_rest(panel, results, yardsticks(panel, real.video, config.seed))
     write_results(Path(config.output_dir), results, shown, real.captions[:NUM_SHOWN])
     return results
+
+
+def print_rest(panel: Panel, results: dict[str, dict[str, object]], measured_beside: dict[str, dict[str, float | list]]) -> None:
+    """The tables that need every row, and what stands beside the real videos' row: it is kept there too."""
+    if panel.config.num_digits == 1:
+        print("\n" + format_table("looks like real video", results | measured_beside, LOOK_FIGURES))
+        results["real"].update({key.removeprefix("real, ").replace(" ", "_"): value for key, value in measured_beside.items()})
+        if not measured_beside:
+            print("no Frechet distance, density and coverage: they need more videos")
+    print("\n" + format_table("drift: change a block of 3 frames", results, DRIFT_FIGURES))
 
 
 def held_out_videos(dataset: DatasetConfig, networks: list[LoadedNetworks], config: EvaluateConfig) -> MovingMNISTBatch:
@@ -164,24 +190,13 @@ def held_out_videos(dataset: DatasetConfig, networks: list[LoadedNetworks], conf
     return held_out.sample(seed, indices, config.num_frames)
 
 
-def format_row(name: str, figures: dict[str, Any]) -> str:
-    """One line of the table: each figure with its interval."""
-    cells = []
-    for key in FIGURES:
-        if key not in figures:  # no prompt names a direction
-            cells.append("-")
-            continue
-        low, high = figures[f"{key}_ci"]
-        cells.append(f"{figures[key]:.3f} [{low:.3f}, {high:.3f}]")
-    return f"{name:<34}" + "".join(f"{cell:>26}" for cell in cells)
-
-
 def write_results(folder: Path, results: dict[str, dict[str, object]], shown: list[tuple[str, Tensor]], prompts: list[str]) -> None:
-    """evaluation.json and the pictures of the first prompts, every source side by side."""
+    """evaluation.json, the curves by frame, and the pictures of the first prompts, every source side by side."""
     (folder / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    draw_curves(folder / "per_frame.png", results)
     comparison_sheet(folder / "comparison.png", shown, prompts)
     comparison_gif(folder / "comparison.gif", shown, prompts)
-    print(f"wrote evaluation.json, comparison.png and comparison.gif to {folder}")
+    print(f"wrote evaluation.json, per_frame.png, comparison.png and comparison.gif to {folder}")
 
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
@@ -192,7 +207,10 @@ def main(composed: DictConfig) -> None:
     try:
         config = OmegaConf.to_object(composed)
         assert isinstance(config, EvaluateConfig)
-        evaluate(config)
+        if config.sanity:
+            check_sanity(Path(config.output_dir), config.num_videos, config.num_frames, config.seed)
+        else:
+            evaluate(config)
     except (ValueError, OSError, ImportError) as error:  # CheckpointError is a ValueError
         sys.exit(f"error: {error}")
 

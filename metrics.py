@@ -1,11 +1,11 @@
-"""What Moving MNIST lets us measure exactly, for videos of one digit: its class, its track and its direction.
+"""What Moving MNIST lets us measure exactly, for videos of one digit: its class, its track, its direction, its look.
 
-Dimensions: B videos, F frames, C channels, H = W frame side; A = 2B axes and K candidates in the track fit. Videos are
-(B, F, C, H, W) in [-1, 1] and are clamped first. Positions are (x, y) in pixel indices, x to the right and y down.
+Dimensions: B videos, F frames, C channels, H = W frame side. Videos are (B, F, C, H, W) in [-1, 1] and are clamped first.
+Positions are (x, y) in pixel indices, x to the right and y down.
 
 Every measure has a value on real videos of held-out digits: read a generated video's score against that one, not
 against 1. A faint, blank, saturated or frozen video earns nothing: classes and tracks are gated on stroke mass, tracks
-on speed too.
+on speed too. `sanity` shows which fault moves which measure.
 """
 
 from __future__ import annotations
@@ -18,45 +18,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from digit_judge import (
-    JUDGE_PATH,
-    DigitJudge,
-    display_intensity,
-    intensity_centres,
-    load_judge,
-    read_digits,
-    save_judge,
-    train_judge,
-)
-from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTGenerator, bounce
+from corruptions import corrupt as corrupt  # this name and the others said twice are for those who know them from here
+from digit_judge import JUDGE_PATH, DigitJudge, VideoReadings, load_judge, read_videos, save_judge, train_judge
+from digit_judge import read_digits as read_digits
+from ink import centres_of_mass as centres_of_mass
+from ink import stroke_mass as stroke_mass
+from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTGenerator
 from text_encoder import parse_caption
+from tracking import FittedTrack as FittedTrack
+from tracking import fit_bouncing_track as fit_bouncing_track
 
 MASS_GATE = (0.4, 2.5)  # a frame counts as a digit if its stroke mass over the class's mean real mass lies in here
 NO_DIGIT = -1  # what `read_classes` says of a frame outside the gate
 NO_DIRECTION = -1  # direction of a prompt that names none
 TRACK_TOLERANCE = 1.0  # pixels
 MOVING_SHARE = 0.5  # a video moves if its fitted speed is at least this share of the data's slowest speed
-MAX_OFFSET = 1.0  # pixels from the digit's box centre to its centre of mass, on either axis
-SPEED_MARGIN = 1.15  # the track search goes this far above the data's fastest speed
-START_STEP = 0.5  # pixels between the starting points of the coarse search
-PHASE_STEP = 0.5  # pixels by which neighbouring speeds of the coarse search differ in the last frame
-NUM_CANDIDATES = 4  # coarse solutions that are refined, an axis
-REFINE_STEPS = 12
 FRAMES_PER_BLOCK = 3  # for the report by block only
 MIN_REAL, MIN_FALL = 0.9, 0.2  # self-test: least score of real videos, least loss of videos made worse
-
-
-# -------------------------------------------------------------------------------------------------- strokes and centres
-
-
-def stroke_mass(video: Tensor) -> Tensor:
-    """Sum of the display intensities of every frame, (B, F), of video (B, F, C, H, W)."""
-    return display_intensity(video).sum(dim=(-2, -1))
-
-
-def centres_of_mass(video: Tensor) -> Tensor:
-    """Centre of mass (x, y) of every frame, (B, F, 2), of video (B, F, C, H, W); a blank frame gives its middle."""
-    return intensity_centres(display_intensity(video))
 
 
 # --------------------------------------------------------------------------------------------------- what is shown
@@ -90,114 +68,13 @@ def one_class_throughout(classes: Tensor) -> Tensor:
     return (classes == classes[:, :1]).all(dim=1) & (classes[:, 0] != NO_DIGIT)
 
 
+def class_kept(classes: Tensor) -> Tensor:
+    """Frames (B, F) that are read as the digit read most often in their video, right or wrong, of classes (B, F)."""
+    votes = functional.one_hot(classes + 1, NUM_CLASSES + 1).sum(dim=1)[:, 1:]  # (B, 10)
+    return classes == votes.argmax(dim=1, keepdim=True)
+
+
 # --------------------------------------------------------------------------------------------------------- how it moves
-
-
-@dataclass(frozen=True)
-class FittedTrack:
-    """The best bouncing track of B videos.
-
-    track: (B, F, 2) fitted centres of mass. velocity: (B, 2) fitted velocity in the first frame, pixels a frame.
-    error: (B, F) distance in pixels of every frame's centre of mass from the track.
-    """
-
-    track: Tensor
-    velocity: Tensor
-    error: Tensor
-
-    @property
-    def speed(self) -> Tensor:
-        """Fitted speed (B,), pixels a frame."""
-        return self.velocity.norm(dim=-1)
-
-
-def fit_bouncing_track(centres: Tensor, config: DatasetConfig) -> FittedTrack:
-    """The constant-velocity track between walls that is nearest, in least squares, to centres of mass (B, F, 2).
-
-    On each axis on its own, c(f) = wall + offset + bounce(start + velocity * f, span), with the first wall at the box
-    centre's lowest position, (digit_size - 1) / 2, a constant offset of at most `MAX_OFFSET` between the box's centre
-    and the glyph's centre of mass, and |velocity| at most `SPEED_MARGIN` times `config.max_speed`. A grid over start
-    and velocity, with the best offset in closed form, then damped Gauss-Newton steps from the best grid points. In
-    float64 on the CPU. Raises ValueError for fewer than 3 frames, through which every track fits.
-    """
-    if centres.shape[1] < 3:
-        raise ValueError(f"found {centres.shape[1]} frames: expected at least 3 to fit a track")
-    wall, span = (config.digit_size - 1) / 2, config.frame_size - config.digit_size
-    top_speed = SPEED_MARGIN * config.max_speed
-    target = centres.detach().cpu().double().transpose(1, 2).flatten(0, 1) - wall  # (2B, F)
-    start, velocity, offset = _refine(target, *_coarse_search(target, span, top_speed), span, top_speed)
-    frame = torch.arange(centres.shape[1], dtype=target.dtype)
-    position = start.unsqueeze(-1) + velocity.unsqueeze(-1) * frame  # (2B, F)
-    fitted = wall + offset.unsqueeze(-1) + bounce(position, span)
-    fitted = fitted.unflatten(0, (-1, 2)).transpose(1, 2).float()  # (B, F, 2)
-    initial = (velocity * _bounce_slope(start, span)).unflatten(0, (-1, 2)).float()  # (B, 2)
-    return FittedTrack(fitted, initial, (centres.cpu().float() - fitted).norm(dim=-1))
-
-
-def _bounce_slope(position: Tensor, span: float) -> Tensor:
-    """Derivative of `bounce`, +1 or -1."""
-    return torch.where(torch.remainder(position, 2 * span) < span, 1.0, -1.0).to(position.dtype)
-
-
-def _coarse_search(target: Tensor, span: float, top_speed: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The best starts, velocities and offsets of a grid, each (A, K), for targets (A, F); one velocity a start.
-
-    The squared error is expanded, |r|^2 = |c|^2 - 2 c.m + |m|^2, so that the grid is one matrix product for each start.
-    """
-    num_frames = target.shape[1]
-    frame = torch.arange(num_frames, dtype=target.dtype)
-    num_speeds = 2 * int(top_speed * (num_frames - 1) / PHASE_STEP + 1) + 1
-    velocities = torch.linspace(-top_speed, top_speed, num_speeds, dtype=target.dtype)
-    starts = torch.linspace(0, span, int(span / START_STEP) + 1, dtype=target.dtype)
-    errors, speed_index, offsets = [], [], []
-    for start in starts:
-        model = bounce(start + velocities.unsqueeze(1) * frame, span)  # (V, F)
-        mean = target.mean(dim=1, keepdim=True) - model.mean(dim=1)  # (A, V) mean residual
-        square = target.square().sum(dim=1, keepdim=True) - 2 * target @ model.T + model.square().sum(dim=1)
-        offset = mean.clamp(-MAX_OFFSET, MAX_OFFSET)
-        error, index = (square - 2 * num_frames * offset * mean + num_frames * offset.square()).min(dim=1)
-        errors.append(error)
-        speed_index.append(index)
-        offsets.append(offset.gather(1, index.unsqueeze(1)).squeeze(1))
-    num_kept = min(NUM_CANDIDATES, len(starts))
-    best = torch.stack(errors, dim=1).topk(num_kept, dim=1, largest=False).indices  # (A, K)
-    velocity = velocities[torch.stack(speed_index, dim=1).gather(1, best)]
-    return starts[best], velocity, torch.stack(offsets, dim=1).gather(1, best)
-
-
-def _refine(
-    target: Tensor, start: Tensor, velocity: Tensor, offset: Tensor, span: float, top_speed: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best start, velocity and offset, each (A,), reached from K candidates (A, K) by Levenberg-Marquardt steps.
-
-    Between two bounces the track is linear in all three, so a step is exact unless it moves a bounce past a frame. A
-    step that does not lower the error is not taken, and the next one is damped more.
-    """
-    frame = torch.arange(target.shape[1], dtype=target.dtype)
-    target = target.unsqueeze(1)  # (A, 1, F)
-    low = torch.tensor([-torch.inf, -top_speed, -MAX_OFFSET], dtype=target.dtype)
-    x = torch.stack((start, velocity, offset), dim=-1)  # (A, K, 3)
-    damping = torch.full(x.shape[:2], 1e-3, dtype=x.dtype)
-
-    def residual(x: Tensor) -> tuple[Tensor, Tensor]:
-        position = x[..., :1] + x[..., 1:2] * frame  # (A, K, F)
-        return target - x[..., 2:] - bounce(position, span), _bounce_slope(position, span)
-
-    r, slope = residual(x)
-    for _ in range(REFINE_STEPS):
-        jacobian = torch.stack((slope, slope * frame, torch.ones_like(slope)), dim=-1)  # (A, K, F, 3)
-        normal = jacobian.transpose(-1, -2) @ jacobian  # (A, K, 3, 3)
-        ridge = damping[..., None, None] * torch.diag_embed(normal.diagonal(dim1=-2, dim2=-1) + 1e-9)
-        step = torch.linalg.solve(normal + ridge, jacobian.transpose(-1, -2) @ r.unsqueeze(-1)).squeeze(-1)
-        new_x = torch.maximum(torch.minimum(x + step, -low), low)
-        new_r, new_slope = residual(new_x)
-        is_better = new_r.square().sum(dim=-1) < r.square().sum(dim=-1)  # (A, K)
-        keep = is_better.unsqueeze(-1)
-        x, r, slope = torch.where(keep, new_x, x), torch.where(keep, new_r, r), torch.where(keep, new_slope, slope)
-        damping = torch.where(is_better, damping / 4, damping * 8)
-    best = r.square().sum(dim=-1).argmin(dim=1)
-    start, velocity, offset = x[torch.arange(len(x)), best].unbind(dim=-1)
-    return start, velocity, offset
 
 
 def is_moving(speed: Tensor, classes: Tensor, config: DatasetConfig) -> Tensor:
@@ -236,31 +113,41 @@ def bootstrap_interval(values: Tensor, num: int = 1000, seed: int = 0, level: fl
     """
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"values have shape {tuple(values.shape)}: expected at least one value in one dimension")
-    rng = torch.Generator().manual_seed(seed)
-    values = values.detach().cpu().double()
-    rows = torch.randint(len(values), (num, len(values)), generator=rng)
-    low, high = values[rows].mean(dim=1).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]).double()).tolist()
+    low, high = bootstrap_intervals(values.unsqueeze(1), num, seed, level)[0].tolist()
     return low, high
+
+
+def bootstrap_intervals(values: Tensor, num: int = 1000, seed: int = 0, level: float = 0.95) -> Tensor:
+    """`bootstrap_interval` of every column of values (N, K), one row a video: (K, 2)."""
+    rng = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(values), (num, len(values)), generator=rng)
+    counts = torch.zeros(num, len(values), dtype=torch.float64).scatter_add_(1, rows, torch.ones(rows.shape, dtype=torch.float64))
+    means = counts @ values.detach().cpu().double() / len(values)  # (num, K)
+    return means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=0).T
 
 
 @dataclass(frozen=True)
 class VideoScores:
     """Scores of B videos of F frames, on the CPU; each is defined at the function of its name.
 
-    frames_right: (B, F) bool. videos_right, one_class, track_within, moving, direction_obeyed, direction_named: (B,)
-    bool. track_error: (B,) mean distance from the fitted track, pixels, whether the video moves or not.
-    stroke_mass_ratio: (B,) mean stroke mass over the mean real mass of the prompt's digit.
+    (B, F), by frame: frames_right, class_kept, frames_within (the video moves and the centre is within `TRACK_TOLERANCE` of
+    the fitted track), all bool; track_error, distance from the fitted track in pixels, whether the video moves or not;
+    stroke_mass_ratio and sharpness_ratio, over the mean of the prompt's digit in real frames.
+    (B,), bool: videos_right, one_class, track_within, moving, direction_obeyed, direction_named.
     """
 
     frames_right: Tensor
+    class_kept: Tensor
+    frames_within: Tensor
+    track_error: Tensor
+    stroke_mass_ratio: Tensor
+    sharpness_ratio: Tensor
     videos_right: Tensor
     one_class: Tensor
     track_within: Tensor
-    track_error: Tensor
     moving: Tensor
     direction_obeyed: Tensor
     direction_named: Tensor
-    stroke_mass_ratio: Tensor
 
 
 def facts_of_prompts(prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -292,73 +179,96 @@ def score_videos(
     for name, values in (("digits", digits), ("directions", directions)):
         if values.shape != video.shape[:1]:
             raise ValueError(f"{name} have shape {tuple(values.shape)}: expected one a video, ({len(video)},)")
-    digits, directions, class_mass = digits.cpu(), directions.cpu(), judge.class_mass.cpu()
-    mass = stroke_mass(video).cpu()
-    classes = read_classes(read_digits(judge, video).cpu(), mass, class_mass)
-    fit = fit_bouncing_track(centres_of_mass(video), config)
+    return score_readings(judge, read_videos(judge, video), digits, directions, config)
+
+
+def score_readings(
+    judge: DigitJudge, readings: VideoReadings, digits: Tensor, directions: Tensor, config: DatasetConfig
+) -> VideoScores:
+    """`score_videos` for videos that the judge has read already."""
+    digits, directions = digits.cpu(), directions.cpu()
+    class_mass, class_sharpness = judge.class_mass.cpu(), judge.class_sharpness.cpu()
+    classes = read_classes(readings.probabilities, readings.mass, class_mass)
+    fit = fit_bouncing_track(readings.centres, config)
     moving = is_moving(fit.speed, classes, config)
     obeyed, named = direction_obeyed(fit.velocity, moving, directions)
     return VideoScores(
         frames_right=frames_right(classes, digits),
+        class_kept=class_kept(classes),
+        frames_within=moving.unsqueeze(1) & (fit.error <= TRACK_TOLERANCE),
+        track_error=fit.error,
+        stroke_mass_ratio=readings.mass / class_mass[digits].unsqueeze(1),
+        sharpness_ratio=readings.sharpness / class_sharpness[digits].unsqueeze(1),
         videos_right=videos_right(classes, digits),
         one_class=one_class_throughout(classes),
         track_within=track_within(fit.error, moving),
-        track_error=fit.error.mean(dim=1),
         moving=moving,
         direction_obeyed=obeyed,
         direction_named=named,
-        stroke_mass_ratio=mass.mean(dim=1) / class_mass[digits],
     )
 
 
-def summarise(scores: VideoScores, seed: int = 0) -> dict[str, float | list[float]]:
-    """Means over videos, each with its 95 % bootstrap interval [low, high] over videos under the key `<name>_ci`.
+def summarise(scores: VideoScores, seed: int = 0) -> dict[str, float | list]:
+    """The figures of B videos: those of `summarise_measures` for the measures below.
 
-    Keys: frames_right, videos_right, one_class, track_within_1px, mean_track_error (pixels), direction_obeyed (over the
-    videos whose prompt names a direction; absent where none does), stroke_mass_ratio (1 is real), moving, and
-    frames_right_by_block, a list: the share in every `FRAMES_PER_BLOCK` frames, in order.
+    By frame: frames_right, class_kept, frames_within_1px, mean_track_error (pixels), stroke_mass_ratio and sharpness_ratio
+    (1 is real). Of whole videos: videos_right, one_class, track_within_1px, moving, and direction_obeyed (over the videos
+    whose prompt names a direction; absent where none does).
     """
-    per_video = {
-        "frames_right": scores.frames_right.float().mean(dim=1),
+    by_frame = {
+        "frames_right": scores.frames_right,
+        "class_kept": scores.class_kept,
+        "frames_within_1px": scores.frames_within,
+        "mean_track_error": scores.track_error,
+        "stroke_mass_ratio": scores.stroke_mass_ratio,
+        "sharpness_ratio": scores.sharpness_ratio,
+    }
+    of_videos = {
         "videos_right": scores.videos_right,
         "one_class": scores.one_class,
         "track_within_1px": scores.track_within,
-        "mean_track_error": scores.track_error,
         "direction_obeyed": scores.direction_obeyed[scores.direction_named],
-        "stroke_mass_ratio": scores.stroke_mass_ratio,
         "moving": scores.moving,
     }
-    summary: dict[str, float | list[float]] = {}
-    for name, values in per_video.items():
+    return summarise_measures(by_frame, of_videos, seed)
+
+
+def summarise_measures(by_frame: dict[str, Tensor], of_videos: dict[str, Tensor], seed: int = 0) -> dict[str, float | list]:
+    """Means over videos of measures (B, F) and (B,), each with its 95 % bootstrap interval [low, high] over videos.
+
+    Keys, for a measure NAME: NAME and NAME_ci; and for one by frame NAME_by_frame, NAME_by_frame_ci (a pair a frame),
+    NAME_by_block (means of `FRAMES_PER_BLOCK` frames, in order), and, from two blocks on, NAME_slope and NAME_slope_ci: the
+    drift, as change a block of the straight line through a video's blocks. A measure of no videos is left out.
+    """
+    summary: dict[str, float | list] = {}
+
+    def add(name: str, values: Tensor) -> None:
         if len(values) > 0:
             summary[name] = values.double().mean().item()
             summary[f"{name}_ci"] = list(bootstrap_interval(values, seed=seed))
-    blocks = scores.frames_right.float().split(FRAMES_PER_BLOCK, dim=1)
-    summary["frames_right_by_block"] = [block.mean().item() for block in blocks]
+
+    for name, values in by_frame.items():
+        values = values.double()
+        add(name, values.mean(dim=1))
+        summary[f"{name}_by_frame"] = values.mean(dim=0).tolist()
+        summary[f"{name}_by_frame_ci"] = bootstrap_intervals(values, seed=seed).tolist()
+        blocks = torch.stack([block.mean(dim=1) for block in values.split(FRAMES_PER_BLOCK, dim=1)], dim=1)  # (B, K)
+        summary[f"{name}_by_block"] = blocks.mean(dim=0).tolist()
+        if blocks.shape[1] > 1:
+            add(f"{name}_slope", slope_per_block(blocks))
+    for name, values in of_videos.items():
+        add(name, values)
     return summary
 
 
+def slope_per_block(blocks: Tensor) -> Tensor:
+    """Slope (B,) of the least-squares line through values (B, K) of K blocks, a block."""
+    index = torch.arange(blocks.shape[1], dtype=blocks.dtype)
+    centred = index - index.mean()
+    return blocks @ centred / centred.square().sum()
+
+
 # --------------------------------------------------------------------------------------------------------- command line
-
-
-def corrupt(video: Tensor, how: str, seed: int = 0) -> Tensor:
-    """Real video (B, F, C, H, W) made worse in one known way, for checking that the measure of it falls.
-
-    how: "faint" (a fifth of the ink), "frozen" (the first frame throughout), "shuffled" (the frames in another order)
-    or "blurred" (six 3 x 3 averages).
-    """
-    if how == "faint":
-        return (video + 1) / 5 - 1
-    if how == "frozen":
-        return video[:, :1].expand_as(video)
-    if how == "shuffled":
-        return video[:, torch.randperm(video.shape[1], generator=torch.Generator().manual_seed(seed))]
-    if how == "blurred":
-        frames = video.flatten(0, 1) + 1
-        for _ in range(6):
-            frames = functional.avg_pool2d(frames, 3, stride=1, padding=1)
-        return frames.view_as(video) - 1
-    raise ValueError(f"corruption is {how!r}: expected faint, frozen, shuffled or blurred")
 
 
 def self_test(path: str) -> None:

@@ -21,12 +21,8 @@ from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 NUM_DRAWN = 300
 
 
-@pytest.fixture
-def teacher(tmp_path: Path) -> Path:
-    """An untrained network for 32-pixel frames of one digit."""
-    config = Config(model=ModelConfig(width=24, num_layers=1, num_heads=2), training=PretrainConfig(teacher_steps=2))
+def save_untrained(path: Path, config: Config) -> Path:
     torch.manual_seed(0)
-    path = tmp_path / "teacher.pt"
     save_checkpoint(path, {
         "generator_state_dict": randomise(TinyCausalWanModel(config.model)).state_dict(),
         "text_encoder_state_dict": TextEncoder(config.text).state_dict(), "optimizer_state_dict": {}, "step": 1,
@@ -35,7 +31,14 @@ def teacher(tmp_path: Path) -> Path:
     return path
 
 
-def test_real_videos_score_high_an_untrained_network_low_and_files_are_left(teacher: Path, tmp_path: Path):
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """An untrained network for 32-pixel frames of one digit."""
+    model = ModelConfig(width=24, num_layers=1, num_heads=2)
+    return save_untrained(tmp_path / "teacher.pt", Config(model=model, training=PretrainConfig(teacher_steps=2)))
+
+
+def test_real_videos_score_high_an_untrained_network_low_and_files_are_left(teacher: Path, tmp_path: Path, capsys):
     config = EvaluateConfig(checkpoint=str(teacher), num_videos=24, num_frames=6, precision="float32", output_dir=str(tmp_path / "out"))
     results = evaluate(config)
     assert list(results) == ["real", "teacher, 2 steps, guidance 2.5"]
@@ -46,7 +49,33 @@ def test_real_videos_score_high_an_untrained_network_low_and_files_are_left(teac
         low, high = results["real"][f"{key}_ci"]
         assert low <= results["real"][key] <= high
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == results
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", "comparison.png", "comparison.gif"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", "per_frame.png", "comparison.png", "comparison.gif"}
+    assert results["real"]["frechet_distance"] < untrained["frechet_distance"] and untrained["coverage"] < results["real"]["coverage"]
+    assert results["real"]["frechet_distance"] < results["real"]["frames_shuffled"]["frechet_distance"]
+    assert set(results["real"]["training_digits"]) >= {"frechet_distance", "density", "coverage"}
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if not line.startswith(("wrote", "of "))) <= 160
+    assert sum(line.startswith("teacher, 2 steps") for line in lines) == 3  # in every table
+
+
+def test_videos_of_two_digits_are_counted(tmp_path: Path):
+    model = ModelConfig(frame_size=64, width=24, num_layers=1, num_heads=2)
+    dataset = DatasetConfig(frame_size=64, digit_size=28, num_digits=2, min_speed=2.4, max_speed=4.4)
+    pair = save_untrained(tmp_path / "pair.pt", Config(model=model, dataset=dataset, training=PretrainConfig(teacher_steps=1)))
+    results = evaluate(EvaluateConfig(checkpoint=str(pair), num_videos=8, num_frames=9, precision="float32", output_dir=str(tmp_path)))
+    untrained = results["pair, 1 steps, guidance 2.5"]
+    assert results["real"]["count_right"] > 0.6 and untrained["count_right"] < 0.4
+    assert "frechet_distance" not in results["real"] and (tmp_path / "per_frame.png").exists()
+
+
+def test_too_few_videos_have_no_distribution(teacher: Path, tmp_path: Path, capsys):
+    results = evaluate(EvaluateConfig(checkpoint=str(teacher), num_videos=2, num_frames=3, precision="float32", output_dir=str(tmp_path)))
+    assert "coverage" not in results["real"] and "they need more videos" in capsys.readouterr().out
+
+
+def test_sanity_has_its_own_folder():
+    assert EvaluateConfig(sanity=True).output_dir == "results" and EvaluateConfig().output_dir == "outputs/evaluation"
+    assert EvaluateConfig(sanity=True, output_dir="here").output_dir == "here"
 
 
 def test_prompts_are_held_out_word_for_word(teacher: Path):

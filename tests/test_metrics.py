@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import metrics
-from digit_judge import JUDGE_PATH, DigitJudge, JudgeConfig, augmented_frames, held_out_accuracy
+import tracking
+from digit_judge import JUDGE_PATH, DigitJudge, JudgeConfig, augmented_frames, held_out_accuracy, measure_classes
 from metrics import NO_DIGIT, NO_DIRECTION
 from moving_mnist import DatasetConfig, MovingMNISTGenerator, bounce
 
@@ -141,6 +142,9 @@ def test_class_mass_is_that_of_the_training_digits(judge):
     generator = MovingMNISTGenerator(CONFIG, "train")
     mass = torch.stack([generator.sprites[generator.digit_set.labels == digit].sum() / 450 for digit in range(10)])
     torch.testing.assert_close(judge.class_mass, mass, rtol=1e-3, atol=0)
+    again = DigitJudge(judge.config)
+    measure_classes(again, generator)
+    torch.testing.assert_close(judge.class_sharpness, again.class_sharpness, rtol=1e-3, atol=0)
 
 
 def test_augmented_frames_show_their_labels(judge):
@@ -199,6 +203,7 @@ def test_classes_to_measures():
     assert metrics.frames_right(classes, digits).sum(dim=1).tolist() == [4, 3, 2, 0, 0, 1, 2]
     assert metrics.videos_right(classes, digits).tolist() == [True, True, False, False, False, False, True]
     assert metrics.one_class_throughout(classes).tolist() == [True, False, False, True, False, False, False]
+    assert metrics.class_kept(classes).sum(dim=1).tolist() == [4, 3, 2, 4, 0, 1, 2]
 
 
 # --------------------------------------------------------------------------------------------------------- how it moves
@@ -238,7 +243,7 @@ def test_fit_on_noisy_centres_is_the_least_squares_optimum():
 def test_refinement_never_loses_to_the_grid(monkeypatch):
     centres = 32 * torch.rand(64, NUM_FRAMES, 2, generator=torch.Generator().manual_seed(0))
     refined = metrics.fit_bouncing_track(centres, CONFIG).error.square().sum(dim=1)
-    monkeypatch.setattr(metrics, "REFINE_STEPS", 0)
+    monkeypatch.setattr(tracking, "REFINE_STEPS", 0)
     assert (refined <= metrics.fit_bouncing_track(centres, CONFIG).error.square().sum(dim=1) + 1e-3).all()
 
 
@@ -302,6 +307,9 @@ def test_real_held_out_videos_score_near_the_top(real):
     assert summary["direction_obeyed"] > 0.97
     assert summary["moving"] == 1.0
     assert abs(summary["stroke_mass_ratio"] - 1) < 0.1
+    assert abs(summary["sharpness_ratio"] - 1) < 0.1
+    for name in ("frames_right", "class_kept", "frames_within_1px", "stroke_mass_ratio", "sharpness_ratio"):
+        assert abs(summary[f"{name}_slope"]) < 0.01, name
     assert len(summary["frames_right_by_block"]) == NUM_FRAMES // 3
     assert sum(summary["frames_right_by_block"]) / 7 == pytest.approx(summary["frames_right"], abs=1e-6)
 
@@ -348,6 +356,22 @@ def test_wrong_prompts_lose_digit_and_direction_only(judge, batch, real):
     torch.testing.assert_close(wrong.track_within, real.track_within)
 
 
+def test_softened_videos_lose_sharpness_and_brightened_ones_gain_mass(score, real, batch):
+    before = metrics.summarise(real)
+    softened, brightened = score(metrics.corrupt(batch.video, "softened")), score(metrics.corrupt(batch.video, "brightened"))
+    assert softened["sharpness_ratio"] < 0.75 * before["sharpness_ratio"] and softened["frames_right"] > before["frames_right"] - 0.1
+    assert brightened["stroke_mass_ratio"] > 1.15 * before["stroke_mass_ratio"]
+
+
+def test_switched_videos_keep_no_class_and_fading_ones_drift(score, batch):
+    switched, fading = score(metrics.corrupt(batch.video, "switched")), score(metrics.corrupt(batch.video, "fading"))
+    assert switched["one_class"] < 0.3 and switched["class_kept"] < 0.7
+    assert switched["frames_right_slope"] < -0.1 and switched["frames_right_slope_ci"][1] < 0
+    by_frame = torch.tensor(fading["stroke_mass_ratio_by_frame"])
+    torch.testing.assert_close(by_frame[-1] / by_frame[0], torch.tensor(0.5), atol=0.01, rtol=0)
+    assert fading["stroke_mass_ratio_slope"] == pytest.approx(-3 * 0.5 * by_frame[0].item() / 20, rel=0.02)
+
+
 def test_reversed_videos_move_the_other_way(score, batch):
     assert score(batch.video.flip(1))["direction_obeyed"] < 0.4
 
@@ -374,6 +398,18 @@ def test_bootstrap_interval_holds_the_mean_and_narrows():
     assert metrics.bootstrap_interval(torch.ones(5)) == (1.0, 1.0)
     with pytest.raises(ValueError, match="at least one value"):
         metrics.bootstrap_interval(torch.ones(0))
+
+
+def test_by_frame_and_by_block_and_the_slope_of_the_drift():
+    values = torch.tensor([[0.0, 1, 2, 3, 4, 5, 6], [1.0, 1, 1, 1, 1, 1, 1]])
+    summary = metrics.summarise_measures({"ink": values}, {"none": torch.zeros(0)})
+    assert summary["ink_by_frame"] == [0.5, 1, 1.5, 2, 2.5, 3, 3.5] and summary["ink_by_block"] == [1, 2.5, 3.5]  # the last is short
+    assert summary["ink_slope"] == pytest.approx((2.5 + 0) / 2)  # of blocks 1, 4, 6 and of a constant
+    assert summary["ink_slope_ci"] == [0, 2.5]
+    assert len(summary["ink_by_frame_ci"]) == 7 and summary["ink_by_frame_ci"][6] == [1, 6] and "none" not in summary
+    assert "ink_slope" not in metrics.summarise_measures({"ink": values[:, :3]}, {})
+    one = metrics.bootstrap_interval(values[:, 6])
+    assert summary["ink_by_frame_ci"][6] == list(one)
 
 
 def test_summary_counts_direction_only_where_the_prompt_names_one(real):

@@ -1,0 +1,106 @@
+"""The panel: every judge and the real videos of reference, from which one call gives all figures of a set of videos.
+
+Dimensions: B videos, F frames, C channels, H = W frame side, M reference videos, E features of a video.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from digit_count import count_digits, scale_to_judge
+from digit_judge import DigitJudge, VideoReadings, load_judge, read_videos
+from distribution import LEAST_VIDEOS, compare_distributions
+from metrics import facts_of_prompts, score_readings, summarise
+from moving_mnist import DatasetConfig, MovingMNISTGenerator
+from video_judge import VideoJudge, embed_videos, load_video_judge, read_real_videos
+
+REFERENCE_SEED = 2**50  # far from the seeds of training runs and of held-out prompts
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real videos that distributions are compared with. embedding: (M, E), of held-out digits. training: (M, E), of training digits."""
+
+    video_judge: VideoJudge
+    embedding: Tensor
+    training: Tensor
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Who judges videos of `config`. reference: None for videos of two digits, and for sets too small to be a distribution."""
+
+    config: DatasetConfig
+    judge: DigitJudge
+    reference: Reference | None
+
+
+def make_panel(config: DatasetConfig, num_videos: int, num_frames: int, seed: int = 0) -> Panel:
+    """The shipped judges, and as many real videos of reference as videos are to be judged, for the Frechet distance depends on it.
+
+    Raises ValueError where the judges cannot read such videos, OSError where they are not there.
+    """
+    judge = load_judge()
+    if config.num_digits == 1:
+        judge.check_matches(config)
+    else:
+        scale_to_judge(judge, config)
+    if config.num_digits > 1 or num_videos < LEAST_VIDEOS:
+        return Panel(config, judge, None)
+    video_judge = load_video_judge()
+    video_judge.check_matches(judge)
+    embeddings = []
+    for split in ("test", "train"):
+        readings, _ = read_real_videos(judge, MovingMNISTGenerator(config, split), REFERENCE_SEED + seed, num_videos, num_frames)
+        embeddings.append(embed_videos(video_judge, readings))
+    return Panel(config, judge, Reference(video_judge, *embeddings))
+
+
+def judge_videos(panel: Panel, video: Tensor, prompts: list[str], seed: int = 0) -> dict[str, float | list]:
+    """All figures of video (B, F, C, H, W) in [-1, 1] for its prompts.
+
+    For one digit those of `metrics.summarise`, and frechet_distance, density and coverage of `distribution`; for two those of
+    `digit_count.count_digits`. Raises ValueError for values that are not finite and for prompts that are not of such videos.
+    """
+    if panel.config.num_digits > 1:
+        return count_digits(panel.judge, video, prompts, panel.config, seed)
+    return judge_readings(panel, read_videos(panel.judge, video), *facts_of_prompts(prompts), seed)
+
+
+def judge_readings(panel: Panel, readings: VideoReadings, digits: Tensor, directions: Tensor, seed: int = 0) -> dict[str, float | list]:
+    """`judge_videos` for videos of one digit that are read already, with the digits (B,) and directions (B,) asked for."""
+    figures = summarise(score_readings(panel.judge, readings, digits, directions, panel.config), seed)
+    return figures | compare_readings(panel, readings, seed)
+
+
+def compare_readings(panel: Panel, readings: VideoReadings, seed: int = 0) -> dict[str, float | list]:
+    """frechet_distance, density and coverage, with intervals, of videos that are read already; empty without a reference."""
+    if panel.reference is None:
+        return {}
+    return _as_figures(panel.reference, embed_videos(panel.reference.video_judge, readings), seed)
+
+
+def yardsticks(panel: Panel, video: Tensor, seed: int = 0) -> dict[str, dict[str, float | list]]:
+    """What the distribution's figures mean: those of real videos whose frames are shuffled, and of real videos of training digits.
+
+    The first is the ceiling, right in every frame and wrong in all motion. The second is what a network that makes its training
+    data perfectly would read. The floor is the figures of real held-out videos themselves. Empty without a reference.
+    """
+    if panel.reference is None:
+        return {}
+    order = torch.randperm(video.shape[1], generator=torch.Generator().manual_seed(seed))
+    shuffled = read_videos(panel.judge, video).take(frames=order)
+    return {
+        "real, frames shuffled": compare_readings(panel, shuffled, seed),
+        "real, training digits": _as_figures(panel.reference, panel.reference.training, seed),
+    }
+
+
+def _as_figures(reference: Reference, embedding: Tensor, seed: int) -> dict[str, float | list]:
+    figures: dict[str, float | list] = {}
+    for name, estimate in compare_distributions(embedding, reference.embedding, seed).items():
+        figures |= {name: estimate.value, f"{name}_ci": [estimate.low, estimate.high]}
+    return figures

@@ -1,0 +1,89 @@
+"""Figures to read: tables for a terminal of 160 columns, and curves by frame.
+
+Figures are those of `panel.judge_videos`: under every name a number, and under NAME_ci its 95 % interval.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+NAME_WIDTH = 34
+CELL_WIDTH = 21
+PROMPT_FIGURES = {
+    "frames_right": "frames right", "videos_right": "videos right", "one_class": "one class in all",
+    "track_within_1px": "track within 1 px", "direction_obeyed": "direction obeyed", "mean_track_error": "off track, px",
+}
+LOOK_FIGURES = {
+    "stroke_mass_ratio": "stroke mass", "sharpness_ratio": "sharpness", "frechet_distance": "Frechet (our net)",
+    "density": "density", "coverage": "coverage",
+}
+COUNT_FIGURES = {
+    "count_right": "count right", "videos_right": "videos right", "frames_right": "frames right", "frames_readable": "frames readable",
+    "stroke_mass_ratio": "stroke mass", "sharpness_ratio": "sharpness",
+}
+DRIFT_FIGURES = {
+    "frames_right_slope": "frames right", "class_kept_slope": "class kept", "frames_within_1px_slope": "within 1 px",
+    "mean_track_error_slope": "off track, px", "stroke_mass_ratio_slope": "stroke mass", "sharpness_ratio_slope": "sharpness",
+}
+CURVES = {
+    "frames_right": "frames right", "frames_readable": "frames readable", "class_kept": "frames of the video's class",
+    "frames_within_1px": "frames within 1 px of the track", "mean_track_error": "distance from the track, pixels",
+    "stroke_mass_ratio": "stroke mass over real", "sharpness_ratio": "sharpness over real",
+}
+
+
+def format_titles(first: str, titles: dict[str, str]) -> str:
+    """The head of a table, over rows of `format_row`."""
+    return f"{first:<{NAME_WIDTH}}" + "".join(f"{title:>{CELL_WIDTH}}" for title in titles.values())
+
+
+def format_row(name: str, figures: dict[str, Any], titles: dict[str, str]) -> str:
+    """One line of a table: each figure with its interval, a dash where there is none."""
+    cells = []
+    for key in titles:
+        if key not in figures:  # such as the direction, where no prompt names one
+            cells.append("-")
+            continue
+        low, high = figures[f"{key}_ci"]
+        cells.append(f"{_short(figures[key])} [{_short(low)}, {_short(high)}]")
+    return f"{name:<{NAME_WIDTH}}" + "".join(f"{cell:>{CELL_WIDTH}}" for cell in cells)
+
+
+def _short(value: float) -> str:
+    """Three decimals, fewer where the number is long: at most 6 characters up to 9999."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def format_table(first: str, rows: dict[str, dict[str, Any]], titles: dict[str, str]) -> str:
+    """A table of the rows that have any of these figures; empty where none has."""
+    lines = [format_row(name, figures, titles) for name, figures in rows.items() if any(key in figures for key in titles)]
+    return "\n".join([format_titles(first, titles), *lines]) if lines else ""
+
+
+def draw_curves(path: Path, rows: dict[str, dict[str, Any]], width: int = 3) -> None:
+    """One panel per measure that exists by frame, over the frame's index: a line a row, its 95 % interval as a band."""
+    names = [name for name in CURVES if any(f"{name}_by_frame" in figures for figures in rows.values())]
+    height = -(-len(names) // width)
+    figure, axes = plt.subplots(height, width, figsize=(4.6 * width, 3 * height), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(names):]:
+        axis.axis("off")
+    for axis, name in zip(axes.flat, names, strict=False):
+        for number, (row, figures) in enumerate(rows.items()):
+            if f"{name}_by_frame" in figures:
+                values, bands = figures[f"{name}_by_frame"], figures[f"{name}_by_frame_ci"]
+                frames = range(len(values))
+                axis.plot(frames, values, color=f"C{number % 10}", linewidth=1.4, marker="." if len(values) < 4 else None, label=row)
+                axis.fill_between(frames, [low for low, _ in bands], [high for _, high in bands], color=f"C{number % 10}", alpha=0.2)
+        axis.set_title(CURVES[name], fontsize=9)
+        axis.set_xlabel("frame", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

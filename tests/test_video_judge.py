@@ -1,0 +1,103 @@
+"""The video judge: knows digits, direction and speed of held-out videos, reads any length, and its file is sound or refused."""
+
+import pytest
+import torch
+
+from digit_judge import load_judge, read_videos
+from moving_mnist import DatasetConfig, MovingMNISTGenerator
+from video_judge import (
+    VIDEO_JUDGE_PATH,
+    answered_right,
+    answers,
+    embed_videos,
+    load_video_judge,
+    read_real_videos,
+    save_video_judge,
+    train_video_judge,
+)
+
+CONFIG = DatasetConfig()
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_judge()
+
+
+@pytest.fixture(scope="module")
+def video_judge():
+    return load_video_judge()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return MovingMNISTGenerator(CONFIG, "test").sample(seed=8, indices=range(96), num_frames=21)
+
+
+@pytest.fixture(scope="module")
+def readings(judge, batch):
+    return read_videos(judge, batch.video)
+
+
+def test_shipped_one_is_small_and_answers_on_held_out_videos(judge, video_judge, batch, readings):
+    assert VIDEO_JUDGE_PATH.stat().st_size < 1_000_000
+    video_judge.check_matches(judge)
+    right = answered_right(video_judge, readings, answers(batch))
+    assert right["digit"] > 0.9 and right["direction"] > 0.9 and right["speed"] > 0.6
+    for name, share in video_judge.config.accuracy.items():
+        assert right[name] == pytest.approx(share, abs=0.1), name
+
+
+def test_features_are_of_the_video_alone_and_of_any_length(video_judge, readings):
+    together = embed_videos(video_judge, readings)
+    assert together.shape == (96, video_judge.config.embedding) and together.dtype == torch.float64
+    torch.testing.assert_close(embed_videos(video_judge, readings.take(slice(5, 7))), together[5:7], atol=1e-5, rtol=1e-4)
+    assert torch.isfinite(embed_videos(video_judge, readings.take(frames=slice(3)))).all()
+
+
+def test_every_frame_and_their_order_count(video_judge, readings):
+    together = embed_videos(video_judge, readings)
+    for frames in (torch.arange(21).flip(0), torch.cat((torch.arange(20), torch.tensor([0]))), torch.zeros(21, dtype=torch.long)):
+        other = embed_videos(video_judge, readings.take(frames=frames))
+        assert ((other - together).norm(dim=1) > 0.02 * together.norm(dim=1)).float().mean() > 0.9
+
+
+def test_blank_videos_have_finite_features(judge, video_judge):
+    blank = read_videos(judge, torch.full((2, 6, 1, 32, 32), -1.0))
+    assert torch.isfinite(embed_videos(video_judge, blank)).all()
+
+
+def test_readings_are_taken_by_video_and_frame(readings):
+    part = readings.take(torch.tensor([4, 2]), slice(3, 5))
+    assert part.probabilities.shape == (2, 2, 10)
+    torch.testing.assert_close(part.mass, readings.mass[[4, 2]][:, 3:5])
+    torch.testing.assert_close(part.centres, readings.centres[[4, 2]][:, 3:5])
+
+
+def test_training_learns_and_round_trips(judge, tmp_path):
+    trained = train_video_judge(judge, CONFIG, num_steps=60, num_videos=128, seed=0, num_frames=9)
+    readings, right = read_real_videos(judge, MovingMNISTGenerator(CONFIG, "train"), 0, 128, 9)
+    assert answered_right(trained, readings, right)["digit"] > 0.6 and set(trained.config.accuracy) == {"digit", "direction", "speed"}
+    path = tmp_path / "folder" / "video_judge.pt"
+    save_video_judge(trained, path)
+    again = load_video_judge(path)
+    assert again.config == trained.config and not again.training
+    assert [file.name for file in path.parent.iterdir()] == ["video_judge.pt"]
+    torch.testing.assert_close(embed_videos(again, readings), embed_videos(trained, readings), atol=0.02, rtol=0.02)
+    with pytest.raises(ValueError, match="steps 0"):
+        train_video_judge(judge, CONFIG, num_steps=0, num_videos=128, seed=0)
+
+
+def test_what_is_no_video_judge_is_refused(tmp_path, video_judge):
+    path = tmp_path / "video_judge.pt"
+    with pytest.raises(FileNotFoundError, match="video_judge.py --train"):
+        load_video_judge(path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not a sound video judge"):
+        load_video_judge(path)
+    save_video_judge(video_judge, path)
+    stored = torch.load(path, weights_only=True)
+    del stored["video_judge_state_dict"]["mean_mass"]
+    torch.save(stored, path)
+    with pytest.raises(ValueError, match="not a sound video judge"):
+        load_video_judge(path)
