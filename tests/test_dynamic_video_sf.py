@@ -9,10 +9,10 @@ from torch import Tensor
 
 import dynamic_video_sf
 from config import SelfForcingConfig
+from distribution_losses import dmd_gradient
 from dynamic_video_sf import (
     RolloutPlan,
     SelfForcingEngine,
-    dmd_gradient,
     draw_noise,
     few_step_plan,
     make_noise_streams,
