@@ -25,7 +25,7 @@ from checkpoint import LoadedNetworks, load_networks
 from dynamic_video_sf import RolloutPlan, draw_noise, few_step_plan, make_noise_streams
 from flow_matching import add_noise, x_0_from_velocity
 from runtime import Runtime, resolve_runtime
-from sampling import sample_few_step, sample_many_step
+from sampling import sample_few_step, sample_many_step, teacher_plan
 from training_config import SelfForcingConfig, check_num_frames
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -100,18 +100,16 @@ def benchmark(student: LoadedNetworks, teacher: LoadedNetworks, runtime: Runtime
     plan = few_step_plan(config)
     prompts, seeds = [PROMPT] * batch_size, list(range(batch_size))
     few = (prompts, seeds, num_frames, plan, runtime)
-    steps, guided = teacher.config.training.teacher_steps, teacher.config.training.guidance
+    many = (prompts, seeds, num_frames, teacher_plan(teacher.config.training), runtime)
     names = {
         "student": f"student, {len(plan.times)} steps a block, KV cache",
         "recompute": f"student, {len(plan.times)} steps a block, no cache",
-        "teacher": f"teacher, {steps} guided steps",
+        "teacher": f"teacher, {teacher.config.training.teacher_steps} guided steps",
     }
     seconds = time_in_turns({
         "student": lambda: sample_few_step(student.generator, student.text_encoder, *few),
         "recompute": lambda: sample_without_cache(student, *few),
-        "teacher": lambda: sample_many_step(
-            teacher.generator, teacher.text_encoder, prompts, seeds, num_frames, steps, teacher.config.training.time_shift, guided, runtime
-        ),
+        "teacher": lambda: sample_many_step(teacher.generator, teacher.text_encoder, *many),
     }, repeats)
     print(f"\nbatch {batch_size}, {num_frames} frames of {student.config.model.frame_size} px")
     for key, name in names.items():

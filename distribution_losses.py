@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 
+Finding = tuple[bool, str]  # of a self-test: whether it holds, and what was seen
+
 NORMALISER_FLOOR = 1e-3  # of mean |x_0 - x_0_real|: no division by zero on a perfect sample
 
 
@@ -106,3 +108,22 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in switched:
             parameter.requires_grad_(True)
+
+
+def check_gaussians(random: torch.Generator) -> list[Finding]:
+    """DMD between N(m_fake, s^2) and N(m_real, s^2), whose denoised estimates are known exactly."""
+    m_fake, m_real, s, t = 0.8, -0.5, 0.6, 0.7
+    x_0 = (m_fake + s * torch.randn((64, 3, 1, 4, 4), generator=random, dtype=torch.float64)).requires_grad_()
+    x_t = (1 - t) * x_0.detach() + t * torch.randn(x_0.shape, generator=random, dtype=torch.float64)
+    shrink = s**2 * (1 - t) / ((1 - t) ** 2 * s**2 + t**2)
+    x_0_fake, x_0_real = (m + shrink * (x_t - (1 - t) * m) for m in (m_fake, m_real))  # E[x_0 | x_t]
+    loss = dmd_loss(x_0, dmd_gradient(x_0.detach(), x_0_fake, x_0_real))
+    (gradient,) = torch.autograd.grad(loss, x_0)
+    scale = (x_0.detach() - x_0_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    closed_form = (m_fake - m_real) * t**2 / ((1 - t) ** 2 * s**2 + t**2) / scale / x_0.numel()
+    error = ((gradient - closed_form) / closed_form).abs().max().item()
+    start, stepped = x_0.mean().item(), (x_0 - 0.5 * x_0.numel() * gradient).mean().item()
+    return [
+        (error < 1e-12, f"on Gaussians the DMD gradient is the closed form to {error:.1e}"),
+        (m_real < stepped < start, f"a step moves their mean from {start:.2f} to {stepped:.2f}, toward {m_real}"),
+    ]

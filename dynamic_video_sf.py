@@ -19,9 +19,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from distribution_losses import Discriminator, discriminator_loss, dmd_gradient, dmd_loss, frozen, relativistic_loss, sid_loss
+from distribution_losses import (
+    Discriminator,
+    Finding,
+    check_gaussians,
+    discriminator_loss,
+    dmd_gradient,
+    dmd_loss,
+    frozen,
+    relativistic_loss,
+    sid_loss,
+)
 from flow_matching import (
     add_noise,
+    ancestral_sampler,
     classifier_free_guidance,
     eps_from_velocity,
     euler_sampler,
@@ -149,29 +160,39 @@ def _write_context(
     model.write_cache(x, t, prompt, cache)
 
 
+@dataclass(frozen=True)
+class BidirectionalPlan:
+    """How the teacher is sampled: all frames at once, in num_steps guided steps. guidance: 1 for none. eta: how much of a
+    step's noise is fresh, see `fresh_share`: 0 is Euler's method, 1 ancestral sampling."""
+
+    num_steps: int
+    time_shift: float
+    guidance: float
+    eta: float = 0.0
+
+
 @torch.no_grad()
 def sample_bidirectional(
     model: TinyCausalWanModel, prompt: PromptContext, null_prompt: PromptContext, streams: list[torch.Generator], num_frames: int,
-    num_steps: int, time_shift: float, guidance: float, trace: list[Tensor] | None = None,
+    plan: BidirectionalPlan, trace: list[Tensor] | None = None,
 ) -> Tensor:
-    """The teacher's own sampler: all frames at once, Euler's method with guidance. Returns (B, F, C, H, W).
-
-    trace: collects x_t (B, F, C, H, W) at every time at which the network is asked.
-    """
+    """The teacher's own sampler. Returns (B, F, C, H, W). trace: collects x_t at every time at which the network is asked."""
     both = prompt.concatenate(null_prompt)
 
     def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
         if trace is not None:
             trace.append(x)
-        if guidance == 1.0:
+        if plan.guidance == 1.0:
             return model.forward_bidirectional(x, t, prompt)
         cond, uncond = model.forward_bidirectional(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return classifier_free_guidance(cond, uncond, guidance)
+        return classifier_free_guidance(cond, uncond, plan.guidance)
 
     config = model.config
     shape = (num_frames, config.channels, config.frame_size, config.frame_size)
-    noise = draw_noise(streams, shape, next(model.parameters()).device)
-    return euler_sampler(velocity_fn, noise, sampling_times(num_steps, time_shift))
+    draw, times = partial(draw_noise, streams, shape, next(model.parameters()).device), sampling_times(plan.num_steps, plan.time_shift)
+    if plan.eta == 0:
+        return euler_sampler(velocity_fn, draw(), times)
+    return ancestral_sampler(velocity_fn, draw(), times, plan.eta, draw)
 
 
 @dataclass
@@ -315,9 +336,6 @@ class SelfForcingEngine:
         return add_noise(x_0, eps, t), t
 
 
-Finding = tuple[bool, str]  # whether it holds, and what was seen
-
-
 def self_test() -> bool:
     """Check the rollout and the losses on a small network, print every finding, and say whether all is well."""
     random = torch.Generator().manual_seed(0)
@@ -332,7 +350,7 @@ def self_test() -> bool:
         _check_one_rollout(engine, engine.generator.encode_prompt(text, mask)),
         _check_gradient_passes(engine, engine.generator.encode_prompt(text, mask)),
         *_check_losses(engine, text, mask),
-        *_check_gaussians(random),
+        *check_gaussians(random),
     ]
     for is_ok, finding in findings:
         print(f"{'ok  ' if is_ok else 'FAIL'} {finding}")
@@ -413,25 +431,6 @@ def _check_losses(engine: SelfForcingEngine, text: Tensor, mask: Tensor) -> list
 
 def _total_gradient(model: TinyCausalWanModel) -> float:
     return sum(parameter.grad.abs().sum().item() for parameter in model.parameters() if parameter.grad is not None)
-
-
-def _check_gaussians(random: torch.Generator) -> list[Finding]:
-    """DMD between N(m_fake, s^2) and N(m_real, s^2), whose denoised estimates are known exactly."""
-    m_fake, m_real, s, t = 0.8, -0.5, 0.6, 0.7
-    x_0 = (m_fake + s * torch.randn((64, 3, 1, 4, 4), generator=random, dtype=torch.float64)).requires_grad_()
-    x_t = (1 - t) * x_0.detach() + t * torch.randn(x_0.shape, generator=random, dtype=torch.float64)
-    shrink = s**2 * (1 - t) / ((1 - t) ** 2 * s**2 + t**2)
-    x_0_fake, x_0_real = (m + shrink * (x_t - (1 - t) * m) for m in (m_fake, m_real))  # E[x_0 | x_t]
-    loss = dmd_loss(x_0, dmd_gradient(x_0.detach(), x_0_fake, x_0_real))
-    (gradient,) = torch.autograd.grad(loss, x_0)
-    scale = (x_0.detach() - x_0_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    closed_form = (m_fake - m_real) * t**2 / ((1 - t) ** 2 * s**2 + t**2) / scale / x_0.numel()
-    error = ((gradient - closed_form) / closed_form).abs().max().item()
-    start, stepped = x_0.mean().item(), (x_0 - 0.5 * x_0.numel() * gradient).mean().item()
-    return [
-        (error < 1e-12, f"on Gaussians the DMD gradient is the closed form to {error:.1e}"),
-        (m_real < stepped < start, f"a step moves their mean from {start:.2f} to {stepped:.2f}, toward {m_real}"),
-    ]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynamic_video_sf import many_step_plan, rollout_blocks, sample_bidirectional
+from dynamic_video_sf import BidirectionalPlan, many_step_plan, rollout_blocks, sample_bidirectional
 from flow_matching import add_noise, classifier_free_guidance, expand_time, sampling_times, x_0_from_velocity
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 
@@ -44,7 +44,9 @@ def ode_trajectory(
         trace = [torch.cat(blocks, dim=1) for blocks in zip(*walks, strict=True)]
     else:
         trace = []
-        x_0 = sample_bidirectional(teacher, prompt, null_prompt, streams, num_frames, num_steps, time_shift, guidance, trace)
+        x_0 = sample_bidirectional(
+            teacher, prompt, null_prompt, streams, num_frames, BidirectionalPlan(num_steps, time_shift, guidance), trace
+        )
     times = sampling_times(num_steps, time_shift)[kept_steps].to(x_0.device)
     return Trajectory(torch.stack([trace[step] for step in kept_steps]), times, x_0)
 

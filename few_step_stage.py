@@ -16,7 +16,7 @@ from few_step import TeacherPrompts, consistency_loss, draw_step_orders, ode_reg
 from flow_matching import NUM_TRAIN_TIMESTEPS, sampling_times
 from moving_mnist import MovingMNISTGenerator
 from runtime import Runtime
-from sampling import sample_few_step, sample_many_step
+from sampling import sample_few_step, sample_many_step, teacher_plan
 from stages import check_is_bidirectional, draw_num_frames, load_modules, load_teacher, merge_counts, rate_factor, set_rate, update_average
 from text_encoder import NULL_PROMPT
 from training_config import CausalConsistencyConfig, CausalODEConfig
@@ -110,7 +110,7 @@ class FewStepStage:
             many = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance)
             teacher = sample_few_step(self.teacher, *common, many, self.runtime)
         else:
-            teacher = sample_many_step(self.teacher, *common, num_steps, config.time_shift, config.guidance, self.runtime)
+            teacher = sample_many_step(self.teacher, *common, teacher_plan(config), self.runtime)
         return {
             f"teacher, {num_steps} steps": teacher,
             f"naive, {len(self.plan.times)} steps": sample_few_step(self.teacher, *common, self.plan, self.runtime),

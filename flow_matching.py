@@ -106,3 +106,28 @@ def euler_sampler(velocity_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, ti
         v = velocity_fn(x, t.to(x).expand(x.shape[:2]))
         x = x + (t_next - t).to(x) * v
     return x
+
+
+def fresh_share(t: Tensor, t_next: Tensor, eta: float) -> Tensor:
+    """Standard deviation of the fresh noise over that of all noise in a step from t to t_next < t, both < 1 or t = 1.
+
+    eta sqrt(1 - (a_t s_next / (a_next s_t))^2) with a = 1 - t, s = t: DDIM's eta (arXiv 2010.02502, Eq. 16); 0 is the ODE, 1 is
+    ancestral sampling, whose steps are draws from the forward process reversed.
+    """
+    return eta * (1 - ((1 - t) * t_next / ((1 - t_next) * t)).square()).sqrt()
+
+
+def ancestral_sampler(
+    velocity_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, eta: float, draw: Callable[[], Tensor]
+) -> Tensor:
+    """As `euler_sampler`, but part of every step's noise is fresh (DDIM, arXiv 2010.02502, Eq. 12): later steps can then mend
+    what earlier ones got wrong. draw returns standard normal noise in the shape of x, and is not called where none is needed."""
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        here, there = t.to(x).expand(x.shape[:2]), t_next.to(x).expand(x.shape[:2])
+        v = velocity_fn(x, here)
+        x_0, eps = x_0_from_velocity(x, v, here), eps_from_velocity(x, v, here)
+        share = fresh_share(t, t_next, eta).to(x)
+        if share > 0 and t_next > 0:
+            eps = (1 - share.square()).sqrt() * eps + share * draw()
+        x = add_noise(x_0, eps, there)
+    return x

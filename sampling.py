@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from checkpoint import LoadedNetworks
 from dynamic_video_sf import (
+    BidirectionalPlan,
     RolloutPlan,
     few_step_plan,
     make_noise_streams,
@@ -50,25 +51,19 @@ def sample_few_step(
 
 @torch.no_grad()
 def sample_many_step(
-    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], num_frames: int, num_steps: int,
-    time_shift: float, guidance: float, runtime: Runtime,
+    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], num_frames: int,
+    plan: BidirectionalPlan, runtime: Runtime,
 ) -> Tensor:
     """Videos (B, F, C, H, W), float32, from the bidirectional sampler."""
     with runtime.autocast():
         prompt = model.encode_prompt(*text_encoder.encode(prompts))
         null = model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))
-        return sample_bidirectional(
-            model, prompt, null, make_noise_streams(seeds), num_frames, num_steps, time_shift, guidance
-        ).float()
+        return sample_bidirectional(model, prompt, null, make_noise_streams(seeds), num_frames, plan).float()
 
 
-@dataclass(frozen=True)
-class BidirectionalPlan:
-    """How the teacher is sampled: all frames at once, num_steps steps of Euler's method. guidance: 1 for none."""
-
-    num_steps: int
-    time_shift: float
-    guidance: float
+def teacher_plan(training: TrainingConfig) -> BidirectionalPlan:
+    """How a run samples its teacher."""
+    return BidirectionalPlan(training.teacher_steps, training.time_shift, training.guidance, training.teacher_eta)
 
 
 @dataclass(frozen=True)
@@ -102,24 +97,21 @@ class SamplerSettings:
         length of training, so it can go on for any length.
         """
         is_student = isinstance(training, FewStepConfig)
-        is_many_step = self.num_steps is not None or (not is_student and self.denoising_steps is None)
-        guidance = self.guidance
-        if guidance is None:
-            guidance = training.guidance if is_many_step and not is_student else 1.0
-        if is_many_step:
-            num_steps = training.teacher_steps if self.num_steps is None else self.num_steps
+        if self.num_steps is not None or (not is_student and self.denoising_steps is None):
+            wishes = {"num_steps": self.num_steps, "guidance": 1.0 if is_student and self.guidance is None else self.guidance}
+            many = replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
             if isinstance(training, PretrainConfig) and training.objective == "mixed":
-                return BidirectionalPlan(num_steps, training.time_shift, guidance)
+                return many
             context_time = training.context_time if isinstance(training, FewStepConfig) else 0.0
             return many_step_plan(
-                num_steps, training.time_shift, training.num_frames_per_block, guidance, training.max_num_frames, context_time
+                many.num_steps, many.time_shift, training.num_frames_per_block, many.guidance, training.max_num_frames, context_time
             )
-        plan = RolloutPlan((1.0,), training.num_frames_per_block, window_frames=training.max_num_frames, guidance=guidance)
+        plan = RolloutPlan((1.0,), training.num_frames_per_block, window_frames=training.max_num_frames)
         if isinstance(training, FewStepConfig):
-            plan = replace(few_step_plan(training, training.max_num_frames), guidance=guidance)
+            plan = few_step_plan(training, training.max_num_frames)
         if self.denoising_steps is not None:
             plan = replace(plan, times=warp_steps(list(self.denoising_steps), training.time_shift))
-        return plan
+        return replace(plan, guidance=1.0 if self.guidance is None else self.guidance)
 
 
 def require_at_least_one(name: str, value: int) -> None:
@@ -169,7 +161,7 @@ def _sample(
 ) -> Tensor:
     common = (networks.generator, networks.text_encoder, prompts, seeds, num_frames)
     if isinstance(plan, BidirectionalPlan):
-        return sample_many_step(*common, plan.num_steps, plan.time_shift, plan.guidance, runtime)
+        return sample_many_step(*common, plan, runtime)
     return sample_few_step(*common, plan, runtime)
 
 

@@ -20,7 +20,7 @@ from dynamic_video_sf import RolloutPlan, ScorePrompts, SelfForcingEngine, many_
 from moving_mnist import MovingMNISTGenerator
 from objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
 from runtime import Runtime
-from sampling import NAIVE_STEPS, sample_few_step, sample_many_step
+from sampling import NAIVE_STEPS, sample_few_step, sample_many_step, teacher_plan
 from text_encoder import NULL_PROMPT, TextEncoder
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training_config import PretrainConfig, SelfForcingConfig, TrainingConfig
@@ -149,9 +149,7 @@ class PretrainStage:
         config, num_steps = self.config, self.config.teacher_steps
         samples = {}
         if config.objective == "mixed":
-            samples[f"teacher, {num_steps} steps"] = sample_many_step(
-                *common, num_steps, config.time_shift, config.guidance, self.runtime
-            )
+            samples[f"teacher, {num_steps} steps"] = sample_many_step(*common, teacher_plan(config), self.runtime)
         else:
             plan = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance)
             samples[f"causal, {num_steps} steps"] = sample_few_step(*common, plan, self.runtime)
@@ -273,9 +271,7 @@ class SelfForcingStage:
         config, plan = self.config, self.engine.plan
         common = (self.text_encoder, prompts, seeds, num_frames)
         return {
-            f"teacher, {config.teacher_steps} steps": sample_many_step(
-                self.engine.real_score, *common, config.teacher_steps, config.time_shift, config.guidance, self.runtime
-            ),
+            f"teacher, {config.teacher_steps} steps": sample_many_step(self.engine.real_score, *common, teacher_plan(config), self.runtime),
             f"naive, {len(plan.times)} steps": sample_few_step(self.engine.real_score, *common, plan, self.runtime),
             f"student, {len(plan.times)} steps": sample_few_step(self.average, *common, plan, self.runtime),
         }

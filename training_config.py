@@ -66,6 +66,7 @@ class TrainingConfig:
     keep_last: int = 2  # interval checkpoints kept beside the final one
     eval_videos: int = 64  # videos read by the judge at the end; 0 switches it off
     teacher_steps: int = 50  # Euler steps of the many-step samples that are shown
+    teacher_eta: float = 1.0  # fresh noise in those steps: 0 is Euler's method, 1 ancestral sampling
     guidance: float = 2.5  # of those samples, and of the teacher in distribution matching; 1 is none
     resume: str | None = None  # checkpoint of a run of the same training type to go on from
 
@@ -80,6 +81,7 @@ class TrainingConfig:
             value = asdict(self)[name]
             require(0 < value < float("inf"), f"training.{name}", value, "a positive number")
         require(0 <= self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "a number in [0, 1]")
+        require(0 <= self.teacher_eta <= 1, "training.teacher_eta", self.teacher_eta, "a number in [0, 1]")
         require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
         require(self.guidance >= 0, "training.guidance", self.guidance, "0 or more (1 is no guidance)")
         check_num_frames("training.min_num_frames", self.min_num_frames, self.num_frames_per_block)

@@ -121,7 +121,8 @@ def test_a_refused_override_is_one_line_that_names_it(override, words):
     ({"muon_lr": nan}, "training.muon_lr"), ({"weight_decay": -0.1}, "training.weight_decay"),
     ({"warmup_steps": -1}, "training.warmup_steps"),
     ({"prompt_dropout": 1.5}, "training.prompt_dropout"), ({"loss_time_floor": 0.0}, "training.loss_time_floor"),
-    ({"objective": "both"}, "training.objective"), ({"ema_decay": 1.0}, "training.ema_decay"), ({"keep_last": 0}, "training.keep_last"), ({"time_shift": inf}, "training.time_shift"),
+    ({"objective": "both"}, "training.objective"),
+    ({"ema_decay": 1.0}, "training.ema_decay"), ({"keep_last": 0}, "training.keep_last"), ({"time_shift": inf}, "training.time_shift"),
 ])
 def test_impossible_pretraining_is_refused(changes, key):
     with pytest.raises(ValueError, match=f"^{key} is .*expected"):

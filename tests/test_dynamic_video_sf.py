@@ -7,10 +7,12 @@ import torch
 from conftest import build_small_model, random_prompt
 from torch import Tensor
 
+import distribution_losses
 import dynamic_video_sf
 from config import SelfForcingConfig
 from distribution_losses import dmd_gradient
 from dynamic_video_sf import (
+    BidirectionalPlan,
     RolloutPlan,
     SelfForcingEngine,
     draw_noise,
@@ -176,7 +178,7 @@ def test_one_guided_block_is_the_bidirectional_sampler(small_model):
     prompt, null = random_prompt(small_model, 2), random_prompt(small_model, 2, seed=9)
     for guidance in (1.0, 2.5):
         block = run(small_model, prompt, [1, 2], 1, many_step_plan(5, 3.0, BLOCK, guidance), null_prompt=null)
-        whole = sample_bidirectional(small_model, prompt, null, make_noise_streams([1, 2]), BLOCK, 5, 3.0, guidance)
+        whole = sample_bidirectional(small_model, prompt, null, make_noise_streams([1, 2]), BLOCK, BidirectionalPlan(5, 3.0, guidance))
         torch.testing.assert_close(block, whole, atol=1e-3, rtol=1e-3)
 
 
@@ -309,6 +311,6 @@ def test_self_test_passes(capsys):
 
 
 def test_self_test_fails_where_a_loss_is_wrong(monkeypatch, capsys):
-    monkeypatch.setattr(dynamic_video_sf, "dmd_gradient", lambda *arguments: -dmd_gradient(*arguments))
+    monkeypatch.setattr(distribution_losses, "dmd_gradient", lambda *arguments: -dmd_gradient(*arguments))
     assert not self_test()
     assert "FAIL on Gaussians" in capsys.readouterr().out

@@ -9,11 +9,13 @@ from torch import Tensor
 from flow_matching import (
     VELOCITY_TIME_FLOOR,
     add_noise,
+    ancestral_sampler,
     classifier_free_guidance,
     eps_from_velocity,
     euler_sampler,
-    interval_weight,
     expand_time,
+    fresh_share,
+    interval_weight,
     sample_time,
     sampling_times,
     shift_time,
@@ -182,6 +184,41 @@ def test_euler_converges_at_first_order_to_the_flow_of_a_gaussian(path):
         errors.append((euler_sampler(marginal_velocity, eps, times) - (mean + std * eps)).abs().max().item())
     assert errors[-1] < 0.01
     assert 1.9 < errors[0] / errors[1] < 2.1 and 1.9 < errors[1] / errors[2] < 2.1
+
+
+def test_ancestral_sampling_without_fresh_noise_is_euler(path):
+    _, eps, _ = path
+    times = sampling_times(7, 3.0).double()
+
+    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+        return torch.sin(3 * x) + expand_time(t, x)
+
+    sample = ancestral_sampler(velocity_fn, eps, times, 0.0, lambda: pytest.fail("no noise is due"))
+    torch.testing.assert_close(sample, euler_sampler(velocity_fn, eps, times))
+
+
+def test_ancestral_sampling_keeps_the_spread_of_a_gaussian_and_fresh_noise_alone_would_not():
+    mean, std = 0.7, 0.3
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        return torch.randn(4000, 1, 1, 1, 1, generator=generator, dtype=torch.float64)
+
+    def marginal_velocity(x: Tensor, t: Tensor) -> Tensor:
+        t = expand_time(t, x)
+        variance, covariance = (1 - t) ** 2 * std**2 + t**2, t - (1 - t) * std**2
+        return -mean + covariance / variance * (x - (1 - t) * mean)
+
+    times = torch.linspace(1, 0, 201, dtype=torch.float64)
+    for eta in (0.5, 1.0):
+        sample = ancestral_sampler(marginal_velocity, draw(), times, eta, draw)
+        assert sample.mean().item() == pytest.approx(mean, abs=0.02) and sample.std().item() == pytest.approx(std, rel=0.05)
+    noise = draw()
+    change = (ancestral_sampler(marginal_velocity, noise, times, 1.0, draw) - (mean + std * noise)).std()
+    assert change.item() == pytest.approx(2**0.5 * std, rel=0.1)  # at eta = 1 the result has forgotten its first noise
+    share = fresh_share(torch.tensor(0.8), torch.tensor(0.6), 1.0).item()
+    posterior = (0.6 / 0.8) ** 2 * (0.8**2 - (0.2 / 0.4) ** 2 * 0.6**2)  # variance of x_0.6 given x_0.8 and x_0
+    assert 0.6 * share == pytest.approx(posterior**0.5)
 
 
 def test_gradient_flows_through_euler():

@@ -34,7 +34,7 @@ from video_io import load_array
 CPU = Runtime(torch.device("cpu"), torch.float32)
 PROMPTS = ["a handwritten 7 drifting up", "the digit 3 moving left quickly", "", "a 0 bouncing around"]
 STUDENT = SelfForcingConfig(denoising_steps=[1000, 600, 300], context_noise=100, guidance=3.0)
-TEACHER = PretrainConfig(teacher_steps=3, guidance=2.0)
+TEACHER = PretrainConfig(teacher_steps=3, guidance=2.0, teacher_eta=0.4)
 OWN_SETTINGS = SamplerSettings()  # the checkpoint's own
 COMMON = ("--device", "cpu", "--precision", "float32")
 
@@ -171,15 +171,15 @@ def test_many_steps_on_a_student_are_a_causal_euler_rollout():
 
 
 def test_a_teacher_is_sampled_bidirectionally_and_naively_on_request():
-    assert SamplerSettings().make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0)
-    assert SamplerSettings(num_steps=7, guidance=1.0).make_plan(TEACHER) == BidirectionalPlan(7, 3.0, 1.0)
+    assert SamplerSettings().make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0, 0.4)
+    assert SamplerSettings(num_steps=7, guidance=1.0).make_plan(TEACHER) == BidirectionalPlan(7, 3.0, 1.0, 0.4)
     naive = SamplerSettings(denoising_steps=(1000, 500)).make_plan(TEACHER)
     assert isinstance(naive, RolloutPlan)
     assert (len(naive.times), naive.fresh_noise, naive.guidance, naive.window_frames) == (2, True, 1.0, 21)
 
 
 def test_the_teacher_gives_the_video_of_its_own_sampler(teacher: LoadedNetworks):
-    expected = sample_many_step(teacher.generator, teacher.text_encoder, PROMPTS, [0, 1, 2, 3], 9, 3, 3.0, 2.0, CPU)
+    expected = sample_many_step(teacher.generator, teacher.text_encoder, PROMPTS, [0, 1, 2, 3], 9, BidirectionalPlan(3, 3.0, 2.0, 0.4), CPU)
     assert torch.equal(sample(teacher), expected)
     naive = sample(teacher, settings=SamplerSettings(denoising_steps=(1000, 500)))
     assert not torch.allclose(naive, expected, atol=1e-2)
