@@ -52,7 +52,8 @@ def teacher_forcing_mask(
 def rope_angles(
     grid: tuple[int, int], head_size: int, theta: float, first_row: int, num_rows: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and signed sin (S, d) of 3-D RoPE (arXiv 2104.09864; axis split as in Wan) from patch row first_row on."""
+    """3-D RoPE (arXiv 2104.09864; axis split as in Wan) from patch row first_row on: cos (S, d), each angle twice, and sin (S, d),
+    whose first half is negated, so that a rotation is two products."""
     grid_y, grid_x = grid
     half = head_size // 2
     sizes = (half - 2 * (half // 3), half // 3, half // 3)  # angles given to time, height, width

@@ -135,12 +135,8 @@ class KVCache:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, h, S, d): the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i.
-
-    cos and sin (S, d) hold every angle twice, the first half of sin negated, so that a rotation is two products.
-    """
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
+    """Rotate x (B, h, S, d) by `rope_angles`: the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -199,7 +195,7 @@ class WanBlock(nn.Module):
         self, x: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], prompt_key: Tensor, prompt_value: Tensor, prompt_mask: Tensor,
         attend: Attend,
     ) -> Tensor:
-        """modulation (B, T, 6, D); rope: cos and sin (S, d / 2); prompt key and value (B, h, L, d), mask (B, 1, 1, L)."""
+        """modulation (B, T, 6, D); rope: cos and sin (S, d); prompt key and value (B, h, L, d), mask (B, 1, 1, L)."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (modulation + self.modulation).unsqueeze(3).unbind(2)  # (B, T, 1, D)
         y = torch.addcmul(shift_a, self.norm_self(x), 1 + scale_a)
         q = apply_rope(self._heads(self.norm_q(self.q(y))), *rope)
@@ -353,9 +349,10 @@ class TinyCausalWanModel(nn.Module):
         return x, embedded_time
 
     def patchify(self, video: Tensor) -> Tensor:
-        """Video (B, F, C, H, W) to embedded tokens (B, T, N, D)."""
-        x = self.patch_embedding(rearrange(video, "b f c h w -> b c f h w"))
-        return rearrange(x, "b d t y x -> b t (y x) d")
+        """Video (B, F, C, H, W) to embedded tokens (B, T, N, D): the Conv3d, whose patches do not overlap, as one product."""
+        pt, ph, pw = self.config.patch_size
+        patches = rearrange(video, "b (t pt) c (y ph) (x pw) -> b t (y x) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Patch values (B, T, N, C pt ph pw) to video (B, F, C, H, W)."""
