@@ -60,7 +60,7 @@ def draw_step_orders(num_steps: int, batch_size: int, num_blocks: int, generator
 def ode_regression_loss(
     student: TinyCausalWanModel, trajectory: Trajectory, steps: Tensor, prompt: PromptContext, num_frames_per_block: int, is_causal: bool
 ) -> Tensor:
-    """mean |G(x_t, t) - x_0|^2 along the teacher's trajectories (CausVid, arXiv 2412.07772, Eq. 8).
+    """mean |G(x_t, t) - x_0|^2 along the teacher's trajectories (CausVid, arXiv 2412.07772, section 4.3).
 
     steps (B, K): which of the trajectory's times each block stands at. is_causal: the student sees the clean blocks from
     which the teacher went on; otherwise, as the original, the earlier blocks at their own times.

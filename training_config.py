@@ -6,6 +6,7 @@ Times of intervals are in steps; refusals name the key, what was found and what 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 
 from omegaconf import MISSING
@@ -46,7 +47,7 @@ def check_denoising_steps(key: str, steps: list[int]) -> None:
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(ABC):
     """What every kind of training shares. Times of intervals in steps; 0 switches an interval off."""
 
     training_type: str = MISSING  # a key of TRAINING_KINDS
@@ -92,9 +93,9 @@ class TrainingConfig:
         )
 
     @property
+    @abstractmethod
     def summary(self) -> str:
         """What is trained on what, in a few words: does it see videos of the data set?"""
-        raise NotImplementedError
 
 
 @dataclass

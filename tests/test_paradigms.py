@@ -8,9 +8,11 @@ from conftest import randomise
 from hydra import compose, initialize_config_dir
 from test_stages import CPU, assert_same, snapshot
 
+import few_step_stage
 from checkpoint import CheckpointError, load_checkpoint, load_networks, save_checkpoint
 from config import Config, build_config, config_to_dict, register_schemas
 from dynamic_video_sf import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, warp_steps
+from few_step import consistency_loss, ode_regression_loss
 from few_step_stage import FewStepStage
 from sampling import SamplerSettings
 from stages import SelfForcingStage, Stage
@@ -111,6 +113,30 @@ def test_what_a_paradigm_ships_starts_a_generator_and_is_sampled_as_it_was_train
     first = {"causal_ode": "teacher, 2 steps", "bidirectional_ode": "teacher, 2 steps", "causal_consistency": "teacher, 2 steps"}
     assert next(iter(samples)) == first.get(name, "causal, 2 steps")
     assert all(video.shape == (2, 6, 1, 16, 16) for video in samples.values())
+
+
+@pytest.mark.parametrize(("name", "is_causal"), [("causal_ode", True), ("bidirectional_ode", False)])
+def test_trajectories_meet_the_students_times_and_every_block_meets_each(name, is_causal, teacher, monkeypatch):
+    stage, asked = build(name, teacher), []
+
+    def record(student, trajectory, steps, prompt, num_frames_per_block, causal):
+        asked.append(steps)
+        torch.testing.assert_close(trajectory.times, torch.tensor(stage.plan.times))
+        assert student is stage.student and causal == is_causal
+        return ode_regression_loss(student, trajectory, steps, prompt, num_frames_per_block, causal)
+
+    monkeypatch.setattr(few_step_stage, "ode_regression_loss", record)
+    stage.train_step(0)
+    assert (torch.stack(asked).sort(dim=0).values == torch.arange(4)[:, None, None]).all()
+
+
+def test_consistency_is_with_the_average_along_the_teacher(teacher, monkeypatch):
+    stage, asked = build("causal_consistency", teacher), []
+    monkeypatch.setattr(few_step_stage, "consistency_loss", lambda *arguments: asked.append(arguments) or consistency_loss(*arguments))
+    stage.train_step(0)
+    ((student, target, of_teacher, x_0, *_),) = asked
+    assert student is stage.student and target is stage.average and of_teacher is stage.teacher
+    assert torch.equal(x_0, stage.data.sample(0, range(2), 6).video)
 
 
 def test_plans_of_the_mixed_teacher_and_of_a_self_forcing_student_stay(teacher):
