@@ -301,7 +301,10 @@ class SelfForcingEngine:
             torch.cat([x_t, x_t]), torch.cat([t, t]), prompts.real.concatenate(prompts.real_null)
         ).chunk(2)
         weight = expand_time(interval_weight(t, self.config.guidance, self.config.guidance_interval), x_t)
-        return x_0_fake, x_0_from_velocity(x_t, classifier_free_guidance(cond, uncond, weight), t)
+        x_0_real = x_0_from_velocity(x_t, classifier_free_guidance(cond, uncond, weight), t)
+        if self.config.clamp_real_score:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): guidance overshoots
+            x_0_real = x_0_real.clamp(-1, 1)
+        return x_0_fake, x_0_real
 
     def critic_loss(self, x_0: Tensor, fake_prompt: PromptContext, x_real: Tensor | None = None) -> Tensor:
         """Flow matching of the critic on the generator's own videos x_0 (B, F, C, H, W); with "gan" the discriminator's loss."""
@@ -343,7 +346,7 @@ def self_test() -> bool:
     with torch.no_grad():
         for parameter in teacher.parameters():  # a fresh network's head and gates are 0, which would hide every error
             parameter.copy_(0.15 * torch.randn(parameter.shape, generator=random))
-    config = SelfForcingConfig(gradient_frames=6, guidance=1.0)
+    config = SelfForcingConfig(gradient_frames=6, guidance=1.0, clamp_real_score=False)
     engine = SelfForcingEngine(config, teacher, random)
     text, mask = torch.randn(2, 4, 32, generator=random), torch.ones(2, 4, dtype=torch.bool)
     findings = [

@@ -191,6 +191,7 @@ class SelfForcingConfig(FewStepConfig):
     gan_penalty: float = 0.1  # weight of R1 and of R2 in the discriminator's loss
     gan_penalty_sigma: float = 0.05  # step of their finite differences
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # times of the scores at which the teacher is guided
+    clamp_real_score: bool = True  # keep the guided teacher's x_0 in [-1, 1]: without it contrast and background drift
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
     critic_lr: float = 5e-4
     context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
