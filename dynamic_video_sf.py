@@ -33,6 +33,7 @@ from distribution_losses import (
 from flow_matching import (
     add_noise,
     ancestral_sampler,
+    clamp_straight_through,
     classifier_free_guidance,
     eps_from_velocity,
     euler_sampler,
@@ -130,6 +131,8 @@ def rollout_blocks(
             with torch.set_grad_enabled(carries_gradient and step == exit_step):
                 v = _guided_velocity(model, x_t, t, prompt, cache, plan.guidance)
                 x_0 = x_0_from_velocity(x_t, v, t)
+                if plan.fresh_noise:  # what is shown, scored and written into the cache is in the range of data, as in pretraining
+                    x_0 = clamp_straight_through(x_0)
             if step < exit_step:
                 eps = draw_noise(streams, shape, device) if plan.fresh_noise else eps_from_velocity(x_t, v, t)
                 x_t = add_noise(x_0, eps, torch.full_like(t, plan.times[step + 1]))
