@@ -278,7 +278,7 @@ class SelfForcingEngine:
                 v = self.generator.forward_teacher_forced(x_t, t, x_real, prompt, block)
             else:
                 v = self.generator.forward_block_causal(x_t, t, prompt, block)
-            x_0 = x_0_from_velocity(x_t, v, t)
+            x_0 = clamp_straight_through(x_0_from_velocity(x_t, v, t))  # as in the rollout
         return Rollout(x_0, x_0[:, max(num_frames - self.config.gradient_frames, 0):], exits[0].tolist())
 
     def generator_loss(self, x_0: Tensor, prompts: ScorePrompts, x_real: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
