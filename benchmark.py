@@ -22,11 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import LoadedNetworks, load_networks
-from config import SelfForcingConfig, check_num_frames
 from dynamic_video_sf import RolloutPlan, draw_noise, few_step_plan, make_noise_streams
 from flow_matching import add_noise, clamp_straight_through, x_0_from_velocity
 from runtime import Runtime, resolve_runtime
 from sampling import sample_few_step, sample_many_step, teacher_plan
+from training_config import SelfForcingConfig, check_num_frames
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 PROMPT = "a handwritten 7 drifting up and to the left"

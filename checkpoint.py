@@ -2,9 +2,9 @@
 
 A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts, so that `torch.load(weights_only=True)` reads
 it and no file can run code. Keys that users rely on: `generator_state_dict`, `optimizer_state_dict`, `step`,
-`training_type` ("pretrain" or "dmd2"), `config` (the run's configuration as a plain dict). Beside them stand
-`text_encoder_state_dict` and `prompts_drawn` (seed: number of training captions drawn), and in the checkpoint of a run
-`generator_ema_state_dict` and all that resuming needs.
+`training_type` ("pretrain", "dmd2", "causal_ode" or "causal_consistency"), `config` (the run's configuration as a plain
+dict). Beside them stand `text_encoder_state_dict` and `prompts_drawn` (seed: number of training captions drawn), and in
+the checkpoint of a run `generator_ema_state_dict` and all that resuming needs.
 
     python checkpoint.py IN OUT    strip IN to its averaged weights in float16, which is what `pretrained/` ships
 """

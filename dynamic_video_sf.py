@@ -1,4 +1,4 @@
-"""Self-Forcing: the rollout, and the losses that need no video data (Huang et al. 2025, arXiv 2506.08009).
+"""Self-Forcing: the rollout, and the engine that trains it to match a distribution (Huang et al. 2025, arXiv 2506.08009).
 
 Dimensions: B batch, F frames, C channels, H height, W width; a rollout makes F frames in blocks of
 `num_frames_per_block`.
@@ -19,9 +19,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from config import SelfForcingConfig, check_num_frames
+from distribution_losses import (
+    Discriminator,
+    Finding,
+    check_gaussians,
+    discriminator_loss,
+    dmd_gradient,
+    dmd_loss,
+    frozen,
+    relativistic_loss,
+    sid_loss,
+)
 from flow_matching import (
-    NUM_TRAIN_TIMESTEPS,
     add_noise,
     ancestral_sampler,
     clamp_straight_through,
@@ -37,8 +46,7 @@ from flow_matching import (
 )
 from objectives import x_0_prediction_loss
 from tiny_causal_wan import KVCache, ModelConfig, PromptContext, TinyCausalWanModel
-
-NORMALISER_FLOOR = 1e-3  # of mean |x_0 - x_0_real| in the DMD gradient: no division by zero on a perfect sample
+from training_config import FewStepConfig, SelfForcingConfig, check_num_frames
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,11 @@ class RolloutPlan:
     guidance: float = 1.0
 
 
-def few_step_plan(config: SelfForcingConfig, window_frames: int | None = None) -> RolloutPlan:
-    """The plan of a Self-Forcing model: its denoising steps, warped by the time shift."""
+def few_step_plan(config: FewStepConfig, window_frames: int | None = None) -> RolloutPlan:
+    """The plan of a few-step model: its denoising steps, warped by the time shift."""
     return RolloutPlan(
         warp_steps(config.denoising_steps, config.time_shift), config.num_frames_per_block,
-        context_time=config.context_noise / NUM_TRAIN_TIMESTEPS, window_frames=window_frames,
+        context_time=config.context_time, window_frames=window_frames,
     )
 
 
@@ -94,12 +102,14 @@ def draw_noise(streams: list[torch.Generator], shape: tuple[int, ...], device: t
 def rollout_blocks(
     model: TinyCausalWanModel, prompt: PromptContext, streams: list[torch.Generator], num_blocks: int, plan: RolloutPlan,
     null_prompt: PromptContext | None = None, exit_steps: list[int] | None = None, first_gradient_block: int | None = None,
+    trace: list[list[Tensor]] | None = None,
 ) -> Iterator[Tensor]:
     """Make a video block by block (Self-Forcing, Algorithm 1); yields x_0 of each block, (B, F_block, C, H, W).
 
     exit_steps: per block, the index into `plan.times` whose prediction is the result; None for the last.
     first_gradient_block: from this block on, the exit step's forward pass carries gradient; None for no gradient.
-    null_prompt: the unconditional branch, needed where plan.guidance is not 1.
+    null_prompt: the unconditional branch, needed where plan.guidance is not 1. trace: collects, for each block, its x_t
+    at every time of the walk.
     """
     if plan.guidance != 1.0:
         if null_prompt is None:
@@ -113,7 +123,9 @@ def rollout_blocks(
         carries_gradient = first_gradient_block is not None and block >= first_gradient_block
         exit_step = len(plan.times) - 1 if exit_steps is None else exit_steps[block]
         x_t = draw_noise(streams, shape, device)
+        walk: list[Tensor] = []
         for step in range(exit_step + 1):
+            walk.append(x_t)
             t = torch.full(x_t.shape[:2], plan.times[step], device=device)
             # Only the exit step's pass builds a graph: the steps before it are inference, simulated.
             with torch.set_grad_enabled(carries_gradient and step == exit_step):
@@ -124,6 +136,8 @@ def rollout_blocks(
             if step < exit_step:
                 eps = draw_noise(streams, shape, device) if plan.fresh_noise else eps_from_velocity(x_t, v, t)
                 x_t = add_noise(x_0, eps, torch.full_like(t, plan.times[step + 1]))
+        if trace is not None:
+            trace.append(walk)
         yield x_0
         if block + 1 < num_blocks:
             _write_context(model, x_0.detach(), prompt, cache, plan, streams)
@@ -163,12 +177,14 @@ class BidirectionalPlan:
 @torch.no_grad()
 def sample_bidirectional(
     model: TinyCausalWanModel, prompt: PromptContext, null_prompt: PromptContext, streams: list[torch.Generator], num_frames: int,
-    plan: BidirectionalPlan,
+    plan: BidirectionalPlan, trace: list[Tensor] | None = None,
 ) -> Tensor:
-    """The teacher's own sampler. Returns (B, F, C, H, W)."""
+    """The teacher's own sampler. Returns (B, F, C, H, W). trace: collects x_t at every time at which the network is asked."""
     both = prompt.concatenate(null_prompt)
 
     def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+        if trace is not None:
+            trace.append(x)
         if plan.guidance == 1.0:
             return model.forward_bidirectional(x, t, prompt)
         cond, uncond = model.forward_bidirectional(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
@@ -182,36 +198,31 @@ def sample_bidirectional(
     return ancestral_sampler(velocity_fn, draw(), times, plan.eta, draw)
 
 
-def dmd_gradient(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> Tensor:
-    """(x_0_fake - x_0_real) / mean |x_0 - x_0_real|, the mean over each sample (DMD, arXiv 2311.18828, Eqs. 7 and 8).
-
-    All (B, ...). The difference of the two scores' denoised estimates points away from the teacher's distribution.
-    """
-    normaliser = (x_0 - x_0_real).abs().flatten(1).mean(1).clamp(min=NORMALISER_FLOOR)
-    return torch.nan_to_num((x_0_fake - x_0_real) / normaliser.view(-1, *(1,) * (x_0.ndim - 1)))
-
-
-def dmd_loss(x_0: Tensor, gradient: Tensor) -> Tensor:
-    """0.5 MSE(x_0, stop_grad(x_0 - gradient)): its derivative by x_0 is gradient / numel (arXiv 2405.14867)."""
-    target = (x_0 - gradient).detach()  # the scores are constants here: no gradient into teacher or critic
-    return 0.5 * (x_0 - target).square().mean()
-
-
 @dataclass
 class Rollout:
-    """A batch of self-generated videos: x_0 (B, F, C, H, W), the last `gradient_frames` of it, and the exit steps."""
+    """A batch of generated videos: x_0 (B, F, C, H, W), the last `gradient_frames` of it, and the exit step of each block."""
 
     x_0: Tensor
     scored: Tensor  # (B, min(F, gradient_frames), C, H, W): what the losses see
-    exit_steps: list[int]
+    exit_steps: list[int]  # of the first video, where each has its own
+
+
+@dataclass(frozen=True)
+class ScorePrompts:
+    """One batch of prompts as the scores read them: encoded by the teacher, the null prompt too, and by the critic."""
+
+    real: PromptContext
+    real_null: PromptContext
+    fake: PromptContext
 
 
 class SelfForcingEngine:
     """The three networks of Self-Forcing and the losses between them.
 
-    generator: the student, trained by `generator_loss`. real_score: the frozen teacher. fake_score: the critic, trained
-    by `critic_loss` on what the generator makes. The engine owns no optimizer and draws all randomness from `random`.
-    All three start as copies of `teacher`, the generator of `start` where one is given.
+    generator: the student, trained by `generator_loss`. real_score: the frozen teacher. fake_score: the critic's network.
+    critic: what `critic_loss` trains on what the generator makes: fake_score itself, or with the GAN loss a discriminator
+    built on it. The engine owns no optimizer and draws all randomness from `random`. All three networks start as copies of
+    `teacher`, the generator of `start` where one is given.
     """
 
     def __init__(
@@ -223,6 +234,15 @@ class SelfForcingEngine:
         self.generator = copy.deepcopy(teacher if start is None else start).train().requires_grad_(True)
         self.fake_score = copy.deepcopy(teacher).train().requires_grad_(True)
         self.real_score = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.critic = Discriminator(self.fake_score).to(next(teacher.parameters()).device) if config.loss == "gan" else self.fake_score
+
+    def make_videos(self, prompt: PromptContext, num_frames: int, with_gradient: bool, x_real: Tensor | None = None) -> Rollout:
+        """The generator's videos by the configured inputs: a self-rollout, or real videos x_real, noised and denoised."""
+        if self.config.generator_inputs == "self_rollout":
+            return self.rollout(prompt, num_frames, with_gradient)
+        if x_real is None:
+            raise ValueError(f"training.generator_inputs={self.config.generator_inputs} needs real videos: none were given")
+        return self.denoise_real(prompt, x_real, with_gradient)
 
     def rollout(self, prompt: PromptContext, num_frames: int, with_gradient: bool) -> Rollout:
         """Generate from noise as inference does, stopping at a random exit step (Algorithm 1)."""
@@ -242,36 +262,77 @@ class SelfForcingEngine:
             x_0 = torch.cat(list(blocks), dim=1)
             return Rollout(x_0, x_0[:, first_scored:], exit_steps)
 
-    def generator_loss(
-        self, x_0: Tensor, real_prompt: PromptContext, real_null_prompt: PromptContext, fake_prompt: PromptContext
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Distribution matching (DMD): the loss that pulls x_0 (B, F, C, H, W) toward the teacher's distribution.
+    def denoise_real(self, prompt: PromptContext, x_real: Tensor, with_gradient: bool) -> Rollout:
+        """Noise real videos (B, F, C, H, W), every block to a few-step time of its own, and denoise them in one pass.
 
-        real_prompt and real_null_prompt are encoded by the teacher, fake_prompt by the critic.
+        What a block sees of the past is noised too ("diffusion_forced": CausVid, arXiv 2412.07772, section 4.2) or clean
+        ("teacher_forced"): in both cases data, never what the generator made, which is what Self-Forcing changes.
         """
-        with torch.no_grad():  # the two scores only supply a direction
-            x_t, t = self._noised(x_0.detach())
-            x_0_fake = x_0_from_velocity(x_t, self.fake_score.forward_bidirectional(x_t, t, fake_prompt), t)
-            cond, uncond = self.real_score.forward_bidirectional(
-                torch.cat([x_t, x_t]), torch.cat([t, t]), real_prompt.concatenate(real_null_prompt)
-            ).chunk(2)
-            weight = expand_time(interval_weight(t, self.config.guidance, self.config.guidance_interval), x_t)
-            x_0_real = x_0_from_velocity(x_t, classifier_free_guidance(cond, uncond, weight), t)
-            if self.config.clamp_scores:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): videos are in this range
-                x_0_fake, x_0_real = x_0_fake.clamp(-1, 1), x_0_real.clamp(-1, 1)
-            gradient = dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
-        figures = {
-            "dmd_gradient_norm": gradient.square().mean().sqrt().item(),
-            "score_distance": (x_0_fake - x_0_real).abs().mean().item(),
-        }
-        return dmd_loss(x_0, gradient), figures
+        block, num_frames = self.config.num_frames_per_block, x_real.shape[1]
+        check_num_frames("num_frames", num_frames, block)
+        exits = torch.randint(len(self.plan.times), (len(x_real), num_frames // block), generator=self.random)
+        t = torch.tensor(self.plan.times)[exits].repeat_interleave(block, 1).to(x_real.device)
+        x_t = add_noise(x_real, torch.randn(x_real.shape, generator=self.random).to(x_real.device), t)
+        with torch.set_grad_enabled(with_gradient):
+            if self.config.generator_inputs == "teacher_forced":
+                v = self.generator.forward_teacher_forced(x_t, t, x_real, prompt, block)
+            else:
+                v = self.generator.forward_block_causal(x_t, t, prompt, block)
+            x_0 = clamp_straight_through(x_0_from_velocity(x_t, v, t))  # as in the rollout
+        return Rollout(x_0, x_0[:, max(num_frames - self.config.gradient_frames, 0):], exits[0].tolist())
 
-    def critic_loss(self, x_0: Tensor, fake_prompt: PromptContext) -> Tensor:
-        """Flow matching of the critic on the generator's own videos x_0 (B, F, C, H, W)."""
+    def generator_loss(self, x_0: Tensor, prompts: ScorePrompts, x_real: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
+        """The loss that pulls x_0 (B, F, C, H, W) toward the teacher's distribution, or with "gan" that of x_real."""
+        if self.config.loss == "gan":
+            return self._gan_generator_loss(x_0, prompts.fake, x_real)
+        if self.config.loss == "sid":
+            with frozen(self.critic):  # gradient passes through both scores, into neither
+                x_0_fake, x_0_real = self._denoised(x_0, prompts)
+            loss, figures = sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha), {}
+        else:
+            with torch.no_grad():  # the two scores only supply a direction
+                x_0_fake, x_0_real = self._denoised(x_0.detach(), prompts)
+                gradient = dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
+            loss, figures = dmd_loss(x_0, gradient), {"dmd_gradient_norm": gradient.square().mean().sqrt().item()}
+        return loss, {**figures, "score_distance": (x_0_fake - x_0_real).abs().mean().item()}
+
+    def _denoised(self, x_0: Tensor, prompts: ScorePrompts) -> tuple[Tensor, Tensor]:
+        """What critic and guided teacher make of x_0 (B, F, C, H, W), noised: x_0_fake and x_0_real."""
+        x_t, t = self._noised(x_0)
+        x_0_fake = x_0_from_velocity(x_t, self.fake_score.forward_bidirectional(x_t, t, prompts.fake), t)
+        cond, uncond = self.real_score.forward_bidirectional(
+            torch.cat([x_t, x_t]), torch.cat([t, t]), prompts.real.concatenate(prompts.real_null)
+        ).chunk(2)
+        weight = expand_time(interval_weight(t, self.config.guidance, self.config.guidance_interval), x_t)
+        x_0_real = x_0_from_velocity(x_t, classifier_free_guidance(cond, uncond, weight), t)
+        if self.config.clamp_scores:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): videos are in this range
+            x_0_fake, x_0_real = x_0_fake.clamp(-1, 1), x_0_real.clamp(-1, 1)
+        return x_0_fake, x_0_real
+
+    def critic_loss(self, x_0: Tensor, fake_prompt: PromptContext, x_real: Tensor | None = None) -> Tensor:
+        """Flow matching of the critic on the generator's own videos x_0 (B, F, C, H, W); with "gan" the discriminator's loss."""
         x_0 = x_0.detach()  # the critic's loss must not reach the generator
+        if self.config.loss == "gan":
+            (fake_t, real_t), t = self._noised_pair(x_0, x_real)
+            config, logits = self.config, partial(self.critic, t=t, prompt=fake_prompt)
+            return discriminator_loss(logits, real_t, fake_t, config.gan_penalty, config.gan_penalty_sigma, self.random)
         x_t, t = self._noised(x_0)
         v = self.fake_score.forward_bidirectional(x_t, t, fake_prompt)
         return x_0_prediction_loss(v, x_t, x_0, t, self.config.loss_time_floor)
+
+    def _gan_generator_loss(self, x_0: Tensor, prompt: PromptContext, x_real: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+        with frozen(self.critic):
+            (fake_t, real_t), t = self._noised_pair(x_0, x_real)
+            fake, real = self.critic(fake_t, t, prompt), self.critic(real_t, t, prompt)
+        return relativistic_loss(fake, real), {"logit_distance": (real - fake).mean().item()}
+
+    def _noised_pair(self, x_0: Tensor, x_real: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Generated and real videos of the same prompts, with noise of their own at the same times."""
+        if x_real is None:
+            raise ValueError("training.loss=gan compares with real videos: none were given")
+        x_t, t = self._noised(x_0)
+        real = x_real[:, x_real.shape[1] - x_0.shape[1]:]  # the frames that are scored
+        return (x_t, add_noise(real, torch.randn(real.shape, generator=self.random).to(real.device), t)), t
 
     def _noised(self, x_0: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and t, one uniform time in [min_score_time, max_score_time] per video."""
@@ -279,9 +340,6 @@ class SelfForcingEngine:
         t = (low + (high - low) * torch.rand((x_0.shape[0], 1), generator=self.random)).to(x_0.device).expand(x_0.shape[:2])
         eps = torch.randn(x_0.shape, generator=self.random).to(x_0.device)
         return add_noise(x_0, eps, t), t
-
-
-Finding = tuple[bool, str]  # whether it holds, and what was seen
 
 
 def self_test() -> bool:
@@ -298,7 +356,7 @@ def self_test() -> bool:
         _check_one_rollout(engine, engine.generator.encode_prompt(text, mask)),
         _check_gradient_passes(engine, engine.generator.encode_prompt(text, mask)),
         *_check_losses(engine, text, mask),
-        *_check_gaussians(random),
+        *check_gaussians(random),
     ]
     for is_ok, finding in findings:
         print(f"{'ok  ' if is_ok else 'FAIL'} {finding}")
@@ -353,7 +411,7 @@ def _check_losses(engine: SelfForcingEngine, text: Tensor, mask: Tensor) -> list
     def generator_gradient() -> tuple[float, float]:
         prompts = [score.encode_prompt(text, mask) for score in (engine.real_score, engine.fake_score)]
         x_0 = engine.rollout(engine.generator.encode_prompt(text, mask), 6, with_gradient=True).scored
-        loss, figures = engine.generator_loss(x_0, prompts[0], null, prompts[1])
+        loss, figures = engine.generator_loss(x_0, ScorePrompts(prompts[0], null, prompts[1]))
         loss.backward()
         return _total_gradient(engine.generator), figures["score_distance"]
 
@@ -379,25 +437,6 @@ def _check_losses(engine: SelfForcingEngine, text: Tensor, mask: Tensor) -> list
 
 def _total_gradient(model: TinyCausalWanModel) -> float:
     return sum(parameter.grad.abs().sum().item() for parameter in model.parameters() if parameter.grad is not None)
-
-
-def _check_gaussians(random: torch.Generator) -> list[Finding]:
-    """DMD between N(m_fake, s^2) and N(m_real, s^2), whose denoised estimates are known exactly."""
-    m_fake, m_real, s, t = 0.8, -0.5, 0.6, 0.7
-    x_0 = (m_fake + s * torch.randn((64, 3, 1, 4, 4), generator=random, dtype=torch.float64)).requires_grad_()
-    x_t = (1 - t) * x_0.detach() + t * torch.randn(x_0.shape, generator=random, dtype=torch.float64)
-    shrink = s**2 * (1 - t) / ((1 - t) ** 2 * s**2 + t**2)
-    x_0_fake, x_0_real = (m + shrink * (x_t - (1 - t) * m) for m in (m_fake, m_real))  # E[x_0 | x_t]
-    loss = dmd_loss(x_0, dmd_gradient(x_0.detach(), x_0_fake, x_0_real))
-    (gradient,) = torch.autograd.grad(loss, x_0)
-    scale = (x_0.detach() - x_0_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    closed_form = (m_fake - m_real) * t**2 / ((1 - t) ** 2 * s**2 + t**2) / scale / x_0.numel()
-    error = ((gradient - closed_form) / closed_form).abs().max().item()
-    start, stepped = x_0.mean().item(), (x_0 - 0.5 * x_0.numel() * gradient).mean().item()
-    return [
-        (error < 1e-12, f"on Gaussians the DMD gradient is the closed form to {error:.1e}"),
-        (m_real < stepped < start, f"a step moves their mean from {start:.2f} to {stepped:.2f}, toward {m_real}"),
-    ]
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Dimensions: B batch, F frames, C channels, H height, W width.
 
-A checkpoint says itself what it is. A student (training type "dmd2") makes a video block by block in its few denoising
-steps; a teacher ("pretrain") denoises all frames at once in many Euler steps with guidance.
+A checkpoint says itself what it is. A student (training type "dmd2", "causal_ode" or "causal_consistency") makes a video
+block by block in its few denoising steps; a teacher ("pretrain") denoises all frames at once in many steps with guidance,
+or block by block where teacher or diffusion forcing made it causal.
 
     --num_steps N             on a student: Euler's method, N steps a block, still block by block
     --denoising_steps ...     on a teacher: block by block in so few steps, which it was not trained for ("naive")

@@ -1,4 +1,5 @@
-"""Losses that use data: the pretraining of one network as bidirectional teacher and as causal starting point.
+"""Losses that use data: the pretraining of one network as bidirectional teacher and as causal starting point, and the
+two classic ways to train a causal one, diffusion forcing and teacher forcing.
 
 Dimensions: B batch, F frames, C channels, H height, W width, K = F / num_frames_per_block blocks.
 """
@@ -41,7 +42,7 @@ def block_causal_loss(
     """Diffusion forcing (arXiv 2407.01392) with block-causal attention, one time per block, and clean context.
 
     In a share `clean_prefix_probability` of the videos the first 0..K-1 blocks stand at t = 0 and do not count in the
-    loss: this is the context that the KV cache supplies at inference.
+    loss: this is the context that the KV cache supplies at inference. Share 0 is diffusion forcing itself.
     """
     t, frame_weight = sample_block_times(
         x_0.shape[0], x_0.shape[1], num_frames_per_block, clean_prefix_probability, time_shift, generator
@@ -50,6 +51,22 @@ def block_causal_loss(
     x_t = add_noise(x_0, _noise_like(x_0, generator), t)
     v = model.forward_block_causal(x_t, t, prompt, num_frames_per_block)
     return x_0_prediction_loss(v, x_t, x_0, t, time_floor, frame_weight)
+
+
+def teacher_forcing_loss(
+    model: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext, num_frames_per_block: int, time_shift: float, time_floor: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Every block noised at a time of its own and denoised from the clean blocks before it, all in one pass.
+
+    The next-token loss of language models (Williams and Zipser 1989) for diffusion, as the baseline of Self-Forcing's
+    Table 2 (arXiv 2506.08009).
+    """
+    t, _ = sample_block_times(x_0.shape[0], x_0.shape[1], num_frames_per_block, 0.0, time_shift, generator)
+    t = t.to(x_0.device)
+    x_t = add_noise(x_0, _noise_like(x_0, generator), t)
+    v = model.forward_teacher_forced(x_t, t, x_0, prompt, num_frames_per_block)
+    return x_0_prediction_loss(v, x_t, x_0, t, time_floor)
 
 
 def sample_block_times(

@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import LoadedNetworks
-from config import SelfForcingConfig, TrainingConfig, check_denoising_steps, check_num_frames
 from dynamic_video_sf import (
     BidirectionalPlan,
     RolloutPlan,
@@ -28,10 +27,10 @@ from dynamic_video_sf import (
     sample_bidirectional,
     warp_steps,
 )
-from flow_matching import NUM_TRAIN_TIMESTEPS
 from runtime import Runtime
 from text_encoder import NULL_PROMPT, TextEncoder
 from tiny_causal_wan import TinyCausalWanModel
+from training_config import FewStepConfig, PretrainConfig, TrainingConfig, check_denoising_steps, check_num_frames
 
 NAIVE_STEPS = [1000, 750, 500, 250]  # what the pretrained network is shown with before Self-Forcing
 
@@ -90,29 +89,29 @@ class SamplerSettings:
             raise ValueError(f"--guidance is {self.guidance}: expected 0 or more (1 is no guidance)")
 
     def make_plan(self, training: TrainingConfig) -> RolloutPlan | BidirectionalPlan:
-        """The plan for a network trained with `training`, whose type says whether it is a student or a teacher.
+        """The plan for a network trained with `training`, whose kind says whether it is a student or a teacher.
 
-        Left open, a student takes its own denoising steps and a teacher `teacher_steps` Euler steps. Guidance left open
-        is the checkpoint's for the bidirectional teacher and none in a causal rollout. A causal rollout attends to the
-        last `max_num_frames` frames, the length of training, so it can go on for any length.
+        Left open, a few-step student takes its own denoising steps and a teacher `teacher_steps` Euler steps: all frames at
+        once, or block by block where teacher or diffusion forcing made it causal. Guidance left open is the checkpoint's
+        for a teacher's Euler steps and none otherwise. A causal rollout attends to the last `max_num_frames` frames, the
+        length of training, so it can go on for any length.
         """
-        is_student = isinstance(training, SelfForcingConfig)
-        wishes = {"num_steps": self.num_steps, "guidance": self.guidance}
-        if not is_student and self.denoising_steps is None:
-            return replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
-        plan = self._causal_plan(training, window_frames=training.max_num_frames)
+        is_student = isinstance(training, FewStepConfig)
+        if self.num_steps is not None or (not is_student and self.denoising_steps is None):
+            wishes = {"num_steps": self.num_steps, "guidance": 1.0 if is_student and self.guidance is None else self.guidance}
+            many = replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
+            if isinstance(training, PretrainConfig) and training.objective == "mixed":
+                return many
+            context_time = training.context_time if isinstance(training, FewStepConfig) else 0.0
+            return many_step_plan(
+                many.num_steps, many.time_shift, training.num_frames_per_block, many.guidance, training.max_num_frames, context_time
+            )
+        plan = RolloutPlan((1.0,), training.num_frames_per_block, window_frames=training.max_num_frames)
+        if isinstance(training, FewStepConfig):
+            plan = few_step_plan(training, training.max_num_frames)
+        if self.denoising_steps is not None:
+            plan = replace(plan, times=warp_steps(list(self.denoising_steps), training.time_shift))
         return replace(plan, guidance=1.0 if self.guidance is None else self.guidance)
-
-    def _causal_plan(self, training: TrainingConfig, window_frames: int) -> RolloutPlan:
-        block = training.num_frames_per_block
-        if not isinstance(training, SelfForcingConfig):
-            assert self.denoising_steps is not None
-            return RolloutPlan(warp_steps(list(self.denoising_steps), training.time_shift), block, window_frames=window_frames)
-        if self.num_steps is not None:
-            context_time = training.context_noise / NUM_TRAIN_TIMESTEPS
-            return many_step_plan(self.num_steps, training.time_shift, block, 1.0, window_frames, context_time)
-        steps = training.denoising_steps if self.denoising_steps is None else list(self.denoising_steps)
-        return few_step_plan(replace(training, denoising_steps=steps), window_frames)
 
 
 def require_at_least_one(name: str, value: int) -> None:

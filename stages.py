@@ -1,4 +1,4 @@
-"""The two kinds of training, each as one object with `train_step`, `sample` and `state_dict`.
+"""Training on videos and Self-Forcing, each as one object with `train_step`, `sample` and `state_dict`.
 
 A stage owns its networks, averages and optimizers; the loop around it (`train.SimplifiedTrainer`) owns the step counter,
 the files and the logs. All randomness comes from one `torch.Generator`, and data are numbered, so a stage's state is
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import CheckpointError, LoadedNetworks, load_networks, load_state
-from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig
-from dynamic_video_sf import RolloutPlan, SelfForcingEngine, warp_steps
+from config import Config
+from dynamic_video_sf import RolloutPlan, ScorePrompts, SelfForcingEngine, many_step_plan, warp_steps
 from moving_mnist import MovingMNISTGenerator
-from objectives import bidirectional_loss, block_causal_loss, drop_prompts
+from objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
 from runtime import Runtime
 from sampling import NAIVE_STEPS, sample_few_step, sample_many_step, teacher_plan
 from text_encoder import NULL_PROMPT, TextEncoder
-from tiny_causal_wan import TinyCausalWanModel
+from tiny_causal_wan import PromptContext, TinyCausalWanModel
+from training_config import FewStepConfig, PretrainConfig, SelfForcingConfig, TrainingConfig
 
 REPOSITORY = Path(__file__).resolve().parent
 DATA_GEOMETRY = ("frame_size", "digit_size", "num_digits", "channels")  # what two stages of one network must share
@@ -73,7 +74,8 @@ def update_average(average: nn.Module, live: nn.Module, decay: float, num_update
 
 
 class PretrainStage:
-    """Pretraining on Moving MNIST: even steps bidirectional, odd steps block-causal (see `objectives`)."""
+    """Training on the videos of Moving MNIST (see `objectives`): even steps bidirectional, odd steps block-causal, or with
+    teacher or diffusion forcing every step causal."""
 
     columns = ("loss_bidirectional", "loss_causal", "gradient_norm", "lr_factor")
 
@@ -85,6 +87,12 @@ class PretrainStage:
         self.earlier_prompts: dict[int, int] = {}  # drawn by the runs that this one goes on from
         self.model = TinyCausalWanModel(config.model).to(runtime.device)
         self.text_encoder = TextEncoder(config.text).to(runtime.device)
+        if self.config.pretrained_checkpoint is not None:
+            start = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
+            self.model.load_state_dict(start.generator.state_dict())
+            self.text_encoder.load_state_dict(start.text_encoder.state_dict())
+            self.text_encoder.requires_grad_(False)  # what is trained from one teacher stays fit to be combined
+            self.earlier_prompts = start.prompts_drawn
         self.live = nn.ModuleDict({"generator": self.model, "text_encoder": self.text_encoder})
         self.average = copy.deepcopy(self.live).requires_grad_(False).eval()
         if self.config.compile:
@@ -92,7 +100,7 @@ class PretrainStage:
                 block.compile(dynamic=False)
         matrices = [p for n, p in self.model.blocks.named_parameters() if p.ndim == 2 and n.endswith(".weight")]
         chosen = {id(p) for p in matrices}
-        others = [p for p in self.live.parameters() if id(p) not in chosen]
+        others = [p for p in self.live.parameters() if p.requires_grad and id(p) not in chosen]
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "muon": torch.optim.Muon(
                 matrices, lr=self.config.muon_lr, weight_decay=self.config.weight_decay, adjust_lr_fn="match_rms_adamw"
@@ -113,13 +121,7 @@ class PretrainStage:
         x_0 = batch.video.to(self.runtime.device)
         with self.runtime.autocast():
             prompt = self.model.encode_prompt(*self.text_encoder.encode(prompts))
-            if step % 2 == 0:
-                loss = bidirectional_loss(self.model, x_0, prompt, config.time_shift, config.loss_time_floor, self.random)
-            else:
-                loss = block_causal_loss(
-                    self.model, x_0, prompt, config.num_frames_per_block, config.clean_prefix_probability, config.time_shift,
-                    config.loss_time_floor, self.random,
-                )
+            kind, loss = self._loss(step, x_0, prompt)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.live.parameters(), config.clip_norm)
         factor = rate_factor(config, step, config.warmup_steps)
@@ -128,20 +130,31 @@ class PretrainStage:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         update_average(self.average, self.live, config.ema_decay, step)
-        kind = "loss_bidirectional" if step % 2 == 0 else "loss_causal"
         return {kind: loss.item(), "gradient_norm": norm.item(), "lr_factor": factor}
 
+    def _loss(self, step: int, x_0: Tensor, prompt: PromptContext) -> tuple[str, Tensor]:
+        """The name and value of this step's loss."""
+        config, common = self.config, (self.config.time_shift, self.config.loss_time_floor, self.random)
+        if config.objective == "teacher_forcing":
+            return "loss_causal", teacher_forcing_loss(self.model, x_0, prompt, config.num_frames_per_block, *common)
+        if config.objective == "mixed" and step % 2 == 0:
+            return "loss_bidirectional", bidirectional_loss(self.model, x_0, prompt, *common)
+        return "loss_causal", block_causal_loss(
+            self.model, x_0, prompt, config.num_frames_per_block, config.clean_prefix_probability, *common
+        )
+
     def sample(self, prompts: list[str], seeds: list[int], num_frames: int) -> dict[str, Tensor]:
-        """The averaged network as many-step teacher and, naively, in four causal steps."""
-        model, text_encoder = self.average["generator"], self.average["text_encoder"]
-        config = self.config
+        """The averaged network in many steps, as the teacher or causally, and naively in four causal steps."""
+        common = (self.average["generator"], self.average["text_encoder"], prompts, seeds, num_frames)
+        config, num_steps = self.config, self.config.teacher_steps
+        samples = {}
+        if config.objective == "mixed":
+            samples[f"teacher, {num_steps} steps"] = sample_many_step(*common, teacher_plan(config), self.runtime)
+        else:
+            plan = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance)
+            samples[f"causal, {num_steps} steps"] = sample_few_step(*common, plan, self.runtime)
         naive = RolloutPlan(warp_steps(NAIVE_STEPS, config.time_shift), config.num_frames_per_block)
-        return {
-            f"teacher, {config.teacher_steps} steps": sample_many_step(
-                model, text_encoder, prompts, seeds, num_frames, teacher_plan(config), self.runtime
-            ),
-            "naive, 4 steps": sample_few_step(model, text_encoder, prompts, seeds, num_frames, naive, self.runtime),
-        }
+        return {**samples, "naive, 4 steps": sample_few_step(*common, naive, self.runtime)}
 
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": self.model, "text_encoder": self.text_encoder}
@@ -163,7 +176,7 @@ class PretrainStage:
             "generator_state_dict": self.model, "generator_ema_state_dict": self.average["generator"],
             "text_encoder_state_dict": self.average["text_encoder"], "text_encoder_live_state_dict": self.text_encoder,
         }
-        _load_modules(targets, checkpoint, name)
+        load_modules(targets, checkpoint, name)
         for key, optimizer in self.optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"][key])
             for group in optimizer.param_groups:  # the command line's wish, not that of the run that is resumed; rates: train_step
@@ -174,19 +187,21 @@ class PretrainStage:
 
 
 class SelfForcingStage:
-    """Self-Forcing with distribution matching: a critic update every step, a generator update every few."""
+    """Self-Forcing, or a distillation on real videos, with distribution matching: a critic update every step, a generator
+    update every few."""
 
     columns = (
-        "loss_generator", "loss_critic", "dmd_gradient_norm", "score_distance", "gradient_norm_generator",
+        "loss_generator", "loss_critic", "dmd_gradient_norm", "score_distance", "logit_distance", "gradient_norm_generator",
         "gradient_norm_critic", "exit_step", "num_frames",
     )
 
     def __init__(self, config: Config, runtime: Runtime, random: torch.Generator):
         assert isinstance(config.training, SelfForcingConfig)
         self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
-        self.captions = MovingMNISTGenerator(config.dataset, "train")  # of the data, only the prompts are used
+        self.data = MovingMNISTGenerator(config.dataset, "train")  # of which only the prompts are used, unless config.uses_videos
         self.num_prompts_seen = 0
         loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
+        check_is_bidirectional(self.config.pretrained_checkpoint, loaded.config)
         self.text_encoder, self.earlier_prompts = loaded.text_encoder, loaded.prompts_drawn
         start = None
         if self.config.generator_checkpoint is not None:
@@ -195,7 +210,7 @@ class SelfForcingStage:
         self.engine = SelfForcingEngine(self.config, loaded.generator, random, None if start is None else start.generator)
         self.average = copy.deepcopy(self.engine.generator).requires_grad_(False).eval()
         rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
-        modules = {"generator": self.engine.generator, "critic": self.engine.fake_score}
+        modules = {"generator": self.engine.generator, "critic": self.engine.critic}
         self.optimizers = {
             name: torch.optim.AdamW(
                 module.parameters(), lr=rates[name], betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay
@@ -207,8 +222,11 @@ class SelfForcingStage:
     def train_step(self, step: int) -> dict[str, float]:
         config, engine = self.config, self.engine
         num_frames = draw_num_frames(config, self.random)
-        prompts = self.captions.captions(self.seed, range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size))
+        indices = range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size)
         self.num_prompts_seen += config.batch_size
+        prompts, x_real = self.data.captions(self.seed, indices), None
+        if config.uses_videos:
+            x_real = self.data.sample(self.seed, indices, num_frames).video.to(self.runtime.device)
         is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
         figures: dict[str, float] = {"num_frames": num_frames}
         set_rate(self.optimizers["generator"], rate_factor(config, step) * config.lr)
@@ -216,25 +234,26 @@ class SelfForcingStage:
         with torch.no_grad(), self.runtime.autocast():
             text = self.text_encoder.encode(prompts)
         with self.runtime.autocast(), torch.set_grad_enabled(is_generator_turn):
-            rollout = engine.rollout(engine.generator.encode_prompt(*text), num_frames, with_gradient=is_generator_turn)
+            rollout = engine.make_videos(engine.generator.encode_prompt(*text), num_frames, is_generator_turn, x_real)
         figures["exit_step"] = rollout.exit_steps[0]
         if is_generator_turn:
-            figures |= self._update_generator(rollout.scored, text, len(prompts))
+            figures |= self._update_generator(rollout.scored, text, x_real)
         # The critic learns from the same videos: the rollout of the generator's turn serves twice.
         with self.runtime.autocast():
-            loss = engine.critic_loss(rollout.scored, engine.fake_score.encode_prompt(*text))
+            loss = engine.critic_loss(rollout.scored, engine.fake_score.encode_prompt(*text), x_real)
         figures["loss_critic"] = loss.item()
-        figures["gradient_norm_critic"] = self._step("critic", engine.fake_score, loss)
+        figures["gradient_norm_critic"] = self._step("critic", engine.critic, loss)
         return figures
 
-    def _update_generator(self, x_0: Tensor, text: tuple[Tensor, Tensor], batch_size: int) -> dict[str, float]:
+    def _update_generator(self, x_0: Tensor, text: tuple[Tensor, Tensor], x_real: Tensor | None) -> dict[str, float]:
         engine = self.engine
         with torch.no_grad(), self.runtime.autocast():  # prompts of the two scores, which are constants here
-            null = self.text_encoder.encode([NULL_PROMPT] * batch_size)
-            real, real_null = engine.real_score.encode_prompt(*text), engine.real_score.encode_prompt(*null)
-            fake = engine.fake_score.encode_prompt(*text)
+            null = self.text_encoder.encode([NULL_PROMPT] * len(x_0))
+            prompts = ScorePrompts(
+                engine.real_score.encode_prompt(*text), engine.real_score.encode_prompt(*null), engine.fake_score.encode_prompt(*text)
+            )
         with self.runtime.autocast():
-            loss, figures = engine.generator_loss(x_0, real, real_null, fake)
+            loss, figures = engine.generator_loss(x_0, prompts, x_real)
         norm = self._step("generator", engine.generator, loss)
         update_average(self.average, engine.generator, self.config.ema_decay, self.num_generator_updates)
         self.num_generator_updates += 1
@@ -258,13 +277,13 @@ class SelfForcingStage:
         }
 
     def networks(self) -> dict[str, nn.Module]:
-        return {"generator": self.engine.generator, "critic": self.engine.fake_score}
+        return {"generator": self.engine.generator, "critic": self.engine.critic}
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "generator_state_dict": self.engine.generator.state_dict(),
             "generator_ema_state_dict": self.average.state_dict(),
-            "critic_state_dict": self.engine.fake_score.state_dict(),
+            "critic_state_dict": self.engine.critic.state_dict(),
             "real_score_state_dict": self.engine.real_score.state_dict(),
             "text_encoder_state_dict": self.text_encoder.state_dict(),
             "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -277,11 +296,11 @@ class SelfForcingStage:
     def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
         targets = {
             "generator_state_dict": self.engine.generator, "generator_ema_state_dict": self.average,
-            "critic_state_dict": self.engine.fake_score, "real_score_state_dict": self.engine.real_score,
+            "critic_state_dict": self.engine.critic, "real_score_state_dict": self.engine.real_score,
             "text_encoder_state_dict": self.text_encoder,
         }
         self._check_same_teacher(checkpoint, name)
-        _load_modules(targets, checkpoint, name)
+        load_modules(targets, checkpoint, name)
         for key, optimizer in self.optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"][key])
             for group in optimizer.param_groups:  # the command line's wishes, not those of the run that is resumed; rates: train_step
@@ -304,12 +323,23 @@ class SelfForcingStage:
             )
 
 
-def _load_modules(targets: dict[str, nn.Module], checkpoint: dict[str, Any], name: str) -> None:
+def load_modules(targets: dict[str, nn.Module], checkpoint: dict[str, Any], name: str) -> None:
+    """Restore each module from its key of the checkpoint. Raises CheckpointError naming a key that is missing."""
     for key, module in targets.items():
         if key not in checkpoint:
             raise CheckpointError(f"{name} lacks {key}: it was stripped for generation, or is of another kind of training; resume "
                                   "from a checkpoint in the run's own folder")
         load_state(module, checkpoint[key], f"{name}: {key}")
+
+
+def check_is_bidirectional(path: str, stored: Config) -> None:
+    """Raise CheckpointError where a network is no bidirectional teacher, because it was trained causally alone."""
+    training = stored.training
+    if isinstance(training, PretrainConfig) and training.objective != "mixed":
+        raise CheckpointError(
+            f"{path} was trained with objective={training.objective}, which makes a causal network, but a bidirectional teacher is "
+            "needed here: give one of objective=mixed, and this one as training.generator_checkpoint if it is to be the start"
+        )
 
 
 def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
@@ -343,9 +373,9 @@ def load_start(path: Path, config: Config, teacher: LoadedNetworks, device: torc
 def load_teacher(path: Path, config: Config, device: torch.device) -> LoadedNetworks:
     """The pretrained network and its text encoder, frozen. Raises CheckpointError as `load_fitting` does, and for a student."""
     teacher = load_fitting(path, config, device)
-    if isinstance(teacher.config.training, SelfForcingConfig):
+    if isinstance(teacher.config.training, FewStepConfig):
         raise CheckpointError(
-            f"{path} is a student of Self-Forcing, whose bidirectional side is no longer trained: give a pretrained network as the "
+            f"{path} is a few-step student, whose bidirectional side is no longer trained: give a pretrained network as the "
             "teacher; training.generator_checkpoint=PATH lets a generator start from a student"
         )
     return teacher

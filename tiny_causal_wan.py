@@ -16,13 +16,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from attention import block_causal_mask, rope_angles, teacher_forcing_mask
 from flow_matching import NUM_TRAIN_TIMESTEPS, expand_time, velocity_from_x_0
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # self-attention of one layer: q, k, v (B, h, S, d) -> (B, h, S, d)
@@ -133,50 +134,8 @@ class KVCache:
         return 0 if self._keys[0] is None else self._keys[0].shape[2]
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a kept mask must also serve later training
-def block_causal_mask(
-    num_frames: int, num_frames_per_block: int, window_frames: int | None, temporal_patch: int, tokens_per_patch_row: int,
-    device: torch.device,
-) -> Tensor:
-    """(S, S) bool, True where a query may look: its own block and the earlier ones inside the window.
-
-    The window ends with the query's block and counts it, exactly as `KVCache` does.
-    """
-    frame = torch.arange(0, num_frames, temporal_patch, device=device)  # (T,) first frame of each patch row
-    block_end = (frame // num_frames_per_block + 1) * num_frames_per_block
-    allowed = frame[None, :] < block_end[:, None]  # (T query, T key)
-    if window_frames is not None:
-        allowed &= frame[None, :] >= block_end[:, None] - max(window_frames, num_frames_per_block)
-    return allowed.repeat_interleave(tokens_per_patch_row, 0).repeat_interleave(tokens_per_patch_row, 1)
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # a kept table must also serve later training
-def _rope_angles(
-    grid: tuple[int, int], head_size: int, theta: float, first_row: int, num_rows: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """3-D RoPE (arXiv 2104.09864; axis split as in Wan) from patch row first_row on: cos (S, d), each angle twice, and sin (S, d),
-    whose first half is negated, so that a rotation is two products."""
-    grid_y, grid_x = grid
-    half = head_size // 2
-    sizes = (half - 2 * (half // 3), half // 3, half // 3)  # angles given to time, height, width
-    positions = torch.meshgrid(
-        torch.arange(first_row, first_row + num_rows, dtype=torch.float64),
-        torch.arange(grid_y, dtype=torch.float64),
-        torch.arange(grid_x, dtype=torch.float64), indexing="ij",
-    )
-    angles = []
-    for size, position in zip(sizes, positions, strict=True):
-        frequency = theta ** (-torch.arange(size, dtype=torch.float64) / size)
-        angles.append(position.flatten()[:, None] * frequency)  # (S, size)
-    angle = torch.cat(angles, dim=1)
-    cos, sin = angle.cos().float(), angle.sin().float()
-    return torch.cat([cos, cos], dim=1).to(device), torch.cat([-sin, sin], dim=1).to(device)
-
-
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, h, S, d) by `_rope_angles`: the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i."""
+    """Rotate x (B, h, S, d) by `rope_angles`: the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i."""
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
 
 
@@ -299,14 +258,25 @@ class TinyCausalWanModel(nn.Module):
         self, x_t: Tensor, t: Tensor, prompt: PromptContext, num_frames_per_block: int, window_frames: int | None = None
     ) -> Tensor:
         """v (B, F, C, H, W) where each frame sees its own block and the earlier ones (inside the window)."""
-        self._check_block(num_frames_per_block, window_frames)
-        if x_t.shape[1] % num_frames_per_block:
-            raise ValueError(f"{x_t.shape[1]} frames: expected a multiple of the block of {num_frames_per_block}")
-        mask = block_causal_mask(
-            x_t.shape[1], num_frames_per_block, window_frames, self.config.patch_size[0],
-            self.config.tokens_per_patch_row, x_t.device,
-        )
+        mask = self._mask(block_causal_mask, x_t, num_frames_per_block, window_frames)
         return self._run(x_t, t, prompt, 0, [partial(attention, mask=mask)] * self.config.num_layers)
+
+    def forward_teacher_forced(
+        self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: PromptContext, num_frames_per_block: int, window_frames: int | None = None
+    ) -> Tensor:
+        """v of every block of x_t (B, F, C, H, W), each seeing itself and the blocks of x_clean before it, at time 0.
+
+        One pass over the doubled sequence [clean | noisy]: what decoding block by block gives where the cache holds x_clean.
+        """
+        if x_clean.shape != x_t.shape:
+            raise ValueError(f"clean video of shape {tuple(x_clean.shape)}: expected that of the noisy one, {tuple(x_t.shape)}")
+        mask = self._mask(teacher_forcing_mask, x_t, num_frames_per_block, window_frames)
+        doubled, times = torch.cat([x_clean, x_t], dim=1), torch.cat([torch.zeros_like(t), t], dim=1)  # (B, 2 F, C, H, W), (B, 2 F)
+        return self._run(doubled, times, prompt, 0, [partial(attention, mask=mask)] * self.config.num_layers, 2)[:, x_t.shape[1]:]
+
+    def forward_features(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
+        """Tokens (B, T, N, D) after the last block, where every frame sees every frame: what a discriminator reads."""
+        return self._features(x_t, t, prompt, 0, [attention] * self.config.num_layers)[0]
 
     def forward_cached(self, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> Tensor:
         """v of one block x_t (B, F_block, C, H, W) that follows the cached frames; the cache is read, not written."""
@@ -331,13 +301,31 @@ class TinyCausalWanModel(nn.Module):
 
         return [partial(attend, layer=layer) for layer in range(self.config.num_layers)]
 
+    def _mask(self, make_mask: Callable[..., Tensor], x_t: Tensor, num_frames_per_block: int, window_frames: int | None) -> Tensor:
+        self._check_block(num_frames_per_block, window_frames)
+        if x_t.shape[1] % num_frames_per_block:
+            raise ValueError(f"{x_t.shape[1]} frames: expected a multiple of the block of {num_frames_per_block}")
+        patch, tokens = self.config.patch_size[0], self.config.tokens_per_patch_row
+        return make_mask(x_t.shape[1], num_frames_per_block, window_frames, patch, tokens, x_t.device)
+
     def _check_block(self, num_frames_per_block: int, window_frames: int | None) -> None:
         patch = self.config.patch_size[0]
         for name, count in (("block", num_frames_per_block), ("window", window_frames)):
             if count is not None and (count < 1 or count % patch):
                 raise ValueError(f"a {name} of {count} frames: expected a positive multiple of the temporal patch {patch}")
 
-    def _run(self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int, attends: list[Attend]) -> Tensor:
+    def _run(
+        self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int, attends: list[Attend], num_copies: int = 1
+    ) -> Tensor:
+        x, embedded_time = self._features(x_t, t, prompt, first_frame, attends, num_copies)
+        shift, scale = (embedded_time[:, :, None] + self.head_modulation).unsqueeze(3).unbind(2)  # (B, T, 1, D)
+        x_0 = self.unpatchify(self.head(self.head_norm(x) * (1 + scale) + shift).float())
+        return velocity_from_x_0(x_t.float(), x_0, t)
+
+    def _features(
+        self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int, attends: list[Attend], num_copies: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T, N, D) and time embedding (B, T, D); x_t holds num_copies videos in a row, at the same positions each."""
         expected = (self.config.channels, self.config.frame_size, self.config.frame_size)
         if x_t.ndim != 5 or tuple(x_t.shape[2:]) != expected or x_t.shape[1] % self.config.patch_size[0]:
             raise ValueError(
@@ -353,12 +341,12 @@ class TinyCausalWanModel(nn.Module):
             embedded_time = self.time_embedding(sinusoidal_embedding(t[:, ::temporal_patch], self.config.width))  # (B, T, D)
             embedded_time = embedded_time + prompt.pooled.float()[:, None]
             modulation = self.time_projection(embedded_time).unflatten(-1, (6, self.config.width))  # (B, T, 6, D)
-        rope = self._rope(first_frame // temporal_patch, x.shape[1], x_t.device)
+        rope = self._rope(first_frame // temporal_patch, x.shape[1] // num_copies, x_t.device)
+        if num_copies > 1:
+            rope = (rope[0].repeat(num_copies, 1), rope[1].repeat(num_copies, 1))
         for layer, block in enumerate(self.blocks):
             x = block(x, modulation, rope, prompt.keys[layer], prompt.values[layer], prompt.mask, attends[layer])
-        shift, scale = (embedded_time[:, :, None] + self.head_modulation).unsqueeze(3).unbind(2)  # (B, T, 1, D)
-        x_0 = self.unpatchify(self.head(self.head_norm(x) * (1 + scale) + shift).float())
-        return velocity_from_x_0(x_t.float(), x_0, t)
+        return x, embedded_time
 
     def patchify(self, video: Tensor) -> Tensor:
         """Video (B, F, C, H, W) to embedded tokens (B, T, N, D): the Conv3d, whose patches do not overlap, as one product."""
@@ -377,7 +365,7 @@ class TinyCausalWanModel(nn.Module):
     def _rope(self, first_row: int, num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         _, ph, pw = self.config.patch_size
         grid = (self.config.frame_size // ph, self.config.frame_size // pw)
-        return _rope_angles(grid, self.config.head_size, self.config.rope_theta, first_row, num_rows, device)
+        return rope_angles(grid, self.config.head_size, self.config.rope_theta, first_row, num_rows, device)
 
 
 def _time_blocks(model: TinyCausalWanModel, prompt: PromptContext, num_blocks: int, block: int, num_steps: int, is_cached: bool) -> float:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, save_checkpoint
 from config import Config, build_config, config_to_dict, explain_refusal, register_schemas
 from digit_judge import JUDGE_PATH, DigitJudge, load_judge
+from few_step_stage import FewStepStage
 from metrics import facts_of_prompts, score_videos, summarise
 from moving_mnist import MovingMNISTGenerator
 from run_log import RunLog, make_run_folder, point_to_latest
@@ -37,8 +38,10 @@ REPORTED = {
     "frames_right": "frames right", "one_class": "one class throughout", "track_within_1px": "track within 1 px",
     "direction_obeyed": "direction obeyed",
 }
-STAGES = {"pretrain": PretrainStage, "dmd2": SelfForcingStage}
-BAR_FIGURES = ("loss_bidirectional", "loss_causal", "loss_generator", "loss_critic", "score_distance")
+STAGES = {
+    "pretrain": PretrainStage, "dmd2": SelfForcingStage, "causal_ode": FewStepStage, "causal_consistency": FewStepStage,
+}
+BAR_FIGURES = ("loss_bidirectional", "loss_causal", "loss_generator", "loss_critic", "loss_few_step", "score_distance")
 
 
 class TrainingDiverged(RuntimeError):
@@ -105,7 +108,7 @@ class SimplifiedTrainer:
     def train(self) -> Path:
         """Run all steps. Returns the run's folder."""
         training, start = self.config.training, time.perf_counter()
-        print(f"{training.training_type} on {self.runtime}, {training.num_steps} steps, run folder {self.folder}")
+        print(f"{training.training_type}: {training.summary}; on {self.runtime}, {training.num_steps} steps, run folder {self.folder}")
         try:
             with tqdm(range(self.first_step, training.num_steps), initial=self.first_step, total=training.num_steps,
                       mininterval=1, dynamic_ncols=True) as bar:

@@ -14,7 +14,6 @@ from config import (
     SelfForcingConfig,
     WandbConfig,
     build_config,
-    check_num_frames,
     check_parts_fit,
     config_from_dict,
     config_to_dict,
@@ -24,6 +23,7 @@ from config import (
 from moving_mnist import DatasetConfig
 from text_encoder import TextEncoderConfig
 from tiny_causal_wan import ModelConfig
+from training_config import CausalConsistencyConfig, CausalODEConfig, check_num_frames
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CHOICES = [
@@ -84,7 +84,9 @@ def test_overrides_arrive_with_their_type():
     ("training.lr=abc", ["training.lr", "abc", "Float"]),
     ("training.num_steps=2.5", ["training.num_steps", "2.5", "Integer"]),
     ("training.denoising_steps=[1000,soon]", ["training.denoising_steps", "soon", "Integer"]),
-    ("training=selfforcing", ["unknown choice training=selfforcing", "pretrain, self_forcing"]),
+    ("training=selfforcing", ["unknown choice training=selfforcing", "pretrain, self_forcing, teacher_forcing"]),
+    ("training.loss=wgan", ["training.loss is wgan", "dmd, sid, gan"]), ("training.generator_inputs=data", ["generator_inputs is data"]),
+    ("training.gan_penalty_sigma=0", ["training.gan_penalty_sigma is 0"]), ("training.gan_penalty=-1", ["training.gan_penalty is -1"]),
     ("model=huge", ["unknown choice model=huge", "tiny, tiny_64"]),
     ("training.num_steps", ["training.num_steps"]),
     ("training.min_num_frames=10", ["training.min_num_frames is 10", "9 or 12"]),
@@ -119,11 +121,40 @@ def test_a_refused_override_is_one_line_that_names_it(override, words):
     ({"muon_lr": nan}, "training.muon_lr"), ({"weight_decay": -0.1}, "training.weight_decay"),
     ({"warmup_steps": -1}, "training.warmup_steps"),
     ({"prompt_dropout": 1.5}, "training.prompt_dropout"), ({"loss_time_floor": 0.0}, "training.loss_time_floor"),
+    ({"objective": "both"}, "training.objective"),
     ({"ema_decay": 1.0}, "training.ema_decay"), ({"keep_last": 0}, "training.keep_last"), ({"time_shift": inf}, "training.time_shift"),
 ])
 def test_impossible_pretraining_is_refused(changes, key):
     with pytest.raises(ValueError, match=f"^{key} is .*expected"):
         PretrainConfig(**changes)
+
+
+def test_trajectories_must_meet_the_denoising_steps():
+    with pytest.raises(ValueError, match=r"trajectory_steps is 25: .*denoising_steps=\[1000, 750, 500, 250\], such as 4$"):
+        CausalODEConfig(trajectory_steps=25)
+    with pytest.raises(ValueError, match=r"trajectory_steps is 24: .*such as 5$"):
+        CausalODEConfig(denoising_steps=[1000, 600])
+    assert CausalODEConfig(denoising_steps=[1000, 600], trajectory_steps=10).trajectory_steps == 10
+
+
+def test_impossible_few_step_starts_are_refused():
+    with pytest.raises(ValueError, match="training.trajectory_teacher is both: expected one of causal, bidirectional"):
+        CausalODEConfig(trajectory_teacher="both")
+    with pytest.raises(ValueError, match="training.consistency_steps is 1"):
+        CausalConsistencyConfig(consistency_steps=1)
+    with pytest.raises(ValueError, match="training.context_noise is 100: expected 0 with training.generator_inputs=teacher_forced"):
+        SelfForcingConfig(generator_inputs="teacher_forced", context_noise=100)
+
+
+def test_a_run_says_whether_it_sees_videos():
+    kinds = {
+        True: [PretrainConfig(), SelfForcingConfig(loss="gan"), SelfForcingConfig(generator_inputs="teacher_forced"),
+               SelfForcingConfig(generator_inputs="diffusion_forced"), CausalConsistencyConfig()],
+        False: [SelfForcingConfig(), SelfForcingConfig(loss="sid"), CausalODEConfig()],
+    }
+    for sees_videos, trainings in kinds.items():
+        for training in trainings:
+            assert (", on real videos" in training.summary, "without real videos" in training.summary) == (sees_videos, not sees_videos)
 
 
 @pytest.mark.parametrize("num_frames, nearest", [(10, "9 or 12"), (2, "nearest valid: 3"), (0, "nearest valid: 3"), (20, "18 or 21")])
@@ -152,6 +183,7 @@ def unlike_defaults(training: PretrainConfig | SelfForcingConfig) -> Config:
 
 @pytest.mark.parametrize("training", [
     PretrainConfig(num_steps=7, muon_lr=0.5, resume="file.pt"), SelfForcingConfig(denoising_steps=[1000, 3], adam_betas=[0.5, 0.6]),
+    CausalODEConfig(trajectory_teacher="bidirectional"), CausalConsistencyConfig(consistency_steps=7),
 ])
 def test_config_to_dict_and_back(training):
     config = unlike_defaults(training)
@@ -171,6 +203,6 @@ def test_a_dict_of_another_version_or_kind_is_refused():
     plain = config_to_dict(Config(training=PretrainConfig()))
     with pytest.raises(TypeError, match="novelty"):
         config_from_dict({**plain, "novelty": 1})
-    with pytest.raises(ValueError, match="training_type is 'gan'.*pretrain, dmd2"):
+    with pytest.raises(ValueError, match="training_type is 'gan'.*pretrain, dmd2, causal_ode, causal_consistency"):
         config_from_dict({**plain, "training": {**plain["training"], "training_type": "gan"}})
     assert replace(config_from_dict(plain), seed=3).seed == 3

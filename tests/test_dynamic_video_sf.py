@@ -7,13 +7,14 @@ import torch
 from conftest import build_small_model, random_prompt
 from torch import Tensor
 
+import distribution_losses
 import dynamic_video_sf
 from config import SelfForcingConfig
+from distribution_losses import dmd_gradient
 from dynamic_video_sf import (
     BidirectionalPlan,
     RolloutPlan,
     SelfForcingEngine,
-    dmd_gradient,
     draw_noise,
     few_step_plan,
     make_noise_streams,
@@ -312,6 +313,6 @@ def test_self_test_passes(capsys):
 
 
 def test_self_test_fails_where_a_loss_is_wrong(monkeypatch, capsys):
-    monkeypatch.setattr(dynamic_video_sf, "dmd_gradient", lambda *arguments: -dmd_gradient(*arguments))
+    monkeypatch.setattr(distribution_losses, "dmd_gradient", lambda *arguments: -dmd_gradient(*arguments))
     assert not self_test()
     assert "FAIL on Gaussians" in capsys.readouterr().out

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 import dynamic_video_sf
 from config import SelfForcingConfig
-from dynamic_video_sf import NORMALISER_FLOOR, SelfForcingEngine, dmd_gradient, dmd_loss
+from distribution_losses import NORMALISER_FLOOR, dmd_gradient, dmd_loss
+from dynamic_video_sf import ScorePrompts, SelfForcingEngine
 from flow_matching import x_0_from_velocity
 from tiny_causal_wan import PromptContext
 
@@ -16,8 +17,9 @@ def build_engine(**changes: object) -> SelfForcingEngine:
     return SelfForcingEngine(SelfForcingConfig(**changes), build_small_model(), torch.Generator().manual_seed(0))
 
 
-def prompts_of(engine: SelfForcingEngine) -> tuple[PromptContext, PromptContext, PromptContext]:
-    return random_prompt(engine.real_score, 2), random_prompt(engine.real_score, 2, seed=9), random_prompt(engine.fake_score, 2)
+def prompts_of(engine: SelfForcingEngine) -> ScorePrompts:
+    real, null = random_prompt(engine.real_score, 2), random_prompt(engine.real_score, 2, seed=9)
+    return ScorePrompts(real, null, random_prompt(engine.fake_score, 2))
 
 
 def perturb(module: nn.Module) -> None:
@@ -35,7 +37,7 @@ def test_the_generators_loss_reaches_the_generator_alone():
     score_passes: list[bool] = []
     for score in (engine.fake_score, engine.real_score):
         score.head.register_forward_hook(lambda module, args, output: score_passes.append(output.requires_grad))
-    engine.generator_loss(rollout.scored, *prompts_of(engine))[0].backward()
+    engine.generator_loss(rollout.scored, prompts_of(engine))[0].backward()
     assert score_passes == [False, False]
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in engine.generator.parameters())
     assert all(parameter.grad is None for parameter in engine.fake_score.parameters())
@@ -106,16 +108,18 @@ def test_dmd_gradient_is_bounded_on_a_perfect_sample():
 def test_generator_loss_is_dmd_with_guided_teacher_and_bidirectional_scores():
     engine = build_engine(guidance=2.5, clamp_scores=False)
     perturb(engine.fake_score)
-    real, null, fake = prompts_of(engine)
+    prompts = prompts_of(engine)
     x_0 = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=False).scored.requires_grad_()
     state = engine.random.get_state()
-    loss, figures = engine.generator_loss(x_0, real, null, fake)
+    loss, figures = engine.generator_loss(x_0, prompts)
     (derivative,) = torch.autograd.grad(loss, x_0)
     engine.random.set_state(state)
     with torch.no_grad():
         x_t, t = engine._noised(x_0)
-        x_0_fake = x_0_from_velocity(x_t, engine.fake_score.forward_bidirectional(x_t, t, fake), t)
-        cond, uncond = (x_0_from_velocity(x_t, engine.real_score.forward_bidirectional(x_t, t, p), t) for p in (real, null))
+        x_0_fake = x_0_from_velocity(x_t, engine.fake_score.forward_bidirectional(x_t, t, prompts.fake), t)
+        cond, uncond = (
+            x_0_from_velocity(x_t, engine.real_score.forward_bidirectional(x_t, t, p), t) for p in (prompts.real, prompts.real_null)
+        )
         x_0_real = uncond + 2.5 * (cond - uncond)
     expected = dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
     torch.testing.assert_close(derivative, expected / x_0.numel(), rtol=1e-3, atol=1e-3 * derivative.abs().max().item())
@@ -163,7 +167,7 @@ def test_on_gaussians_the_engines_gradient_is_the_closed_form(interval: list[flo
     fake, cond, uncond = [0.8, -0.1], [-0.5, 0.4], [0.2, 0.1]
     x_0 = (torch.tensor(fake) + s * torch.randn(32, 3, 1, 1, 2, generator=engine.random)).requires_grad_()
     state = engine.random.get_state()
-    loss, _ = engine.generator_loss(x_0, shift_prompt(32, cond), shift_prompt(32, uncond), shift_prompt(32, fake))
+    loss, _ = engine.generator_loss(x_0, ScorePrompts(shift_prompt(32, cond), shift_prompt(32, uncond), shift_prompt(32, fake)))
     (derivative,) = torch.autograd.grad(loss, x_0)
     engine.random.set_state(state)
     x_t, t = engine._noised(x_0.detach())
@@ -202,7 +206,7 @@ def train_toy_generator(sign: float, num_steps: int, monkeypatch: pytest.MonkeyP
         x_0 = (mean + torch.randn(256, 2, generator=random) @ factor.T).view(256, 1, 1, 1, 2)
         if step % 3 == 2:
             generator_optimizer.zero_grad()
-            engine.generator_loss(x_0, prompt, prompt, prompt)[0].backward()
+            engine.generator_loss(x_0, ScorePrompts(prompt, prompt, prompt))[0].backward()
             generator_optimizer.step()
         critic_optimizer.zero_grad()
         engine.critic_loss(x_0, prompt).backward()

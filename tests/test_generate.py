@@ -258,15 +258,15 @@ def test_other_prompts_and_samples_leave_a_video_alone(student_path: Path, tmp_p
     torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-4)
 
 
-def test_npz_holds_the_clamped_video_and_its_prompt(student_path: Path, student: LoadedNetworks, tmp_path: Path):
+def test_npz_holds_the_clamped_video_and_its_prompt(teacher_path: Path, teacher: LoadedNetworks, tmp_path: Path):
     main([
-        "--checkpoint", str(student_path), "--prompts", "a/b ü 7", "--num_frames", "6", "--seed", "3", "--format", "npz",
+        "--checkpoint", str(teacher_path), "--prompts", "a/b ü 7", "--num_frames", "6", "--seed", "3", "--format", "npz",
         "--output_dir", str(tmp_path), *COMMON,
     ])
     video, prompt = load_array(tmp_path / "000_a-b-u-7_seed3.npz")
     assert prompt == "a/b ü 7" and video.dtype == torch.float32
     with pytest.warns(UserWarning, match="unknown words"):
-        raw = sample(student, ["a/b ü 7"], num_frames=6, seeds=[3])
+        raw = sample(teacher, ["a/b ü 7"], num_frames=6, seeds=[3])
     assert raw.abs().max() > 1, "the case would not show the clamp"
     assert torch.equal(video, raw[0].clamp(-1, 1))
 

@@ -8,7 +8,14 @@ from conftest import random_prompt
 from torch import Tensor
 
 from flow_matching import add_noise, shift_time, velocity
-from objectives import bidirectional_loss, block_causal_loss, drop_prompts, sample_block_times, x_0_prediction_loss
+from objectives import (
+    bidirectional_loss,
+    block_causal_loss,
+    drop_prompts,
+    sample_block_times,
+    teacher_forcing_loss,
+    x_0_prediction_loss,
+)
 
 TINY_FLOOR = 1e-6
 
@@ -20,6 +27,7 @@ class OracleModel:
     x_0: Tensor
     calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    cleans: list[Tensor] = field(default_factory=list)
 
     def forward_bidirectional(self, x_t: Tensor, t: Tensor, prompt: None) -> Tensor:
         self.calls.append((x_t, t))
@@ -29,6 +37,10 @@ class OracleModel:
     def forward_block_causal(self, x_t: Tensor, t: Tensor, prompt: None, num_frames_per_block: int) -> Tensor:
         self.blocks.append(num_frames_per_block)
         return self.forward_bidirectional(x_t, t, prompt)
+
+    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, num_frames_per_block: int) -> Tensor:
+        self.cleans.append(x_clean)
+        return self.forward_block_causal(x_t, t, prompt, num_frames_per_block)
 
 
 @pytest.fixture
@@ -110,6 +122,19 @@ def test_block_causal_loss_shows_a_clean_prefix_and_does_not_count_it(videos):
     assert 0.1 < is_clean.float().mean() < 0.6 and model.blocks == [2]
     assert torch.equal(x_t[is_clean], x_0[is_clean]) and not torch.isclose(x_t[~is_clean], x_0[~is_clean]).all(dim=(1, 2, 3)).any()
     torch.testing.assert_close(loss, torch.tensor(1.0), rtol=1e-3, atol=1e-3)
+
+
+def test_teacher_forcing_noises_every_block_and_shows_the_clean_past(videos):
+    x_0 = videos[0].float().repeat(8, 1, 1, 1, 1)
+    model = OracleModel(x_0)
+    loss = teacher_forcing_loss(model, x_0, None, 2, 3.0, TINY_FLOOR, torch.Generator().manual_seed(0))
+    (x_t, t), = model.calls
+    (x_clean,) = model.cleans
+    assert torch.equal(x_clean, x_0) and model.blocks == [2]
+    of_block = t.unflatten(1, (3, 2))
+    assert (t > 0).all() and (of_block == of_block[..., :1]).all() and of_block[..., 0].std(dim=1).min() > 0
+    assert not torch.isclose(x_t, x_0).all(dim=(2, 3, 4)).any()
+    torch.testing.assert_close(loss, torch.tensor(1.0), rtol=1e-3, atol=1e-3)  # every frame counts, none by the oracle's 100
 
 
 def test_prompts_are_dropped_with_the_probability():

@@ -344,7 +344,7 @@ def test_a_student_is_no_teacher(teacher: Path, tmp_path: Path):
     stage = build_self_forcing(teacher)
     header = {"step": 5, "training_type": "dmd2", "config": config_to_dict(run_config(stage.config)), "prompts_drawn": {0: 8}}
     save_checkpoint(tmp_path / "student.pt", {**header, **stage.state_dict()})
-    with pytest.raises(CheckpointError, match="student.pt is a student .*training.generator_checkpoint=PATH"):
+    with pytest.raises(CheckpointError, match="student.pt is a few-step student.*training.generator_checkpoint=PATH"):
         build_self_forcing(tmp_path / "student.pt")
     build_self_forcing(teacher, generator_checkpoint=str(tmp_path / "student.pt"))
 

@@ -8,16 +8,15 @@ import torch.nn.functional as F
 from conftest import SMALL_SIZES, build_small_model, random_prompt, random_video
 from torch import Tensor
 
+from attention import block_causal_mask, rope_angles, teacher_forcing_mask
 from flow_matching import velocity_from_x_0, x_0_from_velocity
 from tiny_causal_wan import (
     KVCache,
     ModelConfig,
     PromptContext,
     TinyCausalWanModel,
-    _rope_angles,
     apply_rope,
     attention,
-    block_causal_mask,
 )
 
 NUM_FRAMES = 12
@@ -66,6 +65,39 @@ def test_cached_blocks_equal_the_full_pass_under_the_mask(block, window, batch, 
     alone = model.forward_block_causal(x_t, t, prompt, block, block)
     is_limited = window is not None and window <= block
     assert is_limited or (masked - alone)[:, block:].abs().max() > 1e-3  # the past does matter
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("block", "window", "patch_size"), [
+    (1, None, [1, 4, 4]), (3, None, [1, 4, 4]), (3, 6, [1, 4, 4]), (1, 4, [1, 4, 4]), (3, 9, [3, 4, 4]),
+])
+def test_teacher_forcing_equals_decoding_on_a_cache_of_the_clean_blocks(block, window, patch_size):
+    model = build_small_model(patch_size=patch_size)
+    (x_t, t), (x_clean, _) = random_video(model, 2, NUM_FRAMES), random_video(model, 2, NUM_FRAMES, seed=1)
+    prompt, cache, parts = random_prompt(model, 2), model.new_cache(window), []
+    for x, time, clean in zip(x_t.split(block, 1), t.split(block, 1), x_clean.split(block, 1), strict=True):
+        parts.append(model.forward_cached(x, time, prompt, cache))
+        model.write_cache(clean, torch.zeros_like(time), prompt, cache)
+    forced = model.forward_teacher_forced(x_t, t, x_clean, prompt, block, window)
+    torch.testing.assert_close(forced, torch.cat(parts, dim=1), rtol=1e-5, atol=1e-5)
+    assert (forced - model.forward_block_causal(x_t, t, prompt, block, window))[:, block:].abs().max() > 1e-3
+
+
+def test_a_teacher_forced_block_sees_the_clean_past_and_itself_only():
+    mask, frames, block = teacher_forcing_mask(6, 2, 4, 1, 1, torch.device("cpu")), 6, 2
+    for query, key in itertools.product(range(2 * frames), range(2 * frames)):
+        (query_noisy, q), (key_noisy, k) = divmod(query, frames), divmod(key, frames)
+        q_block, k_block = q // block, k // block
+        past = q_block - 1 <= k_block < q_block  # a window of 4 frames is the own block and one before
+        expected = k_block == q_block if query_noisy == key_noisy else False
+        assert mask[query, key] == (expected or (past and not key_noisy)), (query, key)
+
+
+def test_teacher_forcing_refuses_a_clean_video_of_another_shape():
+    model = build_small_model()
+    x_t, t = random_video(model, 2, 6)
+    with pytest.raises(ValueError, match=r"clean video of shape \(2, 3, 1, 8, 8\): expected that of the noisy one, \(2, 6, 1, 8, 8\)"):
+        model.forward_teacher_forced(x_t, t, x_t[:, :3], random_prompt(model, 2), 3)
 
 
 @pytest.mark.parametrize(("block", "window", "temporal_patch"), [(1, None, 1), (3, None, 1), (3, 6, 3), (1, 4, 1), (3, 5, 1), (6, 9, 3)])
@@ -319,7 +351,7 @@ def rope_scores(vector: Tensor, query_row: int, key_row: int) -> Tensor:
     """Scores (S, S) of one vector (d) as every query and every key of a 3 x 2 x 4 grid that starts at the given rows."""
     x = vector.expand(1, 1, 3 * 2 * 4, -1)
     q, k = (
-        apply_rope(x, *_rope_angles((2, 4), vector.shape[0], 10000.0, row, 3, torch.device("cpu"))) for row in (query_row, key_row)
+        apply_rope(x, *rope_angles((2, 4), vector.shape[0], 10000.0, row, 3, torch.device("cpu"))) for row in (query_row, key_row)
     )
     return (q @ k.transpose(-1, -2))[0, 0]
 
@@ -343,9 +375,9 @@ def test_rope_scores_depend_on_relative_positions_only():
 
 def test_rope_keeps_lengths_and_position_zero_is_the_identity():
     x = torch.randn(2, 3, 24, 12, generator=torch.Generator().manual_seed(0))
-    rotated = apply_rope(x, *_rope_angles((2, 4), 12, 10000.0, 5, 3, torch.device("cpu")))
+    rotated = apply_rope(x, *rope_angles((2, 4), 12, 10000.0, 5, 3, torch.device("cpu")))
     torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
-    at_zero = apply_rope(x, *_rope_angles((2, 4), 12, 10000.0, 0, 3, torch.device("cpu")))
+    at_zero = apply_rope(x, *rope_angles((2, 4), 12, 10000.0, 0, 3, torch.device("cpu")))
     torch.testing.assert_close(at_zero[:, :, 0], x[:, :, 0], rtol=0, atol=0)
 
 

@@ -1,0 +1,146 @@
+"""Training of a few-step start for a causal student (see `few_step`), as one object like those of `stages`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import Config
+from dynamic_video_sf import few_step_plan, make_noise_streams, many_step_plan
+from few_step import TeacherPrompts, consistency_loss, draw_step_orders, ode_regression_loss, ode_trajectory
+from flow_matching import NUM_TRAIN_TIMESTEPS, sampling_times
+from moving_mnist import MovingMNISTGenerator
+from runtime import Runtime
+from sampling import sample_few_step, sample_many_step, teacher_plan
+from stages import check_is_bidirectional, draw_num_frames, load_modules, load_teacher, merge_counts, rate_factor, set_rate, update_average
+from text_encoder import NULL_PROMPT
+from training_config import CausalConsistencyConfig, CausalODEConfig
+
+
+class FewStepStage:
+    """A student that starts as a copy of its teacher and learns few steps from it; its average is what is shipped."""
+
+    columns = ("loss_few_step", "gradient_norm", "num_frames")
+
+    def __init__(self, config: Config, runtime: Runtime, random: torch.Generator):
+        assert isinstance(config.training, (CausalODEConfig, CausalConsistencyConfig))
+        self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
+        self.data = MovingMNISTGenerator(config.dataset, "train")
+        self.num_prompts_seen = 0
+        loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
+        self.is_causal = not isinstance(self.config, CausalODEConfig) or self.config.trajectory_teacher == "causal"
+        if not self.is_causal:
+            check_is_bidirectional(self.config.pretrained_checkpoint, loaded.config)
+        self.teacher, self.text_encoder, self.earlier_prompts = loaded.generator, loaded.text_encoder, loaded.prompts_drawn
+        self.student = copy.deepcopy(self.teacher).train().requires_grad_(True)
+        self.average = copy.deepcopy(self.teacher)
+        self.plan = few_step_plan(self.config)
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=self.config.lr, betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay
+        )
+
+    def train_step(self, step: int) -> dict[str, float]:
+        config = self.config
+        num_frames = draw_num_frames(config, self.random)
+        indices = range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size)
+        self.num_prompts_seen += config.batch_size
+        if isinstance(config, CausalODEConfig):
+            loss = self._regress_on_trajectories(config, indices, num_frames)
+        else:
+            loss = self._make_neighbours_agree(config, indices, num_frames)
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
+        set_rate(self.optimizer, rate_factor(config, step) * config.lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        update_average(self.average, self.student, config.ema_decay, step)
+        return {"loss_few_step": loss, "gradient_norm": norm.item(), "num_frames": num_frames}
+
+    def _regress_on_trajectories(self, config: CausalODEConfig, indices: Sequence[int], num_frames: int) -> float:
+        """Make one batch of trajectories and let every block meet every denoising step on it; leaves the gradient."""
+        text, prompts = self._encode(self.data.captions(self.seed, indices))
+        streams = make_noise_streams(torch.randint(2**62, (len(indices),), generator=self.random).tolist())
+        kept = [config.trajectory_steps * (NUM_TRAIN_TIMESTEPS - step) // NUM_TRAIN_TIMESTEPS for step in config.denoising_steps]
+        with self.runtime.autocast():
+            trajectory = ode_trajectory(
+                self.teacher, prompts.cond, prompts.null, streams, num_frames, config.num_frames_per_block, config.trajectory_steps,
+                kept, config.time_shift, config.guidance, self.is_causal,
+            )
+        total = 0.0
+        for steps in draw_step_orders(len(kept), len(indices), num_frames // config.num_frames_per_block, self.random):
+            with self.runtime.autocast():
+                loss = ode_regression_loss(
+                    self.student, trajectory, steps, self.student.encode_prompt(*text), config.num_frames_per_block, self.is_causal
+                ) / len(kept)
+            loss.backward()  # row by row: the memory of one
+            total += loss.item()
+        return total
+
+    def _make_neighbours_agree(self, config: CausalConsistencyConfig, indices: Sequence[int], num_frames: int) -> float:
+        """Consistency distillation on one batch of real videos; leaves the gradient."""
+        batch = self.data.sample(self.seed, indices, num_frames)
+        text, prompts = self._encode(batch.captions)
+        with self.runtime.autocast():
+            with torch.no_grad():  # the target is a constant here
+                target_prompt = self.average.encode_prompt(*text)
+            loss = consistency_loss(
+                self.student, self.average, self.teacher, batch.video.to(self.runtime.device), self.student.encode_prompt(*text),
+                target_prompt, prompts, config.num_frames_per_block, sampling_times(config.consistency_steps, config.time_shift),
+                config.guidance, self.random,
+            )
+        loss.backward()
+        return loss.item()
+
+    @torch.no_grad()  # text encoder and teacher are frozen
+    def _encode(self, captions: list[str]) -> tuple[tuple[Tensor, Tensor], TeacherPrompts]:
+        """The captions' tokens, for the student to read, and what the teacher makes of them and of the null prompt."""
+        with self.runtime.autocast():
+            text, null = self.text_encoder.encode(captions), self.text_encoder.encode([NULL_PROMPT] * len(captions))
+            return text, TeacherPrompts(self.teacher.encode_prompt(*text), self.teacher.encode_prompt(*null))
+
+    def sample(self, prompts: list[str], seeds: list[int], num_frames: int) -> dict[str, Tensor]:
+        """The averaged student beside its teacher, in many steps and naively in the student's."""
+        config, num_steps = self.config, self.config.teacher_steps
+        common = (self.text_encoder, prompts, seeds, num_frames)
+        if self.is_causal:
+            many = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance)
+            teacher = sample_few_step(self.teacher, *common, many, self.runtime)
+        else:
+            teacher = sample_many_step(self.teacher, *common, teacher_plan(config), self.runtime)
+        return {
+            f"teacher, {num_steps} steps": teacher,
+            f"naive, {len(self.plan.times)} steps": sample_few_step(self.teacher, *common, self.plan, self.runtime),
+            f"student, {len(self.plan.times)} steps": sample_few_step(self.average, *common, self.plan, self.runtime),
+        }
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.student}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "generator_state_dict": self.student.state_dict(),
+            "generator_ema_state_dict": self.average.state_dict(),
+            "teacher_state_dict": self.teacher.state_dict(),
+            "text_encoder_state_dict": self.text_encoder.state_dict(),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "random_state": self.random.get_state(),
+            "num_prompts_seen": self.num_prompts_seen,
+            "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_prompts_seen}),
+        }
+
+    def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
+        targets = {
+            "generator_state_dict": self.student, "generator_ema_state_dict": self.average, "teacher_state_dict": self.teacher,
+            "text_encoder_state_dict": self.text_encoder,
+        }
+        load_modules(targets, checkpoint, name)
+        self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        for group in self.optimizer.param_groups:  # the command line's wishes, not those of the run that is resumed; rate: train_step
+            group.update(betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
+        self.random.set_state(checkpoint["random_state"])
+        self.num_prompts_seen = checkpoint["num_prompts_seen"]
+        self.earlier_prompts = checkpoint["prompts_drawn"]

@@ -1,0 +1,230 @@
+"""DMD's relatives: SiD and the GAN against closed forms, whom they reach, and generator inputs made of real videos."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build_small_model, random_prompt
+from torch import Tensor, nn
+
+from distribution_losses import (
+    Discriminator,
+    discriminator_loss,
+    distance_to_teacher,
+    frozen,
+    gradient_penalty,
+    relativistic_loss,
+    sid_loss,
+)
+from dynamic_video_sf import ScorePrompts, SelfForcingEngine
+from flow_matching import add_noise, x_0_from_velocity
+from training_config import SelfForcingConfig
+
+
+def build_engine(**changes: object) -> SelfForcingEngine:
+    """An engine whose critic has moved away from the teacher."""
+    torch.manual_seed(0)
+    engine = SelfForcingEngine(SelfForcingConfig(**changes), build_small_model(), torch.Generator().manual_seed(0))
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in engine.critic.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=random))
+    return engine
+
+
+def prompts_of(engine: SelfForcingEngine) -> ScorePrompts:
+    real, null = random_prompt(engine.real_score, 2), random_prompt(engine.real_score, 2, seed=9)
+    with torch.no_grad():
+        return ScorePrompts(real, null, random_prompt(engine.fake_score, 2))
+
+
+def real_videos(num_frames: int = 6) -> Tensor:
+    return torch.randn(2, num_frames, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def moved(module: nn.Module) -> bool:
+    return any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in module.parameters())
+
+
+# SiD
+
+
+def denoised(x_0: Tensor, eps: Tensor, t: float, mean: float, s: float) -> Tensor:
+    """E[x_0 | x_t] of N(mean, s^2)."""
+    x_t = (1 - t) * x_0 + t * eps
+    return mean + s**2 * (1 - t) / ((1 - t) ** 2 * s**2 + t**2) * (x_t - (1 - t) * mean)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
+@pytest.mark.parametrize(("m_fake", "m_real"), [(0.8, -0.5), (-0.2, 0.4), (0.3, 0.3)])
+def test_on_gaussians_sids_gradient_is_the_closed_form_and_points_to_the_teacher(alpha, m_fake, m_real):
+    """Equal spreads: x_0_real - x_0_fake = (m_real - m_fake) c is constant, and the rest moves with x_0 at the rate -c."""
+    s, t, random = 0.6, 0.7, torch.Generator().manual_seed(0)
+    x_0 = (m_fake + s * torch.randn((16, 3, 1, 4, 4), generator=random, dtype=torch.float64)).requires_grad_()
+    eps = torch.randn(x_0.shape, generator=random, dtype=torch.float64)
+    x_0_fake, x_0_real = (denoised(x_0, eps, t, mean, s) for mean in (m_fake, m_real))
+    (gradient,) = torch.autograd.grad(sid_loss(x_0, x_0_fake, x_0_real, alpha), x_0)
+    c = t**2 / ((1 - t) ** 2 * s**2 + t**2)
+    expected = (m_fake - m_real) * c**2 / distance_to_teacher(x_0, x_0_real).detach() / x_0.numel()
+    torch.testing.assert_close(gradient, expected.expand_as(gradient), atol=1e-12, rtol=1e-9)
+    assert gradient.sum().sign() == torch.tensor(m_fake - m_real).sign()  # descending moves x_0 toward the teacher's mean
+
+
+def test_sid_is_the_papers_loss_in_other_words():
+    x_0, fake, real = torch.randn(3, 4, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for alpha in (0.5, 1.0):
+        papers = ((1 - alpha) * (real - fake).square() + (real - fake) * (fake - x_0)) / distance_to_teacher(x_0, real)
+        torch.testing.assert_close(sid_loss(x_0, fake, real, alpha), papers.mean())
+
+
+def test_sid_passes_through_both_scores_and_reaches_the_generator_alone():
+    engine = build_engine(loss="sid", guidance=2.0, clamp_scores=False)
+    before = {name: value.clone() for name, value in engine.real_score.state_dict().items()}
+    rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
+    state, prompts = engine.random.get_state(), prompts_of(engine)
+    loss, figures = engine.generator_loss(rollout.scored, prompts)
+    (whole,) = torch.autograd.grad(loss, rollout.scored, retain_graph=True)
+    loss.backward()
+    assert moved(engine.generator) and not moved(engine.critic) and not moved(engine.real_score)
+    assert all(parameter.requires_grad for parameter in engine.critic.parameters())  # the freeze has ended
+    torch.testing.assert_close(dict(engine.real_score.state_dict()), before, rtol=0, atol=0)
+    x_0 = rollout.scored.detach().requires_grad_()
+    engine.random.set_state(state)
+    x_t, t = engine._noised(x_0)
+    fake = x_0_from_velocity(x_t, engine.fake_score.forward_bidirectional(x_t, t, prompts.fake), t)
+    cond, null = (x_0_from_velocity(x_t, engine.real_score.forward_bidirectional(x_t, t, p), t) for p in (prompts.real, prompts.real_null))
+    real = null + 2.0 * (cond - null)
+    (expected,) = torch.autograd.grad(sid_loss(x_0, fake, real, 1.0), x_0)
+    torch.testing.assert_close(whole, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    (constant,) = torch.autograd.grad(sid_loss(x_0, fake.detach(), real.detach(), 1.0), x_0)
+    assert (whole - constant).abs().max() > 0.1 * whole.abs().max()  # the scores' own derivatives matter
+    assert figures["score_distance"] == pytest.approx((fake - real).abs().mean().item(), rel=1e-3)
+
+
+# GAN
+
+
+def test_relativistic_loss_compares_pairs():
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 1.0])
+    expected = (F.softplus(torch.tensor(-3.0)) + F.softplus(torch.tensor(1.0))) / 2
+    torch.testing.assert_close(relativistic_loss(real, fake), expected)
+    assert relativistic_loss(real + 5, fake + 5) == relativistic_loss(real, fake)  # only the difference counts
+    assert relativistic_loss(real + 1, fake) < relativistic_loss(real, fake) < relativistic_loss(real, fake + 1)
+
+
+def test_the_penalty_is_the_squared_slope_and_zero_for_a_constant():
+    random, x = torch.Generator().manual_seed(0), torch.randn(20000, 1, 3, dtype=torch.float64)
+    slope = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
+
+    def linear(x: Tensor) -> Tensor:
+        return (x @ slope).squeeze(1) + 4
+
+    penalty = gradient_penalty(linear, x, linear(x), 0.01, random)
+    assert penalty.item() == pytest.approx(slope.square().sum().item(), rel=0.05)
+    assert gradient_penalty(lambda x: torch.full((len(x),), 3.0), x, torch.full((len(x),), 3.0), 0.01, random) == 0
+
+
+def test_the_discriminators_loss_is_relativistic_plus_both_penalties():
+    real, fake, slope = torch.tensor([[1.0]] * 5000), torch.tensor([[-1.0]] * 5000), torch.tensor(2.0, requires_grad=True)
+    loss = discriminator_loss(lambda x: slope * x.squeeze(1), real, fake, 0.1, 0.01, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(F.softplus(torch.tensor(-4.0)).item() + 0.1 * 2 * 4, rel=0.05)
+    (without,) = torch.autograd.grad(discriminator_loss(lambda x: slope * x.squeeze(1), real, fake, 0.0, 0.01, torch.Generator()), slope)
+    (penalised,) = torch.autograd.grad(loss, slope)
+    assert without < 0 < penalised  # it wants to tell them apart, and the penalty holds it back
+
+
+def test_the_discriminator_sees_noised_real_and_generated_videos_of_the_same_prompts_and_times():
+    engine = build_engine(loss="gan", gradient_frames=3)
+    x_0, x_real, prompt = torch.zeros(2, 3, 1, 8, 8), real_videos(), random_prompt(engine.fake_score, 2)
+    (fake_t, real_t), t = engine._noised_pair(x_0, x_real)
+    time = t[..., None, None, None]
+    noises = fake_t / time, (real_t - (1 - time) * x_real[:, 3:]) / time  # the scored, last frames
+    assert all(0.7 < noise.std() < 1.3 for noise in noises) and not torch.allclose(*noises)
+    logits = engine.critic(real_t, t, prompt)
+    assert isinstance(engine.critic, Discriminator) and logits.shape == (2,) and logits.dtype == torch.float32
+    assert not torch.equal(logits, engine.critic(real_t, t, random_prompt(engine.fake_score, 2, seed=4)))
+    with pytest.raises(ValueError, match="training.loss=gan compares with real videos"):
+        engine.critic_loss(x_0, prompt)
+
+
+def test_each_gan_loss_reaches_its_own_network_alone():
+    engine = build_engine(loss="gan")
+    before = {name: value.clone() for name, value in engine.real_score.state_dict().items()}
+    rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
+    loss, figures = engine.generator_loss(rollout.scored, prompts_of(engine), real_videos())
+    loss.backward()
+    assert moved(engine.generator) and not moved(engine.critic) and figures.keys() == {"logit_distance"}
+    engine.generator.zero_grad()
+    rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
+    engine.critic_loss(rollout.scored, random_prompt(engine.fake_score, 2), real_videos()).backward()
+    assert moved(engine.critic.head) and moved(engine.critic.backbone) and not moved(engine.generator) and not moved(engine.real_score)
+    torch.testing.assert_close(dict(engine.real_score.state_dict()), before, rtol=0, atol=0)
+
+
+def test_the_two_players_pull_the_logits_apart_and_together():
+    engine, x_real = build_engine(loss="gan", gan_penalty=0.0), real_videos()
+    prompts = prompts_of(engine)
+    x_0 = torch.zeros(2, 6, 1, 8, 8, requires_grad=True)
+
+    def distance(at: Tensor) -> float:  # the same noise and times at every call
+        engine.random.manual_seed(1)
+        return engine.generator_loss(at, prompts, x_real)[1]["logit_distance"]
+
+    start = distance(x_0)
+    engine.random.manual_seed(1)
+    (gradient,) = torch.autograd.grad(engine.generator_loss(x_0, prompts, x_real)[0], x_0)
+    assert distance(x_0.detach() - 1e-2 * gradient / gradient.norm()) < start  # generated videos look more real
+    engine.random.manual_seed(1)
+    engine.critic_loss(x_0, prompts.fake, x_real).backward()
+    with torch.no_grad():
+        norm = torch.cat([p.grad.flatten() for p in engine.critic.parameters() if p.grad is not None]).norm()
+        for parameter in engine.critic.parameters():
+            if parameter.grad is not None:
+                parameter -= 1e-2 * parameter.grad / norm
+    assert distance(x_0) > start  # the discriminator tells them apart better
+
+
+def test_frozen_restores_what_it_switched_even_after_an_error():
+    module = nn.Linear(2, 2)
+    module.bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="inside"), frozen(module):
+        assert not module.weight.requires_grad
+        raise RuntimeError("inside")
+    assert module.weight.requires_grad and not module.bias.requires_grad
+
+
+# Generator inputs of real videos
+
+
+@pytest.mark.parametrize("inputs", ["diffusion_forced", "teacher_forced"])
+def test_real_videos_are_noised_per_block_to_few_step_times_and_denoised_in_one_pass(inputs, monkeypatch):
+    engine, x_real = build_engine(generator_inputs=inputs, gradient_frames=6), real_videos(9).repeat(8, 1, 1, 1, 1)
+    seen = []
+    name = "forward_teacher_forced" if inputs == "teacher_forced" else "forward_block_causal"
+    forward = getattr(engine.generator, name)
+    monkeypatch.setattr(engine.generator, name, lambda *arguments: seen.append(arguments) or forward(*arguments))
+    prompt = random_prompt(engine.generator, 16)
+    rollout = engine.make_videos(prompt, 9, True, x_real)
+    ((x_t, t, *rest),) = seen
+    assert rest == ([x_real, prompt, 3] if inputs == "teacher_forced" else [prompt, 3])
+    of_block = t.unflatten(1, (3, 3))
+    assert (of_block == of_block[..., :1]).all() and of_block.std(dim=1).max() > 0
+    assert set(t.flatten().tolist()) == set(torch.tensor(engine.plan.times).tolist())  # 48 draws meet all four
+    eps = (x_t - (1 - t)[..., None, None, None] * x_real) / t[..., None, None, None]
+    torch.testing.assert_close(add_noise(x_real, eps, t), x_t)
+    assert 0.95 < eps.std() < 1.05
+    torch.testing.assert_close(rollout.x_0, x_0_from_velocity(x_t, forward(*seen[0]), t).clamp(-1, 1))
+    assert torch.equal(rollout.scored, rollout.x_0[:, 3:]) and not engine.make_videos(prompt, 9, False, x_real).x_0.requires_grad
+    with pytest.raises(ValueError, match=f"generator_inputs={inputs} needs real videos"):
+        engine.make_videos(prompt, 9, True)
+
+
+@pytest.mark.parametrize("inputs", ["diffusion_forced", "teacher_forced"])
+def test_on_real_videos_too_the_loss_reaches_the_generator_alone(inputs):
+    engine = build_engine(generator_inputs=inputs)
+    rollout = engine.make_videos(random_prompt(engine.generator, 2), 6, True, real_videos())
+    engine.generator_loss(rollout.scored, prompts_of(engine))[0].backward()
+    assert moved(engine.generator) and not moved(engine.critic) and not moved(engine.real_score)
+    engine.generator.zero_grad()
+    rollout = engine.make_videos(random_prompt(engine.generator, 2), 6, True, real_videos())
+    engine.critic_loss(rollout.scored, prompts_of(engine).fake).backward()
+    assert moved(engine.critic) and not moved(engine.generator)

@@ -1,0 +1,166 @@
+"""Few-step starts: trajectories equal the samplers, regression meets every step once, consistency on a known ODE."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import build_small_model, random_prompt
+from torch import Tensor
+
+from dynamic_video_sf import BidirectionalPlan, make_noise_streams, many_step_plan, rollout_blocks, sample_bidirectional
+from few_step import TeacherPrompts, Trajectory, consistency_loss, draw_step_orders, ode_regression_loss, ode_trajectory
+from flow_matching import euler_sampler, sampling_times
+
+STEPS, KEPT, SHIFT, GUIDANCE, BLOCK = 4, [0, 1, 3], 3.0, 2.0, 3
+
+
+def small_trajectory(is_causal: bool) -> Trajectory:
+    model = build_small_model()
+    prompts = random_prompt(model, 2), random_prompt(model, 2, seed=9)
+    return ode_trajectory(model, *prompts, make_noise_streams([1, 2]), 9, BLOCK, STEPS, KEPT, SHIFT, GUIDANCE, is_causal)
+
+
+def sampled(is_causal: bool) -> Tensor:
+    """The same video from the samplers themselves."""
+    model = build_small_model()
+    prompt, null = random_prompt(model, 2), random_prompt(model, 2, seed=9)
+    if is_causal:
+        plan = many_step_plan(STEPS, SHIFT, BLOCK, GUIDANCE)
+        return torch.cat(list(rollout_blocks(model, prompt, make_noise_streams([1, 2]), 3, plan, null)), dim=1)
+    return sample_bidirectional(model, prompt, null, make_noise_streams([1, 2]), 9, BidirectionalPlan(STEPS, SHIFT, GUIDANCE))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_trajectories_end_where_the_sampler_ends_and_keep_the_points_between(is_causal):
+    trajectory = small_trajectory(is_causal)
+    with torch.no_grad():
+        assert torch.equal(trajectory.x_0, sampled(is_causal))
+    assert trajectory.x_t.shape == (3, 2, 9, 1, 8, 8) and not trajectory.x_t.requires_grad
+    torch.testing.assert_close(trajectory.times, sampling_times(STEPS, SHIFT)[KEPT])
+    assert trajectory.x_t[0].std().item() == pytest.approx(1, abs=0.1)  # at t = 1 it is the noise
+    # Euler's last step is straight: from x_t at the last time, the velocity leads to x_0 exactly.
+    model, t = build_small_model(), trajectory.times[2].expand(2, 9)
+    prompt, null = random_prompt(model, 2), random_prompt(model, 2, seed=9)
+
+    def velocity(context, x_t: Tensor) -> Tensor:
+        if is_causal:
+            return model.forward_teacher_forced(x_t, t, trajectory.x_0, context, BLOCK)
+        return model.forward_bidirectional(x_t, t, context)
+
+    with torch.no_grad():
+        x_t = trajectory.x_t[2]
+        cond, uncond = velocity(prompt, x_t), velocity(null, x_t)
+    ended = x_t - t[..., None, None, None] * (uncond + GUIDANCE * (cond - uncond))
+    torch.testing.assert_close(ended, trajectory.x_0, rtol=1e-4, atol=1e-4 * trajectory.x_0.abs().max().item())
+
+
+def test_every_block_meets_every_step_once_in_an_order_of_its_own():
+    orders = draw_step_orders(4, 3, 5, torch.Generator().manual_seed(0))
+    assert orders.shape == (4, 3, 5)
+    assert (orders.sort(dim=0).values == torch.arange(4)[:, None, None]).all()
+    assert len({tuple(order.tolist()) for order in orders.flatten(1).T}) > 8
+
+
+@dataclass
+class Recorder:
+    """Predicts `answer` for x_0, whatever it is asked, and keeps the question."""
+
+    answer: Tensor
+
+    def _velocity(self, kind: str, x_t: Tensor, t: Tensor, x_clean: Tensor | None) -> Tensor:
+        self.asked = kind, x_t, t, x_clean
+        return (x_t - self.answer) / t[..., None, None, None]
+
+    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, num_frames_per_block: int) -> Tensor:
+        return self._velocity("teacher_forced", x_t, t, x_clean)
+
+    def forward_block_causal(self, x_t: Tensor, t: Tensor, prompt: None, num_frames_per_block: int) -> Tensor:
+        return self._velocity("block_causal", x_t, t, None)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_regression_stands_each_block_at_its_step_and_asks_for_the_end(is_causal):
+    trajectory, steps = small_trajectory(is_causal), torch.tensor([[0, 1, 2], [2, 2, 0]])
+    student = Recorder(trajectory.x_0)
+    assert ode_regression_loss(student, trajectory, steps, None, BLOCK, is_causal).item() < 1e-9
+    kind, x_t, t, x_clean = student.asked
+    assert kind == ("teacher_forced" if is_causal else "block_causal") and (x_clean is trajectory.x_0) == is_causal
+    for video in range(2):
+        for block, step in enumerate(steps[video].tolist()):
+            frames = slice(BLOCK * block, BLOCK * (block + 1))
+            assert torch.equal(x_t[video, frames], trajectory.x_t[step, video, frames])
+            assert (t[video, frames] == trajectory.times[step]).all()
+    off = ode_regression_loss(Recorder(trajectory.x_0 + 0.5), trajectory, steps, None, BLOCK, is_causal)
+    assert off.item() == pytest.approx(0.25, rel=1e-3)
+
+
+class LinearTeacher:
+    """v = rate x: Euler's method from x at times[i] ends at x prod (1 + (t_{j+1} - t_j) rate), j from i on."""
+
+    def __init__(self, rate: float):
+        self.rate = rate
+        self.clean: list[Tensor] = []
+
+    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, num_frames_per_block: int) -> Tensor:
+        self.clean.append(x_clean)
+        return self.rate * x_t
+
+
+class ConsistentStudent:
+    """The consistency function of Euler's method on that ODE, or with `error` one that is off by it, as a velocity."""
+
+    def __init__(self, rate: float, times: Tensor, error: float = 0.0):
+        factors = 1 + times.diff() * rate
+        self.times = times
+        self.factor = torch.cat([factors.flip(0).cumprod(0).flip(0), torch.ones(1)])  # at times[i]: all steps from there
+        self.error = error
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, num_frames_per_block: int) -> Tensor:
+        self.seen.append((t, x_clean))
+        index = (t[..., None] - self.times).abs().argmin(-1)
+        factor, time = self.factor[index][..., None, None, None], t[..., None, None, None]
+        answer = factor * x_t + self.error * time
+        return torch.where(time > 0, (x_t - answer) / time.clamp(min=1e-9), 77.0)  # at t = 0 the velocity must not count
+
+
+def test_consistency_loss_is_zero_for_the_consistency_function_and_for_no_other():
+    times, x_0 = sampling_times(6, SHIFT), torch.randn(4, 9, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+
+    def loss(error: float = 0.0, rate: float = 0.8, seed: int = 0) -> float:
+        student, teacher = ConsistentStudent(0.8, times, error), LinearTeacher(rate)
+        random = torch.Generator().manual_seed(seed)
+        value = consistency_loss(student, student, teacher, x_0, None, None, TeacherPrompts(None, None), BLOCK, times, 2.0, random)
+        assert all(clean is x_0 for _, clean in student.seen) and all(clean is x_0 for clean in teacher.clean)
+        return value.item()
+
+    ends = euler_sampler(lambda x, t: 0.8 * x, x_0, times)
+    torch.testing.assert_close(ends, ConsistentStudent(0.8, times).factor[0] * x_0)  # the oracle is right
+    assert max(loss(seed=seed) for seed in range(5)) < 1e-9
+    assert loss(error=0.3) > 1e-4 and loss(rate=-0.8) > 1e-4
+
+
+def test_consistency_draws_neighbours_for_every_block_down_to_time_zero():
+    times, x_0 = sampling_times(3, SHIFT), torch.zeros(64, 9, 1, 1, 1)
+    student = ConsistentStudent(0.8, times)
+    random = torch.Generator().manual_seed(0)
+    consistency_loss(student, student, LinearTeacher(0.8), x_0, None, None, TeacherPrompts(None, None), BLOCK, times, 2.0, random)
+    (s, _), (t, _) = student.seen
+    pairs = set(zip(t.flatten().tolist(), s.flatten().tolist(), strict=True))
+    assert pairs == set(zip(times[:-1].tolist(), times[1:].tolist(), strict=True))
+    of_block = t.unflatten(1, (3, 3))
+    assert (of_block == of_block[..., :1]).all() and of_block.std(dim=1).max() > 0
+
+
+def test_consistency_gradient_reaches_the_student_alone():
+    student, target, teacher = (build_small_model(seed) for seed in range(3))
+    for model in (target, teacher):
+        model.requires_grad_(True)
+    prompts = TeacherPrompts(random_prompt(teacher, 2), random_prompt(teacher, 2, seed=9))
+    x_0 = torch.randn(2, 6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    consistency_loss(
+        student, target, teacher, x_0, random_prompt(student, 2), random_prompt(target, 2), prompts, BLOCK, sampling_times(4, SHIFT), 2.0,
+        torch.Generator().manual_seed(0),
+    ).backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    assert all(parameter.grad is None for model in (target, teacher) for parameter in model.parameters())
