@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from checkpoint import LoadedNetworks, load_networks
 from dynamic_video_sf import RolloutPlan, draw_noise, few_step_plan, make_noise_streams
-from flow_matching import add_noise, clamp_straight_through, x_0_from_velocity
+from flow_matching import add_noise, x_0_from_velocity
 from runtime import Runtime, resolve_runtime
 from sampling import sample_few_step, sample_many_step, teacher_plan
 from training_config import SelfForcingConfig, check_num_frames
@@ -55,7 +55,7 @@ def sample_without_cache(
                 t = torch.full(x_t.shape[:2], time_now, device=runtime.device)
                 whole, whole_t = torch.cat([past, x_t], 1), torch.cat([t.new_zeros(past.shape[:2]), t], 1)
                 v = model.forward_block_causal(whole, whole_t, prompt, plan.num_frames_per_block)[:, past.shape[1]:]
-                x_0 = clamp_straight_through(x_0_from_velocity(x_t, v, t))
+                x_0 = x_0_from_velocity(x_t, v, t)
                 if step + 1 < len(plan.times):
                     x_t = add_noise(x_0, draw_noise(streams, shape, runtime.device), torch.full_like(t, plan.times[step + 1]))
             past = torch.cat([past, x_0], 1)

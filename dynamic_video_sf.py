@@ -33,7 +33,6 @@ from distribution_losses import (
 from flow_matching import (
     add_noise,
     ancestral_sampler,
-    clamp_straight_through,
     classifier_free_guidance,
     eps_from_velocity,
     euler_sampler,
@@ -131,8 +130,6 @@ def rollout_blocks(
             with torch.set_grad_enabled(carries_gradient and step == exit_step):
                 v = _guided_velocity(model, x_t, t, prompt, cache, plan.guidance)
                 x_0 = x_0_from_velocity(x_t, v, t)
-                if plan.fresh_noise:  # what is shown, scored and written into the cache is in the range of data, as in pretraining
-                    x_0 = clamp_straight_through(x_0)
             if step < exit_step:
                 eps = draw_noise(streams, shape, device) if plan.fresh_noise else eps_from_velocity(x_t, v, t)
                 x_t = add_noise(x_0, eps, torch.full_like(t, plan.times[step + 1]))
@@ -278,7 +275,7 @@ class SelfForcingEngine:
                 v = self.generator.forward_teacher_forced(x_t, t, x_real, prompt, block)
             else:
                 v = self.generator.forward_block_causal(x_t, t, prompt, block)
-            x_0 = clamp_straight_through(x_0_from_velocity(x_t, v, t))  # as in the rollout
+            x_0 = x_0_from_velocity(x_t, v, t)
         return Rollout(x_0, x_0[:, max(num_frames - self.config.gradient_frames, 0):], exits[0].tolist())
 
     def generator_loss(self, x_0: Tensor, prompts: ScorePrompts, x_real: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
@@ -305,8 +302,8 @@ class SelfForcingEngine:
         ).chunk(2)
         weight = expand_time(interval_weight(t, self.config.guidance, self.config.guidance_interval), x_t)
         x_0_real = x_0_from_velocity(x_t, classifier_free_guidance(cond, uncond, weight), t)
-        if self.config.clamp_scores:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): videos are in this range
-            x_0_fake, x_0_real = x_0_fake.clamp(-1, 1), x_0_real.clamp(-1, 1)
+        if self.config.clamp_real_score:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): guidance overshoots
+            x_0_real = x_0_real.clamp(-1, 1)
         return x_0_fake, x_0_real
 
     def critic_loss(self, x_0: Tensor, fake_prompt: PromptContext, x_real: Tensor | None = None) -> Tensor:
@@ -349,7 +346,7 @@ def self_test() -> bool:
     with torch.no_grad():
         for parameter in teacher.parameters():  # a fresh network's head and gates are 0, which would hide every error
             parameter.copy_(0.15 * torch.randn(parameter.shape, generator=random))
-    config = SelfForcingConfig(gradient_frames=6, guidance=1.0, clamp_scores=False)
+    config = SelfForcingConfig(gradient_frames=6, guidance=1.0)
     engine = SelfForcingEngine(config, teacher, random)
     text, mask = torch.randn(2, 4, 32, generator=random), torch.ones(2, 4, dtype=torch.bool)
     findings = [

@@ -46,11 +46,6 @@ def x_0_from_velocity(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return x_t - expand_time(t, x_t) * v
 
 
-def clamp_straight_through(x_0: Tensor) -> Tensor:
-    """x_0 kept in the range of data, [-1, 1]; its derivative is taken as 1 everywhere (Bengio et al., arXiv 1308.3432)."""
-    return x_0 + (x_0.clamp(-1, 1) - x_0).detach()
-
-
 def eps_from_velocity(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """eps = x_t + (1 - t) v."""
     return x_t + (1 - expand_time(t, x_t)) * v

@@ -151,10 +151,9 @@ class FewStepConfig(TrainingConfig):
     """What every training of a few-step causal student shares: its teacher, its denoising steps, its optimizer."""
 
     pretrained_checkpoint: str = "pretrained/teacher.pt"
-    num_steps: int = 480
+    num_steps: int = 700
     batch_size: int = 8
-    lr: float = 2e-4
-    decay_fraction: float = 0.5
+    lr: float = 1.5e-4
     guidance: float = 2.0  # stronger guidance makes strokes bolder than real ones
     teacher_steps: int = 25  # for the samples of a run only
     adam_betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
@@ -194,7 +193,7 @@ class SelfForcingConfig(FewStepConfig):
     gan_penalty: float = 0.1  # weight of R1 and of R2 in the discriminator's loss
     gan_penalty_sigma: float = 0.05  # step of their finite differences
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # times of the scores at which the teacher is guided
-    clamp_scores: bool = True  # keep both scores' x_0 in [-1, 1]: without it contrast and background drift
+    clamp_real_score: bool = False  # keep the guided teacher's x_0 in [-1, 1], which guidance leaves
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
     critic_lr: float = 5e-4
     context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
