@@ -61,7 +61,7 @@ FIGURES = PROMPT_FIGURES | LOOK_FIGURES  # of videos of one digit
 
 @dataclass
 class EvaluateConfig:
-    """What to score. checkpoint: paths, or one path; none for what ships. num_steps, denoising_steps, guidance: as in
+    """What to score. checkpoint: paths, or one path; none for what ships. num_steps, denoising_steps, guidance, eta: as in
     generate.py, for every checkpoint named, or for the student that ships. seed: names both the held-out prompts and the videos' noise.
     sanity: try the figures on real videos made worse, instead of scoring a network. output_dir: outputs/evaluation where none is
     named, results for sanity."""
@@ -74,6 +74,7 @@ class EvaluateConfig:
     denoising_steps: list[int] | None = None
     num_steps: int | None = None
     guidance: float | None = None
+    eta: float | None = None
     device: str = "auto"
     precision: str = "auto"
     sanity: bool = False
@@ -107,7 +108,7 @@ class Row:
 def make_rows(config: EvaluateConfig) -> list[Row]:
     """The rows asked for, or those of the networks that ship."""
     steps = None if config.denoising_steps is None else tuple(config.denoising_steps)
-    settings = SamplerSettings(steps, config.num_steps, config.guidance)
+    settings = SamplerSettings(steps, config.num_steps, config.guidance, config.eta)
     if config.checkpoint:
         return [Row(Path(path).stem, Path(path), settings) for path in config.checkpoint]
     teacher, student = (REPOSITORY / "pretrained" / name for name in ("teacher.pt", "student.pt"))

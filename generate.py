@@ -134,7 +134,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--denoising_steps", type=int, nargs="+", metavar="TIMESTEP",
         help="block by block in these few steps, such as 1000 750 500 250; default of a student: as it was trained",
     )
-    parser.add_argument("--num_steps", type=int, help="Euler steps instead; default of a teacher: as in its training samples")
+    parser.add_argument("--num_steps", type=int, help="many steps instead; default of a teacher: as in its training samples")
+    parser.add_argument("--eta", type=float, help="fresh noise in a teacher's steps: 0 is Euler's method, 1 ancestral sampling")
     parser.add_argument("--guidance", type=float, help="1 is none; default: none block by block, else as in the teacher's training")
     parser.add_argument("--batch_size", type=int, default=8, help="videos a forward pass")
     parser.add_argument("--format", choices=FORMATS, default="gif", help="png is a strip of frames, npz the raw array in [-1, 1]")
@@ -177,7 +178,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, sample, write, report. Raises CheckpointError, ValueError and OSError, each with one line."""
     check_arguments(arguments)
     steps = arguments.denoising_steps
-    settings = SamplerSettings(None if steps is None else tuple(steps), arguments.num_steps, arguments.guidance)
+    settings = SamplerSettings(None if steps is None else tuple(steps), arguments.num_steps, arguments.guidance, arguments.eta)
     runtime = resolve_runtime(arguments.device, arguments.precision)
     networks = load_networks(arguments.checkpoint, runtime.device)
     training = networks.config.training

@@ -70,15 +70,19 @@ def teacher_plan(training: TrainingConfig) -> BidirectionalPlan:
 class SamplerSettings:
     """What a caller asks of the sampler; None leaves it to the checkpoint (see `make_plan`).
 
-    denoising_steps: timesteps 1..1000, descending from 1000: a causal rollout in few steps. num_steps: steps of Euler's
-    method. At most one of the two. guidance: weight of classifier-free guidance, 1 for none. Raises ValueError.
+    denoising_steps: timesteps 1..1000, descending from 1000: a causal rollout in few steps. num_steps: many steps, of Euler's
+    method or, all frames at once, with fresh noise. At most one of the two. guidance: weight of classifier-free guidance, 1 for
+    none. eta: fresh noise in the steps of the bidirectional teacher, 0 (Euler) to 1 (ancestral). Raises ValueError.
     """
 
     denoising_steps: tuple[int, ...] | None = None
     num_steps: int | None = None
     guidance: float | None = None
+    eta: float | None = None
 
     def __post_init__(self) -> None:
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"--eta is {self.eta}: expected 0 (Euler's method) to 1 (ancestral sampling)")
         if self.denoising_steps is not None and self.num_steps is not None:
             raise ValueError("--denoising_steps (few steps) and --num_steps (many steps) exclude each other: give one of them")
         if self.denoising_steps is not None:
@@ -101,17 +105,24 @@ class SamplerSettings:
             wishes = {"num_steps": self.num_steps, "guidance": 1.0 if is_student and self.guidance is None else self.guidance}
             many = replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
             if isinstance(training, PretrainConfig) and training.objective == "mixed":
-                return many
+                return many if self.eta is None else replace(many, eta=self.eta)
+            self._refuse_eta()
             context_time = training.context_time if isinstance(training, FewStepConfig) else 0.0
             return many_step_plan(
                 many.num_steps, many.time_shift, training.num_frames_per_block, many.guidance, training.max_num_frames, context_time
             )
+        self._refuse_eta()
         plan = RolloutPlan((1.0,), training.num_frames_per_block, window_frames=training.max_num_frames)
         if isinstance(training, FewStepConfig):
             plan = few_step_plan(training, training.max_num_frames)
         if self.denoising_steps is not None:
             plan = replace(plan, times=warp_steps(list(self.denoising_steps), training.time_shift))
         return replace(plan, guidance=1.0 if self.guidance is None else self.guidance)
+
+
+    def _refuse_eta(self) -> None:
+        if self.eta is not None:
+            raise ValueError("--eta is for a bidirectional teacher in many steps, and this is a rollout block by block: leave it out")
 
 
 def require_at_least_one(name: str, value: int) -> None:
@@ -166,7 +177,9 @@ def _sample(
 
 
 def describe_sampler(settings: SamplerSettings, training: TrainingConfig) -> str:
-    """A few words on how a network trained with `training` is sampled, such as "4 steps" or "50 steps, guidance 2.5"."""
+    """A few words on how a network trained with `training` is sampled, such as "4 steps" or "50 steps, guidance 2.5, eta 1"."""
     plan = settings.make_plan(training)
-    num_steps = plan.num_steps if isinstance(plan, BidirectionalPlan) else len(plan.times)
-    return f"{num_steps} steps" + ("" if plan.guidance == 1 else f", guidance {plan.guidance:g}")
+    guidance = "" if plan.guidance == 1 else f", guidance {plan.guidance:g}"
+    if isinstance(plan, BidirectionalPlan):
+        return f"{plan.num_steps} steps{guidance}" + ("" if plan.eta == 0 else f", eta {plan.eta:g}")
+    return f"{len(plan.times)} steps{guidance}"

@@ -66,7 +66,7 @@ class TrainingConfig(ABC):
     checkpoint_interval: int = 250
     keep_last: int = 2  # interval checkpoints kept beside the final one
     eval_videos: int = 64  # videos read by the judge at the end; 0 switches it off
-    teacher_steps: int = 50  # Euler steps of the many-step samples that are shown
+    teacher_steps: int = 50  # steps of the many-step samples that are shown
     teacher_eta: float = 1.0  # fresh noise in those steps: 0 is Euler's method, 1 ancestral sampling
     guidance: float = 2.5  # of those samples, and of the teacher in distribution matching; 1 is none
     resume: str | None = None  # checkpoint of a run of the same training type to go on from

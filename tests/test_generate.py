@@ -173,6 +173,12 @@ def test_many_steps_on_a_student_are_a_causal_euler_rollout():
 def test_a_teacher_is_sampled_bidirectionally_and_naively_on_request():
     assert SamplerSettings().make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0, 0.4)
     assert SamplerSettings(num_steps=7, guidance=1.0).make_plan(TEACHER) == BidirectionalPlan(7, 3.0, 1.0, 0.4)
+    assert SamplerSettings(eta=0.0).make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0, 0.0)
+    for settings, training in ((SamplerSettings(eta=1.0), STUDENT), (SamplerSettings(denoising_steps=(1000,), eta=0.5), TEACHER)):
+        with pytest.raises(ValueError, match="--eta is for a bidirectional teacher"):
+            settings.make_plan(training)
+    with pytest.raises(ValueError, match="--eta is 1.5: expected 0"):
+        SamplerSettings(eta=1.5)
     naive = SamplerSettings(denoising_steps=(1000, 500)).make_plan(TEACHER)
     assert isinstance(naive, RolloutPlan)
     assert (len(naive.times), naive.fresh_noise, naive.guidance, naive.window_frames) == (2, True, 1.0, 21)
