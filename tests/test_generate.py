@@ -312,7 +312,7 @@ def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: 
     facts = json.loads((tmp_path / "generation.json").read_text())
     digest = hashlib.sha256(student_path.read_bytes()).hexdigest()
     assert facts["checkpoint"] == {"name": "student.pt", "sha256": digest, "training_type": "dmd2", "step": 5}
-    assert facts["sampler"]["requested"] == {"denoising_steps": [1000, 500], "num_steps": None, "guidance": 1.5}
+    assert facts["sampler"]["requested"] == {"denoising_steps": [1000, 500], "num_steps": None, "guidance": 1.5, "eta": None}
     assert facts["sampler"]["kind"] == "causal" and facts["sampler"]["plan"]["times"] == [1.0, 0.75]
     assert (facts["device"], facts["precision"], facts["torch_version"]) == ("cpu", "float32", str(torch.__version__))
     assert [(row["file"], row["prompt"], row["seed"]) for row in facts["videos"]] == [

@@ -46,8 +46,7 @@ def test_faults_leave_alone_what_they_do_not_touch(figures):
 def test_real_videos_stand_at_the_floor_and_shuffled_ones_at_the_ceiling(panel, batch, figures):
     beside = yardsticks(panel, batch.video)
     floor, ceiling = figures["real"]["frechet_distance"], beside["real, frames shuffled"]["frechet_distance"]
-    assert floor < 0.15 * ceiling
-    assert floor < beside["real, training digits"]["frechet_distance"] < 0.5 * ceiling
+    assert max(floor, beside["real, training digits"]["frechet_distance"]) < 0.15 * ceiling
     for name in ("track_within_1px", "moving", "stroke_mass_ratio", "sharpness_ratio", "frames_right_slope"):
         low, high = REAL_LIMITS[name]
         assert low <= figures["real"][name] <= high, name
