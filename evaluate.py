@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, fields
+from functools import reduce
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from checkpoint import LoadedNetworks, load_networks
 from config import DEVICES, PRECISIONS, explain_refusal
-from generate import require_writable
+from generate import free_paths, require_writable
 from moving_mnist import DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
 from panel import Panel, judge_videos, make_panel, yardsticks
 from report import (
@@ -49,6 +50,7 @@ from report import (
 from runtime import resolve_runtime
 from sampling import NAIVE_STEPS, SamplerSettings, check_length, describe_sampler, generate
 from sanity import check_sanity
+from stages import merge_counts
 from video_io import comparison_gif, comparison_sheet, to_display
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -173,10 +175,7 @@ def held_out_videos(dataset: DatasetConfig, networks: list[LoadedNetworks], conf
     """Real videos of held-out digits whose prompts, word for word, none of the networks drew in training."""
     trained_on = MovingMNISTGenerator(dataset, "train")
     drawn: set[str] = set()
-    most: dict[int, int] = {}
-    for item in networks:
-        most |= {seed: max(number, most.get(seed, 0)) for seed, number in item.prompts_drawn.items()}
-    for seed, num_drawn in most.items():
+    for seed, num_drawn in reduce(merge_counts, (item.prompts_drawn for item in networks)).items():
         drawn.update(trained_on.captions(seed, range(num_drawn)))
     held_out, seed = MovingMNISTGenerator(dataset, "test"), PROMPT_SEED + config.seed
     indices: list[int] = []
@@ -192,12 +191,14 @@ def held_out_videos(dataset: DatasetConfig, networks: list[LoadedNetworks], conf
 
 
 def write_results(folder: Path, results: dict[str, dict[str, object]], shown: list[tuple[str, Tensor]], prompts: list[str]) -> None:
-    """evaluation.json, the curves by frame, and the pictures of the first prompts, every source side by side."""
-    (folder / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
-    draw_curves(folder / "per_frame.png", results)
-    comparison_sheet(folder / "comparison.png", shown, prompts)
-    comparison_gif(folder / "comparison.gif", shown, prompts)
-    print(f"wrote evaluation.json, per_frame.png, comparison.png and comparison.gif to {folder}")
+    """evaluation.json, the curves by frame, and the pictures of the first prompts, every source side by side. Overwrites nothing:
+    beside the files of an earlier call these get a number."""
+    figures, curves, sheet, animation = free_paths(folder, ["evaluation.json", "per_frame.png", "comparison.png", "comparison.gif"])
+    figures.write_text(json.dumps(results, indent=2) + "\n")
+    draw_curves(curves, results)
+    comparison_sheet(sheet, shown, prompts)
+    comparison_gif(animation, shown, prompts)
+    print(f"wrote {figures.name}, {curves.name}, {sheet.name} and {animation.name} to {folder}")
 
 
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)

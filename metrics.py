@@ -11,8 +11,10 @@ on speed too. `sanity` shows which fault moves which measure.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from math import pi
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -311,11 +313,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2400, help="training steps of 128 frames")
     parser.add_argument("--seed", type=int, default=0, help="seed of the judge's weights and of its training frames")
     arguments = parser.parse_args()
-    if arguments.train_judge:
-        judge = train_judge(DatasetConfig(), arguments.steps, arguments.seed)
-        save_judge(judge, arguments.output)
-        print(f"{judge.config.accuracy:.2%} of held-out frames read right, judge written to {arguments.output}")
-    self_test(arguments.output)
+    if arguments.steps < 1:
+        sys.exit(f"error: --steps is {arguments.steps}: expected at least 1")
+    if arguments.train_judge and Path(arguments.output).exists():
+        sys.exit(f"error: {arguments.output} exists already: give --output the name of a new file, or delete it first")
+    try:
+        if arguments.train_judge:
+            judge = train_judge(DatasetConfig(), arguments.steps, arguments.seed)
+            save_judge(judge, arguments.output)
+            print(f"{judge.config.accuracy:.2%} of held-out frames read right, judge written to {arguments.output}")
+        self_test(arguments.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from checkpoint import load_networks, save_checkpoint
 from config import Config, PretrainConfig, config_to_dict
-from evaluate import FIGURES, REPOSITORY, EvaluateConfig, evaluate, held_out_videos
+from evaluate import FIGURES, REPOSITORY, EvaluateConfig, evaluate, held_out_videos, write_results
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from text_encoder import TextEncoder
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
@@ -107,3 +107,11 @@ def test_bad_input_is_one_line(argument: str, words: str, tmp_path: Path):
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+def test_a_second_evaluation_leaves_the_first_ones_files(tmp_path):
+    video, figures = torch.zeros(1, 3, 1, 32, 32), {"frames_right_by_frame": [1.0, 0.5, 1.0], "frames_right_by_frame_ci": [[0.5, 1.0]] * 3}
+    for word in ("first", "second"):
+        write_results(tmp_path, {word: figures}, [("real", video)], ["a 3"])
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"first": figures}
+    assert json.loads((tmp_path / "evaluation_2.json").read_text()) == {"second": figures}

@@ -451,3 +451,15 @@ def test_what_does_not_belong_together_is_refused(judge, batch):
     broken[0, 3, 0, 5, 5] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         metrics.score_videos(judge, broken, digits, directions, CONFIG)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--train_judge"], "judge.pt exists already: give --output"), (["--train_judge", "--steps", "0"], "--steps is 0: expected at least 1"),
+    (["--output", "none.pt"], "no judge at none.pt: make one with"),
+])
+def test_the_command_line_refuses_in_one_line_and_overwrites_nothing(arguments, words, monkeypatch):
+    before = metrics.JUDGE_PATH.read_bytes()
+    monkeypatch.setattr("sys.argv", ["metrics.py", *arguments])
+    with pytest.raises(SystemExit, match=f"^error: .*{words}") as caught:
+        metrics.main()
+    assert "\n" not in caught.value.code and metrics.JUDGE_PATH.read_bytes() == before

@@ -254,7 +254,8 @@ def command_line(monkeypatch, *arguments: str) -> None:
     (["training=pretrain", *TINY, "dataset.mnist_root=TMP/mnist"], "train-images-idx3-ubyte is not a sound MNIST file"),
     (["training.training_type=foo"], "training.training_type is foo: expected dmd2"),
     (["training=pretrain", "training.training_type=dmd2"], "training.training_type is dmd2: expected pretrain"),
-    (["training=null"], "Config group override must be a string"), (["training.denoising_steps=null"], "training.denoising_steps: .*such as .1000, 750, 500, 250"),
+    (["training=null"], "Config group override must be a string"),
+    (["training.denoising_steps=null"], "training.denoising_steps: .*such as .1000, 750, 500, 250"),
     (["training=pretrain", "device=cuda"], "device is cuda, which this machine does not have"),
 ])
 def test_the_command_line_refuses_in_one_line(arguments, words, tmp_path, monkeypatch, capfd):
