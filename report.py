@@ -1,4 +1,4 @@
-"""Figures to read: tables for a terminal of 180 columns, and curves by frame.
+"""Figures to read: tables for a terminal of 184 columns, and curves by frame.
 
 Figures are those of `panel.judge_videos`: under every name a number, and under NAME_ci its 95 % interval.
 """
@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 NAME_WIDTH = 40
-CELL_WIDTH = 23
+CELL_WIDTH = 24
 PROMPT_FIGURES = {
     "frames_right": "frames right", "videos_right": "videos right", "one_class": "one class in all",
     "track_within_1px": "track within 1 px", "direction_obeyed": "direction obeyed", "mean_track_error": "off track, px",
