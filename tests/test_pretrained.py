@@ -32,7 +32,7 @@ def test_files_are_small_and_say_what_they_are(name: str, kind: type):
 
 @pytest.fixture(scope="module")
 def student() -> dict[str, object]:
-    return score("student.pt", SamplerSettings(), 64)
+    return score("student.pt", SamplerSettings(), 40)
 
 
 def test_the_student_makes_what_the_prompts_ask_in_four_steps(student: dict[str, object]):
@@ -46,7 +46,7 @@ def test_the_students_strokes_are_as_bold_as_real_ones(student: dict[str, object
 
 
 def test_the_same_steps_without_self_forcing_fall_far_behind():
-    naive = score("teacher.pt", SamplerSettings(denoising_steps=(1000, 750, 500, 250)), 32)
+    naive = score("teacher.pt", SamplerSettings(denoising_steps=(1000, 750, 500, 250)), 16)
     assert naive["frames_right"] < 0.7
 
 
