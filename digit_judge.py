@@ -8,9 +8,11 @@ and y down. The judge is trained on the training digits only, so it can be held 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from math import cos, pi
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,8 @@ JUDGE_PATH = Path(__file__).parent / "pretrained" / "judge.pt"
 POOLING = 2  # side of the judge's last average pooling
 HELD_OUT_PLACES = 4  # frames of each digit that classes are measured and the judge is examined on
 READ_BATCH = 2048  # frames that the judge reads at a time
+
+Judging = TypeVar("Judging", bound=nn.Module)  # a network that the figures stand on: this one, or the video judge
 
 
 @dataclass
@@ -122,38 +126,58 @@ class DigitJudge(nn.Module):
 
 
 def load_judge(path: str | os.PathLike = JUDGE_PATH, device: str | torch.device = "cpu") -> DigitJudge:
-    """The judge of a file that `save_judge` wrote, in float32 and eval mode, without gradients.
-
-    Raises FileNotFoundError where there is no such file, ValueError for a file that is not a judge.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no judge at {path}: make one with `python metrics.py --train_judge --output {path}`")
-    refusal = f"{path} is not a sound judge: make one with `python metrics.py --train_judge --output {path}`"
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no checkpoint can raise nearly anything, and it all means the same
-        raise ValueError(refusal) from error
-    if not isinstance(stored, dict) or set(stored) != {"judge_state_dict", "config"}:
-        raise ValueError(refusal)
-    try:
-        judge = DigitJudge(JudgeConfig(**stored["config"]))
-        judge.load_state_dict(stored["judge_state_dict"], strict=True)
-    except (TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(refusal) from error
-    return judge.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
+    """The judge of a file that `save_judge` wrote, in float32 and eval mode, without gradients. Raises as `load_judging_network`."""
+    judge = load_judging_network(
+        path, "judge", "python metrics.py --train_judge", lambda config: DigitJudge(JudgeConfig(**config))
+    )
+    return judge.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
 
 
 def save_judge(judge: DigitJudge, path: str | os.PathLike) -> None:
     """Write weights (float16) and config; the file appears whole or not at all."""
-    state = {name: x.half() if x.is_floating_point() else x for name, x in judge.state_dict().items()}
+    save_judging_network(judge, path, "judge")
+
+
+def load_judging_network(path: str | os.PathLike, name: str, command: str, build: Callable[[dict[str, Any]], Judging]) -> Judging:
+    """A network of the figures from a file of `save_judging_network`, in float32 and eval mode, without gradients, on the CPU.
+
+    name: what it is, in words; build makes the network of the stored config; command is what makes such a file. Raises
+    FileNotFoundError where there is no such file, ValueError for a file that is no such network.
+    """
+    advice = f"make one with `{command} --output {path}`"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no {name} at {path}: {advice}")
+    refusal = f"{path} is not a sound {name}: {advice}"
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no checkpoint can raise nearly anything, and it all means the same
+        raise ValueError(refusal) from error
+    weights = _weights_key(name)
+    if not isinstance(stored, dict) or set(stored) != {weights, "config"}:
+        raise ValueError(refusal)
+    try:
+        network = build(stored["config"])
+        network.load_state_dict(stored[weights], strict=True)
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(refusal) from error
+    return network.requires_grad_(False).eval()
+
+
+def save_judging_network(network: nn.Module, path: str | os.PathLike, name: str) -> None:
+    """Write weights (float16) and config; the file appears whole or not at all."""
+    state = {key: x.half() if x.is_floating_point() else x for key, x in network.state_dict().items()}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        torch.save({"judge_state_dict": state, "config": asdict(judge.config)}, temporary)
+        torch.save({_weights_key(name): state, "config": asdict(network.config)}, temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _weights_key(name: str) -> str:
+    return f"{name.replace(' ', '_')}_state_dict"
 
 
 def augmented_frames(generator: MovingMNISTGenerator, num_frames: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:

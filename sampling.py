@@ -119,7 +119,6 @@ class SamplerSettings:
             plan = replace(plan, times=warp_steps(list(self.denoising_steps), training.time_shift))
         return replace(plan, guidance=1.0 if self.guidance is None else self.guidance)
 
-
     def _refuse_eta(self) -> None:
         if self.eta is not None:
             raise ValueError("--eta is for a bidirectional teacher in many steps, and this is a rollout block by block: leave it out")

@@ -310,7 +310,6 @@ class SelfForcingStage:
         self.earlier_prompts = checkpoint["prompts_drawn"]
         self.num_generator_updates = checkpoint["num_generator_updates"]
 
-
     def _check_same_teacher(self, checkpoint: dict[str, Any], name: str) -> None:
         """A run that goes on keeps its teacher: another one, or another start, would silently not be used."""
         if self.config.generator_checkpoint is not None:

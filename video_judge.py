@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from digit_judge import DigitJudge, VideoReadings, load_judge, read_videos
+from digit_judge import DigitJudge, VideoReadings, load_judge, load_judging_network, read_videos, save_judging_network
 from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
 from text_encoder import SPEEDS
 
@@ -177,39 +177,15 @@ def answered_right(video_judge: VideoJudge, readings: VideoReadings, right: dict
 
 
 def load_video_judge(path: str | os.PathLike = VIDEO_JUDGE_PATH) -> VideoJudge:
-    """The network of a file that `save_video_judge` wrote, in float32 and eval mode, without gradients, on the CPU.
-
-    Raises FileNotFoundError where there is no such file, ValueError for a file that is no video judge.
-    """
-    command = f"make one with `python video_judge.py --train --output {path}`"
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no video judge at {path}: {command}")
-    refusal = f"{path} is not a sound video judge: {command}"
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no checkpoint can raise nearly anything, and it all means the same
-        raise ValueError(refusal) from error
-    if not isinstance(stored, dict) or set(stored) != {"video_judge_state_dict", "config"}:
-        raise ValueError(refusal)
-    try:
-        video_judge = VideoJudge(VideoJudgeConfig(**stored["config"]))
-        video_judge.load_state_dict(stored["video_judge_state_dict"], strict=True)
-    except (TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(refusal) from error
-    return video_judge.requires_grad_(False).eval()
+    """The network of a file that `save_video_judge` wrote, in float32 and eval mode. Raises as `load_judging_network`."""
+    return load_judging_network(
+        path, "video judge", "python video_judge.py --train", lambda config: VideoJudge(VideoJudgeConfig(**config))
+    )
 
 
 def save_video_judge(video_judge: VideoJudge, path: str | os.PathLike) -> None:
     """Write weights (float16) and config; the file appears whole or not at all."""
-    state = {name: x.half() if x.is_floating_point() else x for name, x in video_judge.state_dict().items()}
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        torch.save({"video_judge_state_dict": state, "config": asdict(video_judge.config)}, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_judging_network(video_judge, path, "video judge")
 
 
 def main() -> None:
