@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
@@ -188,6 +189,20 @@ def save_video_judge(video_judge: VideoJudge, path: str | os.PathLike) -> None:
     save_judging_network(video_judge, path, "video judge")
 
 
+def _train_or_examine(arguments: argparse.Namespace) -> dict[str, float]:
+    """Share of held-out videos answered right by the network that was made, or by the one that is there."""
+    judge, config = load_judge(), DatasetConfig()
+    if arguments.train:
+        video_judge = train_video_judge(judge, config, arguments.steps, arguments.videos, arguments.seed)
+        save_video_judge(video_judge, arguments.output)
+        assert video_judge.config.accuracy is not None
+        return video_judge.config.accuracy
+    video_judge = load_video_judge(arguments.output)
+    video_judge.check_matches(judge)
+    held_out = read_real_videos(judge, MovingMNISTGenerator(config, "test"), arguments.seed + 1, HELD_OUT_VIDEOS, 21)
+    return answered_right(video_judge, *held_out)
+
+
 def main() -> None:
     """Without arguments examine the video judge on fresh held-out videos; with --train make one."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -197,16 +212,12 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=3000, help="different real videos to train on")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the training videos")
     arguments = parser.parse_args()
-    judge, config = load_judge(), DatasetConfig()
-    if arguments.train:
-        video_judge = train_video_judge(judge, config, arguments.steps, arguments.videos, arguments.seed)
-        save_video_judge(video_judge, arguments.output)
-        right = video_judge.config.accuracy
-    else:
-        video_judge = load_video_judge(arguments.output)
-        video_judge.check_matches(judge)
-        held_out = read_real_videos(judge, MovingMNISTGenerator(config, "test"), arguments.seed + 1, HELD_OUT_VIDEOS, 21)
-        right = answered_right(video_judge, *held_out)
+    if arguments.train and Path(arguments.output).exists():
+        sys.exit(f"error: {arguments.output} exists already: give --output the name of a new file, or delete it first")
+    try:
+        right = _train_or_examine(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(f"{HELD_OUT_VIDEOS} videos of held-out digits, told right: " + ", ".join(f"{name} {share:.1%}" for name, share in right.items()))
 
 

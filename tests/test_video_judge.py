@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import video_judge as video_judge_room
 from digit_judge import load_judge, read_videos
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from video_judge import (
@@ -101,3 +102,15 @@ def test_what_is_no_video_judge_is_refused(tmp_path, video_judge):
     torch.save(stored, path)
     with pytest.raises(ValueError, match="not a sound video judge"):
         load_video_judge(path)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--train"], "video_judge.pt exists already: give --output"), (["--output", "none.pt"], "no video judge at none.pt: make one with"),
+    (["--train", "--output", "TMP/new.pt", "--steps", "0"], "steps"),
+])
+def test_the_command_line_refuses_in_one_line_and_overwrites_nothing(arguments, words, tmp_path, monkeypatch):
+    before = video_judge_room.VIDEO_JUDGE_PATH.read_bytes()
+    monkeypatch.setattr("sys.argv", ["video_judge.py", *(argument.replace("TMP", str(tmp_path)) for argument in arguments)])
+    with pytest.raises(SystemExit, match=f"^error: .*{words}") as caught:
+        video_judge_room.main()
+    assert "\n" not in caught.value.code and video_judge_room.VIDEO_JUDGE_PATH.read_bytes() == before and not list(tmp_path.iterdir())
