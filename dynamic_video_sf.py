@@ -206,7 +206,8 @@ class Rollout:
 
 @dataclass(frozen=True)
 class ScorePrompts:
-    """One batch of prompts as the scores read them: encoded by the teacher, the null prompt too, and by the critic."""
+    """One batch of prompts as the generator's judges read them: encoded by the teacher, the null prompt too, and by the critic
+    (its average; with the GAN loss the critic itself)."""
 
     real: PromptContext
     real_null: PromptContext
@@ -218,8 +219,10 @@ class SelfForcingEngine:
 
     generator: the student, trained by `generator_loss`. real_score: the frozen teacher. fake_score: the critic's network.
     critic: what `critic_loss` trains on what the generator makes: fake_score itself, or with the GAN loss a discriminator
-    built on it. The engine owns no optimizer and draws all randomness from `random`. All three networks start as copies of
-    `teacher`, the generator of `start` where one is given.
+    built on it. fake_average: the moving average of fake_score, which is what the generator is judged by: the critic that has
+    just learned from a batch is off by far more than generator and teacher differ. The engine owns no optimizer, moves no
+    average and draws all randomness from `random`. All networks start as copies of `teacher`, the generator of `start` where
+    one is given.
     """
 
     def __init__(
@@ -230,6 +233,7 @@ class SelfForcingEngine:
         self.random = random
         self.generator = copy.deepcopy(teacher if start is None else start).train().requires_grad_(True)
         self.fake_score = copy.deepcopy(teacher).train().requires_grad_(True)
+        self.fake_average = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.real_score = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.critic = Discriminator(self.fake_score).to(next(teacher.parameters()).device) if config.loss == "gan" else self.fake_score
 
@@ -283,8 +287,7 @@ class SelfForcingEngine:
         if self.config.loss == "gan":
             return self._gan_generator_loss(x_0, prompts.fake, x_real)
         if self.config.loss == "sid":
-            with frozen(self.critic):  # gradient passes through both scores, into neither
-                x_0_fake, x_0_real = self._denoised(x_0, prompts)
+            x_0_fake, x_0_real = self._denoised(x_0, prompts)  # gradient passes through both scores, which are frozen
             loss, figures = sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha), {}
         else:
             with torch.no_grad():  # the two scores only supply a direction
@@ -294,9 +297,9 @@ class SelfForcingEngine:
         return loss, {**figures, "score_distance": (x_0_fake - x_0_real).abs().mean().item()}
 
     def _denoised(self, x_0: Tensor, prompts: ScorePrompts) -> tuple[Tensor, Tensor]:
-        """What critic and guided teacher make of x_0 (B, F, C, H, W), noised: x_0_fake and x_0_real."""
+        """What averaged critic and guided teacher make of x_0 (B, F, C, H, W), noised: x_0_fake and x_0_real."""
         x_t, t = self._noised(x_0)
-        x_0_fake = x_0_from_velocity(x_t, self.fake_score.forward_bidirectional(x_t, t, prompts.fake), t)
+        x_0_fake = x_0_from_velocity(x_t, self.fake_average.forward_bidirectional(x_t, t, prompts.fake), t)
         cond, uncond = self.real_score.forward_bidirectional(
             torch.cat([x_t, x_t]), torch.cat([t, t]), prompts.real.concatenate(prompts.real_null)
         ).chunk(2)
@@ -406,7 +409,7 @@ def _check_losses(engine: SelfForcingEngine, text: Tensor, mask: Tensor) -> list
     before = [parameter.clone() for parameter in engine.real_score.parameters()]
 
     def generator_gradient() -> tuple[float, float]:
-        prompts = [score.encode_prompt(text, mask) for score in (engine.real_score, engine.fake_score)]
+        prompts = [score.encode_prompt(text, mask) for score in (engine.real_score, engine.fake_average)]
         x_0 = engine.rollout(engine.generator.encode_prompt(text, mask), 6, with_gradient=True).scored
         loss, figures = engine.generator_loss(x_0, ScorePrompts(prompts[0], null, prompts[1]))
         loss.backward()
@@ -415,10 +418,10 @@ def _check_losses(engine: SelfForcingEngine, text: Tensor, mask: Tensor) -> list
     agreeing, distance = generator_gradient()
     findings = [(agreeing < 1e-4, f"scores {distance:.1e} apart give the generator a gradient of {agreeing:.1e}")]
     with torch.no_grad():
-        for parameter in engine.fake_score.parameters():
+        for parameter in engine.fake_average.parameters():
             parameter.mul_(1.1)
     moved, distance = generator_gradient()
-    felt = _total_gradient(engine.fake_score) + _total_gradient(engine.real_score)
+    felt = sum(_total_gradient(score) for score in (engine.fake_score, engine.fake_average, engine.real_score))
     finding = f"scores {distance:.1e} apart give it {moved:.1e}; teacher and critic feel {felt:.0f}"
     findings.append((moved > 1e-3 and felt == 0, finding))
     engine.generator.zero_grad()

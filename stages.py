@@ -243,15 +243,15 @@ class SelfForcingStage:
             loss = engine.critic_loss(rollout.scored, engine.fake_score.encode_prompt(*text), x_real)
         figures["loss_critic"] = loss.item()
         figures["gradient_norm_critic"] = self._step("critic", engine.critic, loss)
+        update_average(engine.fake_average, engine.fake_score, config.critic_ema_decay, step)
         return figures
 
     def _update_generator(self, x_0: Tensor, text: tuple[Tensor, Tensor], x_real: Tensor | None) -> dict[str, float]:
         engine = self.engine
         with torch.no_grad(), self.runtime.autocast():  # prompts of the two scores, which are constants here
             null = self.text_encoder.encode([NULL_PROMPT] * len(x_0))
-            prompts = ScorePrompts(
-                engine.real_score.encode_prompt(*text), engine.real_score.encode_prompt(*null), engine.fake_score.encode_prompt(*text)
-            )
+            fake = engine.fake_score if self.config.loss == "gan" else engine.fake_average
+            prompts = ScorePrompts(engine.real_score.encode_prompt(*text), engine.real_score.encode_prompt(*null), fake.encode_prompt(*text))
         with self.runtime.autocast():
             loss, figures = engine.generator_loss(x_0, prompts, x_real)
         norm = self._step("generator", engine.generator, loss)
@@ -284,6 +284,7 @@ class SelfForcingStage:
             "generator_state_dict": self.engine.generator.state_dict(),
             "generator_ema_state_dict": self.average.state_dict(),
             "critic_state_dict": self.engine.critic.state_dict(),
+            "critic_ema_state_dict": self.engine.fake_average.state_dict(),
             "real_score_state_dict": self.engine.real_score.state_dict(),
             "text_encoder_state_dict": self.text_encoder.state_dict(),
             "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -296,7 +297,8 @@ class SelfForcingStage:
     def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
         targets = {
             "generator_state_dict": self.engine.generator, "generator_ema_state_dict": self.average,
-            "critic_state_dict": self.engine.critic, "real_score_state_dict": self.engine.real_score,
+            "critic_state_dict": self.engine.critic, "critic_ema_state_dict": self.engine.fake_average,
+            "real_score_state_dict": self.engine.real_score,
             "text_encoder_state_dict": self.text_encoder,
         }
         self._check_same_teacher(checkpoint, name)

@@ -195,7 +195,8 @@ class SelfForcingConfig(FewStepConfig):
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # times of the scores at which the teacher is guided
     clamp_real_score: bool = False  # keep the guided teacher's x_0 in [-1, 1], which guidance leaves
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
-    critic_lr: float = 5e-4
+    critic_lr: float = 2e-4
+    critic_ema_decay: float = 0.9  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
     context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
     same_exit_step: bool = True  # one exit step for all blocks of a rollout; false draws one per block
@@ -222,6 +223,7 @@ class SelfForcingConfig(FewStepConfig):
         require(self.dfake_gen_update_ratio >= 1, "training.dfake_gen_update_ratio", self.dfake_gen_update_ratio, "at least 1")
         require(self.critic_warmup_steps >= 0, "training.critic_warmup_steps", self.critic_warmup_steps, "0 or more")
         require(self.critic_lr > 0, "training.critic_lr", self.critic_lr, "a positive number")
+        require(0 <= self.critic_ema_decay < 1, "training.critic_ema_decay", self.critic_ema_decay, "0 (none) to below 1")
         require(0 < self.loss_time_floor <= 1, "training.loss_time_floor", self.loss_time_floor, "a number in (0, 1]")
         require(
             len(self.guidance_interval) == 2 and 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1,

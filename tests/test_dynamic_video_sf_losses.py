@@ -19,7 +19,7 @@ def build_engine(**changes: object) -> SelfForcingEngine:
 
 def prompts_of(engine: SelfForcingEngine) -> ScorePrompts:
     real, null = random_prompt(engine.real_score, 2), random_prompt(engine.real_score, 2, seed=9)
-    return ScorePrompts(real, null, random_prompt(engine.fake_score, 2))
+    return ScorePrompts(real, null, random_prompt(engine.fake_average, 2))
 
 
 def perturb(module: nn.Module) -> None:
@@ -31,16 +31,16 @@ def perturb(module: nn.Module) -> None:
 
 def test_the_generators_loss_reaches_the_generator_alone():
     engine = build_engine()
-    perturb(engine.fake_score)
+    perturb(engine.fake_average)
     before = {name: value.clone() for name, value in engine.real_score.state_dict().items()}
     rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
     score_passes: list[bool] = []
-    for score in (engine.fake_score, engine.real_score):
+    for score in (engine.fake_average, engine.real_score):
         score.head.register_forward_hook(lambda module, args, output: score_passes.append(output.requires_grad))
     engine.generator_loss(rollout.scored, prompts_of(engine))[0].backward()
     assert score_passes == [False, False]
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in engine.generator.parameters())
-    assert all(parameter.grad is None for parameter in engine.fake_score.parameters())
+    assert all(parameter.grad is None for score in (engine.fake_score, engine.fake_average) for parameter in score.parameters())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in engine.real_score.parameters())
     torch.testing.assert_close(dict(engine.real_score.state_dict()), before, rtol=0, atol=0)
 
@@ -54,10 +54,26 @@ def test_the_critics_loss_reaches_the_critic_alone():
     assert all(parameter.grad is None for parameter in [*engine.generator.parameters(), *engine.real_score.parameters()])
 
 
-def test_the_three_networks_share_no_storage():
+def test_the_networks_share_no_storage():
     engine = build_engine()
-    pointers = [{p.data_ptr() for p in net.parameters()} for net in (engine.generator, engine.fake_score, engine.real_score)]
-    assert not (pointers[0] & pointers[1] or pointers[0] & pointers[2] or pointers[1] & pointers[2])
+    networks = (engine.generator, engine.fake_score, engine.fake_average, engine.real_score)
+    pointers = [p.data_ptr() for network in networks for p in network.parameters()]
+    assert len(set(pointers)) == len(pointers) == 4 * len(list(engine.generator.parameters()))
+
+
+def test_the_generator_is_judged_by_the_critics_average_and_not_by_the_newest_critic():
+    engine = build_engine()
+    rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=False)
+
+    def distance() -> float:  # the same noise and times at every call
+        engine.random.manual_seed(1)
+        return engine.generator_loss(rollout.scored, prompts_of(engine))[1]["score_distance"]
+
+    start = distance()
+    perturb(engine.fake_score)
+    assert distance() == start
+    perturb(engine.fake_average)
+    assert distance() != start
 
 
 # Distribution matching
@@ -107,7 +123,7 @@ def test_dmd_gradient_is_bounded_on_a_perfect_sample():
 
 def test_generator_loss_is_dmd_with_guided_teacher_and_bidirectional_scores():
     engine = build_engine(guidance=2.5)
-    perturb(engine.fake_score)
+    perturb(engine.fake_average)
     prompts = prompts_of(engine)
     x_0 = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=False).scored.requires_grad_()
     state = engine.random.get_state()
@@ -116,7 +132,7 @@ def test_generator_loss_is_dmd_with_guided_teacher_and_bidirectional_scores():
     engine.random.set_state(state)
     with torch.no_grad():
         x_t, t = engine._noised(x_0)
-        x_0_fake = x_0_from_velocity(x_t, engine.fake_score.forward_bidirectional(x_t, t, prompts.fake), t)
+        x_0_fake = x_0_from_velocity(x_t, engine.fake_average.forward_bidirectional(x_t, t, prompts.fake), t)
         cond, uncond = (
             x_0_from_velocity(x_t, engine.real_score.forward_bidirectional(x_t, t, p), t) for p in (prompts.real, prompts.real_null)
         )
@@ -197,6 +213,7 @@ def train_toy_generator(sign: float, num_steps: int, monkeypatch: pytest.MonkeyP
     with torch.no_grad():  # the critic starts at what the generator makes, not at the teacher
         engine.fake_score.mean.copy_(mean)
         engine.fake_score.factor.copy_(factor)
+    engine.fake_average.load_state_dict(engine.fake_score.state_dict())
     generator_optimizer = torch.optim.Adam([mean, factor], lr=0.02, betas=(0.0, 0.999))
     critic_optimizer = torch.optim.Adam(engine.fake_score.parameters(), lr=0.02, betas=(0.0, 0.999))
     for step in range(num_steps):
@@ -210,6 +227,7 @@ def train_toy_generator(sign: float, num_steps: int, monkeypatch: pytest.MonkeyP
         critic_optimizer.zero_grad()
         engine.critic_loss(x_0, prompt).backward()
         critic_optimizer.step()
+        engine.fake_average.load_state_dict(engine.fake_score.state_dict())
     reached = (mean.detach(), (factor @ factor.T).detach())
     return (*reached, target_mean, target_factor @ target_factor.T)
 

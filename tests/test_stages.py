@@ -384,3 +384,23 @@ def test_numbers_of_frames_are_multiples_of_the_block_within_bounds():
     assert {draw_num_frames(config, random) for _ in range(100)} == {9, 12, 15, 18, 21}
     fixed = PretrainConfig(num_frames_per_block=7, min_num_frames=21, max_num_frames=21)
     assert {draw_num_frames(fixed, random) for _ in range(5)} == {21}
+
+
+def test_the_critics_average_follows_it_with_its_own_decay_and_is_kept(teacher: Path):
+    stage = build_self_forcing(teacher, critic_ema_decay=0.05, critic_warmup_steps=100)
+    expected = snapshot(stage.engine.fake_average)
+    assert torch.equal(expected, snapshot(stage.engine.fake_score))
+    for step in range(3):
+        stage.train_step(step)
+        expected = 0.05 * expected + 0.95 * snapshot(stage.engine.fake_score)
+        torch.testing.assert_close(snapshot(stage.engine.fake_average), expected)
+    assert not torch.equal(expected, snapshot(stage.engine.fake_score))
+    fresh = build_self_forcing(teacher, critic_ema_decay=0.05)
+    fresh.load_state_dict(stage.state_dict(), "here")
+    assert torch.equal(snapshot(fresh.engine.fake_average), snapshot(stage.engine.fake_average))
+
+
+def test_without_decay_the_newest_critic_judges(teacher: Path):
+    stage = build_self_forcing(teacher, critic_ema_decay=0.0, critic_warmup_steps=100)
+    stage.train_step(0)
+    assert torch.equal(snapshot(stage.engine.fake_average), snapshot(stage.engine.fake_score))
