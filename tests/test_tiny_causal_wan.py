@@ -17,6 +17,7 @@ from tiny_causal_wan import (
     TinyCausalWanModel,
     apply_rope,
     attention,
+    sinusoidal_embedding,
 )
 
 NUM_FRAMES = 12
@@ -392,17 +393,38 @@ def test_a_video_may_start_at_a_far_position(small_model):
 
 
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_attention_equals_the_fused_kernel(is_masked):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float64, 1e-12)])
+def test_attention_and_its_gradient_equal_the_formula(is_masked, dtype, tolerance):
     random = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, length, 16, generator=random).requires_grad_() for length in (7, 9, 9))
-    mask = None
+    exact = [torch.randn(2, 3, length, 16, generator=random).to(dtype).double().requires_grad_() for length in (7, 9, 9)]
+    q, k, v = exact
+    mask = torch.ones(2, 1, 7, 9, dtype=torch.bool)
     if is_masked:
         mask = torch.rand(2, 1, 7, 9, generator=random) < 0.5
         mask[..., 0] = True
-    ours, fused = attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(ours, fused, rtol=1e-5, atol=1e-5)
-    for expected, actual in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (fused, ours)), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    weight = (torch.einsum("bhqd,bhkd->bhqk", q, k) / 4).exp() * mask
+    formula = torch.einsum("bhqk,bhkd->bhqd", weight / weight.sum(-1, keepdim=True), v)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+    ours = attention(*inputs, mask if is_masked else None)
+    torch.testing.assert_close(ours.double(), formula, rtol=tolerance, atol=tolerance)
+    for expected, actual in zip(*(torch.autograd.grad(out.sum(), x) for out, x in ((formula, exact), (ours, inputs))), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=4 * tolerance, atol=4 * tolerance)
+
+
+def test_every_layer_adds_its_own_modulation_to_that_of_the_time(small_model):
+    x_t, t = random_video(small_model, 2, 6)
+    prompt, seen = random_prompt(small_model, 2), []
+    for block in small_model.blocks:
+        block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    small_model.forward_bidirectional(x_t, t, prompt)
+    time = small_model.time_embedding(sinusoidal_embedding(t, small_model.config.width)) + prompt.pooled[:, None]
+    shared = small_model.time_projection(time).unflatten(-1, (6, -1))  # (B, T, 6, D)
+    for block, actual in zip(small_model.blocks, seen, strict=True):
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (shared + block.modulation).unbind(2)
+        expected = torch.stack([shift_a, 1 + scale_a, gate_a, shift_f, 1 + scale_f, gate_f], dim=2)
+        torch.testing.assert_close(actual, expected)
+        gradients = [torch.autograd.grad(x.square().sum(), block.modulation, retain_graph=True)[0] for x in (actual, expected)]
+        torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize(("sizes", "message"), [
