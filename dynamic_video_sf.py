@@ -22,6 +22,7 @@ from torch import Tensor
 from distribution_losses import (
     Discriminator,
     Finding,
+    Verdict,
     check_gaussians,
     discriminator_loss,
     dmd_gradient,
@@ -202,6 +203,7 @@ class Rollout:
     x_0: Tensor
     scored: Tensor  # (B, min(F, gradient_frames), C, H, W): what the losses see
     exit_steps: list[int]  # of the first video, where each has its own
+    frame_exits: Tensor  # (B, min(F, gradient_frames)): the exit step of every scored frame
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,8 @@ class SelfForcingEngine:
         )
         with torch.set_grad_enabled(with_gradient):
             x_0 = torch.cat(list(blocks), dim=1)
-            return Rollout(x_0, x_0[:, first_scored:], exit_steps)
+            frame_exits = torch.tensor([exit_steps] * len(x_0)).repeat_interleave(config.num_frames_per_block, 1)
+            return Rollout(x_0, x_0[:, first_scored:], exit_steps, frame_exits[:, first_scored:])
 
     def denoise_real(self, prompt: PromptContext, x_real: Tensor, with_gradient: bool) -> Rollout:
         """Noise real videos (B, F, C, H, W), every block to a few-step time of its own, and denoise them in one pass.
@@ -268,7 +271,8 @@ class SelfForcingEngine:
         block, num_frames = self.config.num_frames_per_block, x_real.shape[1]
         check_num_frames("num_frames", num_frames, block)
         exits = torch.randint(len(self.plan.times), (len(x_real), num_frames // block), generator=self.random)
-        t = torch.tensor(self.plan.times)[exits].repeat_interleave(block, 1).to(x_real.device)
+        frame_exits = exits.repeat_interleave(block, 1)  # (B, F)
+        t = torch.tensor(self.plan.times)[frame_exits].to(x_real.device)
         x_t = add_noise(x_real, torch.randn(x_real.shape, generator=self.random).to(x_real.device), t)
         with torch.set_grad_enabled(with_gradient):
             if self.config.generator_inputs == "teacher_forced":
@@ -276,25 +280,27 @@ class SelfForcingEngine:
             else:
                 v = self.generator.forward_block_causal(x_t, t, prompt, block)
             x_0 = x_0_from_velocity(x_t, v, t)
-        return Rollout(x_0, x_0[:, max(num_frames - self.config.gradient_frames, 0):], exits[0].tolist())
+        scored = slice(max(num_frames - self.config.gradient_frames, 0), None)
+        return Rollout(x_0, x_0[:, scored], exits[0].tolist(), frame_exits[:, scored])
 
-    def generator_loss(self, x_0: Tensor, prompts: ScorePrompts, x_real: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
+    def generator_loss(self, x_0: Tensor, prompts: ScorePrompts, x_real: Tensor | None = None) -> tuple[Tensor, Verdict]:
         """The loss that pulls x_0 (B, F, C, H, W) toward the teacher's distribution, or with "gan" that of x_real."""
         if self.config.loss == "gan":
             return self._gan_generator_loss(x_0, prompts.fake, x_real)
         if self.config.loss == "sid":
             with frozen(self.critic):  # gradient passes through both scores, into neither
-                x_0_fake, x_0_real = self._denoised(x_0, prompts)
-            loss, figures = sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha), {}
+                x_0_fake, x_0_real, t = self._denoised(x_0, prompts)
+            terms, figures = sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha), {}
         else:
             with torch.no_grad():  # the two scores only supply a direction
-                x_0_fake, x_0_real = self._denoised(x_0.detach(), prompts)
-                gradient = dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
-            loss, figures = dmd_loss(x_0, gradient), {"dmd_gradient_norm": gradient.square().mean().sqrt().item()}
-        return loss, {**figures, "score_distance": (x_0_fake - x_0_real).abs().mean().item()}
+                x_0_fake, x_0_real, t = self._denoised(x_0.detach(), prompts)
+                gradient = self.config.dmd_sign * dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
+            terms, figures = dmd_loss(x_0, gradient), {"dmd_gradient_norm": gradient.square().mean().sqrt().item()}
+        figures["score_distance"] = (x_0_fake - x_0_real).abs().mean().item()
+        return terms.mean(), Verdict(terms.detach(), t, figures, x_0.detach(), x_0_fake.detach(), x_0_real.detach())
 
-    def _denoised(self, x_0: Tensor, prompts: ScorePrompts) -> tuple[Tensor, Tensor]:
-        """What critic and guided teacher make of x_0 (B, F, C, H, W), noised: x_0_fake and x_0_real."""
+    def _denoised(self, x_0: Tensor, prompts: ScorePrompts) -> tuple[Tensor, Tensor, Tensor]:
+        """What critic and guided teacher make of x_0 (B, F, C, H, W), noised: x_0_fake and x_0_real; and t (B,)."""
         x_t, t = self._noised(x_0)
         x_0_fake = x_0_from_velocity(x_t, self.fake_score.forward_bidirectional(x_t, t, prompts.fake), t)
         cond, uncond = self.real_score.forward_bidirectional(
@@ -304,7 +310,7 @@ class SelfForcingEngine:
         x_0_real = x_0_from_velocity(x_t, classifier_free_guidance(cond, uncond, weight), t)
         if self.config.clamp_real_score:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): guidance overshoots
             x_0_real = x_0_real.clamp(-1, 1)
-        return x_0_fake, x_0_real
+        return x_0_fake, x_0_real, t[:, 0]
 
     def critic_loss(self, x_0: Tensor, fake_prompt: PromptContext, x_real: Tensor | None = None) -> Tensor:
         """Flow matching of the critic on the generator's own videos x_0 (B, F, C, H, W); with "gan" the discriminator's loss."""
@@ -317,11 +323,12 @@ class SelfForcingEngine:
         v = self.fake_score.forward_bidirectional(x_t, t, fake_prompt)
         return x_0_prediction_loss(v, x_t, x_0, t, self.config.loss_time_floor)
 
-    def _gan_generator_loss(self, x_0: Tensor, prompt: PromptContext, x_real: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+    def _gan_generator_loss(self, x_0: Tensor, prompt: PromptContext, x_real: Tensor | None) -> tuple[Tensor, Verdict]:
         with frozen(self.critic):
             (fake_t, real_t), t = self._noised_pair(x_0, x_real)
             fake, real = self.critic(fake_t, t, prompt), self.critic(real_t, t, prompt)
-        return relativistic_loss(fake, real), {"logit_distance": (real - fake).mean().item()}
+        terms = relativistic_loss(fake, real)
+        return terms.mean(), Verdict(terms.detach(), t[:, 0], {"logit_distance": (real - fake).mean().item()})
 
     def _noised_pair(self, x_0: Tensor, x_real: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Generated and real videos of the same prompts, with noise of their own at the same times."""
@@ -408,9 +415,9 @@ def _check_losses(engine: SelfForcingEngine, text: Tensor, mask: Tensor) -> list
     def generator_gradient() -> tuple[float, float]:
         prompts = [score.encode_prompt(text, mask) for score in (engine.real_score, engine.fake_score)]
         x_0 = engine.rollout(engine.generator.encode_prompt(text, mask), 6, with_gradient=True).scored
-        loss, figures = engine.generator_loss(x_0, ScorePrompts(prompts[0], null, prompts[1]))
+        loss, verdict = engine.generator_loss(x_0, ScorePrompts(prompts[0], null, prompts[1]))
         loss.backward()
-        return _total_gradient(engine.generator), figures["score_distance"]
+        return _total_gradient(engine.generator), verdict.figures["score_distance"]
 
     agreeing, distance = generator_gradient()
     findings = [(agreeing < 1e-4, f"scores {distance:.1e} apart give the generator a gradient of {agreeing:.1e}")]
