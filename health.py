@@ -98,15 +98,19 @@ def generator_figures(verdict: Verdict, frame_exits: Tensor, denoising_steps: li
 
 @dataclass(frozen=True)
 class FixedPrompts:
-    """`PROMPTS`, every digit and every direction, from `SEEDS`: the same videos are asked for at every reading."""
+    """`PROMPTS`, every digit and every direction, from `SEEDS`: the same videos are asked for at every reading.
+
+    sample: makes of prompts, seeds and a number of frames videos (B, F, C, H, W), and draws from the seeds alone.
+    """
 
     judge: DigitJudge
     dataset: DatasetConfig
     num_frames: int
+    sample: Callable[[list[str], list[int], int], Tensor]
 
-    def read(self, sample: Callable[[list[str], list[int], int], Tensor]) -> dict[str, float]:
-        """`JUDGED_COLUMNS` of what sample(prompts, seeds, num_frames) makes, (B, F, C, H, W)."""
-        video = sample(list(PROMPTS), list(SEEDS), self.num_frames)
+    def read(self) -> dict[str, float]:
+        """`JUDGED_COLUMNS` of what is made now."""
+        video = self.sample(list(PROMPTS), list(SEEDS), self.num_frames)
         summary = summarise(score_videos(self.judge, video, *facts_of_prompts(list(PROMPTS)), self.dataset))
         return {name: summary[name] for name in JUDGED_COLUMNS}
 
@@ -173,7 +177,7 @@ def draw_health(path: Path, runs: dict[str, dict[str, tuple[np.ndarray, np.ndarr
         _draw_panel(axis, column, {name: series[column] for name, series in runs.items() if column in series}, list(runs))
     if len(runs) > 1:
         lines = [plt.Line2D([], [], color=f"C{index % 10}", label=name) for index, name in enumerate(runs)]
-        figure.legend(handles=lines, loc="outside upper center", ncols=min(len(runs), 5), fontsize=9)
+        figure.legend(handles=lines, loc="outside lower center", ncols=min(len(runs), 5), fontsize=9)
     figure.savefig(path, dpi=75)
     plt.close(figure)
 

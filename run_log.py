@@ -59,11 +59,11 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, columns: tuple[str, ...], config: dict[str, Any], wandb_config: WandbConfig, picture: str = "curves.png",
-        draw: Callable[[Path, Path], None] | None = None,
+        self, folder: Path, columns: tuple[str, ...], config: dict[str, Any], wandb_config: WandbConfig, picture: str,
+        draw: Callable[[Path, Path], None],
     ):
         self.folder = folder
-        self._picture, self._draw, self._last_step = folder / picture, draw or draw_curves, 0
+        self._picture, self._draw, self._last_step = folder / picture, draw, 0
         self.columns = ("step", "seconds", *columns)
         self._file = open(folder / "scalars.csv", "w", newline="")
         self._writer = csv.DictWriter(self._file, self.columns)

@@ -26,7 +26,7 @@ from few_step_stage import FewStepStage
 from health import JUDGED_COLUMNS, FixedPrompts, draw_run
 from metrics import facts_of_prompts, score_videos, summarise
 from moving_mnist import MovingMNISTGenerator
-from run_log import RunLog, make_run_folder, point_to_latest
+from run_log import RunLog, draw_curves, make_run_folder, point_to_latest
 from runtime import resolve_runtime
 from stages import PretrainStage, SelfForcingStage, Stage, check_same_networks
 from training_config import SelfForcingConfig
@@ -69,6 +69,9 @@ class SimplifiedTrainer:
             self._resume(Path(config.training.resume))
         self.health_interval = config.training.health_interval if isinstance(config.training, SelfForcingConfig) else 0
         self.judge = self._load_judge()
+        self.fixed_prompts: FixedPrompts | None = None
+        if self.judge is not None and self.health_interval > 0 and isinstance(self.stage, SelfForcingStage):
+            self.fixed_prompts = FixedPrompts(self.judge, config.dataset, config.training.max_num_frames, self.stage.sample_live)
         held_out = MovingMNISTGenerator(config.dataset, "test")
         self.shown = held_out.sample(SAMPLE_SEED, range(NUM_SHOWN), config.training.max_num_frames)
         self.folder = make_run_folder(Path(config.log_dir), config.run_name)
@@ -92,10 +95,9 @@ class SimplifiedTrainer:
 
     def _start_log(self) -> RunLog:
         """A log whose picture is the health panel where the run is one of Self-Forcing, every scalar's curve otherwise."""
-        common = (self.folder, self.stage.columns, config_to_dict(self.config), self.config.wandb)
-        if not isinstance(self.stage, SelfForcingStage):
-            return RunLog(*common)
-        return RunLog(self.folder, (*self.stage.columns, *JUDGED_COLUMNS), *common[2:], "health.png", draw_run)
+        columns = (*self.stage.columns, *(() if self.fixed_prompts is None else JUDGED_COLUMNS))
+        picture = ("health.png", draw_run) if isinstance(self.stage, SelfForcingStage) else ("curves.png", draw_curves)
+        return RunLog(self.folder, columns, config_to_dict(self.config), self.config.wandb, *picture)
 
     def _resume(self, path: Path) -> None:
         checkpoint = load_checkpoint(path)
@@ -146,13 +148,13 @@ class SimplifiedTrainer:
 
     def _read_fixed_prompts(self, step: int) -> dict[str, float]:
         """What the judge reads in the live generator's videos of the fixed prompts: where it starts, at intervals, at the end."""
-        is_due = self.health_interval > 0 and (step == 0 or (step + 1) % self.health_interval == 0)
-        is_last = self.health_interval > 0 and step + 1 == self.config.training.num_steps
-        if self.judge is None or not isinstance(self.stage, SelfForcingStage) or not (is_due or is_last):
+        if self.fixed_prompts is None:
             return {}
-        self._check_weights(step + 1)
-        prompts = FixedPrompts(self.judge, self.config.dataset, self.config.training.max_num_frames)
-        return prompts.read(self.stage.sample_live)
+        finished = step + 1
+        if step > 0 and finished % self.health_interval and finished != self.config.training.num_steps:
+            return {}
+        self._check_weights(finished)
+        return self.fixed_prompts.read()
 
     def _check_finite(self, step: int, figures: dict[str, float]) -> None:
         bad = [name for name, value in figures.items() if not math.isfinite(value)]
