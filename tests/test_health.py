@@ -124,14 +124,15 @@ def test_every_scored_frame_knows_its_exit_step(changes, teacher: Path, monkeypa
 
 
 def test_the_wrong_sign_turns_the_generators_gradient_around(teacher: Path):
-    gradients = []
+    gradients, losses = [], []
     for sign in (1, -1):
         stage = build_self_forcing(teacher, dmd_sign=sign, dfake_gen_update_ratio=1, critic_warmup_steps=0, lr=1e-30, clip_norm=1e9)
         seen: list[torch.Tensor] = []
         for parameter in stage.engine.generator.parameters():
             parameter.register_hook(lambda gradient, seen=seen: seen.append(gradient.clone()))
-        stage.train_step(0)
+        losses.append(stage.train_step(0)["loss_generator"])
         gradients.append(seen)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the loss does not show it
     assert any(gradient.any() for gradient in gradients[0])
     for right, wrong in zip(*gradients, strict=True):
         torch.testing.assert_close(wrong, -right, rtol=1e-3, atol=1e-6)
