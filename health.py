@@ -119,7 +119,7 @@ class FixedPrompts:
 
 
 @dataclass(frozen=True)
-class Panel:
+class PanelStyle:
     """One axis of the picture. caption: what a healthy run looks like. limits: of the vertical axis, None for the data's."""
 
     title: str
@@ -128,28 +128,28 @@ class Panel:
 
 
 PANELS = {
-    "loss_generator": Panel("generator's loss", "no measure of quality: may rise or fall"),
-    "loss_critic": Panel("critic's loss", "falls at first, then level"),
-    "critic_lag": Panel("critic lag", "around 0"),
-    "dmd_gradient_norm": Panel("norm of the DMD gradient", "same order throughout"),
-    "logit_distance": Panel("real minus fake logit", "above 0, bounded"),
+    "loss_generator": PanelStyle("generator's loss", "no measure of quality: may rise or fall"),
+    "loss_critic": PanelStyle("critic's loss", "falls at first, then level"),
+    "critic_lag": PanelStyle("critic lag", "around 0"),
+    "dmd_gradient_norm": PanelStyle("norm of the DMD gradient", "same order throughout"),
+    "logit_distance": PanelStyle("real minus fake logit", "above 0, bounded"),
     **{
-        f"score_distance_{name}": Panel(f"real to fake score, {name} noise", f"t in {low:.2f} to {high:.2f}: bounded")
+        f"score_distance_{name}": PanelStyle(f"real to fake score, {name} noise", f"t in {low:.2f} to {high:.2f}: bounded")
         for name, (low, high) in NOISE_LEVELS.items()
     },
-    "gradient_norm_generator": Panel("generator's gradient norm", "no spikes"),
-    "frames_right": Panel("frames right", "rises", (-0.03, 1.03)),
-    "one_class": Panel("one class throughout", "rises, late", (-0.03, 1.03)),
-    "track_within_1px": Panel("track within 1 px", "stays up", (-0.03, 1.03)),
-    "stroke_mass_ratio": Panel("stroke mass over real", "near 1"),
+    "gradient_norm_generator": PanelStyle("generator's gradient norm", "no spikes"),
+    "frames_right": PanelStyle("frames right", "rises", (-0.03, 1.03)),
+    "one_class": PanelStyle("one class throughout", "rises, late", (-0.03, 1.03)),
+    "track_within_1px": PanelStyle("track within 1 px", "stays up", (-0.03, 1.03)),
+    "stroke_mass_ratio": PanelStyle("stroke mass over real", "near 1"),
 }
 EXIT_CAPTION = "steps alike, none apart"
 
 
-def panel_of(column: str) -> Panel | None:
+def panel_of(column: str) -> PanelStyle | None:
     """How a column of scalars.csv is drawn; None for one that is not."""
     if column.startswith("loss_exit_"):
-        return Panel(f"loss, exit at {column.removeprefix('loss_exit_')}", EXIT_CAPTION)
+        return PanelStyle(f"loss, exit at {column.removeprefix('loss_exit_')}", EXIT_CAPTION)
     return PANELS.get(column)
 
 

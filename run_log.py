@@ -168,9 +168,9 @@ def read_scalars(csv_path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return series
 
 
-def plot_series(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str | None = None) -> None:
+def plot_series(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> None:
     """The values pale, and their running median over them."""
     width = max(len(values) // 40, 1)
     median = [np.median(values[max(i - width, 0): i + width + 1]) for i in range(len(values))]
     axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-    axis.plot(steps, median, color=color, linewidth=1.5, label=label)
+    axis.plot(steps, median, color=color, linewidth=1.5)

@@ -205,7 +205,7 @@ class SelfForcingConfig(FewStepConfig):
     min_score_time: float = 0.02
     max_score_time: float = 0.98
     loss_time_floor: float = 0.3
-    health_interval: int = 50  # steps between two readings of the generator's videos of fixed prompts (`health`); 0 switches them off
+    health_interval: int = 70  # steps between two readings of the generator's videos of fixed prompts (`health`); 0 switches them off
 
     def __post_init__(self) -> None:
         super().__post_init__()

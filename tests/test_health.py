@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from test_dynamic_video_sf_losses import GaussianScore, shift_prompt
 from test_stages import build_self_forcing, snapshot
 from test_stages import teacher as teacher
 from test_train import SHARED, assert_same, tiny_config
+from torch import nn
 
 import health
 import train
@@ -20,6 +22,7 @@ from checkpoint import load_checkpoint
 from config import Config, SelfForcingConfig, build_config, register_schemas
 from digit_judge import DigitJudge, JudgeConfig
 from distribution_losses import Verdict
+from dynamic_video_sf import ScorePrompts, SelfForcingEngine
 from flow_matching import add_noise
 from health import (
     JUDGED_COLUMNS,
@@ -76,6 +79,41 @@ def test_on_gaussians_critic_lag_is_the_share_of_the_way_that_the_critic_has_mis
     x_0_fake, x_0_real = (mean + shrink * (x_t - 0.4 * mean) for mean in (stale, real))
     assert critic_lag(x_0, x_0_fake, x_0_real) == pytest.approx(way, abs=0.01)
     assert critic_lag(x_0, x_0_real, x_0_real) == 0.0  # nothing pushes
+
+
+def lags_of_a_toy_run(critic_rate: float, num_steps: int = 240) -> list[float]:
+    """Critic lag at every generator's turn while an affine map of 2-D noise is trained by the engine's own two losses."""
+    random, prompt = torch.Generator().manual_seed(0), shift_prompt(256, [0.0, 0.0])
+    teacher = GaussianScore(torch.tensor([1.5, -1.0]), torch.tensor([[0.7, 0.0], [0.4, 0.5]]))
+    engine = SelfForcingEngine(SelfForcingConfig(guidance=1.0), teacher, random)
+    mean, factor = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.eye(2))
+    with torch.no_grad():  # the critic starts at what the generator makes
+        engine.fake_score.mean.copy_(mean)
+        engine.fake_score.factor.copy_(factor)
+    generator = torch.optim.Adam([mean, factor], lr=0.02, betas=(0.0, 0.999))
+    critic = torch.optim.Adam(engine.fake_score.parameters(), lr=critic_rate, betas=(0.0, 0.999))
+    lags = []
+    for step in range(num_steps):
+        x_0 = (mean + torch.randn(256, 2, generator=random) @ factor.T).view(256, 1, 1, 1, 2)
+        if step % 3 == 2:
+            loss, verdict = engine.generator_loss(x_0, ScorePrompts(prompt, prompt, prompt))
+            lags.append(generator_figures(verdict, torch.zeros(256, 1, dtype=torch.long), STEPS)["critic_lag"])
+            generator.zero_grad()
+            loss.backward()
+            generator.step()
+        critic.zero_grad()
+        engine.critic_loss(x_0, prompt).backward()
+        critic.step()
+    return lags
+
+
+def test_critic_lag_shows_a_critic_that_is_too_slow():
+    """As the generator nears the teacher, the lag of a critic a hundred times slower nears 1; one that keeps up stays at 0."""
+    keeping_up, too_slow = lags_of_a_toy_run(0.02), lags_of_a_toy_run(2e-4)
+    middle = slice(30, 60)  # later, where the generator has arrived, a critic that keeps up leaves no push to have a share of
+    assert abs(np.median(keeping_up[:10])) < 0.1 and abs(np.median(too_slow[:10])) < 0.2
+    assert abs(np.median(keeping_up[middle])) < 0.15 and np.median(too_slow[middle]) > 0.4
+    assert np.median(too_slow[-10:]) > 0.9
 
 
 def test_a_verdict_becomes_the_columns_it_defines():
