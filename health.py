@@ -129,7 +129,7 @@ class PanelStyle:
 
 PANELS = {
     "loss_generator": PanelStyle("generator's loss", "no measure of quality: may rise or fall"),
-    "loss_critic": PanelStyle("critic's loss", "falls at first, then level"),
+    "loss_critic": PanelStyle("critic's loss", "no steady rise"),
     "critic_lag": PanelStyle("critic lag", "around 0"),
     "dmd_gradient_norm": PanelStyle("norm of the DMD gradient", "same order throughout"),
     "logit_distance": PanelStyle("real minus fake logit", "above 0, bounded"),
