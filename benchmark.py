@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import LoadedNetworks, load_networks
-from dynamic_video_sf import RolloutPlan, draw_noise, few_step_plan, make_noise_streams
 from flow_matching import add_noise, x_0_from_velocity
+from rollout import RolloutPlan, draw_noise, few_step_plan, make_noise_streams
 from runtime import Runtime, resolve_runtime
 from sampling import sample_few_step, sample_many_step, teacher_plan
 from training_config import SelfForcingConfig, check_num_frames

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,23 @@ from tiny_causal_wan import PromptContext, TinyCausalWanModel
 Finding = tuple[bool, str]  # of a self-test: whether it holds, and what was seen
 
 NORMALISER_FLOOR = 1e-3  # of mean |x_0 - x_0_real|: no division by zero on a perfect sample
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a generator's loss was made of, detached: the figures of a run's health are taken from it (`health`).
+
+    terms: their mean is the loss; (B, F, C, H, W), or (B,) where a discriminator judges whole videos. t: (B,) noise levels.
+    figures: scalars of this kind of loss. x_0, x_0_fake, x_0_real: the videos (B, F, C, H, W) and what critic and guided teacher
+    made of them, noised; None with a discriminator, which denoises nothing.
+    """
+
+    terms: Tensor
+    t: Tensor
+    figures: dict[str, float]
+    x_0: Tensor | None = None
+    x_0_fake: Tensor | None = None
+    x_0_real: Tensor | None = None
 
 
 def dmd_gradient(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> Tensor:
@@ -37,13 +55,13 @@ def distance_to_teacher(x_0: Tensor, x_0_real: Tensor) -> Tensor:
 
 
 def dmd_loss(x_0: Tensor, gradient: Tensor) -> Tensor:
-    """0.5 MSE(x_0, stop_grad(x_0 - gradient)): its derivative by x_0 is gradient / numel (arXiv 2405.14867)."""
+    """0.5 (x_0 - stop_grad(x_0 - gradient))^2, (B, ...): the derivative of its mean by x_0 is gradient / numel (arXiv 2405.14867)."""
     target = (x_0 - gradient).detach()  # the scores are constants here: no gradient into teacher or critic
-    return 0.5 * (x_0 - target).square().mean()
+    return 0.5 * (x_0 - target).square()
 
 
 def sid_loss(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor, alpha: float) -> Tensor:
-    """mean [(x_0_real - x_0_fake)(x_0_real - x_0) - alpha (x_0_real - x_0_fake)^2] / mean |x_0 - x_0_real|, all (B, ...).
+    """[(x_0_real - x_0_fake)(x_0_real - x_0) - alpha (x_0_real - x_0_fake)^2] / mean |x_0 - x_0_real|, all (B, ...); its mean counts.
 
     Score identity distillation in its data-prediction form (SiD, arXiv 2404.04057, section 4: (1 - alpha) |f_real - f_fake|^2 +
     (f_real - f_fake)(f_fake - x_g), the same after expanding). Unlike DMD it is differentiated through both estimates,
@@ -51,15 +69,15 @@ def sid_loss(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor, alpha: float) -> T
     """
     difference = x_0_real - x_0_fake
     loss = difference * (x_0_real - x_0) - alpha * difference.square()
-    return torch.nan_to_num(loss / distance_to_teacher(x_0, x_0_real).detach()).mean()
+    return torch.nan_to_num(loss / distance_to_teacher(x_0, x_0_real).detach())
 
 
 def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:
-    """mean softplus(-(better - worse)) over pairs of logits (B,) (RpGAN, as in R3GAN, arXiv 2501.05441, Eq. 2).
+    """softplus(-(better - worse)) of pairs of logits (B,), whose mean counts (RpGAN, as in R3GAN, arXiv 2501.05441, Eq. 2).
 
     The discriminator lowers it with real videos as the better ones, the generator with its own.
     """
-    return F.softplus(worse - better).mean()
+    return F.softplus(worse - better)
 
 
 def gradient_penalty(
@@ -80,7 +98,7 @@ def discriminator_loss(
     at_real, at_fake = logits(real), logits(fake)
     r_1 = gradient_penalty(logits, real, at_real, sigma, generator)
     r_2 = gradient_penalty(logits, fake, at_fake, sigma, generator)
-    return relativistic_loss(at_real, at_fake) + penalty_weight * (r_1 + r_2)
+    return relativistic_loss(at_real, at_fake).mean() + penalty_weight * (r_1 + r_2)
 
 
 class Discriminator(nn.Module):
@@ -117,7 +135,7 @@ def check_gaussians(random: torch.Generator) -> list[Finding]:
     x_t = (1 - t) * x_0.detach() + t * torch.randn(x_0.shape, generator=random, dtype=torch.float64)
     shrink = s**2 * (1 - t) / ((1 - t) ** 2 * s**2 + t**2)
     x_0_fake, x_0_real = (m + shrink * (x_t - (1 - t) * m) for m in (m_fake, m_real))  # E[x_0 | x_t]
-    loss = dmd_loss(x_0, dmd_gradient(x_0.detach(), x_0_fake, x_0_real))
+    loss = dmd_loss(x_0, dmd_gradient(x_0.detach(), x_0_fake, x_0_real)).mean()
     (gradient,) = torch.autograd.grad(loss, x_0)
     scale = (x_0.detach() - x_0_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     closed_form = (m_fake - m_real) * t**2 / ((1 - t) ** 2 * s**2 + t**2) / scale / x_0.numel()

@@ -1,10 +1,6 @@
-"""Self-Forcing: the rollout, and the engine that trains it to match a distribution (Huang et al. 2025, arXiv 2506.08009).
+"""Self-Forcing: the engine that trains a rollout to match a distribution (Huang et al. 2025, arXiv 2506.08009).
 
-Dimensions: B batch, F frames, C channels, H height, W width; a rollout makes F frames in blocks of
-`num_frames_per_block`.
-
-There is one rollout, `rollout_blocks`. Training, generation and evaluation all call it; training only adds an exit step
-and says which blocks carry gradient.
+Dimensions: B batch, F frames, C channels, H height, W width.
 
     python dynamic_video_sf.py    check the rollout and the losses on a small case
 """
@@ -12,7 +8,6 @@ and says which blocks carry gradient.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,6 +17,7 @@ from torch import Tensor
 from distribution_losses import (
     Discriminator,
     Finding,
+    Verdict,
     check_gaussians,
     discriminator_loss,
     dmd_gradient,
@@ -32,167 +28,15 @@ from distribution_losses import (
 )
 from flow_matching import (
     add_noise,
-    ancestral_sampler,
     classifier_free_guidance,
-    eps_from_velocity,
-    euler_sampler,
     expand_time,
     interval_weight,
-    sampling_times,
-    shift_time,
-    timestep_to_time,
     x_0_from_velocity,
 )
 from objectives import x_0_prediction_loss
-from tiny_causal_wan import KVCache, ModelConfig, PromptContext, TinyCausalWanModel
-from training_config import FewStepConfig, SelfForcingConfig, check_num_frames
-
-
-@dataclass(frozen=True)
-class RolloutPlan:
-    """How a block is denoised. times: descending, each in (0, 1]; one forward pass of the network at each.
-
-    fresh_noise: between two times re-noise the predicted x_0 with new noise (few-step models, as in Self-Forcing's
-    Algorithm 1); otherwise keep the predicted noise, which is Euler's method.
-    context_time: the time in [0, 1] at which finished blocks enter the cache. window_frames: how many frames a block
-    may see, itself included; None for all. guidance: weight of classifier-free guidance, 1 for none.
-    """
-
-    times: tuple[float, ...]
-    num_frames_per_block: int
-    fresh_noise: bool = True
-    context_time: float = 0.0
-    window_frames: int | None = None
-    guidance: float = 1.0
-
-
-def few_step_plan(config: FewStepConfig, window_frames: int | None = None) -> RolloutPlan:
-    """The plan of a few-step model: its denoising steps, warped by the time shift."""
-    return RolloutPlan(
-        warp_steps(config.denoising_steps, config.time_shift), config.num_frames_per_block,
-        context_time=config.context_time, window_frames=window_frames,
-    )
-
-
-def warp_steps(denoising_steps: list[int], time_shift: float) -> tuple[float, ...]:
-    """Timesteps 1..1000 to shifted times: [1000, 750, 500, 250] at shift 3 are (1, .9, .75, .5)."""
-    return tuple(shift_time(timestep_to_time(torch.tensor(denoising_steps)), time_shift).tolist())
-
-
-def many_step_plan(
-    num_steps: int, time_shift: float, num_frames_per_block: int, guidance: float, window_frames: int | None = None,
-    context_time: float = 0.0,
-) -> RolloutPlan:
-    """Euler's method with num_steps steps a block: how a causal network is sampled that was not distilled."""
-    times = tuple(sampling_times(num_steps, time_shift)[:-1].tolist())
-    return RolloutPlan(times, num_frames_per_block, False, context_time, window_frames, guidance)
-
-
-def make_noise_streams(seeds: list[int]) -> list[torch.Generator]:
-    """One random stream per video, on the CPU: a video's noise depends on its seed alone, not on batch or device."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def draw_noise(streams: list[torch.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """(B, *shape) standard normal, one slice from each stream."""
-    return torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(device)
-
-
-def rollout_blocks(
-    model: TinyCausalWanModel, prompt: PromptContext, streams: list[torch.Generator], num_blocks: int, plan: RolloutPlan,
-    null_prompt: PromptContext | None = None, exit_steps: list[int] | None = None, first_gradient_block: int | None = None,
-    trace: list[list[Tensor]] | None = None,
-) -> Iterator[Tensor]:
-    """Make a video block by block (Self-Forcing, Algorithm 1); yields x_0 of each block, (B, F_block, C, H, W).
-
-    exit_steps: per block, the index into `plan.times` whose prediction is the result; None for the last.
-    first_gradient_block: from this block on, the exit step's forward pass carries gradient; None for no gradient.
-    null_prompt: the unconditional branch, needed where plan.guidance is not 1. trace: collects, for each block, its x_t
-    at every time of the walk.
-    """
-    if plan.guidance != 1.0:
-        if null_prompt is None:
-            raise ValueError(f"guidance {plan.guidance} needs the null prompt")
-        prompt = prompt.concatenate(null_prompt)
-    device = next(model.parameters()).device
-    config = model.config
-    shape = (plan.num_frames_per_block, config.channels, config.frame_size, config.frame_size)
-    cache = model.new_cache(plan.window_frames)
-    for block in range(num_blocks):
-        carries_gradient = first_gradient_block is not None and block >= first_gradient_block
-        exit_step = len(plan.times) - 1 if exit_steps is None else exit_steps[block]
-        x_t = draw_noise(streams, shape, device)
-        walk: list[Tensor] = []
-        for step in range(exit_step + 1):
-            walk.append(x_t)
-            t = torch.full(x_t.shape[:2], plan.times[step], device=device)
-            # Only the exit step's pass builds a graph: the steps before it are inference, simulated.
-            with torch.set_grad_enabled(carries_gradient and step == exit_step):
-                v = _guided_velocity(model, x_t, t, prompt, cache, plan.guidance)
-                x_0 = x_0_from_velocity(x_t, v, t)
-            if step < exit_step:
-                eps = draw_noise(streams, shape, device) if plan.fresh_noise else eps_from_velocity(x_t, v, t)
-                x_t = add_noise(x_0, eps, torch.full_like(t, plan.times[step + 1]))
-        if trace is not None:
-            trace.append(walk)
-        yield x_0
-        if block + 1 < num_blocks:
-            _write_context(model, x_0.detach(), prompt, cache, plan, streams)
-
-
-def _guided_velocity(
-    model: TinyCausalWanModel, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache, guidance: float
-) -> Tensor:
-    if guidance == 1.0:
-        return model.forward_cached(x_t, t, prompt, cache)
-    cond, uncond = model.forward_cached(torch.cat([x_t, x_t]), torch.cat([t, t]), prompt, cache).chunk(2)
-    return classifier_free_guidance(cond, uncond, guidance)
-
-
-def _write_context(
-    model: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext, cache: KVCache, plan: RolloutPlan, streams: list[torch.Generator]
-) -> None:
-    """Run the finished block once more at the context time to append its keys and values."""
-    t = torch.full(x_0.shape[:2], plan.context_time, device=x_0.device)
-    x = x_0 if plan.context_time == 0 else add_noise(x_0, draw_noise(streams, tuple(x_0.shape[1:]), x_0.device), t)
-    if plan.guidance != 1.0:
-        x, t = torch.cat([x, x]), torch.cat([t, t])
-    model.write_cache(x, t, prompt, cache)
-
-
-@dataclass(frozen=True)
-class BidirectionalPlan:
-    """How the teacher is sampled: all frames at once, in num_steps guided steps. guidance: 1 for none. eta: how much of a
-    step's noise is fresh, see `fresh_share`: 0 is Euler's method, 1 ancestral sampling."""
-
-    num_steps: int
-    time_shift: float
-    guidance: float
-    eta: float = 0.0
-
-
-@torch.no_grad()
-def sample_bidirectional(
-    model: TinyCausalWanModel, prompt: PromptContext, null_prompt: PromptContext, streams: list[torch.Generator], num_frames: int,
-    plan: BidirectionalPlan, trace: list[Tensor] | None = None,
-) -> Tensor:
-    """The teacher's own sampler. Returns (B, F, C, H, W). trace: collects x_t at every time at which the network is asked."""
-    both = prompt.concatenate(null_prompt)
-
-    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
-        if trace is not None:
-            trace.append(x)
-        if plan.guidance == 1.0:
-            return model.forward_bidirectional(x, t, prompt)
-        cond, uncond = model.forward_bidirectional(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return classifier_free_guidance(cond, uncond, plan.guidance)
-
-    config = model.config
-    shape = (num_frames, config.channels, config.frame_size, config.frame_size)
-    draw, times = partial(draw_noise, streams, shape, next(model.parameters()).device), sampling_times(plan.num_steps, plan.time_shift)
-    if plan.eta == 0:
-        return euler_sampler(velocity_fn, draw(), times)
-    return ancestral_sampler(velocity_fn, draw(), times, plan.eta, draw)
+from rollout import clamp_to_data, few_step_plan, make_noise_streams, rollout_blocks
+from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
+from training_config import SelfForcingConfig, check_num_frames
 
 
 @dataclass
@@ -202,6 +46,7 @@ class Rollout:
     x_0: Tensor
     scored: Tensor  # (B, min(F, gradient_frames), C, H, W): what the losses see
     exit_steps: list[int]  # of the first video, where each has its own
+    frame_exits: Tensor  # (B, min(F, gradient_frames)): the exit step of every scored frame
 
 
 @dataclass(frozen=True)
@@ -261,7 +106,8 @@ class SelfForcingEngine:
         )
         with torch.set_grad_enabled(with_gradient):
             x_0 = torch.cat(list(blocks), dim=1)
-            return Rollout(x_0, x_0[:, first_scored:], exit_steps)
+            frame_exits = torch.tensor([exit_steps] * len(x_0)).repeat_interleave(config.num_frames_per_block, 1)
+            return Rollout(x_0, x_0[:, first_scored:], exit_steps, frame_exits[:, first_scored:])
 
     def denoise_real(self, prompt: PromptContext, x_real: Tensor, with_gradient: bool) -> Rollout:
         """Noise real videos (B, F, C, H, W), every block to a few-step time of its own, and denoise them in one pass.
@@ -272,7 +118,8 @@ class SelfForcingEngine:
         block, num_frames = self.config.num_frames_per_block, x_real.shape[1]
         check_num_frames("num_frames", num_frames, block)
         exits = torch.randint(len(self.plan.times), (len(x_real), num_frames // block), generator=self.random)
-        t = torch.tensor(self.plan.times)[exits].repeat_interleave(block, 1).to(x_real.device)
+        frame_exits = exits.repeat_interleave(block, 1)  # (B, F)
+        t = torch.tensor(self.plan.times)[frame_exits].to(x_real.device)
         x_t = add_noise(x_real, torch.randn(x_real.shape, generator=self.random).to(x_real.device), t)
         with torch.set_grad_enabled(with_gradient):
             if self.config.generator_inputs == "teacher_forced":
@@ -280,24 +127,27 @@ class SelfForcingEngine:
             else:
                 v = self.generator.forward_block_causal(x_t, t, prompt, block)
             x_0 = x_0_from_velocity(x_t, v, t)
-        return Rollout(x_0, x_0[:, max(num_frames - self.config.gradient_frames, 0):], exits[0].tolist())
+            x_0 = clamp_to_data(x_0) if self.config.clamp_x_0 else x_0
+        scored = slice(max(num_frames - self.config.gradient_frames, 0), None)
+        return Rollout(x_0, x_0[:, scored], exits[0].tolist(), frame_exits[:, scored])
 
-    def generator_loss(self, x_0: Tensor, prompts: ScorePrompts, x_real: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
+    def generator_loss(self, x_0: Tensor, prompts: ScorePrompts, x_real: Tensor | None = None) -> tuple[Tensor, Verdict]:
         """The loss that pulls x_0 (B, F, C, H, W) toward the teacher's distribution, or with "gan" that of x_real."""
         if self.config.loss == "gan":
             return self._gan_generator_loss(x_0, prompts.fake, x_real)
         if self.config.loss == "sid":
-            x_0_fake, x_0_real = self._denoised(x_0, prompts)  # gradient passes through both scores, which are frozen
-            loss, figures = sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha), {}
+            x_0_fake, x_0_real, t = self._denoised(x_0, prompts)  # gradient passes through both scores, which are frozen
+            terms, figures = sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha), {}
         else:
             with torch.no_grad():  # the two scores only supply a direction
-                x_0_fake, x_0_real = self._denoised(x_0.detach(), prompts)
-                gradient = dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
-            loss, figures = dmd_loss(x_0, gradient), {"dmd_gradient_norm": gradient.square().mean().sqrt().item()}
-        return loss, {**figures, "score_distance": (x_0_fake - x_0_real).abs().mean().item()}
+                x_0_fake, x_0_real, t = self._denoised(x_0.detach(), prompts)
+                gradient = self.config.dmd_sign * dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
+            terms, figures = dmd_loss(x_0, gradient), {"dmd_gradient_norm": gradient.square().mean().sqrt().item()}
+        figures["score_distance"] = (x_0_fake - x_0_real).abs().mean().item()
+        return terms.mean(), Verdict(terms.detach(), t, figures, x_0.detach(), x_0_fake.detach(), x_0_real.detach())
 
-    def _denoised(self, x_0: Tensor, prompts: ScorePrompts) -> tuple[Tensor, Tensor]:
-        """What averaged critic and guided teacher make of x_0 (B, F, C, H, W), noised: x_0_fake and x_0_real."""
+    def _denoised(self, x_0: Tensor, prompts: ScorePrompts) -> tuple[Tensor, Tensor, Tensor]:
+        """What averaged critic and guided teacher make of x_0 (B, F, C, H, W), noised: x_0_fake and x_0_real; and t (B,)."""
         x_t, t = self._noised(x_0)
         x_0_fake = x_0_from_velocity(x_t, self.fake_average.forward_bidirectional(x_t, t, prompts.fake), t)
         cond, uncond = self.real_score.forward_bidirectional(
@@ -307,7 +157,7 @@ class SelfForcingEngine:
         x_0_real = x_0_from_velocity(x_t, classifier_free_guidance(cond, uncond, weight), t)
         if self.config.clamp_real_score:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): guidance overshoots
             x_0_real = x_0_real.clamp(-1, 1)
-        return x_0_fake, x_0_real
+        return x_0_fake, x_0_real, t[:, 0]
 
     def critic_loss(self, x_0: Tensor, fake_prompt: PromptContext, x_real: Tensor | None = None) -> Tensor:
         """Flow matching of the critic on the generator's own videos x_0 (B, F, C, H, W); with "gan" the discriminator's loss."""
@@ -320,11 +170,12 @@ class SelfForcingEngine:
         v = self.fake_score.forward_bidirectional(x_t, t, fake_prompt)
         return x_0_prediction_loss(v, x_t, x_0, t, self.config.loss_time_floor)
 
-    def _gan_generator_loss(self, x_0: Tensor, prompt: PromptContext, x_real: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+    def _gan_generator_loss(self, x_0: Tensor, prompt: PromptContext, x_real: Tensor | None) -> tuple[Tensor, Verdict]:
         with frozen(self.critic):
             (fake_t, real_t), t = self._noised_pair(x_0, x_real)
             fake, real = self.critic(fake_t, t, prompt), self.critic(real_t, t, prompt)
-        return relativistic_loss(fake, real), {"logit_distance": (real - fake).mean().item()}
+        terms = relativistic_loss(fake, real)
+        return terms.mean(), Verdict(terms.detach(), t[:, 0], {"logit_distance": (real - fake).mean().item()})
 
     def _noised_pair(self, x_0: Tensor, x_real: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Generated and real videos of the same prompts, with noise of their own at the same times."""
@@ -411,9 +262,9 @@ def _check_losses(engine: SelfForcingEngine, text: Tensor, mask: Tensor) -> list
     def generator_gradient() -> tuple[float, float]:
         prompts = [score.encode_prompt(text, mask) for score in (engine.real_score, engine.fake_average)]
         x_0 = engine.rollout(engine.generator.encode_prompt(text, mask), 6, with_gradient=True).scored
-        loss, figures = engine.generator_loss(x_0, ScorePrompts(prompts[0], null, prompts[1]))
+        loss, verdict = engine.generator_loss(x_0, ScorePrompts(prompts[0], null, prompts[1]))
         loss.backward()
-        return _total_gradient(engine.generator), figures["score_distance"]
+        return _total_gradient(engine.generator), verdict.figures["score_distance"]
 
     agreeing, distance = generator_gradient()
     findings = [(agreeing < 1e-4, f"scores {distance:.1e} apart give the generator a gradient of {agreeing:.1e}")]

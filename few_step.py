@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynamic_video_sf import BidirectionalPlan, many_step_plan, rollout_blocks, sample_bidirectional
 from flow_matching import add_noise, classifier_free_guidance, expand_time, sampling_times, x_0_from_velocity
+from rollout import BidirectionalPlan, many_step_plan, rollout_blocks, sample_bidirectional
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 
 

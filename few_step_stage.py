@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from config import Config
-from dynamic_video_sf import few_step_plan, make_noise_streams, many_step_plan
 from few_step import TeacherPrompts, consistency_loss, draw_step_orders, ode_regression_loss, ode_trajectory
 from flow_matching import NUM_TRAIN_TIMESTEPS, sampling_times
 from moving_mnist import MovingMNISTGenerator
+from rollout import few_step_plan, make_noise_streams, many_step_plan
 from runtime import Runtime
 from sampling import sample_few_step, sample_many_step, teacher_plan
 from stages import check_is_bidirectional, draw_num_frames, load_modules, load_teacher, merge_counts, rate_factor, set_rate, update_average

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from checkpoint import LoadedNetworks, load_networks
 from config import DEVICES, PRECISIONS
-from dynamic_video_sf import RolloutPlan
+from rollout import RolloutPlan
 from runtime import Runtime, resolve_runtime
 from sampling import BidirectionalPlan, SamplerSettings, check_length, generate, require_at_least_one
 from video_io import contact_sheet, save_array, save_video, to_display

@@ -6,6 +6,7 @@ import csv
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 
 from config import WandbConfig  # noqa: E402
 
@@ -51,10 +53,17 @@ def point_to_latest(link: Path, target: Path) -> None:
 
 
 class RunLog:
-    """Scalars of one run, written as they come: to scalars.csv, and to wandb unless that is disabled or broken."""
+    """Scalars of one run, written as they come: to scalars.csv, and to wandb unless that is disabled or broken.
 
-    def __init__(self, folder: Path, columns: tuple[str, ...], config: dict[str, Any], wandb_config: WandbConfig):
+    draw: makes of scalars.csv the run's picture, which has the name `picture`.
+    """
+
+    def __init__(
+        self, folder: Path, columns: tuple[str, ...], config: dict[str, Any], wandb_config: WandbConfig, picture: str,
+        draw: Callable[[Path, Path], None],
+    ):
         self.folder = folder
+        self._picture, self._draw, self._last_step = folder / picture, draw, 0
         self.columns = ("step", "seconds", *columns)
         self._file = open(folder / "scalars.csv", "w", newline="")
         self._writer = csv.DictWriter(self._file, self.columns)
@@ -81,6 +90,7 @@ class RunLog:
 
     def scalars(self, step: int, seconds: float, figures: dict[str, float]) -> None:
         """Write one row; a column without a figure stays empty."""
+        self._last_step = step
         self._writer.writerow({"step": step, "seconds": f"{seconds:.2f}", **{k: f"{v:.6g}" for k, v in figures.items()}})
         self._file.flush()
         if self._wandb is not None:
@@ -91,6 +101,7 @@ class RunLog:
 
     def media(self, step: int, name: str, path: Path) -> None:
         """Show a picture or GIF in wandb; the file itself is already in the run's folder."""
+        self._last_step = step
         if self._wandb is not None:
             try:
                 import wandb
@@ -99,23 +110,27 @@ class RunLog:
             except Exception as error:  # as above
                 self._give_up_wandb(error)
 
+    def draw(self) -> None:
+        """Draw the run's picture from the rows so far, anew, and show it in wandb."""
+        self._draw(self.folder / "scalars.csv", self._picture)
+        if self._picture.exists():
+            self.media(self._last_step, self._picture.stem, self._picture)
+
     def close(self) -> None:
-        """Close the files, draw curves.png and finish the wandb run."""
+        """Close the files, draw the picture and finish the wandb run."""
         self._file.close()
+        self.draw()
         if self._wandb is not None:
             try:
                 self._wandb.finish()
             except Exception as error:  # as above
                 self._give_up_wandb(error)
-        draw_curves(self.folder / "scalars.csv", self.folder / "curves.png")
 
 
 def draw_curves(csv_path: Path, picture_path: Path) -> None:
     """One panel per scalar over the step, the raw values pale and a running median over them."""
-    with open(csv_path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [name for name in (rows[0] if rows else {}) if name not in ("step", "seconds")]
-    names = [name for name in names if any(row[name] for row in rows)]
+    series = read_scalars(csv_path)
+    names = list(series)
     if not names:
         return
     num_columns = min(3, len(names))
@@ -124,12 +139,8 @@ def draw_curves(csv_path: Path, picture_path: Path) -> None:
     for axis in axes.flat[len(names):]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
-        steps = np.array([int(row["step"]) for row in rows if row[name]])
-        values = np.array([float(row[name]) for row in rows if row[name]])
-        width = max(len(values) // 40, 1)
-        median = [np.median(values[max(i - width, 0): i + width + 1]) for i in range(len(values))]
-        axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axis.plot(steps, median, color="tab:blue", linewidth=1.5)
+        steps, values = series[name]
+        plot_series(axis, steps, values, "tab:blue")
         finite = values[np.isfinite(values)]
         if len(finite) and finite.min() > 0 and finite.max() > 20 * np.median(finite):
             axis.set_yscale("log")
@@ -140,3 +151,26 @@ def draw_curves(csv_path: Path, picture_path: Path) -> None:
     figure.tight_layout()
     figure.savefig(picture_path, dpi=110)
     plt.close(figure)
+
+
+def read_scalars(csv_path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps and values of every column of a scalars.csv that has any. Raises ValueError for a file that is none."""
+    with open(csv_path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    series = {}
+    try:
+        for name in (name for name in (rows[0] if rows else {}) if name not in ("step", "seconds")):
+            filled = [row for row in rows if row[name]]
+            if filled:
+                series[name] = (np.array([int(row["step"]) for row in filled]), np.array([float(row[name]) for row in filled]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{csv_path} is no table of a run's figures by step: give the folder of a run of train.py") from error
+    return series
+
+
+def plot_series(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> None:
+    """The values pale, and their running median over them."""
+    width = max(len(values) // 40, 1)
+    median = [np.median(values[max(i - width, 0): i + width + 1]) for i in range(len(values))]
+    axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, median, color=color, linewidth=1.5)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import LoadedNetworks
-from dynamic_video_sf import (
+from rollout import (
     BidirectionalPlan,
     RolloutPlan,
     few_step_plan,

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from checkpoint import CheckpointError, LoadedNetworks, load_networks, load_state
 from config import Config
-from dynamic_video_sf import RolloutPlan, ScorePrompts, SelfForcingEngine, many_step_plan, warp_steps
+from dynamic_video_sf import Rollout, ScorePrompts, SelfForcingEngine
+from health import STEP_COLUMNS, exit_columns, generator_figures
 from moving_mnist import MovingMNISTGenerator
 from objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
+from rollout import RolloutPlan, many_step_plan, warp_steps
 from runtime import Runtime
 from sampling import NAIVE_STEPS, sample_few_step, sample_many_step, teacher_plan
 from text_encoder import NULL_PROMPT, TextEncoder
@@ -190,14 +192,13 @@ class SelfForcingStage:
     """Self-Forcing, or a distillation on real videos, with distribution matching: a critic update every step, a generator
     update every few."""
 
-    columns = (
-        "loss_generator", "loss_critic", "dmd_gradient_norm", "score_distance", "logit_distance", "gradient_norm_generator",
-        "gradient_norm_critic", "exit_step", "num_frames",
-    )
-
     def __init__(self, config: Config, runtime: Runtime, random: torch.Generator):
         assert isinstance(config.training, SelfForcingConfig)
         self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
+        self.columns = (
+            "loss_generator", "loss_critic", "dmd_gradient_norm", "score_distance", "logit_distance", "gradient_norm_generator",
+            "gradient_norm_critic", "exit_step", "num_frames", *STEP_COLUMNS, *exit_columns(self.config.denoising_steps),
+        )
         self.data = MovingMNISTGenerator(config.dataset, "train")  # of which only the prompts are used, unless config.uses_videos
         self.num_prompts_seen = 0
         loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
@@ -237,7 +238,7 @@ class SelfForcingStage:
             rollout = engine.make_videos(engine.generator.encode_prompt(*text), num_frames, is_generator_turn, x_real)
         figures["exit_step"] = rollout.exit_steps[0]
         if is_generator_turn:
-            figures |= self._update_generator(rollout.scored, text, x_real)
+            figures |= self._update_generator(rollout, text, x_real)
         # The critic learns from the same videos: the rollout of the generator's turn serves twice.
         with self.runtime.autocast():
             loss = engine.critic_loss(rollout.scored, engine.fake_score.encode_prompt(*text), x_real)
@@ -246,14 +247,16 @@ class SelfForcingStage:
         update_average(engine.fake_average, engine.fake_score, config.critic_ema_decay, step)
         return figures
 
-    def _update_generator(self, x_0: Tensor, text: tuple[Tensor, Tensor], x_real: Tensor | None) -> dict[str, float]:
+    def _update_generator(self, rollout: Rollout, text: tuple[Tensor, Tensor], x_real: Tensor | None) -> dict[str, float]:
         engine = self.engine
         with torch.no_grad(), self.runtime.autocast():  # prompts of the two scores, which are constants here
-            null = self.text_encoder.encode([NULL_PROMPT] * len(x_0))
+            null = self.text_encoder.encode([NULL_PROMPT] * len(rollout.scored))
             fake = engine.fake_score if self.config.loss == "gan" else engine.fake_average
-            prompts = ScorePrompts(engine.real_score.encode_prompt(*text), engine.real_score.encode_prompt(*null), fake.encode_prompt(*text))
+            real = engine.real_score
+            prompts = ScorePrompts(real.encode_prompt(*text), real.encode_prompt(*null), fake.encode_prompt(*text))
         with self.runtime.autocast():
-            loss, figures = engine.generator_loss(x_0, prompts, x_real)
+            loss, verdict = engine.generator_loss(rollout.scored, prompts, x_real)
+        figures = generator_figures(verdict, rollout.frame_exits, self.config.denoising_steps)
         norm = self._step("generator", engine.generator, loss)
         update_average(self.average, engine.generator, self.config.ema_decay, self.num_generator_updates)
         self.num_generator_updates += 1
@@ -275,6 +278,10 @@ class SelfForcingStage:
             f"naive, {len(plan.times)} steps": sample_few_step(self.engine.real_score, *common, plan, self.runtime),
             f"student, {len(plan.times)} steps": sample_few_step(self.average, *common, plan, self.runtime),
         }
+
+    def sample_live(self, prompts: list[str], seeds: list[int], num_frames: int) -> Tensor:
+        """The generator as it stands now, not its average: where a fault shows first. Draws from the seeds alone."""
+        return sample_few_step(self.engine.generator, self.text_encoder, prompts, seeds, num_frames, self.engine.plan, self.runtime)
 
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": self.engine.generator, "critic": self.engine.critic}

@@ -23,11 +23,13 @@ from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, save
 from config import Config, build_config, config_to_dict, explain_refusal, register_schemas
 from digit_judge import JUDGE_PATH, DigitJudge, load_judge
 from few_step_stage import FewStepStage
+from health import JUDGED_COLUMNS, FixedPrompts, draw_run
 from metrics import facts_of_prompts, score_videos, summarise
 from moving_mnist import MovingMNISTGenerator
-from run_log import RunLog, make_run_folder, point_to_latest
+from run_log import RunLog, draw_curves, make_run_folder, point_to_latest
 from runtime import resolve_runtime
 from stages import PretrainStage, SelfForcingStage, Stage, check_same_networks
+from training_config import SelfForcingConfig
 from video_io import comparison_gif, comparison_sheet, to_display
 
 NUM_SHOWN = 6  # prompts in the sample sheets
@@ -65,27 +67,37 @@ class SimplifiedTrainer:
         self.last_checkpoint: Path | None = None
         if config.training.resume is not None:
             self._resume(Path(config.training.resume))
+        self.health_interval = config.training.health_interval if isinstance(config.training, SelfForcingConfig) else 0
         self.judge = self._load_judge()
+        self.fixed_prompts: FixedPrompts | None = None
+        if self.judge is not None and self.health_interval > 0 and isinstance(self.stage, SelfForcingStage):
+            self.fixed_prompts = FixedPrompts(self.judge, config.dataset, config.training.max_num_frames, self.stage.sample_live)
         held_out = MovingMNISTGenerator(config.dataset, "test")
         self.shown = held_out.sample(SAMPLE_SEED, range(NUM_SHOWN), config.training.max_num_frames)
         self.folder = make_run_folder(Path(config.log_dir), config.run_name)
-        self.log = RunLog(self.folder, self.stage.columns, config_to_dict(config), config.wandb)
+        self.log = self._start_log()
         self._interval_checkpoints: list[Path] = []
 
     def _load_judge(self) -> DigitJudge | None:
         """The judge that ships, or None, said in one line, where it cannot read this run's videos."""
         training, dataset = self.config.training, self.config.dataset
-        if training.eval_videos == 0:
+        if training.eval_videos == 0 and self.health_interval == 0:
             return None
         judge = load_judge(JUDGE_PATH, self.runtime.device)
         readable = (dataset.num_digits, dataset.frame_size, dataset.digit_size) == (1, judge.config.frame_size, judge.config.digit_size)
         if readable and training.max_num_frames >= MIN_JUDGED_FRAMES:
             return judge
         print(
-            f"no figures at the end: the judge reads one digit of {judge.config.digit_size} px on {judge.config.frame_size} px frames, "
-            f"in videos of at least {MIN_JUDGED_FRAMES} frames"
+            f"no figures of identity and motion: the judge reads one digit of {judge.config.digit_size} px on "
+            f"{judge.config.frame_size} px frames, in videos of at least {MIN_JUDGED_FRAMES} frames"
         )
         return None
+
+    def _start_log(self) -> RunLog:
+        """A log whose picture is the health panel where the run is one of Self-Forcing, every scalar's curve otherwise."""
+        columns = (*self.stage.columns, *(() if self.fixed_prompts is None else JUDGED_COLUMNS))
+        picture = ("health.png", draw_run) if isinstance(self.stage, SelfForcingStage) else ("curves.png", draw_curves)
+        return RunLog(self.folder, columns, config_to_dict(self.config), self.config.wandb, *picture)
 
     def _resume(self, path: Path) -> None:
         checkpoint = load_checkpoint(path)
@@ -117,6 +129,7 @@ class SimplifiedTrainer:
                 for step in bar:
                     figures = self.stage.train_step(step)
                     self._check_finite(step, figures)
+                    figures |= self._read_fixed_prompts(step)
                     unlogged |= figures
                     if (step + 1) % training.log_interval == 0 or step + 1 == training.num_steps:
                         self.log.scalars(step, time.perf_counter() - start, unlogged)
@@ -132,6 +145,16 @@ class SimplifiedTrainer:
         print(f"trained {training.num_steps - self.first_step} steps in {(time.perf_counter() - start) / 60:.1f} minutes")
         self._report_quality()
         return self.folder
+
+    def _read_fixed_prompts(self, step: int) -> dict[str, float]:
+        """What the judge reads in the live generator's videos of the fixed prompts: where it starts, at intervals, at the end."""
+        if self.fixed_prompts is None:
+            return {}
+        finished = step + 1
+        if step > 0 and finished % self.health_interval and finished != self.config.training.num_steps:
+            return {}
+        self._check_weights(finished)
+        return self.fixed_prompts.read()
 
     def _check_finite(self, step: int, figures: dict[str, float]) -> None:
         bad = [name for name, value in figures.items() if not math.isfinite(value)]
@@ -156,6 +179,7 @@ class SimplifiedTrainer:
         if training.sample_interval and step % training.sample_interval == 0:
             self._check_weights(step)
             self._show_samples(step)
+            self.log.draw()
 
     def _check_weights(self, step: int) -> None:
         for name, module in self.stage.networks().items():  # a finite loss can end in an update that is not
@@ -183,7 +207,7 @@ class SimplifiedTrainer:
 
     def _report_quality(self) -> None:
         """Let the judge read fresh samples on prompts of held-out digits and print one line per sampler."""
-        if self.judge is None:
+        if self.judge is None or self.config.training.eval_videos == 0:
             return
         training, dataset = self.config.training, self.config.dataset
         prompts = MovingMNISTGenerator(dataset, "test").captions(SAMPLE_SEED + 1, range(training.eval_videos))

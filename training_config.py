@@ -160,6 +160,7 @@ class FewStepConfig(TrainingConfig):
     weight_decay: float = 0.01
     clip_norm: float = 10.0
     ema_decay: float = 0.99
+    clamp_x_0: bool = True  # keep every x_0 of the student in [-1, 1], in training and in generation alike
     denoising_steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
 
     def __post_init__(self) -> None:
@@ -189,6 +190,7 @@ class SelfForcingConfig(FewStepConfig):
     training_type: str = "dmd2"
     generator_inputs: str = "self_rollout"
     loss: str = "dmd"
+    dmd_sign: int = 1  # of the DMD gradient; -1 is a fault on purpose, to see what it does to a run (README, "Is my run healthy?")
     sid_alpha: float = 1.0  # weight of the squared term of SiD's loss
     gan_penalty: float = 0.1  # weight of R1 and of R2 in the discriminator's loss
     gan_penalty_sigma: float = 0.05  # step of their finite differences
@@ -205,13 +207,20 @@ class SelfForcingConfig(FewStepConfig):
     min_score_time: float = 0.02
     max_score_time: float = 0.98
     loss_time_floor: float = 0.3
+    health_interval: int = 70  # steps between two readings of the generator's videos of fixed prompts (`health`); 0 switches them off
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.health_interval >= 0, "training.health_interval", self.health_interval, "0 (off) or more")
         choices = {"generator_inputs": GENERATOR_INPUTS, "loss": DISTRIBUTION_LOSSES}
         for name, known in choices.items():
             value = asdict(self)[name]
             require(value in known, f"training.{name}", value, f"one of {', '.join(known)}")
+        require(self.dmd_sign in (1, -1), "training.dmd_sign", self.dmd_sign, "1, or -1 for a run that flees its teacher")
+        require(
+            self.dmd_sign == 1 or self.loss == "dmd", "training.dmd_sign", self.dmd_sign,
+            f"1 with training.loss={self.loss}, which has no DMD gradient",
+        )
         require(self.gan_penalty >= 0, "training.gan_penalty", self.gan_penalty, "0 (none) or more")
         require(self.gan_penalty_sigma > 0, "training.gan_penalty_sigma", self.gan_penalty_sigma, "a positive number")
         check_num_frames("training.gradient_frames", self.gradient_frames, self.num_frames_per_block)

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from benchmark import main, sample_without_cache, time_in_turns
 from checkpoint import LoadedNetworks
 from config import Config, SelfForcingConfig
-from dynamic_video_sf import RolloutPlan
+from rollout import RolloutPlan
 from runtime import Runtime
 from sampling import sample_few_step
 from text_encoder import TextEncoder, TextEncoderConfig

@@ -63,7 +63,7 @@ def test_on_gaussians_sids_gradient_is_the_closed_form_and_points_to_the_teacher
     x_0 = (m_fake + s * torch.randn((16, 3, 1, 4, 4), generator=random, dtype=torch.float64)).requires_grad_()
     eps = torch.randn(x_0.shape, generator=random, dtype=torch.float64)
     x_0_fake, x_0_real = (denoised(x_0, eps, t, mean, s) for mean in (m_fake, m_real))
-    (gradient,) = torch.autograd.grad(sid_loss(x_0, x_0_fake, x_0_real, alpha), x_0)
+    (gradient,) = torch.autograd.grad(sid_loss(x_0, x_0_fake, x_0_real, alpha).mean(), x_0)
     c = t**2 / ((1 - t) ** 2 * s**2 + t**2)
     expected = (m_fake - m_real) * c**2 / distance_to_teacher(x_0, x_0_real).detach() / x_0.numel()
     torch.testing.assert_close(gradient, expected.expand_as(gradient), atol=1e-12, rtol=1e-9)
@@ -74,7 +74,7 @@ def test_sid_is_the_papers_loss_in_other_words():
     x_0, fake, real = torch.randn(3, 4, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for alpha in (0.5, 1.0):
         papers = ((1 - alpha) * (real - fake).square() + (real - fake) * (fake - x_0)) / distance_to_teacher(x_0, real)
-        torch.testing.assert_close(sid_loss(x_0, fake, real, alpha), papers.mean())
+        torch.testing.assert_close(sid_loss(x_0, fake, real, alpha).mean(), papers.mean())
 
 
 def test_sid_passes_through_both_scores_and_reaches_the_generator_alone():
@@ -82,7 +82,7 @@ def test_sid_passes_through_both_scores_and_reaches_the_generator_alone():
     before = {name: value.clone() for name, value in engine.real_score.state_dict().items()}
     rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
     state, prompts = engine.random.get_state(), prompts_of(engine)
-    loss, figures = engine.generator_loss(rollout.scored, prompts)
+    loss, verdict = engine.generator_loss(rollout.scored, prompts)
     (whole,) = torch.autograd.grad(loss, rollout.scored, retain_graph=True)
     loss.backward()
     assert moved(engine.generator) and not moved(engine.critic) and not moved(engine.real_score)
@@ -94,11 +94,11 @@ def test_sid_passes_through_both_scores_and_reaches_the_generator_alone():
     fake = x_0_from_velocity(x_t, engine.fake_score.forward_bidirectional(x_t, t, prompts.fake), t)
     cond, null = (x_0_from_velocity(x_t, engine.real_score.forward_bidirectional(x_t, t, p), t) for p in (prompts.real, prompts.real_null))
     real = null + 2.0 * (cond - null)
-    (expected,) = torch.autograd.grad(sid_loss(x_0, fake, real, 1.0), x_0)
+    (expected,) = torch.autograd.grad(sid_loss(x_0, fake, real, 1.0).mean(), x_0)
     torch.testing.assert_close(whole, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-    (constant,) = torch.autograd.grad(sid_loss(x_0, fake.detach(), real.detach(), 1.0), x_0)
+    (constant,) = torch.autograd.grad(sid_loss(x_0, fake.detach(), real.detach(), 1.0).mean(), x_0)
     assert (whole - constant).abs().max() > 0.1 * whole.abs().max()  # the scores' own derivatives matter
-    assert figures["score_distance"] == pytest.approx((fake - real).abs().mean().item(), rel=1e-3)
+    assert verdict.figures["score_distance"] == pytest.approx((fake - real).abs().mean().item(), rel=1e-3)
 
 
 # GAN
@@ -107,9 +107,10 @@ def test_sid_passes_through_both_scores_and_reaches_the_generator_alone():
 def test_relativistic_loss_compares_pairs():
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 1.0])
     expected = (F.softplus(torch.tensor(-3.0)) + F.softplus(torch.tensor(1.0))) / 2
-    torch.testing.assert_close(relativistic_loss(real, fake), expected)
-    assert relativistic_loss(real + 5, fake + 5) == relativistic_loss(real, fake)  # only the difference counts
-    assert relativistic_loss(real + 1, fake) < relativistic_loss(real, fake) < relativistic_loss(real, fake + 1)
+    torch.testing.assert_close(relativistic_loss(real, fake).mean(), expected)
+    assert torch.equal(relativistic_loss(real + 5, fake + 5), relativistic_loss(real, fake))  # only the difference counts
+    assert (relativistic_loss(real + 1, fake) < relativistic_loss(real, fake)).all()
+    assert (relativistic_loss(real, fake) < relativistic_loss(real, fake + 1)).all()
 
 
 def test_the_penalty_is_the_squared_slope_and_zero_for_a_constant():
@@ -151,9 +152,9 @@ def test_each_gan_loss_reaches_its_own_network_alone():
     engine = build_engine(loss="gan")
     before = {name: value.clone() for name, value in engine.real_score.state_dict().items()}
     rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
-    loss, figures = engine.generator_loss(rollout.scored, prompts_of(engine), real_videos())
+    loss, verdict = engine.generator_loss(rollout.scored, prompts_of(engine), real_videos())
     loss.backward()
-    assert moved(engine.generator) and not moved(engine.critic) and figures.keys() == {"logit_distance"}
+    assert moved(engine.generator) and not moved(engine.critic) and verdict.figures.keys() == {"logit_distance"}
     engine.generator.zero_grad()
     rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
     engine.critic_loss(rollout.scored, random_prompt(engine.fake_score, 2), real_videos()).backward()
@@ -168,7 +169,7 @@ def test_the_two_players_pull_the_logits_apart_and_together():
 
     def distance(at: Tensor) -> float:  # the same noise and times at every call
         engine.random.manual_seed(1)
-        return engine.generator_loss(at, prompts, x_real)[1]["logit_distance"]
+        return engine.generator_loss(at, prompts, x_real)[1].figures["logit_distance"]
 
     start = distance(x_0)
     engine.random.manual_seed(1)

@@ -11,20 +11,20 @@ import distribution_losses
 import dynamic_video_sf
 from config import SelfForcingConfig
 from distribution_losses import dmd_gradient
-from dynamic_video_sf import (
+from dynamic_video_sf import SelfForcingEngine, self_test
+from flow_matching import euler_sampler, sampling_times, shift_time
+from rollout import (
     BidirectionalPlan,
     RolloutPlan,
-    SelfForcingEngine,
+    clamp_to_data,
     draw_noise,
     few_step_plan,
     make_noise_streams,
     many_step_plan,
     rollout_blocks,
     sample_bidirectional,
-    self_test,
     warp_steps,
 )
-from flow_matching import euler_sampler, sampling_times, shift_time
 from tiny_causal_wan import KVCache, PromptContext, TinyCausalWanModel
 
 BLOCK = 3
@@ -96,6 +96,17 @@ def test_early_exit_is_truncated_denoising(small_model, plan, fresh_noise: bool)
     truncated = run(small_model, prompt, [1, 2], 3, dataclasses.replace(plan, times=plan.times[:2]))
     assert torch.equal(early, truncated)
     assert not torch.equal(early, run(small_model, prompt, [1, 2], 3, plan))
+
+
+def test_a_clamped_rollout_stays_in_the_range_of_data_and_still_feels_the_pull_from_outside(small_model):
+    prompt, loud = random_prompt(small_model, 2), torch.tensor([-3.0, -1.0, 0.5, 2.0], requires_grad=True)
+    clamped = clamp_to_data(loud)
+    assert clamped.tolist() == [-1.0, -1.0, 0.5, 1.0]
+    assert torch.autograd.grad((clamped * torch.arange(4.0)).sum(), loud)[0].tolist() == [0.0, 1.0, 2.0, 3.0]
+    free, kept = (run(small_model, prompt, [1, 2], 3, few_step_plan(SelfForcingConfig(clamp_x_0=clamp))) for clamp in (False, True))
+    assert free.abs().max() > 1.2 and kept.abs().max() <= 1 + 1e-6
+    # A block's last prediction alone would be the free one, clamped; here the steps before it and the context are clamped too.
+    assert not torch.allclose(free.clamp(-1, 1), kept, atol=1e-2)
 
 
 def test_exit_step_is_shared_or_drawn_per_block_and_every_one_occurs():
@@ -210,6 +221,9 @@ def reference_rollout(
     streams, exits, done = make_noise_streams(seeds), [], []
     shape, cpu = (BLOCK, 1, 8, 8), torch.device("cpu")
 
+    def kept(x_0: Tensor) -> Tensor:  # in the range of data, where the plan asks for it; the gradient is that of x_0
+        return x_0 + (x_0.clamp(-1, 1) - x_0).detach() if plan.clamp_x_0 else x_0
+
     def context_of(blocks: list[Tensor], prompt: PromptContext) -> KVCache:
         cache = model.new_cache()
         for block in blocks:
@@ -222,22 +236,27 @@ def reference_rollout(
             cache, x_t = context_of(done, prompt), draw_noise(streams, shape, cpu)
             for step in range(exit_step):
                 t = torch.full(x_t.shape[:2], plan.times[step])
-                x_0 = x_t - plan.times[step] * model.forward_cached(x_t, t, prompt, cache)
+                x_0 = kept(x_t - plan.times[step] * model.forward_cached(x_t, t, prompt, cache))
                 later = plan.times[step + 1]
                 x_t = (1 - later) * x_0 + later * draw_noise(streams, shape, cpu)
             exits.append(x_t)
             t = torch.full(x_t.shape[:2], plan.times[exit_step])
-            done.append(x_t - plan.times[exit_step] * model.forward_cached(x_t, t, prompt, cache))
+            done.append(kept(x_t - plan.times[exit_step] * model.forward_cached(x_t, t, prompt, cache)))
     prompt, result = model.encode_prompt(*text), []
     for block, (x_t, exit_step) in enumerate(zip(exits, exit_steps, strict=True)):
         cache, t = context_of(done[:block], prompt), torch.full(x_t.shape[:2], plan.times[exit_step])
         with torch.set_grad_enabled(block >= first_gradient_block):
-            result.append(x_t - plan.times[exit_step] * model.forward_cached(x_t, t, prompt, cache))
+            result.append(kept(x_t - plan.times[exit_step] * model.forward_cached(x_t, t, prompt, cache)))
     return torch.cat(result, dim=1)
 
 
-@pytest.mark.parametrize(("exit_steps", "first_gradient_block"), [([2, 2, 2], 0), ([3, 0, 2], 1), ([1, 1, 1], 2)])
-def test_gradient_equals_that_of_the_exit_passes_alone(small_model, plan, exit_steps: list[int], first_gradient_block: int):
+@pytest.mark.parametrize(
+    ("exit_steps", "first_gradient_block", "clamp_x_0"), [([2, 2, 2], 0, True), ([3, 0, 2], 1, False), ([1, 1, 1], 2, True)]
+)
+def test_gradient_equals_that_of_the_exit_passes_alone(
+    small_model, plan, exit_steps: list[int], first_gradient_block: int, clamp_x_0: bool
+):
+    plan = dataclasses.replace(plan, clamp_x_0=clamp_x_0)
     random = torch.Generator().manual_seed(3)
     text = (torch.randn(2, 5, 32, generator=random), torch.ones(2, 5, dtype=torch.bool))
     weight = torch.randn(2, 9, 1, 8, 8, generator=random)

@@ -67,7 +67,7 @@ def test_the_generator_is_judged_by_the_critics_average_and_not_by_the_newest_cr
 
     def distance() -> float:  # the same noise and times at every call
         engine.random.manual_seed(1)
-        return engine.generator_loss(rollout.scored, prompts_of(engine))[1]["score_distance"]
+        return engine.generator_loss(rollout.scored, prompts_of(engine))[1].figures["score_distance"]
 
     start = distance()
     perturb(engine.fake_score)
@@ -94,7 +94,7 @@ def test_dmd_loss_differentiates_to_the_gradient():
     x_0, gradient = random_batch(2)
     x_0.requires_grad_()
     gradient.requires_grad_()
-    derivative, into_scores = torch.autograd.grad(dmd_loss(x_0, gradient), [x_0, gradient], allow_unused=True)
+    derivative, into_scores = torch.autograd.grad(dmd_loss(x_0, gradient).mean(), [x_0, gradient], allow_unused=True)
     torch.testing.assert_close(derivative, gradient.detach() / x_0.numel())
     assert into_scores is None
 
@@ -102,7 +102,7 @@ def test_dmd_loss_differentiates_to_the_gradient():
 def test_descending_the_loss_moves_a_sample_toward_the_teachers():
     x_0, x_0_real = random_batch(2)
     x_0.requires_grad_()
-    (derivative,) = torch.autograd.grad(dmd_loss(x_0, dmd_gradient(x_0.detach(), x_0.detach(), x_0_real)), x_0)  # the critic knows x_0
+    (derivative,) = torch.autograd.grad(dmd_loss(x_0, dmd_gradient(x_0.detach(), x_0.detach(), x_0_real)).mean(), x_0)
     before, after = (x_0 - x_0_real).abs(), (x_0 - 0.1 * x_0.numel() * derivative - x_0_real).abs()
     assert (after < before).all()
 
@@ -127,7 +127,7 @@ def test_generator_loss_is_dmd_with_guided_teacher_and_bidirectional_scores():
     prompts = prompts_of(engine)
     x_0 = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=False).scored.requires_grad_()
     state = engine.random.get_state()
-    loss, figures = engine.generator_loss(x_0, prompts)
+    loss, verdict = engine.generator_loss(x_0, prompts)
     (derivative,) = torch.autograd.grad(loss, x_0)
     engine.random.set_state(state)
     with torch.no_grad():
@@ -139,8 +139,8 @@ def test_generator_loss_is_dmd_with_guided_teacher_and_bidirectional_scores():
         x_0_real = uncond + 2.5 * (cond - uncond)
     expected = dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
     torch.testing.assert_close(derivative, expected / x_0.numel(), rtol=1e-3, atol=1e-3 * derivative.abs().max().item())
-    assert figures["score_distance"] == pytest.approx((x_0_fake - x_0_real).abs().mean().item(), rel=1e-3)
-    assert figures["dmd_gradient_norm"] == pytest.approx(expected.square().mean().sqrt().item(), rel=1e-3)
+    assert verdict.figures["score_distance"] == pytest.approx((x_0_fake - x_0_real).abs().mean().item(), rel=1e-3)
+    assert verdict.figures["dmd_gradient_norm"] == pytest.approx(expected.square().mean().sqrt().item(), rel=1e-3)
 
 
 def test_score_times_are_uniform_between_their_bounds():

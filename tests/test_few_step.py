@@ -7,9 +7,9 @@ import torch
 from conftest import build_small_model, random_prompt
 from torch import Tensor
 
-from dynamic_video_sf import BidirectionalPlan, make_noise_streams, many_step_plan, rollout_blocks, sample_bidirectional
 from few_step import TeacherPrompts, Trajectory, consistency_loss, draw_step_orders, ode_regression_loss, ode_trajectory
 from flow_matching import euler_sampler, sampling_times
+from rollout import BidirectionalPlan, make_noise_streams, many_step_plan, rollout_blocks, sample_bidirectional
 
 STEPS, KEPT, SHIFT, GUIDANCE, BLOCK = 4, [0, 1, 3], 3.0, 2.0, 3
 

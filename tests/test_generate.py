@@ -22,9 +22,10 @@ from conftest import randomise
 import generate as entry
 from checkpoint import LoadedNetworks, load_networks, save_checkpoint
 from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
-from dynamic_video_sf import RolloutPlan, SelfForcingEngine, make_noise_streams, rollout_blocks
+from dynamic_video_sf import SelfForcingEngine
 from generate import BidirectionalPlan, SamplerSettings, generate, main, slug
 from moving_mnist import DatasetConfig
+from rollout import RolloutPlan, make_noise_streams, rollout_blocks
 from runtime import Runtime
 from stages import sample_many_step
 from text_encoder import TextEncoder, TextEncoderConfig, parse_caption

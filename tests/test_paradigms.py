@@ -11,9 +11,9 @@ from test_stages import CPU, assert_same, snapshot
 import few_step_stage
 from checkpoint import CheckpointError, load_checkpoint, load_networks, save_checkpoint
 from config import Config, build_config, config_to_dict, register_schemas
-from dynamic_video_sf import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, warp_steps
 from few_step import consistency_loss, ode_regression_loss
 from few_step_stage import FewStepStage
+from rollout import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, warp_steps
 from sampling import SamplerSettings
 from stages import SelfForcingStage, Stage
 from text_encoder import TextEncoder

@@ -14,6 +14,7 @@ from run_log import RunLog, draw_curves, make_run_folder, point_to_latest
 
 COLUMNS = ("loss", "loss_other")
 DISABLED = WandbConfig(mode="disabled")
+CURVES = ("curves.png", draw_curves)
 
 
 class BrokenRun:
@@ -57,7 +58,7 @@ def test_two_runs_in_one_second_have_their_own_folders(tmp_path, monkeypatch):
 def test_a_second_run_leaves_the_first_ones_files_alone(tmp_path):
     first = make_run_folder(tmp_path, "mine")
     (first / "scalars.csv").write_text("kept")
-    RunLog(make_run_folder(tmp_path, "mine"), COLUMNS, {}, DISABLED).close()
+    RunLog(make_run_folder(tmp_path, "mine"), COLUMNS, {}, DISABLED, *CURVES).close()
     assert (first / "scalars.csv").read_text() == "kept"
 
 
@@ -83,7 +84,7 @@ def test_the_link_leads_to_the_latest_and_moves_with_the_folder(tmp_path):
 
 
 def test_the_csv_has_every_step_at_once_and_curves_are_drawn(tmp_path):
-    log = RunLog(tmp_path, COLUMNS, {}, DISABLED)
+    log = RunLog(tmp_path, COLUMNS, {}, DISABLED, *CURVES)
     write_steps(log, range(5))
     rows = rows_of(tmp_path)  # before the file is closed: a killed run loses nothing
     assert [int(row["step"]) for row in rows] == list(range(5))
@@ -96,7 +97,7 @@ def test_the_csv_has_every_step_at_once_and_curves_are_drawn(tmp_path):
 
 
 def test_an_unknown_figure_is_refused(tmp_path):
-    log = RunLog(tmp_path, COLUMNS, {}, DISABLED)
+    log = RunLog(tmp_path, COLUMNS, {}, DISABLED, *CURVES)
     with pytest.raises(ValueError, match="surprise"):
         log.scalars(0, 0.0, {"surprise": 1.0})
     log.close()
@@ -125,7 +126,7 @@ def test_wandb_that_cannot_start_is_one_warning(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.warns(UserWarning, match="wandb is off.*no account.*scalars.csv"):
-        log = RunLog(tmp_path, COLUMNS, {}, WandbConfig())
+        log = RunLog(tmp_path, COLUMNS, {}, WandbConfig(), *CURVES)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_steps(log, range(3))
@@ -136,7 +137,7 @@ def test_wandb_that_cannot_start_is_one_warning(tmp_path, monkeypatch):
 def test_wandb_that_is_not_installed_is_one_warning(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now raises ModuleNotFoundError
     with pytest.warns(UserWarning, match="wandb is off"):
-        log = RunLog(tmp_path, COLUMNS, {}, WandbConfig())
+        log = RunLog(tmp_path, COLUMNS, {}, WandbConfig(), *CURVES)
     write_steps(log, range(3))
     log.close()
     assert len(rows_of(tmp_path)) == 3 and (tmp_path / "curves.png").exists()
@@ -145,7 +146,7 @@ def test_wandb_that_is_not_installed_is_one_warning(tmp_path, monkeypatch):
 @pytest.mark.parametrize("moment", ["scalars", "media", "close"])
 def test_wandb_that_breaks_mid_run_is_one_warning(tmp_path, monkeypatch, moment):
     monkeypatch.setattr(wandb, "init", lambda **options: BrokenRun())
-    log = RunLog(tmp_path, COLUMNS, {}, WandbConfig())
+    log = RunLog(tmp_path, COLUMNS, {}, WandbConfig(), *CURVES)
     with pytest.warns(UserWarning, match="wandb is off") as caught:
         if moment == "media":
             log.media(0, "samples", tmp_path / "none.png")
@@ -168,11 +169,12 @@ def test_wandb_is_told_the_figures_and_the_pictures(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", lambda **options: Run())
     monkeypatch.setattr(wandb, "Image", str)
-    log = RunLog(tmp_path, COLUMNS, {}, WandbConfig())
+    log = RunLog(tmp_path, COLUMNS, {}, WandbConfig(), *CURVES)
     log.scalars(3, 0.1, {"loss": 2.0})
     log.media(4, "samples", tmp_path / "picture.png")
     log.close()
-    assert told == [(3, {"loss": 2.0}), (4, {"samples": str(tmp_path / "picture.png")}), "finished"]
+    pictures = [(4, {"samples": str(tmp_path / "picture.png")}), (4, {"curves": str(tmp_path / "curves.png")})]  # steps never go back
+    assert told == [(3, {"loss": 2.0}), *pictures, "finished"]
 
 
 def test_offline_wandb_needs_no_account_and_leaves_a_folder(tmp_path, monkeypatch):
@@ -181,7 +183,7 @@ def test_offline_wandb_needs_no_account_and_leaves_a_folder(tmp_path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # "wandb is off" would be one
-        log = RunLog(tmp_path, COLUMNS, {"seed": 0}, WandbConfig())
+        log = RunLog(tmp_path, COLUMNS, {"seed": 0}, WandbConfig(), *CURVES)
         write_steps(log, range(3))
         log.close()
     (run,) = (tmp_path / "wandb").glob("offline-run-*")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint, slim_checkpoint
 from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
-from dynamic_video_sf import make_noise_streams, rollout_blocks
 from moving_mnist import DatasetConfig
+from rollout import make_noise_streams, rollout_blocks
 from runtime import Runtime
 from sampling import sample_few_step
 from stages import PretrainStage, SelfForcingStage, draw_num_frames, load_teacher, rate_factor, update_average
