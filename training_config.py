@@ -188,6 +188,8 @@ class SelfForcingConfig(FewStepConfig):
     """
 
     training_type: str = "dmd2"
+    num_steps: int = 360
+    decay_fraction: float = 0.5  # of the generator's rate alone; as it falls, critic and generator stop chasing each other
     generator_inputs: str = "self_rollout"
     loss: str = "dmd"
     dmd_sign: int = 1  # of the DMD gradient; -1 is a fault on purpose, to see what it does to a run (README, "Is my run healthy?")
