@@ -279,6 +279,8 @@ class Comparison:
             if job not in kept:
                 self.failed[job.label] = "its training failed"
                 self._say(job, "not done: its training failed")
+        if len(kept) < len(waiting):
+            self.write()
         return kept
 
     def _start(self, job: Job) -> subprocess.Popen[bytes]:
