@@ -256,10 +256,9 @@ class Comparison:
                 for item in [item for item in running if item[1].poll() is not None]:
                     running.remove(item)
                     self._end(item[0], item[1].returncode, time.perf_counter() - item[2])
+                waiting = self._drop_hopeless(waiting)
                 if running:
                     time.sleep(SECONDS_BETWEEN_LOOKS)
-                else:
-                    waiting = self._drop_hopeless(waiting)
         except KeyboardInterrupt:
             num_done = sum(job.is_done() for job in self.jobs)
             raise KeyboardInterrupt(f"interrupted: {num_done} of {len(self.jobs)} jobs are done; the same command goes on") from None
@@ -273,8 +272,8 @@ class Comparison:
         return next((job for job in waiting if job.needs is None or job.needs.is_done()), None)
 
     def _drop_hopeless(self, waiting: list[Job]) -> list[Job]:
-        """With nothing running, what still waits for a training waits for one that failed."""
-        kept = [job for job in waiting if job.needs is None or job.needs.is_done()]
+        """Of the jobs that wait, those whose training has not failed."""
+        kept = [job for job in waiting if job.needs is None or job.needs.label not in self.failed]
         for job in waiting:
             if job not in kept:
                 self.failed[job.label] = "its training failed"
