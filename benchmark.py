@@ -9,8 +9,6 @@ to quote.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import sys
 import time
@@ -24,7 +22,7 @@ from tqdm import tqdm
 from checkpoint import LoadedNetworks, load_networks
 from flow_matching import add_noise, x_0_from_velocity
 from rollout import RolloutPlan, draw_noise, few_step_plan, make_noise_streams
-from runtime import Runtime, resolve_runtime
+from runtime import Runtime, describe_machine, resolve_runtime
 from sampling import sample_few_step, sample_many_step, teacher_plan
 from training_config import SelfForcingConfig, check_num_frames
 
@@ -83,16 +81,6 @@ def matrix_limit(runtime: Runtime) -> float:
     return 10 * 2 * MATRIX_SIZE**3 / seconds
 
 
-def describe_machine() -> str:
-    """Processor, cores and versions in one line."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 def benchmark(student: LoadedNetworks, teacher: LoadedNetworks, runtime: Runtime, num_frames: int, batch_size: int, repeats: int) -> None:
     """Print one table for one batch size."""
     config = student.config.training
@@ -136,7 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
             check_num_frames("--num_frames", options.num_frames, student.config.training.num_frames_per_block)
             if options.repeats < 1 or min(options.batch_sizes) < 1:
                 raise ValueError("--repeats and --batch_sizes: expected at least 1")
-            print(f"\n{describe_machine()}; {runtime}: {matrix_limit(runtime) / 1e9:.0f} GFLOP/s in a {MATRIX_SIZE}-squared product")
+            machine, limit = describe_machine(torch.get_num_threads()), matrix_limit(runtime) / 1e9
+            print(f"\n{machine}; {runtime}: {limit:.0f} GFLOP/s in a {MATRIX_SIZE}-squared product")
             for batch_size in options.batch_sizes:
                 benchmark(student, teacher, runtime, options.num_frames, batch_size, options.repeats)
     except (ValueError, OSError) as error:

@@ -18,6 +18,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from comparison_config import ComparisonConfig
 from moving_mnist import DatasetConfig
 from text_encoder import TextEncoderConfig
 from tiny_causal_wan import ModelConfig
@@ -60,6 +61,7 @@ class Config:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     training: TrainingConfig = MISSING
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    experiment: ComparisonConfig | None = None  # many runs and a table instead of one run: comparison.py
 
     def __post_init__(self) -> None:
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
@@ -70,7 +72,7 @@ class Config:
             is_plain_name and self.run_name not in ("..", "checkpoint_final.pt"), "run_name", self.run_name,
             "the name of a new folder under log_dir, without a path",
         )
-        for key, value in _flatten(asdict(self)).items():
+        for key, value in flatten(asdict(self)).items():
             numbers = value if isinstance(value, list) else [value]
             is_finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
             require(is_finite, key, value, "a finite number")
@@ -94,6 +96,7 @@ def register_schemas() -> None:
     store.store(name="train_schema", node=Config)
     store.store(group="model", name="schema", node=ModelConfig)
     store.store(group="dataset", name="schema", node=DatasetConfig)
+    store.store(group="experiment", name="schema", node=ComparisonConfig)
     store.store(group="training", name="pretrain_schema", node=PretrainConfig)
     store.store(group="training", name="self_forcing_schema", node=SelfForcingConfig)
     store.store(group="training", name="causal_ode_schema", node=CausalODEConfig)
@@ -107,24 +110,24 @@ def build_config(composed: DictConfig) -> Config:
     """
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
-    known = _flatten(config_to_dict(config))
-    for key in _flatten(OmegaConf.to_container(composed)):
+    known = flatten(config_to_dict(config))
+    for key in flatten(OmegaConf.to_container(composed)):
         if key not in known:
             raise ValueError(_unknown_key(key, [config.training]))
     check_parts_fit(config)
     return config
 
 
-def _flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one with dotted keys, as they are written on the command line."""
     flat: dict[str, Any] = {}
     for key, value in plain.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
 def _unknown_key(key: str, kinds: list[TrainingConfig]) -> str:
-    keys = [known for kind in kinds for known in _flatten(config_to_dict(Config(training=kind)))]
+    keys = [known for kind in kinds for known in flatten(config_to_dict(Config(training=kind, experiment=ComparisonConfig())))]
     same_name = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
     nearest = difflib.get_close_matches(key, same_name or keys, n=1, cutoff=0.0)[0]
     run = f" in a run of training type {kinds[0].training_type}" if len(kinds) == 1 else ""
@@ -154,7 +157,10 @@ def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> st
     lines = [line.strip() for line in str(root if str(root) else error).splitlines() if line.strip()]
     if isinstance(root, OmegaConfBaseException) and root.full_key:
         kinds = [kind() for kind in TRAINING_KINDS.values()]
-        defaults = {key: value for kind in kinds for key, value in _flatten(config_to_dict(Config(training=kind))).items()}
+        defaults = {
+            key: value for kind in kinds
+            for key, value in flatten(config_to_dict(Config(training=kind, experiment=ComparisonConfig()))).items()
+        }
         example = f"; expected a value such as {defaults[root.full_key]}, its default" if root.full_key in defaults else ""
         return f"{root.full_key}: {lines[0]}{example}"
     return "; ".join(lines)

@@ -45,14 +45,17 @@ def format_titles(first: str, titles: dict[str, str]) -> str:
 
 def format_row(name: str, figures: dict[str, Any], titles: dict[str, str]) -> str:
     """One line of a table: each figure with its interval, a dash where there is none."""
-    cells = []
-    for key in titles:
-        if key not in figures:  # such as the direction, where no prompt names one
-            cells.append("-")
-            continue
-        low, high = figures[f"{key}_ci"]
-        cells.append(f"{_short(figures[key])} [{_short(low)}, {_short(high)}]")
-    return f"{name:<{NAME_WIDTH}}" + "".join(f"{cell:>{CELL_WIDTH}}" for cell in cells)
+    return f"{name:<{NAME_WIDTH}}" + "".join(f"{format_cell(figures, key):>{CELL_WIDTH}}" for key in titles)
+
+
+def format_cell(figures: dict[str, Any], key: str) -> str:
+    """A figure, with its interval where it has one; a dash where it is not there, such as the direction where no prompt names one."""
+    if key not in figures:
+        return "-"
+    if f"{key}_ci" not in figures:
+        return _short(figures[key])
+    low, high = figures[f"{key}_ci"]
+    return f"{_short(figures[key])} [{_short(low)}, {_short(high)}]"
 
 
 def _short(value: float) -> str:

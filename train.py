@@ -1,4 +1,5 @@
-"""Train: `python train.py` for Self-Forcing (default), `python train.py training=pretrain` for the teacher.
+"""Train: `python train.py` for Self-Forcing (default), `python train.py training=pretrain` for the teacher, `python train.py
+experiment=table2` for a comparison of paradigms: many runs and a table.
 
 Every key can be overridden on the command line, such as `training.num_steps=2000 training.lr=1e-4`; `python train.py
 --help` shows them all. Each run has a folder of its own under `logs/training/`.
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, save_checkpoint
+from comparison import compare
 from config import Config, build_config, config_to_dict, explain_refusal, register_schemas
 from digit_judge import JUDGE_PATH, DigitJudge, load_judge
 from few_step_stage import FewStepStage
@@ -226,19 +229,40 @@ class SimplifiedTrainer:
 register_schemas()
 
 
+def check_overrides_of_experiment(overrides: list[str]) -> None:
+    """Raise ValueError for an override that would reach none of the runs of an experiment."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.split(".")[0] not in ("experiment", "device", "precision"):
+            raise ValueError(
+                f"{override} does not reach the runs of an experiment: expected keys of experiment, device and precision; for all its "
+                f"trainings write 'experiment.overrides.all=[\"{override}\"]'"
+            )
+
+
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "configs"), config_name="train")
 def main(composed: DictConfig) -> None:
     try:
-        SimplifiedTrainer(build_config(composed)).train()
+        config = build_config(composed)
+        if config.experiment is None:
+            SimplifiedTrainer(config).train()
+            return
+        check_overrides_of_experiment(list(HydraConfig.get().overrides.task))
+        num_failed = compare(config)
     except (TrainingDiverged, ValueError, OSError, ImportError, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain_refusal(error) if isinstance(error, OmegaConfBaseException) else error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: checkpoints written so far stay in the run's folder; training.resume=PATH goes on from one")
+    except KeyboardInterrupt as stopped:
+        sys.exit(str(stopped) or "interrupted: checkpoints written so far stay in the run's folder; training.resume=PATH goes on from one")
+    if num_failed:
+        sys.exit(f"{num_failed} jobs failed, see above; the same command tries them again")
 
 
 def run_command_line() -> None:
     """`main`, where what Hydra refuses is one line too."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its refusals, instead of printing a page and exiting
+    chosen = [argument for argument in sys.argv[1:] if argument.startswith(("experiment.", "experiment=", "+experiment="))]
+    if chosen and all(argument.startswith("experiment.") for argument in chosen):  # Hydra would fail with an assertion
+        sys.exit(f"error: {chosen[0]} has no experiment: choose one too, such as experiment=table2")
     try:
         main()
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises a bare ValueError for training=null

@@ -267,7 +267,7 @@ def test_videos_that_the_judge_cannot_read_leave_no_columns_and_one_line(teacher
 
 def composed(name: str, *overrides: str) -> Config:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return build_config(compose("train", [f"+experiment={name}", *overrides]))
+        return build_config(compose("train", [f"experiment={name}", *overrides]))
 
 
 @pytest.mark.parametrize(("name", "key", "value"), [

@@ -1,0 +1,416 @@
+"""Many trainings with equal compute, their scores, and one table: `python train.py experiment=table2`.
+
+Trainings and scorings are jobs: child processes of train.py and evaluate.py, `processes` at a time, each with a folder of its
+own under `folder` whose name ends in a fingerprint of all its settings. So what is done is known by its files, other settings
+never meet, and the same command goes on where an earlier one stopped. The table is written again after every job.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from comparison_config import PARADIGMS, REAL, ROWS, TEACHER, YARDSTICK, Sampler
+from comparison_report import write_table
+from compute import flops_per_step
+from config import Config, build_config, config_to_dict, flatten
+from runtime import describe_machine
+
+REPOSITORY = Path(__file__).resolve().parent
+SCRIPTS = REPOSITORY  # where train.py and evaluate.py stand
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_STOP = 20.0
+UNFINISHED = ".unfinished"  # ends the name of a score's folder until it is complete
+NOT_OF_THE_RESULT = ("log_dir", "run_name", "wandb", "experiment", "training.pretrained_checkpoint", "training.checkpoint_interval",
+                     "training.keep_last", "training.log_interval", "training.resume")  # keys of a run that change no weight
+
+
+class Job(Protocol):
+    """One child process. label: what it is, for people. settings: all that its result depends on."""
+
+    label: str
+    script: str
+    folder: Path
+    settings: dict[str, Any]
+    needs: Job | None
+
+    def is_done(self) -> bool: ...
+    def arguments(self) -> list[str]: ...
+    def finish(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run of train.py: its attempts are folders run, run-2, ... in `folder`, beside a link to the finished checkpoint."""
+
+    label: str
+    paradigm: str
+    block: int
+    seed: int
+    config: Config  # of the run
+    overrides: list[str]  # which make it so
+    checkpoint_interval: int
+    folder: Path
+    settings: dict[str, Any]
+    flops_per_step: float
+    script: str = "train.py"
+    needs: Job | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint_final.pt"
+
+    def is_done(self) -> bool:
+        return self.checkpoint.exists()
+
+    def interval_checkpoints(self) -> list[Path]:
+        """Those of all attempts, the newest last."""
+        return sorted(self.folder.glob("run*/checkpoint_[0-9]*.pt"), key=lambda path: path.stem)
+
+    def arguments(self) -> list[str]:
+        resume = self.interval_checkpoints()[-1:]
+        return [
+            *self.overrides, f"training.checkpoint_interval={self.checkpoint_interval}", "training.keep_last=1", "wandb.mode=disabled",
+            f"log_dir={quote(self.folder)}", "run_name=run", *(f"training.resume={quote(path)}" for path in resume),
+        ]
+
+    def finish(self) -> None:
+        for path in self.interval_checkpoints():
+            path.unlink()
+
+    def minutes(self) -> float:
+        """Of all attempts together, in training steps alone."""
+        seconds = 0.0
+        for path in self.folder.glob("run*/scalars.csv"):
+            with open(path, newline="") as file:
+                rows = [row["seconds"] for row in csv.DictReader(file) if row["seconds"]]
+            seconds += float(rows[-1]) if rows else 0.0
+        return seconds / 60
+
+
+@dataclass(frozen=True)
+class Score:
+    """A run of evaluate.py on one checkpoint; it moves to `folder` when it is complete."""
+
+    label: str
+    row: str
+    block: int
+    seed: int
+    checkpoint: Path
+    options: list[str]
+    folder: Path
+    settings: dict[str, Any]
+    script: str = "evaluate.py"
+    needs: Job | None = None
+
+    @property
+    def unfinished(self) -> Path:
+        return self.folder.with_name(self.folder.name + UNFINISHED)
+
+    def is_done(self) -> bool:
+        return self.folder.exists()
+
+    def arguments(self) -> list[str]:
+        return [f"checkpoint={quote(self.checkpoint)}", *self.options, f"output_dir={quote(self.unfinished)}"]
+
+    def finish(self) -> None:
+        os.replace(self.unfinished, self.folder)
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Those of real videos and those of the network, with its sampler and machine in words; by frame they stay in the file."""
+        scored = json.loads((self.folder / "evaluation.json").read_text())
+        real, network = ({key: value for key, value in row.items() if "_by_frame" not in key} for row in scored.values())
+        started = json.loads((self.folder / "settings.json").read_text())
+        sampler = list(scored)[1].partition(", ")[2]
+        return {REAL: real, "network": {**network, "sampler": sampler, "machine": started["machine"]}}
+
+
+class Comparison:
+    """The jobs of one configuration and the table of what they have found so far. Raises ValueError and OSError."""
+
+    def __init__(self, run: Config):
+        assert run.experiment is not None
+        self.run_config, self.config = run, run.experiment
+        self.folder, self.output_dir = Path(self.config.folder), Path(self.config.output_dir)
+        self.teacher = Path(self.config.teacher)
+        if not self.teacher.is_absolute() and not self.teacher.exists():
+            self.teacher = REPOSITORY / self.teacher
+        if not self.teacher.is_file():
+            raise ValueError(f"experiment.teacher is {self.config.teacher}: no such checkpoint; expected a pretrained network")
+        self.teacher_digest = hashlib.sha256(self.teacher.read_bytes()).hexdigest()[:8]
+        self.num_threads = max((os.cpu_count() or 1) // self.config.processes, 1)
+        self.machine = describe_machine(self.num_threads)
+        for folder in (self.folder, self.output_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.trainings = self._plan_trainings()
+        self.scores = [self._plan_score(TEACHER, None)] if TEACHER in self.config.rows else []
+        self.scores += [self._plan_score(row, training) for row in self.config.rows for training in self.trainings
+                        if training.paradigm == ROWS[row].paradigm]
+        self.jobs = self._in_order()
+        self.failed: dict[str, str] = {}  # one line each, by label
+
+    # --- planning -----------------------------------------------------------------------------------------------------
+
+    def _plan_trainings(self) -> list[Training]:
+        trainings = []
+        for block in self.config.blocks:
+            budget = self.config.budget * self._flops(YARDSTICK, block)
+            for paradigm in self.config.paradigms:
+                flops = self._flops(paradigm, block)
+                trainings += [self._plan_training(paradigm, block, seed, flops, budget) for seed in self.config.seeds]
+        return trainings
+
+    def _plan_training(self, paradigm: str, block: int, seed: int, flops: float, budget: float) -> Training:
+        overrides = [*self._overrides(paradigm, block), f"training.num_steps={num_steps(budget, flops)}", f"seed={seed}"]
+        config = compose_run(overrides)
+        settings = {"teacher": self.teacher_digest, **settings_of_result(config)}
+        return Training(
+            f"training {paradigm}, {blocks_of(block)}, seed {seed}, {config.training.num_steps} steps", paradigm, block, seed, config,
+            overrides, self.config.checkpoint_interval, self._own_folder("trainings", f"{paradigm}-block{block}-seed{seed}", settings),
+            settings, flops,
+        )
+
+    def _overrides(self, paradigm: str, block: int) -> list[str]:
+        """Of train.py, all but the seed and the number of steps; later ones win."""
+        config, run = self.config, self.run_config
+        return [
+            *PARADIGMS[paradigm], *config.overrides["all"], *config.overrides[paradigm],
+            f"training.num_frames_per_block={block}", f"training.min_num_frames={config.num_frames}",
+            f"training.max_num_frames={config.num_frames}", f"training.pretrained_checkpoint={quote(self.teacher)}",
+            "training.sample_interval=0", "training.eval_videos=0", f"device={run.device}", f"precision={run.precision}",
+        ]
+
+    def _flops(self, paradigm: str, block: int) -> float:
+        """Of a training step; counted once and kept beside the table."""
+        path = self.output_dir / f"{self.config.name}_flops.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        config = compose_run(self._overrides(paradigm, block))
+        settings = settings_of_result(config)
+        for key in ("seed", "training.num_steps", "device", "precision"):
+            del settings[key]
+        name = f"{paradigm}-block{block}-{fingerprint(settings)}"
+        if name not in kept:
+            start = time.perf_counter()
+            kept[name] = flops_per_step(config)
+            print(f"counted {kept[name] / 1e9:.1f} GFLOP a step of {paradigm}, {blocks_of(block)} "
+                  f"({time.perf_counter() - start:.0f} seconds)", flush=True)
+            path.write_text(json.dumps(kept, indent=1) + "\n")
+        return kept[name]
+
+    def _plan_score(self, row: str, training: Training | None) -> Score:
+        config, run = self.config, self.run_config
+        options = [f"num_videos={config.num_videos}", f"num_frames={config.num_frames}", f"seed={config.score_seed}",
+                   f"batch_size={config.batch_size}", f"device={run.device}", f"precision={run.precision}"]
+        if ROWS[row].sampler == Sampler.MANY:
+            options += [f"num_steps={config.many_steps}", *([] if config.guidance is None else [f"guidance={config.guidance}"])]
+        if ROWS[row].sampler == Sampler.NAIVE:
+            options.append(f"denoising_steps={config.naive_steps}".replace(" ", ""))
+        settings = {"options": options, "network": self.teacher_digest if training is None else training.settings}
+        if training is None:
+            return Score(f"scoring {row}", row, 0, 0, self.teacher, options, self._own_folder("scores", row, settings), settings)
+        name = f"{row}-block{training.block}-seed{training.seed}"
+        return Score(
+            f"scoring {row}, {blocks_of(training.block)}, seed {training.seed}", row, training.block, training.seed, training.checkpoint,
+            options, self._own_folder("scores", name, settings), settings, needs=training,
+        )
+
+    def _own_folder(self, kind: str, name: str, settings: dict[str, Any]) -> Path:
+        return self.folder / kind / f"{name}-{fingerprint(settings)}"
+
+    def _in_order(self) -> list[Job]:
+        """Every training with its scores behind it, so that a table cut short has whole rows."""
+        jobs: list[Job] = [score for score in self.scores if score.needs is None]
+        for training in self.trainings:
+            jobs += [training, *(score for score in self.scores if score.needs is training)]
+        return jobs
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Do what is not done yet; returns the number of jobs that failed. Raises KeyboardInterrupt with a line on how to go on."""
+        waiting = [job for job in self.jobs if not job.is_done()]
+        print(f"{len(self.jobs)} jobs, {len(self.jobs) - len(waiting)} done before; {self.config.processes} at a time with "
+              f"{self.num_threads} threads; folder {self.folder}", flush=True)
+        self.write()
+        running: list[tuple[Job, subprocess.Popen[bytes], float]] = []
+        terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the children would outlive this process
+        try:
+            while waiting or running:
+                while len(running) < self.config.processes and (job := self._next(waiting)) is not None:
+                    waiting.remove(job)
+                    running.append((job, self._start(job), time.perf_counter()))
+                for item in [item for item in running if item[1].poll() is not None]:
+                    running.remove(item)
+                    self._end(item[0], item[1].returncode, time.perf_counter() - item[2])
+                waiting = self._drop_hopeless(waiting)
+                if running:
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+        except KeyboardInterrupt:
+            num_done = sum(job.is_done() for job in self.jobs)
+            raise KeyboardInterrupt(f"interrupted: {num_done} of {len(self.jobs)} jobs are done; the same command goes on") from None
+        finally:
+            signal.signal(signal.SIGTERM, terminated)
+            stop([process for _, process, _ in running])
+        print(f"wrote {self.config.name}.json, .md and .png to {self.output_dir}")
+        return len(self.failed)
+
+    def _next(self, waiting: list[Job]) -> Job | None:
+        return next((job for job in waiting if job.needs is None or job.needs.is_done()), None)
+
+    def _drop_hopeless(self, waiting: list[Job]) -> list[Job]:
+        """Of the jobs that wait, those whose training has not failed."""
+        kept = [job for job in waiting if job.needs is None or job.needs.label not in self.failed]
+        for job in waiting:
+            if job not in kept:
+                self.failed[job.label] = "its training failed"
+                self._say(job, "not done: its training failed")
+        if len(kept) < len(waiting):
+            self.write()
+        return kept
+
+    def _start(self, job: Job) -> subprocess.Popen[bytes]:
+        for other in sorted(job.folder.parent.glob(f"{job.folder.name.rpartition('-')[0]}-*")):
+            is_other = other.name != job.folder.name and other.suffix != UNFINISHED
+            if is_other and (other / "settings.json").exists():
+                stored = json.loads((other / "settings.json").read_text())["settings"]
+                self._say(job, f"not taken from {other.name}, which has {describe_difference(stored, job.settings)}")
+        home = job.unfinished if isinstance(job, Score) else job.folder
+        if isinstance(job, Score):
+            shutil.rmtree(home, ignore_errors=True)  # of an attempt that was stopped
+        home.mkdir(parents=True, exist_ok=True)
+        arguments = job.arguments()
+        (home / "settings.json").write_text(json.dumps(
+            {"settings": job.settings, "machine": self.machine, "arguments": arguments}, indent=1) + "\n")
+        resumed = isinstance(job, Training) and job.interval_checkpoints()[-1:]
+        self._say(job, f"goes on from {resumed[0].name}" if resumed else "starts")
+        log = self._log(job)
+        log.parent.mkdir(exist_ok=True)
+        with open(log, "ab") as file:
+            return subprocess.Popen(
+                [sys.executable, str(SCRIPTS / job.script), *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                env={**os.environ, "OMP_NUM_THREADS": str(self.num_threads)},
+            )
+
+    def _log(self, job: Job) -> Path:
+        return self.folder / "logs" / f"{job.folder.name}.txt"
+
+    def _end(self, job: Job, code: int, seconds: float) -> None:
+        if code == 0:
+            job.finish()
+        if job.is_done():
+            self._say(job, f"done in {seconds / 60:.1f} minutes")
+        else:
+            lines = self._log(job).read_text(errors="replace").replace("\r", "\n").split("\n")
+            reason = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+            self.failed[job.label] = reason
+            self._say(job, f"FAILED after {seconds / 60:.1f} minutes (exit code {code}): {reason}; log {self._log(job)}")
+        self.write()
+
+    def _say(self, job: Job, words: str) -> None:
+        print(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.label}: {words}", flush=True)
+
+    # --- what was found -----------------------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        """The table as json, md and png."""
+        write_table(self.output_dir, self.config.name, self.table())
+
+    def table(self) -> dict[str, Any]:
+        """Everything: settings, trainings, and by row and block size the figures of every seed that is scored."""
+        rows: dict[str, dict[str, dict[str, dict[str, Any]]]] = {row: {} for row in self.config.rows}
+        for score in self.scores:
+            if score.is_done():
+                figures = score.figures()
+                rows[score.row].setdefault(str(score.block), {})[str(score.seed)] = figures["network"]
+                if REAL in rows:  # the same videos beside every score
+                    rows[REAL] = {"0": {"0": figures[REAL]}}
+        machines = {figures["machine"] for blocks in rows.values() for seeds in blocks.values() for figures in seeds.values()
+                    if "machine" in figures}
+        settings = {key: value for key, value in asdict(self.config).items() if key != "folder"}
+        return {
+            "settings": {**settings, "device": self.run_config.device, "precision": self.run_config.precision,
+                         "teacher_sha256": self.teacher_digest},
+            "machines": sorted(machines), "failed": self.failed, "rows": rows,
+            "trainings": [self._describe(training) for training in self.trainings],
+        }
+
+    def _describe(self, training: Training) -> dict[str, Any]:
+        config = training.config.training
+        return {
+            "paradigm": training.paradigm, "block": training.block, "seed": training.seed, "is_done": training.is_done(),
+            "num_steps": config.num_steps, "gflops_per_step": training.flops_per_step / 1e9,
+            "total_tflops": config.num_steps * training.flops_per_step / 1e12, "minutes": training.minutes(),
+            "batch_size": config.batch_size, "lr": config.lr, "guidance": config.guidance,
+            "overrides": [*PARADIGMS[training.paradigm], *self.config.overrides["all"], *self.config.overrides[training.paradigm]],
+        }
+
+
+def compare(run: Config) -> int:
+    """The whole comparison of run.experiment; returns the number of jobs that failed. Raises as `Comparison` does."""
+    return Comparison(run).run()
+
+
+def num_steps(budget: float, flops: float) -> int:
+    """Steps of `flops` each that spend the budget, at least one."""
+    return max(round(budget / flops), 1)
+
+
+def blocks_of(block: int) -> str:
+    return f"blocks of {block}"
+
+
+def compose_run(overrides: list[str]) -> Config:
+    """The configuration that train.py would have with these overrides; inside its own main, Hydra is set up already."""
+    is_set_up = GlobalHydra.instance().is_initialized()
+    with nullcontext() if is_set_up else initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        return build_config(compose("train", overrides))
+
+
+def settings_of_result(config: Config) -> dict[str, Any]:
+    """The flat configuration of a run without what changes no weight."""
+    return {
+        key: value for key, value in flatten(config_to_dict(config)).items()
+        if not any(key == other or key.startswith(f"{other}.") for other in NOT_OF_THE_RESULT)
+    }
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def describe_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Which settings differ, as "KEY A, now B"."""
+    stored, wanted = flatten(stored), flatten(wanted)
+    differing = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
+    return ", ".join(f"{key} {stored.get(key)}, now {wanted.get(key)}" for key in differing)
+
+
+def quote(path: Path) -> str:
+    """A path as a value of Hydra's command line, whatever its characters; relative ones stay so."""
+    return "'" + str(path).replace("'", "\\'") + "'"
+
+
+def stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Ask the processes to end, and end those that do not."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

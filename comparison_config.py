@@ -1,0 +1,120 @@
+"""What a comparison of paradigms can be asked: its rows, the trainings behind them, every default in a field, every check at
+construction.
+
+The rows are those of Table 2 of Self-Forcing (arXiv 2506.08009) at toy scale, once for blocks of several frames and once
+for single frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from training_config import check_denoising_steps, require
+
+REAL, TEACHER, YARDSTICK = "real", "teacher", "sf_dmd"  # YARDSTICK: the training whose steps the budget counts
+PARADIGMS = {  # the trainings, as train.py is asked for them
+    "tf": ("training=teacher_forcing",),
+    "df": ("training=diffusion_forcing",),
+    "tf_dmd": ("training=tf_dmd",),
+    "causvid": ("training=causvid",),
+    "sf_dmd": ("training=self_forcing",),
+    "sf_sid": ("training=self_forcing", "training.loss=sid"),
+    "sf_gan": ("training=self_forcing", "training.loss=gan"),
+}
+OWN_KEYS = (  # of a training, which the comparison itself decides
+    "training", "seed", "device", "precision", "log_dir", "run_name", "wandb", "wandb.mode", "experiment", "training.num_steps",
+    "training.num_frames_per_block", "training.min_num_frames", "training.max_num_frames", "training.pretrained_checkpoint",
+    "training.checkpoint_interval", "training.keep_last", "training.sample_interval", "training.eval_videos", "training.resume",
+)
+
+
+class Sampler(Enum):
+    """How a row's network is sampled: as it was trained for, in many guided steps, or in few steps it was not trained for."""
+
+    OWN = "own"
+    MANY = "many"
+    NAIVE = "naive"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. paradigm: a key of PARADIGMS; None for real videos and the teacher, which are not trained here."""
+
+    title: str
+    paradigm: str | None
+    sampler: Sampler
+
+
+ROWS = {
+    REAL: Row("real video", None, Sampler.OWN),
+    TEACHER: Row("bidirectional teacher", None, Sampler.MANY),
+    "tf": Row("TF", "tf", Sampler.MANY),
+    "df": Row("DF", "df", Sampler.MANY),
+    "tf_naive": Row("TF, naive", "tf", Sampler.NAIVE),
+    "df_naive": Row("DF, naive", "df", Sampler.NAIVE),
+    "tf_dmd": Row("TF + DMD", "tf_dmd", Sampler.OWN),
+    "causvid": Row("DF + DMD (CausVid)", "causvid", Sampler.OWN),
+    "sf_dmd": Row("Self-Forcing, DMD", "sf_dmd", Sampler.OWN),
+    "sf_sid": Row("Self-Forcing, SiD", "sf_sid", Sampler.OWN),
+    "sf_gan": Row("Self-Forcing, GAN", "sf_gan", Sampler.OWN),
+}
+
+
+@dataclass
+class ComparisonConfig:
+    """One comparison. Every training starts from `teacher` and may spend the FLOPs of `budget` steps of Self-Forcing with DMD
+    at its block size. overrides: of train.py, for all trainings and by paradigm, such as `["training.lr=1e-4"]`."""
+
+    name: str = "table2"  # of the files in output_dir
+    rows: list[str] = field(default_factory=lambda: list(ROWS))
+    blocks: list[int] = field(default_factory=lambda: [3, 1])  # frames a block
+    seeds: list[int] = field(default_factory=lambda: [0])  # of the trainings
+    budget: int = 160
+    num_frames: int = 21  # of videos, in training and in scoring
+    teacher: str = "pretrained/teacher.pt"
+    overrides: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in ("all", *PARADIGMS)})
+    checkpoint_interval: int = 20  # steps after which an interrupted training can go on
+    num_videos: int = 256
+    score_seed: int = 0  # of the held-out prompts and of the videos' noise
+    many_steps: int = 50
+    naive_steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
+    guidance: float | None = None  # of the many steps; that of the network's training if not given
+    batch_size: int = 64  # videos a forward pass in scoring
+    processes: int = 1  # trainings or scorings at a time
+    folder: str = "logs/table2"
+    output_dir: str = "results"
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "num_frames", "checkpoint_interval", "num_videos", "many_steps", "batch_size", "processes"):
+            value = asdict(self)[name]
+            require(value >= 1, f"experiment.{name}", value, "at least 1")
+        for row in self.rows:
+            require(row in ROWS, "experiment.rows", row, f"any of {', '.join(ROWS)}")
+        for block in self.blocks:
+            fits = block >= 1 and self.num_frames % block == 0
+            require(fits, "experiment.blocks", block, f"blocks that divide experiment.num_frames={self.num_frames}")
+        for name in ("rows", "blocks", "seeds"):
+            values = asdict(self)[name]
+            require(bool(values), f"experiment.{name}", values, "at least one")
+            require(len(set(values)) == len(values), f"experiment.{name}", values, "each one once")
+        require(all(0 <= seed < 2**63 for seed in self.seeds), "experiment.seeds", self.seeds, "0 to 2**63 - 1")
+        require(Path(self.name).name == self.name and self.name != "..", "experiment.name", self.name, "a file name without a path")
+        check_denoising_steps("experiment.naive_steps", self.naive_steps)
+        require(self.guidance is None or self.guidance >= 0, "experiment.guidance", self.guidance, "0 or more (1 is no guidance)")
+        for name, overrides in self.overrides.items():
+            require(name == "all" or name in PARADIGMS, "experiment.overrides", name, f"all or one of {', '.join(PARADIGMS)}")
+            for override in overrides:
+                key, equals, _ = override.lstrip("+").partition("=")
+                require(
+                    bool(equals) and key not in OWN_KEYS, f"experiment.overrides.{name}", override,
+                    "KEY=VALUE of a training, of a key that the comparison does not decide itself",
+                )
+        require(self.rows != [REAL], "experiment.rows", self.rows, "another row too: real videos are scored beside it")
+        self.rows = [row for row in ROWS if row in self.rows]  # in the table's order
+
+    @property
+    def paradigms(self) -> list[str]:
+        """The trainings that the rows need."""
+        return [name for name in PARADIGMS if any(ROWS[row].paradigm == name for row in self.rows)]

@@ -1,0 +1,77 @@
+"""What a training step costs, counted in floating-point operations of matrix products and convolutions.
+
+FLOPs of a step are linear in the batch size, and Muon's, which multiplies matrices itself, are the constant part. In a
+Self-Forcing rollout they are linear in the exit step, as each step before it is one more forward pass of the same block. So
+a few steps of one or two videos give the mean over the random exit steps exactly, whichever of them are drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import Config
+from runtime import Runtime
+from stages import PretrainStage, SelfForcingStage
+from training_config import PretrainConfig, SelfForcingConfig, require
+
+CPU = Runtime(torch.device("cpu"), torch.float32)  # counted here, wherever the training runs
+MAX_TRIES = 200  # steps until two different exit steps are drawn: never as many
+
+
+def flops_per_step(config: Config) -> float:
+    """Mean FLOPs of a training step, over whole cycles of generator and critic updates.
+
+    Runs a few steps of a fresh stage on the CPU. Raises ValueError for videos of several lengths, and what the stage raises.
+    """
+    training = config.training
+    require(
+        training.min_num_frames == training.max_num_frames, "training.min_num_frames", training.min_num_frames,
+        f"training.max_num_frames={training.max_num_frames}: compute is counted for videos of one length",
+    )
+    random = torch.Generator().manual_seed(0)
+    if isinstance(training, SelfForcingConfig):
+        return training.batch_size * _self_forcing_flops(config, training, random)  # AdamW multiplies no matrices
+    assert isinstance(training, PretrainConfig)
+    one, two = (_pretrain_flops(config, training, batch_size, random) for batch_size in (1, 2))
+    return one + (training.batch_size - 1) * (two - one)
+
+
+def _pretrain_flops(config: Config, training: PretrainConfig, batch_size: int, random: torch.Generator) -> float:
+    """Of a step on batch_size whole videos."""
+    stage = PretrainStage(replace(config, training=replace(training, batch_size=batch_size, clip_steps=0)), CPU, random)
+    steps = (0, 1) if training.objective == "mixed" else (0,)
+    return sum(_count_step(stage, step)[0] for step in steps) / len(steps)
+
+
+def _self_forcing_flops(config: Config, training: SelfForcingConfig, random: torch.Generator) -> float:
+    """Of a step on one video. With an exit step for every block the mean is the same, as the cost is a sum over blocks."""
+    stage = SelfForcingStage(replace(config, training=replace(training, batch_size=1, same_exit_step=True)), CPU, random)
+    ratio = training.dfake_gen_update_ratio
+    turn = -(-(training.critic_warmup_steps + 1) // ratio) * ratio - 1  # the first step that updates the generator
+    generator = _mean_over_exits(stage, turn)
+    critic = _mean_over_exits(stage, turn + 1) if ratio > 1 else 0.0
+    return (generator + (ratio - 1) * critic) / ratio
+
+
+def _count_step(stage: PretrainStage | SelfForcingStage, step: int) -> tuple[int, int]:
+    """FLOPs of one step, and its exit step: 0 where there is none."""
+    with FlopCounterMode(display=False) as counter:
+        figures = stage.train_step(step)
+    return counter.get_total_flops(), int(figures.get("exit_step", 0))
+
+
+def _mean_over_exits(stage: SelfForcingStage, step: int) -> float:
+    """Mean FLOPs of this step over uniform exit steps: the line through two of them, at its middle."""
+    num_exits = len(stage.config.denoising_steps)
+    flops, exit_step = _count_step(stage, step)
+    if num_exits == 1 or stage.config.generator_inputs != "self_rollout":  # one pass over the whole video, whatever the times
+        return flops
+    for _ in range(MAX_TRIES):
+        other_flops, other = _count_step(stage, step)
+        if other != exit_step:
+            slope = (other_flops - flops) / (other - exit_step)
+            return flops + slope * ((num_exits - 1) / 2 - exit_step)
+    raise ValueError(f"{MAX_TRIES} rollouts all stopped at exit step {exit_step}: their compute cannot be counted")

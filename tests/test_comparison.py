@@ -1,0 +1,289 @@
+"""A comparison trains with equal compute, scores, goes on where it stopped, reuses nothing of other settings, and says what is missing."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from test_evaluate import save_untrained
+
+import comparison
+import comparison_report
+from checkpoint import load_checkpoint
+from comparison import Comparison, compare, compose_run, num_steps
+from comparison_config import ComparisonConfig
+from comparison_report import COLUMNS, as_markdown
+from compute import CPU, _count_step, flops_per_step
+from config import Config, PretrainConfig, build_config, register_schemas
+from stages import PretrainStage, SelfForcingStage
+from tiny_causal_wan import ModelConfig
+from train import check_overrides_of_experiment, run_command_line
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TINY = ["model.width=24", "model.num_layers=1", "model.num_heads=2", "training.batch_size=2"]
+COSTS = {"tf": 3.0, "df": 1.0, "sf_dmd": 2.0, "sf_gan": 4.0}  # FLOPs a step, pretended
+FAKE_TRAIN = """
+import os, signal, sys, time
+from pathlib import Path
+asked = dict(argument.split("=", 1) for argument in sys.argv[1:])
+folder = Path(asked["log_dir"].strip("'"))
+run = folder / f"run-{len(list(folder.glob('run*')))}"
+run.mkdir()
+run.joinpath("scalars.csv").write_text("step,seconds\\n0,30\\n1,60\\n")
+run.joinpath("asked.txt").write_text("\\n".join([*sys.argv[1:], "threads=" + os.environ["OMP_NUM_THREADS"]]))
+if os.environ.get("BREAKS") == asked["training"]:
+    for step in (9, 10):
+        run.joinpath(f"checkpoint_{step:07d}.pt").touch()
+    sys.exit("error: it broke")
+if "INTERRUPTS" in os.environ:
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+folder.joinpath("checkpoint_final.pt").touch()
+"""
+FAKE_EVALUATE = """
+import json, sys
+from pathlib import Path
+asked = dict(argument.split("=", 1) for argument in sys.argv[1:])
+folder = Path(asked["output_dir"].strip("'"))
+value = 0.5 if "seed1" in folder.name else 0.25
+figures = {"frames_right": value, "frames_right_ci": [0.2, 0.6], "frames_right_by_frame": [0.1], "frames_per_second": 30.0}
+sampler = "naive" if "denoising_steps" in asked else "guided" if "num_steps" in asked else "own"
+rows = {"real": {**figures, "frames_right": 0.875}, f"x, {sampler}, guidance 2": figures}
+folder.joinpath("evaluation.json").write_text(json.dumps(rows))
+"""
+register_schemas()
+
+
+def composed(*overrides: str) -> Config:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return build_config(compose("train", ["experiment=table2", "device=cpu", "precision=float32", *overrides]))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    model = ModelConfig(width=24, num_layers=1, num_heads=2)
+    return save_untrained(tmp_path_factory.mktemp("it's a teacher") / "teacher.pt", Config(model=model, training=PretrainConfig()))
+
+
+@pytest.fixture
+def ask(teacher: Path, tmp_path: Path):
+    """A small comparison in a folder of this test, with these settings besides."""
+
+    def config(*overrides: str) -> Config:
+        asked = composed("experiment.num_frames=6", "experiment.blocks=[3]", "experiment.num_videos=4", "experiment.budget=6", *overrides)
+        asked.experiment.teacher, asked.experiment.folder = str(teacher), str(tmp_path / "logs")
+        asked.experiment.output_dir = str(tmp_path / "results")
+        asked.experiment.overrides["all"] = TINY
+        return asked
+
+    return config
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch) -> Path:
+    """Scripts that leave the files of a training and of a score at once, and pretended costs."""
+    (tmp_path / "train.py").write_text(FAKE_TRAIN)
+    (tmp_path / "evaluate.py").write_text(FAKE_EVALUATE)
+    monkeypatch.setattr(comparison, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(comparison, "SECONDS_BETWEEN_LOOKS", 0.01)
+
+    def cost(config: Config) -> float:
+        training = config.training
+        if isinstance(training, PretrainConfig):
+            return COSTS["tf" if training.objective == "teacher_forcing" else "df"]
+        assert training.generator_inputs == "self_rollout"
+        return COSTS[f"sf_{training.loss}"]
+
+    monkeypatch.setattr(comparison, "flops_per_step", cost)
+    monkeypatch.setattr(comparison_report, "draw_table", lambda path, table: None)  # takes longer than all else; drawn end to end
+    return tmp_path
+
+
+def markdown(folder: Path) -> str:
+    return (folder / "results" / "table2.md").read_text()
+
+
+def cells(text: str, title: str) -> list[list[str]]:
+    """The cells of every line of a table that starts with this title."""
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {title} |")]
+
+
+# ---------------------------------------------------------------------------------------------------------- equal compute
+
+
+@pytest.fixture(scope="module")
+def runs(teacher: Path) -> dict[str, Config]:
+    start = f"training.pretrained_checkpoint={comparison.quote(teacher)}"
+    common = [*TINY, "training.min_num_frames=6", "training.max_num_frames=6", start]
+    return {name: compose_run([*comparison.PARADIGMS[name], *common]) for name in ("tf", "df", "sf_dmd", "sf_gan")}
+
+
+def test_flops_are_the_mean_over_whole_cycles_and_all_exit_steps(runs: dict[str, Config]):
+    """Against a run of a stage at the batch size asked for, in which every turn met every exit step."""
+    config = runs["sf_dmd"]
+    stage = SelfForcingStage(config, CPU, torch.Generator().manual_seed(5))
+    seen: dict[tuple[bool, int], set[int]] = {}
+    for step in [19, 20] * 40:  # a generator's turn and a critic's
+        flops, exit_step = _count_step(stage, step)
+        seen.setdefault((step == 19, exit_step), set()).add(flops)
+        if len(seen) == 8:
+            break
+    generator, critic = (sum(seen[turn, exit_step].pop() for exit_step in range(4)) / 4 for turn in (True, False))
+    assert all(not left for left in seen.values())  # the cost of a turn depends on its exit step alone
+    assert flops_per_step(config) == pytest.approx((generator + 3 * critic) / 4, rel=1e-12)
+
+
+def test_flops_of_forcing_count_the_optimizer_once(runs: dict[str, Config]):
+    runs["tf"].training.batch_size = 5
+    stage = PretrainStage(runs["tf"], CPU, torch.Generator().manual_seed(0))
+    assert flops_per_step(runs["tf"]) == pytest.approx(_count_step(stage, 0)[0], rel=1e-12)
+
+
+def test_a_gan_step_costs_more_than_one_of_dmd_and_more_than_forcing(runs: dict[str, Config]):
+    flops = {name: flops_per_step(config) for name, config in runs.items() if name != "tf"}
+    assert flops["sf_gan"] > 1.5 * flops["sf_dmd"] > 1.5 * flops["df"]
+
+
+def test_steps_spend_the_budget():
+    assert num_steps(160 * 2.0, 4.0) == 80 and num_steps(80 * 2.0, 4.0) == 40 and num_steps(1.0, 99.0) == 1
+
+
+def test_videos_of_several_lengths_are_not_counted(runs: dict[str, Config]):
+    runs["df"].training.min_num_frames = 3
+    with pytest.raises(ValueError, match="training.min_num_frames is 3: expected training.max_num_frames=6"):
+        flops_per_step(runs["df"])
+
+
+# ---------------------------------------------------------------------------------------------------------- end to end
+
+
+def test_a_comparison_end_to_end_and_a_second_time_nothing(ask, tmp_path, monkeypatch, capsys):
+    config = ask("experiment.rows=[real,sf_dmd]", "experiment.budget=2", "experiment.checkpoint_interval=1")
+    assert compare(config) == 0
+    (training,) = (tmp_path / "logs" / "trainings").iterdir()
+    stored = load_checkpoint(training / "checkpoint_final.pt")
+    assert stored["step"] == 2 and stored["config"]["training"]["num_frames_per_block"] == 3
+    assert not list(training.glob("run*/checkpoint_0*.pt"))
+    table = json.loads((tmp_path / "results" / "table2.json").read_text())
+    scored, real = table["rows"]["sf_dmd"]["3"]["0"], table["rows"]["real"]["0"]["0"]
+    assert scored["sampler"] == "4 steps" and scored["frames_per_second"] > 0 and real["frames_right"] > scored["frames_right"]
+    assert table["trainings"][0]["num_steps"] == 2 and table["trainings"][0]["gflops_per_step"] > 0
+    assert "Not complete" not in markdown(tmp_path) and (tmp_path / "results" / "table2.png").stat().st_size > 1000
+    assert len(json.loads((tmp_path / "results" / "table2_flops.json").read_text())) == 1
+    capsys.readouterr()
+    monkeypatch.setattr(comparison.subprocess, "Popen", None)
+    monkeypatch.setattr(comparison, "flops_per_step", None)
+    before = (training / "checkpoint_final.pt").stat().st_mtime
+    assert compare(config) == 0 and (training / "checkpoint_final.pt").stat().st_mtime == before
+    assert "2 jobs, 2 done before" in capsys.readouterr().out
+
+
+def test_rows_are_sampled_as_they_are_called(ask, fake):
+    assert compare(ask("experiment.rows=[real,teacher,tf,tf_naive,sf_gan]", "experiment.guidance=1.5")) == 0
+    text = markdown(fake)
+    samplers = {title: cells(text, title)[0][1] for title in ("bidirectional teacher", "TF", "TF, naive", "Self-Forcing, GAN")}
+    assert samplers == {
+        "bidirectional teacher": "guided, guidance 2", "TF": "guided, guidance 2", "TF, naive": "naive, guidance 2",
+        "Self-Forcing, GAN": "own, guidance 2",
+    }
+    assert cells(text, "real video")[0][1:3] == ["-", "0.875 [0.200, 0.600]"]
+    assert len(list((fake / "logs" / "trainings").iterdir())) == 2  # one training serves both rows of TF
+    (asked,) = (fake / "logs" / "trainings").glob("tf-*/run-0/asked.txt")
+    lines = asked.read_text().splitlines()
+    assert {"training=teacher_forcing", "training.num_steps=4", "training.max_num_frames=6", "wandb.mode=disabled"} <= set(lines)
+    assert f"threads={os.cpu_count()}" in lines  # budget 6 x 2.0 over 3.0 a step is 4 steps
+    settings = [json.loads(path.read_text())["settings"] for path in (fake / "logs" / "scores").glob("t*/settings.json")]
+    assert sum("guidance=1.5" in item["options"] for item in settings) == 2
+
+
+def test_an_interrupted_training_goes_on_from_its_newest_checkpoint(ask, fake, monkeypatch, capsys):
+    config = ask("experiment.rows=[sf_dmd]")
+    monkeypatch.setenv("BREAKS", "self_forcing")
+    assert compare(config) == 2  # and its score
+    monkeypatch.delenv("BREAKS")
+    assert compare(config) == 0 and "goes on from checkpoint_0000010.pt" in capsys.readouterr().out
+    (training,) = (fake / "logs" / "trainings").iterdir()
+    asked = (training / "run-1" / "asked.txt").read_text()
+    assert f"training.resume='{training / 'run-0' / 'checkpoint_0000010.pt'}'" in asked
+    assert not list(training.glob("run*/checkpoint_0*.pt"))
+    assert cells(markdown(fake), "sf_dmd")[0][6] == "2.0"  # minutes of both attempts
+
+
+def test_other_settings_are_not_reused(ask, fake, monkeypatch, capsys):
+    assert compare(ask("experiment.rows=[sf_dmd]")) == 0
+    assert compare(ask("experiment.rows=[sf_dmd]", "experiment.budget=3")) == 0
+    output = capsys.readouterr().out
+    assert "which has training.num_steps 6, now 3" in output
+    assert compare(ask("experiment.rows=[sf_dmd]", "experiment.num_videos=5")) == 0
+    assert len(list((fake / "logs" / "trainings").iterdir())) == 2 and len(list((fake / "logs" / "scores").iterdir())) == 3
+    monkeypatch.setattr(comparison.subprocess, "Popen", None)
+    assert compare(ask("experiment.rows=[sf_dmd]", "experiment.checkpoint_interval=7")) == 0  # changes no weight
+
+
+def test_a_failed_training_is_one_line_and_the_others_go_on(ask, fake, monkeypatch, capsys):
+    monkeypatch.setenv("BREAKS", "teacher_forcing")
+    assert compare(ask("experiment.rows=[tf,tf_naive,sf_dmd]", "experiment.processes=2")) == 3
+    lines = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert len(lines) == 1 and "error: it broke; log " in lines[0] and Path(lines[0].rpartition("log ")[2]).is_file()
+    text = markdown(fake)
+    assert "**Not complete**: 1 of 3 results" in text and "training tf, blocks of 3, seed 0, 4 steps failed: error: it broke" in text
+    assert cells(text, "TF")[0][1:] == ["-"] * (len(COLUMNS) + 1) and cells(text, "Self-Forcing, DMD")[0][2] == "0.250 [0.200, 0.600]"
+
+
+def test_an_interruption_stops_the_children_and_says_how_to_go_on(ask, fake, monkeypatch):
+    monkeypatch.setenv("INTERRUPTS", "yes")
+    children = []
+    opened = comparison.subprocess.Popen
+    monkeypatch.setattr(comparison.subprocess, "Popen", lambda *given, **named: children.append(opened(*given, **named)) or children[-1])
+    with pytest.raises(KeyboardInterrupt, match="0 of 2 jobs are done; the same command goes on"):
+        compare(ask("experiment.rows=[sf_dmd]"))
+    assert [child.poll() for child in children] == [-signal.SIGTERM]
+
+
+def test_several_seeds_are_a_mean_and_a_range_and_a_partial_one_says_so(ask, fake):
+    config = ask("experiment.rows=[df]", "experiment.seeds=[0,1]")
+    assert compare(config) == 0
+    assert cells(markdown(fake), "DF")[0][2] == "0.375 [0.250, 0.500]" and "the range over 2 trainings" in markdown(fake)
+    table = Comparison(config).table()
+    del table["rows"]["df"]["3"]["0"]
+    assert cells(as_markdown(table), "DF (1 of 2 seeds)")[0][2] == "0.500 [0.200, 0.600]"
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"rows": ["sf_dmd", "sf"]}, "experiment.rows is sf: expected any of real, teacher, tf"),
+    ({"rows": ["real"]}, "experiment.rows is .*another row too"),
+    ({"blocks": [3, 2]}, "experiment.blocks is 2: expected blocks that divide experiment.num_frames=21"),
+    ({"blocks": []}, "experiment.blocks is .*at least one"),
+    ({"budget": 0}, "experiment.budget is 0: expected at least 1"),
+    ({"processes": 0}, "experiment.processes is 0: expected at least 1"),
+    ({"seeds": []}, "experiment.seeds is .*at least one"),
+    ({"seeds": [1, 1]}, "experiment.seeds is .*each one once"),
+    ({"overrides": {"all": ["training.num_steps=3"]}}, "experiment.overrides.all is training.num_steps=3: expected KEY=VALUE"),
+    ({"naive_steps": [500]}, "experiment.naive_steps is"),
+])
+def test_what_cannot_be_compared_is_refused(given: dict[str, object], words: str):
+    with pytest.raises(ValueError, match=words):
+        ComparisonConfig(**given)
+
+
+def test_an_absent_teacher_is_refused(ask):
+    config = ask()
+    config.experiment.teacher = "absent.pt"
+    with pytest.raises(ValueError, match="experiment.teacher is absent.pt: no such checkpoint"):
+        Comparison(config)
+
+
+def test_overrides_that_reach_no_run_are_refused(monkeypatch):
+    check_overrides_of_experiment(["experiment=table2", "experiment.budget=3", "device=cpu", "precision=float32"])
+    with pytest.raises(ValueError, match=r"training.lr=1 does not reach the runs.*experiment.overrides.all=\[\"training.lr=1\"\]"):
+        check_overrides_of_experiment(["experiment=table2", "training.lr=1"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "experiment.budget=3"])
+    with pytest.raises(SystemExit, match="error: experiment.budget=3 has no experiment"):
+        run_command_line()
