@@ -54,8 +54,7 @@ def refusal(*overrides: str) -> str:
 
 @pytest.mark.parametrize("group, name", CHOICES, ids=lambda value: value)
 def test_every_choice_composes_and_validates(group, name):
-    choice = f"+{group}={name}" if group == "experiment" else f"{group}={name}"
-    assert isinstance(composed(choice, *PARTNERS.get((group, name), [])), Config)
+    assert isinstance(composed(f"{group}={name}", *PARTNERS.get((group, name), [])), Config)
 
 
 def test_the_choices_are_there():
