@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -114,9 +113,8 @@ def make_rows(config: EvaluateConfig) -> list[Row]:
     if config.checkpoint:
         return [Row(Path(path).stem, Path(path), settings) for path in config.checkpoint]
     teacher, student = (REPOSITORY / "pretrained" / name for name in ("teacher.pt", "student.pt"))
-    guidance = load_networks(student, torch.device("cpu")).config.training.guidance  # the teacher as the student was shown it
     return [
-        Row("teacher", teacher, SamplerSettings(guidance=guidance)),
+        Row("teacher", teacher, SamplerSettings()),
         Row("naive", teacher, SamplerSettings(denoising_steps=tuple(NAIVE_STEPS))),
         Row("student", student, settings),
     ]

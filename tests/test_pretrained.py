@@ -40,7 +40,6 @@ def test_the_student_makes_what_the_prompts_ask_in_four_steps(student: dict[str,
     assert student["track_within_1px"] > 0.75 and student["direction_obeyed"] > 0.65
 
 
-@pytest.mark.xfail(strict=True, reason="known limit, stated in the README: the student's strokes are over a quarter bolder than real ones")
 def test_the_students_strokes_are_as_bold_as_real_ones(student: dict[str, object]):
     assert 0.9 < student["stroke_mass_ratio"] < 1.1
 
