@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter  # noqa: E402
 
 from comparison_config import ROWS  # noqa: E402
 from report import format_cell  # noqa: E402
@@ -137,6 +138,9 @@ def draw_table(path: Path, table: dict[str, Any]) -> None:
         axis.grid(alpha=0.3)
         if key in ON_LOG_SCALE and axis.has_data():
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.xaxis.set_minor_formatter(NullFormatter())
         elif key not in ON_LOG_SCALE:
             axis.set_xlim(-0.03, 1.03)
     for number, block in enumerate(blocks):
