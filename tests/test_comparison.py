@@ -161,6 +161,7 @@ def test_videos_of_several_lengths_are_not_counted(runs: dict[str, Config]):
 # ---------------------------------------------------------------------------------------------------------- end to end
 
 
+@pytest.mark.slow
 def test_a_comparison_end_to_end_and_a_second_time_nothing(ask, tmp_path, monkeypatch, capsys):
     config = ask("experiment.rows=[real,sf_dmd]", "experiment.budget=2", "experiment.checkpoint_interval=1")
     assert compare(config) == 0
