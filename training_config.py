@@ -197,8 +197,8 @@ class SelfForcingConfig(FewStepConfig):
     gan_penalty: float = 0.1  # weight of R1 and of R2 in the discriminator's loss
     gan_penalty_sigma: float = 0.05  # step of their finite differences
     guidance: float = 2.5
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 0.85])  # times of the scores at which the teacher is guided:
-    # above it, guidance makes strokes bolder; below, it makes the digit clearer
+    # Times of the scores at which the teacher is guided. At higher ones guidance makes strokes bolder, at these the digit clearer.
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 0.85])
     clamp_real_score: bool = False  # keep the guided teacher's x_0 in [-1, 1], which guidance leaves
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
     critic_lr: float = 2e-4
