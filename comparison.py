@@ -2,12 +2,12 @@
 
 Trainings and scorings are jobs: child processes of train.py and evaluate.py, `processes` at a time, each with a folder of its
 own under `folder` whose name ends in a fingerprint of all its settings. So what is done is known by its files, other settings
-never meet, and the same command goes on where an earlier one stopped. The table is written again after every job.
+never meet, and the same command goes on where an earlier one stopped. The table is written again after every job; what stands
+in it with the same settings is done too, also where its folder is gone, so a published table can be added to.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -17,15 +17,16 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from comparison_config import PARADIGMS, REAL, ROWS, TEACHER, YARDSTICK, Sampler
-from comparison_report import write_table
+from comparison_jobs import UNFINISHED, Job, Score, Training, fingerprint, fingerprint_of, quote, stop
+from comparison_report import put_by, read_table, results_of, write_table
 from compute import flops_per_step
 from config import Config, build_config, config_to_dict, flatten
 from runtime import describe_machine
@@ -33,110 +34,8 @@ from runtime import describe_machine
 REPOSITORY = Path(__file__).resolve().parent
 SCRIPTS = REPOSITORY  # where train.py and evaluate.py stand
 SECONDS_BETWEEN_LOOKS = 0.2
-SECONDS_TO_STOP = 20.0
-UNFINISHED = ".unfinished"  # ends the name of a score's folder until it is complete
 NOT_OF_THE_RESULT = ("log_dir", "run_name", "wandb", "experiment", "training.pretrained_checkpoint", "training.checkpoint_interval",
                      "training.keep_last", "training.log_interval", "training.resume")  # keys of a run that change no weight
-
-
-class Job(Protocol):
-    """One child process. label: what it is, for people. settings: all that its result depends on."""
-
-    label: str
-    script: str
-    folder: Path
-    settings: dict[str, Any]
-    needs: Job | None
-
-    def is_done(self) -> bool: ...
-    def arguments(self) -> list[str]: ...
-    def finish(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Training:
-    """A run of train.py: its attempts are folders run, run-2, ... in `folder`, beside a link to the finished checkpoint."""
-
-    label: str
-    paradigm: str
-    block: int
-    seed: int
-    config: Config  # of the run
-    overrides: list[str]  # which make it so
-    checkpoint_interval: int
-    folder: Path
-    settings: dict[str, Any]
-    flops_per_step: float
-    script: str = "train.py"
-    needs: Job | None = None
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint_final.pt"
-
-    def is_done(self) -> bool:
-        return self.checkpoint.exists()
-
-    def interval_checkpoints(self) -> list[Path]:
-        """Those of all attempts, the newest last."""
-        return sorted(self.folder.glob("run*/checkpoint_[0-9]*.pt"), key=lambda path: path.stem)
-
-    def arguments(self) -> list[str]:
-        resume = self.interval_checkpoints()[-1:]
-        return [
-            *self.overrides, f"training.checkpoint_interval={self.checkpoint_interval}", "training.keep_last=1", "wandb.mode=disabled",
-            f"log_dir={quote(self.folder)}", "run_name=run", *(f"training.resume={quote(path)}" for path in resume),
-        ]
-
-    def finish(self) -> None:
-        for path in self.interval_checkpoints():
-            path.unlink()
-
-    def minutes(self) -> float:
-        """Of all attempts together, in training steps alone."""
-        seconds = 0.0
-        for path in self.folder.glob("run*/scalars.csv"):
-            with open(path, newline="") as file:
-                rows = [row["seconds"] for row in csv.DictReader(file) if row["seconds"]]
-            seconds += float(rows[-1]) if rows else 0.0
-        return seconds / 60
-
-
-@dataclass(frozen=True)
-class Score:
-    """A run of evaluate.py on one checkpoint; it moves to `folder` when it is complete."""
-
-    label: str
-    row: str
-    block: int
-    seed: int
-    checkpoint: Path
-    options: list[str]
-    folder: Path
-    settings: dict[str, Any]
-    script: str = "evaluate.py"
-    needs: Job | None = None
-
-    @property
-    def unfinished(self) -> Path:
-        return self.folder.with_name(self.folder.name + UNFINISHED)
-
-    def is_done(self) -> bool:
-        return self.folder.exists()
-
-    def arguments(self) -> list[str]:
-        return [f"checkpoint={quote(self.checkpoint)}", *self.options, f"output_dir={quote(self.unfinished)}"]
-
-    def finish(self) -> None:
-        os.replace(self.unfinished, self.folder)
-
-    def figures(self) -> dict[str, dict[str, Any]]:
-        """Those of real videos and those of the network, with its sampler and machine in words; by frame they stay in the file."""
-        scored = json.loads((self.folder / "evaluation.json").read_text())
-        real, network = ({key: value for key, value in row.items() if "_by_frame" not in key} for row in scored.values())
-        started = json.loads((self.folder / "settings.json").read_text())
-        sampler = list(scored)[1].partition(", ")[2]
-        return {REAL: real, "network": {**network, "sampler": sampler, "machine": started["machine"]}}
 
 
 class Comparison:
@@ -156,6 +55,7 @@ class Comparison:
         self.machine = describe_machine(self.num_threads)
         for folder in (self.folder, self.output_dir):
             folder.mkdir(parents=True, exist_ok=True)
+        self.earlier = read_table(self.output_dir, self.config.name)
         self.trainings = self._plan_trainings()
         self.scores = [self._plan_score(TEACHER, None)] if TEACHER in self.config.rows else []
         self.scores += [self._plan_score(row, training) for row in self.config.rows for training in self.trainings
@@ -221,12 +121,22 @@ class Comparison:
             options.append(f"denoising_steps={config.naive_steps}".replace(" ", ""))
         settings = {"options": options, "network": self.teacher_digest if training is None else training.settings}
         if training is None:
-            return Score(f"scoring {row}", row, 0, 0, self.teacher, options, self._own_folder("scores", row, settings), settings)
+            folder = self._own_folder("scores", row, settings)
+            return Score(f"scoring {row}", row, 0, 0, self.teacher, options, folder, settings, self._kept(row, 0, 0, folder))
         name = f"{row}-block{training.block}-seed{training.seed}"
+        folder = self._own_folder("scores", name, settings)
         return Score(
             f"scoring {row}, {blocks_of(training.block)}, seed {training.seed}", row, training.block, training.seed, training.checkpoint,
-            options, self._own_folder("scores", name, settings), settings, needs=training,
+            options, folder, settings, self._kept(row, training.block, training.seed, folder), needs=training,
         )
+
+    def _kept(self, row: str, block: int, seed: int, folder: Path) -> dict[str, dict[str, Any]] | None:
+        """The figures in the earlier table, if it has them with exactly these settings."""
+        results = results_of(self.earlier)
+        place, real = (row, str(block), str(seed)), (REAL, "0", "0")
+        if place not in results or real not in results or results[place]["fingerprint"] != fingerprint_of(folder):
+            return None
+        return {REAL: results[real], "network": results[place]}
 
     def _own_folder(self, kind: str, name: str, settings: dict[str, Any]) -> Path:
         return self.folder / kind / f"{name}-{fingerprint(settings)}"
@@ -242,7 +152,9 @@ class Comparison:
 
     def run(self) -> int:
         """Do what is not done yet; returns the number of jobs that failed. Raises KeyboardInterrupt with a line on how to go on."""
-        waiting = [job for job in self.jobs if not job.is_done()]
+        waiting = [job for job in self.jobs if not (job.is_done() or self._is_needless(job))]
+        shown = {(score.row, str(score.block), str(score.seed)): fingerprint_of(score.folder) for score in self.scores}
+        put_by(self.output_dir, self.config.name, self.earlier, shown)
         print(f"{len(self.jobs)} jobs, {len(self.jobs) - len(waiting)} done before; {self.config.processes} at a time with "
               f"{self.num_threads} threads; folder {self.folder}", flush=True)
         self.write()
@@ -267,6 +179,10 @@ class Comparison:
             stop([process for _, process, _ in running])
         print(f"wrote {self.config.name}.json, .md and .png to {self.output_dir}")
         return len(self.failed)
+
+    def _is_needless(self, job: Job) -> bool:
+        """Whether it is a training whose scores are all there."""
+        return isinstance(job, Training) and all(score.is_done() for score in self.scores if score.needs is job)
 
     def _next(self, waiting: list[Job]) -> Job | None:
         return next((job for job in waiting if job.needs is None or job.needs.is_done()), None)
@@ -349,12 +265,16 @@ class Comparison:
         }
 
     def _describe(self, training: Training) -> dict[str, Any]:
-        config = training.config.training
+        config, own = training.config.training, fingerprint_of(training.folder)
+        earlier = [] if self.earlier is None else [each for each in self.earlier["trainings"] if each["fingerprint"] == own]
+        if earlier and not training.is_done() and self._is_needless(training):
+            return earlier[0]
         return {
             "paradigm": training.paradigm, "block": training.block, "seed": training.seed, "is_done": training.is_done(),
             "num_steps": config.num_steps, "gflops_per_step": training.flops_per_step / 1e9,
             "total_tflops": config.num_steps * training.flops_per_step / 1e12, "minutes": training.minutes(),
             "batch_size": config.batch_size, "lr": config.lr, "guidance": config.guidance,
+            "fingerprint": own,
             "overrides": [*PARADIGMS[training.paradigm], *self.config.overrides["all"], *self.config.overrides[training.paradigm]],
         }
 
@@ -388,10 +308,6 @@ def settings_of_result(config: Config) -> dict[str, Any]:
     }
 
 
-def fingerprint(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-
-
 def describe_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
     """Which settings differ, as "KEY A, now B"."""
     stored, wanted = flatten(stored), flatten(wanted)
@@ -399,18 +315,3 @@ def describe_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
     return ", ".join(f"{key} {stored.get(key)}, now {wanted.get(key)}" for key in differing)
 
 
-def quote(path: Path) -> str:
-    """A path as a value of Hydra's command line, whatever its characters; relative ones stay so."""
-    return "'" + str(path).replace("'", "\\'") + "'"
-
-
-def stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Ask the processes to end, and end those that do not."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(SECONDS_TO_STOP)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

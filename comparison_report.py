@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from itertools import count
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter  # noqa: E402
 
-from comparison_config import ROWS  # noqa: E402
+from comparison_config import REAL, ROWS  # noqa: E402
 from report import format_cell  # noqa: E402
 
 COLUMNS = {
@@ -31,10 +33,49 @@ ON_LOG_SCALE = ("frechet_distance", "frames_per_second")
 
 
 def write_table(folder: Path, name: str, table: dict[str, Any]) -> None:
-    """NAME.json, NAME.md and NAME.png in `folder`; replaces those of an earlier call."""
+    """NAME.json, NAME.md and NAME.png in `folder`; replaces those of an earlier call, see `put_by`."""
     (folder / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n")
     (folder / f"{name}.md").write_text(as_markdown(table))
     draw_table(folder / f"{name}.png", table)
+
+
+def read_table(folder: Path, name: str) -> dict[str, Any] | None:
+    """The table that stands in `folder`, if there is one. Raises ValueError for a file that is none."""
+    path = folder / f"{name}.json"
+    try:
+        table = json.loads(path.read_text()) if path.exists() else None
+        if table is not None:
+            described = [figures for place, figures in results_of(table).items() if place[0] != REAL] + table["trainings"]
+            unnamed = [each for each in described if not isinstance(each["fingerprint"], str)]
+            if unnamed:
+                raise ValueError(f"fingerprint {unnamed[0]['fingerprint']!r}")
+        return table
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of a comparison ({error!r}): move it away or choose another experiment.name") from error
+
+
+def results_of(table: dict[str, Any] | None) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The figures of a table by row, block size and seed; none of none."""
+    if table is None:
+        return {}
+    return {(row, block, seed): figures for row, blocks in table["rows"].items() for block, seeds in blocks.items()
+            for seed, figures in seeds.items()}
+
+
+def put_by(folder: Path, name: str, earlier: dict[str, Any] | None, shown: dict[tuple[str, str, str], str]) -> None:
+    """Copy the earlier table of `folder` where it has results that the next will not show: nothing already made is lost.
+
+    shown: the fingerprints of the next table's results by row, block size and seed.
+    """
+    lost = [place for place, figures in results_of(earlier).items()
+            if place[0] != REAL and (place not in shown or shown[place] != figures["fingerprint"])]
+    if not lost:
+        return
+    number = next(number for number in count(1) if not (folder / f"{name}-{number}.json").exists())
+    for path in (folder / f"{name}.{suffix}" for suffix in ("md", "png", "json")):
+        if path.exists():
+            shutil.copy(path, path.with_stem(f"{name}-{number}"))
+    print(f"the earlier table has {len(lost)} results that this one will not show: it stays as {name}-{number}.json", flush=True)
 
 
 def seeds_of(table: dict[str, Any], row: str, block: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -223,6 +224,41 @@ def test_other_settings_are_not_reused(ask, fake, monkeypatch, capsys):
     assert len(list((fake / "logs" / "trainings").iterdir())) == 2 and len(list((fake / "logs" / "scores").iterdir())) == 3
     monkeypatch.setattr(comparison.subprocess, "Popen", None)
     assert compare(ask("experiment.rows=[sf_dmd]", "experiment.checkpoint_interval=7")) == 0  # changes no weight
+
+
+def test_what_the_table_holds_is_done_where_its_folders_are_gone(ask, fake, monkeypatch, capsys):
+    assert compare(ask("experiment.rows=[real,sf_dmd]")) == 0
+    before = (fake / "results" / "table2.md").read_text()
+    shutil.rmtree(fake / "logs")
+    assert compare(ask("experiment.rows=[real,tf,tf_naive,sf_dmd]")) == 0
+    output = capsys.readouterr().out
+    assert [output.count(f"scoring {row}, blocks of 3, seed 0: starts") for row in ("sf_dmd", "tf", "tf_naive")] == [1, 1, 1]
+    for title in ("real video", "Self-Forcing, DMD", "sf_dmd"):
+        assert cells(markdown(fake), title) == cells(before, title) != []
+    assert cells(markdown(fake), "TF, naive")[0][2] != "-" and "Not complete" not in markdown(fake)
+    assert not list((fake / "results").glob("table2-*.json"))  # nothing of the earlier table is missing in the new one
+    shutil.rmtree(fake / "logs")
+    monkeypatch.setattr(comparison.subprocess, "Popen", None)
+    assert compare(ask("experiment.rows=[real,tf,tf_naive,sf_dmd]")) == 0
+
+
+def test_a_table_that_would_lose_results_stays(ask, fake, capsys):
+    assert compare(ask("experiment.rows=[tf,sf_dmd]")) == 0
+    before = (fake / "results" / "table2.json").read_text()
+    assert compare(ask("experiment.rows=[sf_dmd]")) == 0
+    assert "has 1 results that this one will not show: it stays as table2-1.json" in capsys.readouterr().out
+    assert (fake / "results" / "table2-1.json").read_text() == before
+    assert compare(ask("experiment.rows=[sf_dmd]", "experiment.budget=3")) == 0
+    assert "stays as table2-2.json" in capsys.readouterr().out and (fake / "results" / "table2-1.json").read_text() == before
+
+
+@pytest.mark.parametrize("text", ["{}", "not json", '{"rows": {"tf": {"3": {"0": {"frames_right": 1.0}}}}, "trainings": []}'])
+def test_a_file_that_is_no_table_is_not_written_over(ask, fake, text: str):
+    (fake / "results").mkdir()
+    (fake / "results" / "table2.json").write_text(text)
+    with pytest.raises(ValueError, match="table2.json is no table of a comparison .*choose another experiment.name"):
+        compare(ask("experiment.rows=[sf_dmd]"))
+    assert (fake / "results" / "table2.json").read_text() == text
 
 
 def test_a_failed_training_is_one_line_and_the_others_go_on(ask, fake, monkeypatch, capsys):
