@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from comparison_config import PARADIGMS, REAL, ROWS, TEACHER, YARDSTICK, Sampler
-from comparison_jobs import UNFINISHED, Job, Score, Training, fingerprint, fingerprint_of, quote, stop
+from comparison_jobs import UNFINISHED, Job, Score, Training, fingerprint, quote, stop
 from comparison_report import put_by, read_table, results_of, write_table
 from compute import flops_per_step
 from config import Config, build_config, config_to_dict, flatten
@@ -122,21 +122,27 @@ class Comparison:
         settings = {"options": options, "network": self.teacher_digest if training is None else training.settings}
         if training is None:
             folder = self._own_folder("scores", row, settings)
-            return Score(f"scoring {row}", row, 0, 0, self.teacher, options, folder, settings, self._kept(row, 0, 0, folder))
+            return Score(f"scoring {row}", row, 0, 0, self.teacher, options, folder, settings, self._kept(row, None, options))
         name = f"{row}-block{training.block}-seed{training.seed}"
         folder = self._own_folder("scores", name, settings)
         return Score(
             f"scoring {row}, {blocks_of(training.block)}, seed {training.seed}", row, training.block, training.seed, training.checkpoint,
-            options, folder, settings, self._kept(row, training.block, training.seed, folder), needs=training,
+            options, folder, settings, self._kept(row, training, options), needs=training,
         )
 
-    def _kept(self, row: str, block: int, seed: int, folder: Path) -> dict[str, dict[str, Any]] | None:
-        """The figures in the earlier table, if it has them with exactly these settings."""
-        results = results_of(self.earlier)
-        place, real = (row, str(block), str(seed)), (REAL, "0", "0")
-        if place not in results or real not in results or results[place]["fingerprint"] != fingerprint_of(folder):
+    def _kept(self, row: str, training: Training | None, options: list[str]) -> dict[str, dict[str, Any]] | None:
+        """The figures in the earlier table, if it has them with these settings."""
+        results, place, real = results_of(self.earlier), place_of(row, training), (REAL, "0", "0")
+        if self.earlier is None or place not in results or results[place]["options"] != options:
             return None
-        return {REAL: results[real], "network": results[place]}
+        if REAL in self.config.rows and real not in results:
+            return None
+        if training is None:
+            is_same = self.earlier["settings"]["teacher_sha256"] == self.teacher_digest
+        else:
+            stored = [each for each in self.earlier["trainings"] if is_of(training, each)]
+            is_same = bool(stored) and is_same_result(stored[0]["settings"], training)
+        return {"network": results[place], **({REAL: results[real]} if real in results else {})} if is_same else None
 
     def _own_folder(self, kind: str, name: str, settings: dict[str, Any]) -> Path:
         return self.folder / kind / f"{name}-{fingerprint(settings)}"
@@ -153,7 +159,7 @@ class Comparison:
     def run(self) -> int:
         """Do what is not done yet; returns the number of jobs that failed. Raises KeyboardInterrupt with a line on how to go on."""
         waiting = [job for job in self.jobs if not (job.is_done() or self._is_needless(job))]
-        shown = {(score.row, str(score.block), str(score.seed)): fingerprint_of(score.folder) for score in self.scores}
+        shown = {place_of(score.row, score.needs) for score in self.scores if score.kept is not None}
         put_by(self.output_dir, self.config.name, self.earlier, shown)
         print(f"{len(self.jobs)} jobs, {len(self.jobs) - len(waiting)} done before; {self.config.processes} at a time with "
               f"{self.num_threads} threads; folder {self.folder}", flush=True)
@@ -265,17 +271,16 @@ class Comparison:
         }
 
     def _describe(self, training: Training) -> dict[str, Any]:
-        config, own = training.config.training, fingerprint_of(training.folder)
-        earlier = [] if self.earlier is None else [each for each in self.earlier["trainings"] if each["fingerprint"] == own]
-        if earlier and not training.is_done() and self._is_needless(training):
-            return earlier[0]
+        config = training.config.training
+        if self.earlier is not None and not training.is_done() and self._is_needless(training):
+            return next(each for each in self.earlier["trainings"] if is_of(training, each))
         return {
             "paradigm": training.paradigm, "block": training.block, "seed": training.seed, "is_done": training.is_done(),
             "num_steps": config.num_steps, "gflops_per_step": training.flops_per_step / 1e9,
             "total_tflops": config.num_steps * training.flops_per_step / 1e12, "minutes": training.minutes(),
             "batch_size": config.batch_size, "lr": config.lr, "guidance": config.guidance,
-            "fingerprint": own,
             "overrides": [*PARADIGMS[training.paradigm], *self.config.overrides["all"], *self.config.overrides[training.paradigm]],
+            "settings": training.settings,
         }
 
 
@@ -306,6 +311,26 @@ def settings_of_result(config: Config) -> dict[str, Any]:
         key: value for key, value in flatten(config_to_dict(config)).items()
         if not any(key == other or key.startswith(f"{other}.") for other in NOT_OF_THE_RESULT)
     }
+
+
+def place_of(row: str, training: Training | None) -> tuple[str, str, str]:
+    """Row, block size and seed, as a table names them."""
+    return (row, "0", "0") if training is None else (row, str(training.block), str(training.seed))
+
+
+def is_of(training: Training, description: dict[str, Any]) -> bool:
+    """Does a table's description speak of this training, whatever its settings?"""
+    return (description["paradigm"], description["block"], description["seed"]) == (training.paradigm, training.block, training.seed)
+
+
+def is_same_result(stored: dict[str, Any], training: Training) -> bool:
+    """Do the settings in a table lead to the same weights? Keys that came after it count as the same at their defaults."""
+    wanted = training.settings
+    later = wanted.keys() - stored.keys()
+    if any(key not in wanted or wanted[key] != value for key, value in stored.items()):
+        return False
+    defaults = settings_of_result(compose_run([*PARADIGMS[training.paradigm]])) if later else {}
+    return all(wanted[key] == defaults[key] for key in later)
 
 
 def describe_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:

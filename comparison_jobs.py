@@ -119,17 +119,12 @@ class Score:
         real, network = ({key: value for key, value in row.items() if "_by_frame" not in key} for row in scored.values())
         started = json.loads((self.folder / "settings.json").read_text())
         sampler = list(scored)[1].partition(", ")[2]
-        about = {"sampler": sampler, "machine": started["machine"], "fingerprint": fingerprint_of(self.folder)}
+        about = {"sampler": sampler, "machine": started["machine"], "options": self.options}
         return {REAL: real, "network": {**network, **about}}
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def fingerprint_of(folder: Path) -> str:
-    """The one that a job's folder is named after."""
-    return folder.name.rpartition("-")[2]
 
 
 def quote(path: Path) -> str:

@@ -45,10 +45,10 @@ def read_table(folder: Path, name: str) -> dict[str, Any] | None:
     try:
         table = json.loads(path.read_text()) if path.exists() else None
         if table is not None:
-            described = [figures for place, figures in results_of(table).items() if place[0] != REAL] + table["trainings"]
-            unnamed = [each for each in described if not isinstance(each["fingerprint"], str)]
-            if unnamed:
-                raise ValueError(f"fingerprint {unnamed[0]['fingerprint']!r}")
+            kinds = [type(figures["options"]) is list for place, figures in results_of(table).items() if place[0] != REAL]
+            kinds += [type(training["settings"]) is dict for training in table["trainings"]]
+            if not all(kinds):
+                raise ValueError("options or settings of another kind")
         return table
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no table of a comparison ({error!r}): move it away or choose another experiment.name") from error
@@ -62,13 +62,12 @@ def results_of(table: dict[str, Any] | None) -> dict[tuple[str, str, str], dict[
             for seed, figures in seeds.items()}
 
 
-def put_by(folder: Path, name: str, earlier: dict[str, Any] | None, shown: dict[tuple[str, str, str], str]) -> None:
+def put_by(folder: Path, name: str, earlier: dict[str, Any] | None, shown: set[tuple[str, str, str]]) -> None:
     """Copy the earlier table of `folder` where it has results that the next will not show: nothing already made is lost.
 
-    shown: the fingerprints of the next table's results by row, block size and seed.
+    shown: row, block size and seed of those that it will.
     """
-    lost = [place for place, figures in results_of(earlier).items()
-            if place[0] != REAL and (place not in shown or shown[place] != figures["fingerprint"])]
+    lost = [place for place in results_of(earlier) if place[0] != REAL and place not in shown]
     if not lost:
         return
     number = next(number for number in count(1) if not (folder / f"{name}-{number}.json").exists())

@@ -242,6 +242,16 @@ def test_what_the_table_holds_is_done_where_its_folders_are_gone(ask, fake, monk
     assert compare(ask("experiment.rows=[real,tf,tf_naive,sf_dmd]")) == 0
 
 
+def test_a_key_that_came_later_counts_as_the_same_at_its_default_alone(ask, fake):
+    assert compare(ask("experiment.rows=[sf_dmd]")) == 0
+    (training,) = Comparison(ask("experiment.rows=[sf_dmd]")).trainings
+    before = {key: value for key, value in training.settings.items() if key != "training.clip_norm"}
+    assert comparison.is_same_result(before, training) and not comparison.is_same_result({**before, "training.lr": 1.0}, training)
+    assert not comparison.is_same_result({**before, "gone": 1}, training)
+    training.settings["training.clip_norm"] = 2.0
+    assert not comparison.is_same_result(before, training)
+
+
 def test_a_table_that_would_lose_results_stays(ask, fake, capsys):
     assert compare(ask("experiment.rows=[tf,sf_dmd]")) == 0
     before = (fake / "results" / "table2.json").read_text()
