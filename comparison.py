@@ -27,13 +27,14 @@ from hydra.core.global_hydra import GlobalHydra
 from comparison_config import PARADIGMS, REAL, ROWS, TEACHER, YARDSTICK, Sampler
 from comparison_report import write_table
 from compute import flops_per_step
-from config import Config, build_config, config_to_dict, flatten
+from config import Config, build_config
+from resume import describe_difference, newest_readable, settings_without
 from runtime import describe_machine
 
 REPOSITORY = Path(__file__).resolve().parent
 SCRIPTS = REPOSITORY  # where train.py and evaluate.py stand
 SECONDS_BETWEEN_LOOKS = 0.2
-SECONDS_TO_STOP = 20.0
+SECONDS_TO_STOP = 60.0  # a training step and a checkpoint
 UNFINISHED = ".unfinished"  # ends the name of a score's folder until it is complete
 NOT_OF_THE_RESULT = ("log_dir", "run_name", "wandb", "experiment", "training.pretrained_checkpoint", "training.checkpoint_interval",
                      "training.keep_last", "training.log_interval", "training.resume")  # keys of a run that change no weight
@@ -81,11 +82,15 @@ class Training:
         """Those of all attempts, the newest last."""
         return sorted(self.folder.glob("run*/checkpoint_[0-9]*.pt"), key=lambda path: path.stem)
 
+    def resumed_from(self) -> Path | None:
+        found = newest_readable(self.interval_checkpoints())
+        return None if found is None else found[0]
+
     def arguments(self) -> list[str]:
-        resume = self.interval_checkpoints()[-1:]
+        resume = self.resumed_from()
         return [
             *self.overrides, f"training.checkpoint_interval={self.checkpoint_interval}", "training.keep_last=1", "wandb.mode=disabled",
-            f"log_dir={quote(self.folder)}", "run_name=run", *(f"training.resume={quote(path)}" for path in resume),
+            f"log_dir={quote(self.folder)}", "run_name=run", *([] if resume is None else [f"training.resume={quote(resume)}"]),
         ]
 
     def finish(self) -> None:
@@ -295,8 +300,8 @@ class Comparison:
         arguments = job.arguments()
         (home / "settings.json").write_text(json.dumps(
             {"settings": job.settings, "machine": self.machine, "arguments": arguments}, indent=1) + "\n")
-        resumed = isinstance(job, Training) and job.interval_checkpoints()[-1:]
-        self._say(job, f"goes on from {resumed[0].name}" if resumed else "starts")
+        resumed = job.resumed_from() if isinstance(job, Training) else None
+        self._say(job, "starts" if resumed is None else f"goes on from {resumed.name}")
         log = self._log(job)
         log.parent.mkdir(exist_ok=True)
         with open(log, "ab") as file:
@@ -382,21 +387,11 @@ def compose_run(overrides: list[str]) -> Config:
 
 def settings_of_result(config: Config) -> dict[str, Any]:
     """The flat configuration of a run without what changes no weight."""
-    return {
-        key: value for key, value in flatten(config_to_dict(config)).items()
-        if not any(key == other or key.startswith(f"{other}.") for other in NOT_OF_THE_RESULT)
-    }
+    return settings_without(config, NOT_OF_THE_RESULT)
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def describe_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Which settings differ, as "KEY A, now B"."""
-    stored, wanted = flatten(stored), flatten(wanted)
-    differing = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
-    return ", ".join(f"{key} {stored.get(key)}, now {wanted.get(key)}" for key in differing)
 
 
 def quote(path: Path) -> str:
