@@ -77,7 +77,8 @@ class SimplifiedTrainer:
     def __init__(self, config: Config):
         self.config = config
         start = find_start(config)
-        self.claim, self._interval_checkpoints = RunClaim(), [] if start is None else self._claim_attempts(start)
+        self.claim = RunClaim()
+        self._interval_checkpoints = [] if start is None else self._claim_attempts(start)
         self.runtime = resolve_runtime(config.device, config.precision)
         seed_global_generators(config.seed)  # initial weights; everything later draws from `random`
         random = torch.Generator().manual_seed(config.seed)
