@@ -103,15 +103,15 @@ def test_stopped_and_gone_on_equals_never_stopped(kind, number, teacher, tmp_pat
     assert "goes on from" in output.out and "finishes this step, saves and stops; Ctrl-C leaves at once" in output.err
 
 
-def test_a_checkpoint_of_before_goes_on_to_the_same_bits(teacher, tmp_path):
-    whole = load_checkpoint(SimplifiedTrainer(self_forcing(tmp_path / "whole", teacher)).train() / "checkpoint_final.pt")
-    path = cut_short(self_forcing(tmp_path / "parts", teacher), 3)
+def test_a_checkpoint_of_before_goes_on_to_the_same_bits(tmp_path):
+    whole = load_checkpoint(SimplifiedTrainer(pretraining(tmp_path / "whole")).train() / "checkpoint_final.pt")
+    path = cut_short(pretraining(tmp_path / "parts"), 3)
     old = load_checkpoint(path)
     del old["global_random_states"], old["wandb_run_id"], old["attempts"]
     old["config"]["training"]["resume"] = None
     save_checkpoint(path, old)
     for how in (path, "auto"):
-        result = load_checkpoint(SimplifiedTrainer(resumed(self_forcing(tmp_path / "parts", teacher), how)).train() / "checkpoint_final.pt")
+        result = load_checkpoint(SimplifiedTrainer(resumed(pretraining(tmp_path / "parts"), how)).train() / "checkpoint_final.pt")
         for key in whole.keys() - OF_THE_ATTEMPT - {"global_random_states"}:
             assert_same(whole[key], result[key], key)
         (tmp_path / "parts" / "run-2" / "checkpoint_final.pt").unlink(missing_ok=True)
