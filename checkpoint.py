@@ -55,10 +55,16 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # a full disk comes as either, depending on who of torch notices
-        reason = str(error).partition("\n")[0]
+        reason = str(_root_of(error)).partition("\n")[0]
         raise OSError(f"cannot write {path} ({reason}): what stood there is untouched; free some space or choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)  # gone already if the rename was reached
+
+
+def _root_of(error: BaseException) -> BaseException:
+    """The system's own refusal, where torch stumbled over it and raised an error of its own."""
+    context = error.__context__
+    return error if isinstance(error, OSError) or context is None else _root_of(context)
 
 
 def _flush_folder(folder: Path) -> None:

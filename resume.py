@@ -145,8 +145,9 @@ def _folders_newest_first(config: Config) -> list[Path]:
 def _attempts(folder: Path, checkpoint: dict[str, Any]) -> tuple[Path, ...]:
     """The folders that led to this checkpoint, as it names them itself; files written before it did name their own alone."""
     names = checkpoint["attempts"] if isinstance(checkpoint.get("attempts"), list) else []
-    earlier = [folder.parent / name for name in names if isinstance(name, str) and Path(name).name == name and name != folder.name]
-    return (*(path for path in earlier if path.is_dir()), folder)
+    siblings = {path.name: path for path in folder.parent.iterdir() if path.is_dir()}  # so that no name leads elsewhere
+    earlier = [siblings[name] for name in names if isinstance(name, str) and name in siblings and name != folder.name]
+    return (*dict.fromkeys(earlier), folder)
 
 
 # --- one process a run ------------------------------------------------------------------------------------------------
