@@ -37,7 +37,7 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write to a temporary file beside `path`, flush it to the disk, then rename: `path` is always whole.
+    """Write to a temporary file beside `path`, flush it to the disk, then rename, and flush the folder: `path` is always whole.
 
     Raises OSError naming the folder or file if it cannot be written; what stood at `path` is then untouched.
     """
@@ -53,21 +53,48 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # a full disk comes as either, depending on who of torch notices
-        reason = str(error).partition("\n")[0]
+        reason = str(_root_of(error)).partition("\n")[0]
         raise OSError(f"cannot write {path} ({reason}): what stood there is untouched; free some space or choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)  # gone already if the rename was reached
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises CheckpointError for a missing, broken, hostile or foreign file."""
+def _root_of(error: BaseException) -> BaseException:
+    """The system's own refusal, where torch stumbled over it and raised an error of its own."""
+    context = error.__context__
+    return error if isinstance(error, OSError) or context is None else _root_of(context)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a new name in the folder last through a loss of power, where the system lets folders be opened (Windows does not)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what saves that were killed left in a folder. No other process may be saving there."""
+    for path in folder.glob(".*.pt.*.part"):
+        path.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, is_mapped: bool = False) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. is_mapped: leave tensors in the file until they are read, for a look at the rest.
+
+    Raises CheckpointError for a missing, broken, hostile or foreign file.
+    """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give the path of a .pt file that train.py wrote")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's musings about a foreign file; the refusal below says it all
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, or is no checkpoint at all: refused, since reading it could run code"

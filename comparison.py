@@ -28,7 +28,8 @@ from comparison_config import PARADIGMS, REAL, ROWS, TEACHER, YARDSTICK, Sampler
 from comparison_jobs import UNFINISHED, Job, Score, Training, fingerprint, quote, stop
 from comparison_report import put_by, read_table, results_of, write_table
 from compute import flops_per_step
-from config import Config, build_config, config_to_dict, flatten
+from config import Config, build_config
+from resume import describe_difference, settings_without
 from runtime import describe_machine
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -217,8 +218,8 @@ class Comparison:
         arguments = job.arguments()
         (home / "settings.json").write_text(json.dumps(
             {"settings": job.settings, "machine": self.machine, "arguments": arguments}, indent=1) + "\n")
-        resumed = isinstance(job, Training) and job.interval_checkpoints()[-1:]
-        self._say(job, f"goes on from {resumed[0].name}" if resumed else "starts")
+        resumed = job.resumed_from() if isinstance(job, Training) else None
+        self._say(job, "starts" if resumed is None else f"goes on from {resumed.name}")
         log = self._log(job)
         log.parent.mkdir(exist_ok=True)
         with open(log, "ab") as file:
@@ -307,10 +308,7 @@ def compose_run(overrides: list[str]) -> Config:
 
 def settings_of_result(config: Config) -> dict[str, Any]:
     """The flat configuration of a run without what changes no weight."""
-    return {
-        key: value for key, value in flatten(config_to_dict(config)).items()
-        if not any(key == other or key.startswith(f"{other}.") for other in NOT_OF_THE_RESULT)
-    }
+    return settings_without(config, NOT_OF_THE_RESULT)
 
 
 def place_of(row: str, training: Training | None) -> tuple[str, str, str]:
@@ -331,12 +329,3 @@ def is_same_result(stored: dict[str, Any], training: Training) -> bool:
         return False
     defaults = settings_of_result(compose_run([*PARADIGMS[training.paradigm]])) if later else {}
     return all(wanted[key] == defaults[key] for key in later)
-
-
-def describe_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Which settings differ, as "KEY A, now B"."""
-    stored, wanted = flatten(stored), flatten(wanted)
-    differing = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
-    return ", ".join(f"{key} {stored.get(key)}, now {wanted.get(key)}" for key in differing)
-
-

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 from comparison_config import REAL
 from config import Config
+from resume import newest_readable
 
-SECONDS_TO_STOP = 20.0
+SECONDS_TO_STOP = 60.0  # a training step and a checkpoint
 UNFINISHED = ".unfinished"  # ends the name of a score's folder until it is complete
 
 
@@ -60,11 +61,15 @@ class Training:
         """Those of all attempts, the newest last."""
         return sorted(self.folder.glob("run*/checkpoint_[0-9]*.pt"), key=lambda path: path.stem)
 
+    def resumed_from(self) -> Path | None:
+        found = newest_readable(self.interval_checkpoints())
+        return None if found is None else found[0]
+
     def arguments(self) -> list[str]:
-        resume = self.interval_checkpoints()[-1:]
+        resume = self.resumed_from()
         return [
             *self.overrides, f"training.checkpoint_interval={self.checkpoint_interval}", "training.keep_last=1", "wandb.mode=disabled",
-            f"log_dir={quote(self.folder)}", "run_name=run", *(f"training.resume={quote(path)}" for path in resume),
+            f"log_dir={quote(self.folder)}", "run_name=run", *([] if resume is None else [f"training.resume={quote(resume)}"]),
         ]
 
     def finish(self) -> None:

@@ -9,6 +9,8 @@ or block by block where teacher or diffusion forcing made it causal.
     --num_steps N             on a student: Euler's method, N steps a block, still block by block
     --denoising_steps ...     on a teacher: block by block in so few steps, which it was not trained for ("naive")
 
+Beside every video stands a JSON of the same name that says how it was made; the same call writes the same files, byte for byte.
+
 Sample k of a prompt uses seed `--seed` + k, whichever prompt it is, so a video is a function of (prompt, seed,
 checkpoint, settings): other prompts, other samples and the batch size change it by float rounding at most.
 """
@@ -25,6 +27,7 @@ import time
 import unicodedata
 import warnings
 from dataclasses import asdict
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ from torch import Tensor
 from checkpoint import LoadedNetworks, load_networks
 from config import DEVICES, PRECISIONS
 from rollout import RolloutPlan
-from runtime import Runtime, resolve_runtime
+from runtime import Runtime, code_digest, resolve_runtime
 from sampling import BidirectionalPlan, SamplerSettings, check_length, generate, require_at_least_one
 from video_io import contact_sheet, save_array, save_video, to_display
 
@@ -51,6 +54,7 @@ DEFAULT_PROMPTS = {  # by the number of digits that the checkpoint's data show
     ),
 }
 FORMATS = ("gif", "mp4", "png", "npz")
+VERSIONED = ("torch", "numpy", "imageio", "imageio-ffmpeg", "pillow")  # packages that a file's bytes hang on
 MAX_SEED = 2**63 - 1
 MAX_SLUG_LENGTH = 60  # characters of the prompt in a file name
 MAX_LABEL_LENGTH = 160  # characters of the prompt in the contact sheet
@@ -87,27 +91,30 @@ def require_writable(folder: Path) -> None:
 
 
 def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[int], suffix: str, facts: dict[str, Any]) -> list[Path]:
-    """Write one file a video, `contact_sheet.png` and `generation.json`, overwriting nothing; returns all their paths.
+    """Write a file and a JSON beside it for every video, `contact_sheet.png` and `generation.json`, overwriting nothing; returns all
+    their paths, these two last.
 
-    videos: (B, F, C, H, W) in model range, clamped here. suffix: one of `FORMATS`. facts: what generation.json says of
-    all videos alike.
+    videos: (B, F, C, H, W) in model range, clamped here. suffix: one of `FORMATS`. facts: what is said of all videos alike.
     """
     stems = [f"{index:03d}_{slug(prompt)}_seed{seed}" for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
-    paths = free_paths(folder, [*(f"{stem}.{suffix}" for stem in stems), "contact_sheet.png", "generation.json"])
-    *video_paths, sheet_path, facts_path = paths
-    for path, video, prompt in zip(video_paths, videos, prompts, strict=True):
+    names = [f"{stem}.{kind}" for kind in (suffix, "json") for stem in stems]
+    *paths, sheet_path, facts_path = free_paths(folder, [*names, "contact_sheet.png", "generation.json"])
+    listed = []
+    for path, sidecar, video, prompt, seed in zip(paths[:len(stems)], paths[len(stems):], videos, prompts, seeds, strict=True):
         if suffix == "npz":
             save_array(path, video, prompt)
         else:
             save_video(path, to_display(video))
+        listed.append({"file": path.name, "prompt": prompt, "seed": seed})
+        _write_json(sidecar, {**listed[-1], **facts})
     labels = [f"{_shortened(prompt)} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
     contact_sheet(sheet_path, to_display(videos[:MAX_SHEET_ROWS]), labels[:MAX_SHEET_ROWS])
-    listed = [
-        {"file": path.name, "prompt": prompt, "seed": seed}
-        for path, prompt, seed in zip(video_paths, prompts, seeds, strict=True)
-    ]
-    facts_path.write_text(json.dumps({**facts, "contact_sheet": sheet_path.name, "videos": listed}, indent=2) + "\n")
-    return paths
+    _write_json(facts_path, {**facts, "contact_sheet": sheet_path.name, "videos": listed})
+    return [*paths, sheet_path, facts_path]
+
+
+def _write_json(path: Path, facts: dict[str, Any]) -> None:
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")  # ASCII: whatever the prompt is escaped
 
 
 def _shortened(prompt: str) -> str:
@@ -159,7 +166,8 @@ def _facts(
     checkpoint: Path, networks: LoadedNetworks, settings: SamplerSettings, plan: RolloutPlan | BidirectionalPlan, num_frames: int,
     batch_size: int, runtime: Runtime,
 ) -> dict[str, Any]:
-    """What makes the videos of one call reproducible, as plain values."""
+    """What makes the videos of one call reproducible, as plain values: no time, no path, nothing of the machine but what its
+    numbers hang on."""
     training = networks.config.training
     with checkpoint.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -170,7 +178,8 @@ def _facts(
             "plan": asdict(plan), "time_shift": training.time_shift,
         },
         "num_frames": num_frames, "batch_size": batch_size, "device": runtime.device.type,
-        "precision": str(runtime.dtype).removeprefix("torch."), "torch_version": str(torch.__version__),
+        "precision": str(runtime.dtype).removeprefix("torch."),
+        "versions": {**{name: version(name) for name in VERSIONED}, "code_sha256": code_digest()},
     }
 
 

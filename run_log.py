@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import secrets
 import shutil
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,8 @@ import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from config import WandbConfig  # noqa: E402
+
+WANDB_TIMEOUT_S = 60.0  # for its first answer
 
 
 def make_run_folder(log_dir: Path, run_name: str | None) -> Path:
@@ -55,12 +58,13 @@ def point_to_latest(link: Path, target: Path) -> None:
 class RunLog:
     """Scalars of one run, written as they come: to scalars.csv, and to wandb unless that is disabled or broken.
 
-    draw: makes of scalars.csv the run's picture, which has the name `picture`.
+    draw: makes of scalars.csv the run's picture, which has the name `picture`. wandb_run_id: of the run that is resumed; as an
+    attribute, that of this run, which stays the same where wandb is off.
     """
 
     def __init__(
         self, folder: Path, columns: tuple[str, ...], config: dict[str, Any], wandb_config: WandbConfig, picture: str,
-        draw: Callable[[Path, Path], None],
+        draw: Callable[[Path, Path], None], wandb_run_id: str | None = None,
     ):
         self.folder = folder
         self._picture, self._draw, self._last_step = folder / picture, draw, 0
@@ -68,6 +72,7 @@ class RunLog:
         self._file = open(folder / "scalars.csv", "w", newline="")
         self._writer = csv.DictWriter(self._file, self.columns)
         self._writer.writeheader()
+        self.wandb_run_id = wandb_run_id
         self._wandb = self._start_wandb(config, wandb_config)
 
     def _start_wandb(self, config: dict[str, Any], wandb_config: WandbConfig) -> Any | None:
@@ -76,9 +81,11 @@ class RunLog:
         try:
             import wandb  # here, as training must also run where it is missing or broken
 
+            self.wandb_run_id = self.wandb_run_id or secrets.token_hex(4)
             return wandb.init(
                 project=wandb_config.project, mode=wandb_config.mode, dir=str(self.folder), name=self.folder.name, config=config,
-                settings=wandb.Settings(silent=True, init_timeout=60),
+                id=self.wandb_run_id, resume="allow" if wandb_config.mode == "online" else None,  # offline: `wandb sync` joins by id
+                settings=wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT_S),
             )
         except Exception as error:  # whatever wandb raises, training goes on without it
             self._give_up_wandb(error)
@@ -86,7 +93,18 @@ class RunLog:
 
     def _give_up_wandb(self, error: Exception) -> None:
         self._wandb = None
-        warnings.warn(f"wandb is off for the rest of this run ({error}); scalars.csv has every figure", stacklevel=3)
+        if isinstance(error, ConnectionError):  # its local process has died: else it would fail again, aloud, when this one exits
+            self._forget_wandb()
+        reason = " ".join(str(error).split())
+        warnings.warn(f"wandb is off for the rest of this run ({reason}); scalars.csv has every figure", stacklevel=3)
+
+    def _forget_wandb(self) -> None:
+        try:
+            import wandb
+
+            wandb.teardown()
+        except Exception:  # what is torn down is broken, whatever it says; the warning above names the cause
+            return
 
     def scalars(self, step: int, seconds: float, figures: dict[str, float]) -> None:
         """Write one row; a column without a figure stays empty."""
@@ -117,9 +135,12 @@ class RunLog:
             self.media(self._last_step, self._picture.stem, self._picture)
 
     def close(self) -> None:
-        """Close the files, draw the picture and finish the wandb run."""
-        self._file.close()
-        self.draw()
+        """Close the files, draw the picture and finish the wandb run. A full disk here is a warning: it hides no other error."""
+        try:
+            self._file.close()
+            self.draw()
+        except OSError as error:
+            warnings.warn(f"the newest figures or their picture could not be written ({error})", stacklevel=2)
         if self._wandb is not None:
             try:
                 self._wandb.finish()

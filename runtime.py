@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from contextlib import AbstractContextManager
@@ -63,3 +64,11 @@ def describe_machine(num_threads: int) -> str:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0] if names else model
     return f"{model}, {os.cpu_count()} cores, {num_threads} threads, torch {torch.__version__}"
+
+
+def code_digest() -> str:
+    """A name for this very version of the code, wherever it came from: SHA-256 over the names and text of its Python files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
+        digest.update(f"{path.name}\n{path.read_text(encoding='utf-8')}\n".encode())
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import CheckpointError, LoadedNetworks, load_networks, load_state
-from config import Config
+from config import Config, config_from_dict
 from dynamic_video_sf import Rollout, ScorePrompts, SelfForcingEngine
 from health import STEP_COLUMNS, exit_columns, generator_figures
 from moving_mnist import MovingMNISTGenerator
@@ -321,7 +321,7 @@ class SelfForcingStage:
 
     def _check_same_teacher(self, checkpoint: dict[str, Any], name: str) -> None:
         """A run that goes on keeps its teacher: another one, or another start, would silently not be used."""
-        if self.config.generator_checkpoint is not None:
+        if self.config.generator_checkpoint is not None and not self._started_from_the_same(checkpoint):
             raise CheckpointError(f"training.generator_checkpoint does not go with training.resume={name}, which brings the generator")
         stored, own = checkpoint.get("real_score_state_dict", {}), self.engine.real_score.state_dict()
         if stored.keys() == own.keys() and not all(torch.equal(stored[key], value.cpu()) for key, value in own.items()):
@@ -329,6 +329,13 @@ class SelfForcingStage:
                 f"{name} was trained with another teacher than training.pretrained_checkpoint={self.config.pretrained_checkpoint}: "
                 "give the teacher of that run, or start a new run with training.generator_checkpoint"
             )
+
+    def _started_from_the_same(self, checkpoint: dict[str, Any]) -> bool:
+        """Did the run that goes on name this very generator_checkpoint? Then the wish is already part of what is resumed."""
+        if "config" not in checkpoint:
+            return False
+        stored = config_from_dict(checkpoint["config"]).training
+        return isinstance(stored, SelfForcingConfig) and stored.generator_checkpoint == self.config.generator_checkpoint
 
 
 def load_modules(targets: dict[str, nn.Module], checkpoint: dict[str, Any], name: str) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -21,14 +23,25 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, save_checkpoint
+from checkpoint import CheckpointError, checkpoint_config, remove_leftovers, save_checkpoint
 from comparison import compare
 from config import Config, build_config, config_to_dict, explain_refusal, register_schemas
 from digit_judge import JUDGE_PATH, DigitJudge, load_judge
 from few_step_stage import FewStepStage
 from health import JUDGED_COLUMNS, FixedPrompts, draw_run
+from interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
 from metrics import facts_of_prompts, score_videos, summarise
 from moving_mnist import MovingMNISTGenerator
+from resume import (
+    RunClaim,
+    RunFinished,
+    Start,
+    find_start,
+    global_random_states,
+    interval_checkpoints,
+    restore_global_random_states,
+    seed_global_generators,
+)
 from run_log import RunLog, draw_curves, make_run_folder, point_to_latest
 from runtime import resolve_runtime
 from stages import PretrainStage, SelfForcingStage, Stage, check_same_networks
@@ -57,19 +70,24 @@ class SimplifiedTrainer:
     """The loop of a run: counts steps, logs, samples and saves; what a step is, its stage knows.
 
     `train()` returns the folder of the run. Raises TrainingDiverged, CheckpointError, ValueError and OSError, each with
-    one line that says what to do.
+    one line that says what to do; RunInterrupted after SIGTERM or Ctrl-C, with everything saved; RunFinished where
+    training.resume=auto finds nothing left to do.
     """
 
     def __init__(self, config: Config):
         self.config = config
+        start = find_start(config)
+        self.claim = RunClaim()
+        self._interval_checkpoints = [] if start is None else self._claim_attempts(start)
         self.runtime = resolve_runtime(config.device, config.precision)
-        torch.manual_seed(config.seed)  # initial weights; everything later draws from `random`
+        seed_global_generators(config.seed)  # initial weights; everything later draws from `random`
         random = torch.Generator().manual_seed(config.seed)
         self.stage: Stage = STAGES[config.training.training_type](config, self.runtime, random)
         self.first_step = 0
         self.last_checkpoint: Path | None = None
-        if config.training.resume is not None:
-            self._resume(Path(config.training.resume))
+        if start is not None:
+            self._resume(start.path, start.checkpoint)
+        self.global_random_states = global_random_states()  # of the first step, whatever is built or read before it
         self.health_interval = config.training.health_interval if isinstance(config.training, SelfForcingConfig) else 0
         self.judge = self._load_judge()
         self.fixed_prompts: FixedPrompts | None = None
@@ -78,8 +96,9 @@ class SimplifiedTrainer:
         held_out = MovingMNISTGenerator(config.dataset, "test")
         self.shown = held_out.sample(SAMPLE_SEED, range(NUM_SHOWN), config.training.max_num_frames)
         self.folder = make_run_folder(Path(config.log_dir), config.run_name)
-        self.log = self._start_log()
-        self._interval_checkpoints: list[Path] = []
+        self.claim.add(self.folder)
+        self.attempts = [*([] if start is None else [folder.name for folder in start.attempts]), self.folder.name]
+        self.log = self._start_log(None if start is None else start.checkpoint.get("wandb_run_id"))
 
     def _load_judge(self) -> DigitJudge | None:
         """The judge that ships, or None, said in one line, where it cannot read this run's videos."""
@@ -96,14 +115,22 @@ class SimplifiedTrainer:
         )
         return None
 
-    def _start_log(self) -> RunLog:
+    def _claim_attempts(self, start: Start) -> list[Path]:
+        """Keep other processes from this run's earlier folders; returns their interval checkpoints, those to be replaced first."""
+        for folder in start.attempts:
+            if self.claim.add(folder):
+                remove_leftovers(folder)
+        kept = [path for folder in start.attempts for path in interval_checkpoints(folder)]
+        reached = [path for path in kept if path.stem <= f"checkpoint_{start.checkpoint['step']:07d}"]
+        return [path for path in kept if path not in reached] + sorted(reached, key=lambda path: path.stem)  # unreadable ones first
+
+    def _start_log(self, wandb_run_id: str | None) -> RunLog:
         """A log whose picture is the health panel where the run is one of Self-Forcing, every scalar's curve otherwise."""
         columns = (*self.stage.columns, *(() if self.fixed_prompts is None else JUDGED_COLUMNS))
         picture = ("health.png", draw_run) if isinstance(self.stage, SelfForcingStage) else ("curves.png", draw_curves)
-        return RunLog(self.folder, columns, config_to_dict(self.config), self.config.wandb, *picture)
+        return RunLog(self.folder, columns, config_to_dict(self.config), self.config.wandb, *picture, wandb_run_id)
 
-    def _resume(self, path: Path) -> None:
-        checkpoint = load_checkpoint(path)
+    def _resume(self, path: Path, checkpoint: dict[str, Any]) -> None:
         if checkpoint["training_type"] != self.config.training.training_type:
             raise ValueError(
                 f"training.resume={path} is of training type {checkpoint['training_type']}, this run is "
@@ -113,7 +140,9 @@ class SimplifiedTrainer:
         try:
             self.stage.load_state_dict(checkpoint, str(path))
             self.first_step = int(checkpoint["step"])
-        except (KeyError, TypeError, RuntimeError) as error:
+            if "global_random_states" in checkpoint:  # earlier versions stored none, and nothing of theirs hung on them
+                restore_global_random_states(checkpoint["global_random_states"])
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             reason = explain_refusal(error)
             raise CheckpointError(f"{path} does not hold what resuming needs ({reason}): give an untouched checkpoint of a run") from error
         if self.first_step >= self.config.training.num_steps:
@@ -124,30 +153,43 @@ class SimplifiedTrainer:
         """Run all steps. Returns the run's folder."""
         training, start = self.config.training, time.perf_counter()
         print(f"{training.training_type}: {training.summary}; on {self.runtime}, {training.num_steps} steps, run folder {self.folder}")
+        restore_global_random_states(self.global_random_states)
         try:
-            with tqdm(range(self.first_step, training.num_steps), initial=self.first_step, total=training.num_steps,
-                      mininterval=1, dynamic_ncols=True) as bar:
-                shown: dict[str, float] = {}
-                unlogged: dict[str, float] = {}  # the newest of each figure since the last row: some come only every few steps
-                for step in bar:
-                    figures = self.stage.train_step(step)
-                    self._check_finite(step, figures)
-                    figures |= self._read_fixed_prompts(step)
-                    unlogged |= figures
-                    if (step + 1) % training.log_interval == 0 or step + 1 == training.num_steps:
-                        self.log.scalars(step, time.perf_counter() - start, unlogged)
-                        unlogged = {}
-                    shown |= {name: figures[name] for name in BAR_FIGURES if name in figures}
-                    bar.set_postfix({name.removeprefix("loss_"): f"{value:.3f}" for name, value in shown.items()})
-                    self._at_intervals(step + 1)
-            self._save(self.folder / "checkpoint_final.pt", training.num_steps)
-            point_to_latest(Path(self.config.log_dir) / "checkpoint_final.pt", self.folder / "checkpoint_final.pt")
+            with StopRequest() as stop:
+                self._run_steps(stop, start)
+                self._save(self.folder / "checkpoint_final.pt", training.num_steps)
+                point_to_latest(Path(self.config.log_dir) / "checkpoint_final.pt", self.folder / "checkpoint_final.pt")
+            if stop.reason is not None:
+                print(f"{stop.reason}: all steps were done; samples and figures of the finished network are left out")
+                return self.folder
             self._show_samples(training.num_steps)
+        except OSError as error:
+            raise OSError(f"{error}: stopped; {self._kept()}") from error
         finally:
             self.log.close()
+            self.claim.release()
         print(f"trained {training.num_steps - self.first_step} steps in {(time.perf_counter() - start) / 60:.1f} minutes")
         self._report_quality()
         return self.folder
+
+    def _run_steps(self, stop: StopRequest, start: float) -> None:
+        """The steps that are left, with what is due between them. start: when the run began, in seconds of `time.perf_counter`."""
+        training = self.config.training
+        shown: dict[str, float] = {}
+        unlogged: dict[str, float] = {}  # the newest of each figure since the last row: some come only every few steps
+        with tqdm(range(self.first_step, training.num_steps), initial=self.first_step, total=training.num_steps,
+                  mininterval=1, dynamic_ncols=True) as bar:
+            for step in bar:
+                figures = self.stage.train_step(step)
+                self._check_finite(step, figures)
+                figures |= self._read_fixed_prompts(step)
+                unlogged |= figures
+                if (step + 1) % training.log_interval == 0 or step + 1 == training.num_steps or stop.reason is not None:
+                    self.log.scalars(step, time.perf_counter() - start, unlogged)
+                    unlogged = {}
+                shown |= {name: figures[name] for name in BAR_FIGURES if name in figures}
+                bar.set_postfix({name.removeprefix("loss_"): f"{value:.3f}" for name, value in shown.items()})
+                self._at_intervals(step + 1, stop)
 
     def _read_fixed_prompts(self, step: int) -> dict[str, float]:
         """What the judge reads in the live generator's videos of the fixed prompts: where it starts, at intervals, at the end."""
@@ -165,20 +207,28 @@ class SimplifiedTrainer:
             raise self._diverged(f"{bad[0]} is {figures[bad[0]]} at step {step}")
 
     def _diverged(self, finding: str) -> TrainingDiverged:
-        kept = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint was due yet"
-        return TrainingDiverged(f"{finding}: stopped; {kept}. Try a lower learning rate")
+        return TrainingDiverged(f"{finding}: stopped; {self._kept()}. Try a lower learning rate")
 
-    def _at_intervals(self, step: int) -> None:
-        """What is due after `step` finished steps, the checkpoint first; the end of the run has its own."""
+    def _kept(self) -> str:
+        return f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint was due yet"
+
+    def _at_intervals(self, step: int, stop: StopRequest) -> None:
+        """What is due after `step` finished steps, the checkpoint first; the end of the run has its own.
+
+        Raises RunInterrupted, once the checkpoint is written, where the run is asked to stop.
+        """
         training = self.config.training
         if step == training.num_steps:
             return
-        if training.checkpoint_interval and step % training.checkpoint_interval == 0:
+        is_asked_to_stop = stop.reason is not None
+        if is_asked_to_stop or (training.checkpoint_interval and step % training.checkpoint_interval == 0):
             path = self.folder / f"checkpoint_{step:07d}.pt"
             self._save(path, step)
             self._interval_checkpoints.append(path)
             while len(self._interval_checkpoints) > training.keep_last:
                 self._interval_checkpoints.pop(0).unlink(missing_ok=True)
+        if is_asked_to_stop:
+            raise RunInterrupted(f"{stop.reason}: stopped after {step} of {training.num_steps} steps, saved {self.last_checkpoint}")
         if training.sample_interval and step % training.sample_interval == 0:
             self._check_weights(step)
             self._show_samples(step)
@@ -193,7 +243,8 @@ class SimplifiedTrainer:
         self._check_weights(step)
         checkpoint = {
             "step": step, "training_type": self.config.training.training_type, "config": config_to_dict(self.config),
-            **self.stage.state_dict(),
+            **self.stage.state_dict(), "global_random_states": global_random_states(), "wandb_run_id": self.log.wandb_run_id,
+            "attempts": self.attempts,
         }
         save_checkpoint(path, checkpoint)
         self.last_checkpoint = path
@@ -229,6 +280,12 @@ class SimplifiedTrainer:
 register_schemas()
 
 
+def command_to_go_on(overrides: list[str]) -> str:
+    """The shell command that goes on with the run of these overrides."""
+    kept = [override for override in overrides if not override.startswith("training.resume=")]
+    return shlex.join(["python", "train.py", *kept, "training.resume=auto"])
+
+
 def check_overrides_of_experiment(overrides: list[str]) -> None:
     """Raise ValueError for an override that would reach none of the runs of an experiment."""
     for override in overrides:
@@ -249,10 +306,17 @@ def main(composed: DictConfig) -> None:
             return
         check_overrides_of_experiment(list(HydraConfig.get().overrides.task))
         num_failed = compare(config)
+    except RunFinished as finished:
+        print(finished)
+        return
+    except RunInterrupted as interrupted:
+        print(f"{interrupted}; go on with: {command_to_go_on(list(HydraConfig.get().overrides.task))}", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     except (TrainingDiverged, ValueError, OSError, ImportError, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain_refusal(error) if isinstance(error, OmegaConfBaseException) else error}")
     except KeyboardInterrupt as stopped:
-        sys.exit(str(stopped) or "interrupted: checkpoints written so far stay in the run's folder; training.resume=PATH goes on from one")
+        print(str(stopped) or "interrupted; training.resume=auto goes on from the newest checkpoint, where there is one", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     if num_failed:
         sys.exit(f"{num_failed} jobs failed, see above; the same command tries them again")
 

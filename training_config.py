@@ -69,7 +69,7 @@ class TrainingConfig(ABC):
     teacher_steps: int = 50  # steps of the many-step samples that are shown
     teacher_eta: float = 1.0  # fresh noise in those steps: 0 is Euler's method, 1 ancestral sampling
     guidance: float = 2.5  # of those samples, and of the teacher in distribution matching; 1 is none
-    resume: str | None = None  # checkpoint of a run of the same training type to go on from
+    resume: str | None = "never"  # or auto, the newest checkpoint of this run, or the PATH of one of the same training type
 
     def __post_init__(self) -> None:
         own_type = type(self).training_type
@@ -87,6 +87,9 @@ class TrainingConfig(ABC):
         require(0 <= self.teacher_eta <= 1, "training.teacher_eta", self.teacher_eta, "a number in [0, 1]")
         require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
         require(self.guidance >= 0, "training.guidance", self.guidance, "0 or more (1 is no guidance)")
+        if self.resume is None:  # as earlier versions stored it
+            self.resume = "never"
+        require(self.resume != "", "training.resume", "empty", "never, auto or the path of a checkpoint")
         check_num_frames("training.min_num_frames", self.min_num_frames, self.num_frames_per_block)
         check_num_frames("training.max_num_frames", self.max_num_frames, self.num_frames_per_block)
         require(

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,19 +239,27 @@ def test_default_prompts_speak_the_grammar(student: LoadedNetworks, num_digits: 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_call_writes_the_same_files(student_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_same_call_writes_the_same_files_in_every_format(student_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for folder in ("first", "second"):
-        main([
-            "--checkpoint", str(student_path), "--prompts", *PROMPTS[:2], "--samples_per_prompt", "2", "--num_frames", "6", "--seed", "42",
-            "--output_dir", str(tmp_path / folder), *COMMON,
-        ])
-    first, second = (sorted((tmp_path / folder).iterdir()) for folder in ("first", "second"))
-    assert [path.name for path in first] == [
-        "000_a-handwritten-7-drifting-up_seed42.gif", "001_a-handwritten-7-drifting-up_seed43.gif",
-        "002_the-digit-3-moving-left-quickly_seed42.gif", "003_the-digit-3-moving-left-quickly_seed43.gif",
-        "contact_sheet.png", "generation.json",
+        for suffix in entry.FORMATS:
+            main([
+                "--checkpoint", str(student_path), "--prompts", *PROMPTS[:2], "--samples_per_prompt", "2", "--num_frames", "6", "--seed",
+                "42", "--format", suffix, "--output_dir", str(tmp_path / folder / suffix), *COMMON,
+            ])
+        if folder == "first":
+            time.sleep(1.1)  # a second that went into a file would show; of an archive's two-second steps see below
+    stems = [
+        "000_a-handwritten-7-drifting-up_seed42", "001_a-handwritten-7-drifting-up_seed43",
+        "002_the-digit-3-moving-left-quickly_seed42", "003_the-digit-3-moving-left-quickly_seed43",
     ]
-    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    for suffix in entry.FORMATS:
+        first, second = (sorted((tmp_path / folder / suffix).iterdir()) for folder in ("first", "second"))
+        assert {path.name for path in first} == {
+            *(f"{stem}.{kind}" for stem in stems for kind in (suffix, "json")), "contact_sheet.png", "generation.json",
+        }
+        assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second], suffix
+    with zipfile.ZipFile(tmp_path / "first" / "npz" / f"{stems[0]}.npz") as archive:
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     closing = capsys.readouterr().out.splitlines()[-1]
     assert re.search(r"4 videos of 6 frames in [\d.]+ s \([\d.]+ frames/s, sampling only\)", closing)
 
@@ -298,8 +308,8 @@ def test_existing_files_are_never_overwritten(student_path: Path, tmp_path: Path
     main(call)
     assert (tmp_path / "contact_sheet.png").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {
-        "contact_sheet.png", "000_a-7_seed0_2.gif", "contact_sheet_2.png", "generation_2.json",
-        "contact_sheet_3.png", "generation_3.json", "000_a-7_seed0_3.gif",
+        "contact_sheet.png", "000_a-7_seed0_2.gif", "000_a-7_seed0_2.json", "contact_sheet_2.png", "generation_2.json",
+        "contact_sheet_3.png", "generation_3.json", "000_a-7_seed0_3.gif", "000_a-7_seed0_3.json",
     }
     listed = json.loads((tmp_path / "generation_3.json").read_text())
     assert listed["videos"][0]["file"] == "000_a-7_seed0_3.gif" and listed["contact_sheet"] == "contact_sheet_3.png"
@@ -315,7 +325,13 @@ def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: 
     assert facts["checkpoint"] == {"name": "student.pt", "sha256": digest, "training_type": "dmd2", "step": 5}
     assert facts["sampler"]["requested"] == {"denoising_steps": [1000, 500], "num_steps": None, "guidance": 1.5, "eta": None}
     assert facts["sampler"]["kind"] == "causal" and facts["sampler"]["plan"]["times"] == [1.0, 0.75]
-    assert (facts["device"], facts["precision"], facts["torch_version"]) == ("cpu", "float32", str(torch.__version__))
+    assert (facts["device"], facts["precision"]) == ("cpu", "float32")
+    assert facts["versions"]["torch"] == str(torch.__version__) and facts["versions"]["numpy"] == np.__version__
+    assert set(facts["versions"]) == {"torch", "numpy", "imageio", "imageio-ffmpeg", "pillow", "code_sha256"}
+    for number, row in enumerate(facts["videos"]):
+        own = json.loads((tmp_path / row["file"]).with_suffix(".json").read_text())
+        assert own == {**row, **{key: value for key, value in facts.items() if key not in ("videos", "contact_sheet")}}, number
+    assert str(tmp_path) not in (tmp_path / "generation.json").read_text() + (tmp_path / "000_a-7_seed0.json").read_text()
     assert [(row["file"], row["prompt"], row["seed"]) for row in facts["videos"]] == [
         ("000_a-7_seed0.gif", "a 7", 0), ("001_a-7_seed0.gif", "a 7", 0),
     ]

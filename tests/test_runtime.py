@@ -54,3 +54,18 @@ def test_autocast_multiplies_in_the_runtimes_format(dtype):
 
 def test_it_says_what_it_is():
     assert str(Runtime(torch.device("cpu"), torch.bfloat16)) == "cpu in bfloat16"
+
+
+def test_the_codes_digest_changes_with_any_file_and_not_with_the_place(tmp_path, monkeypatch):
+    import runtime
+
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        for name in ("runtime.py", "other.py"):
+            (tmp_path / place / name).write_text(f"# {name}\n")
+    digests = []
+    for place, change in (("here", ""), ("there", ""), ("there", "# a change\n")):
+        (tmp_path / place / "other.py").write_text("# other.py\n" + change)
+        monkeypatch.setattr(runtime, "__file__", str(tmp_path / place / "runtime.py"))
+        digests.append(runtime.code_digest())
+    assert digests[0] == digests[1] != digests[2] and len(digests[0]) == 64

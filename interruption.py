@@ -1,0 +1,44 @@
+"""Stopping a run from outside without losing a step: SIGTERM and Ctrl-C are noted, and obeyed between two steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h, "try again later": no crash (1), no bad command line (2), no signal's 128 + N
+
+
+class RunInterrupted(Exception):
+    """A run that was asked to stop did so after a whole step and saved it; the message says where."""
+
+
+class StopRequest:
+    """Within `with`, the first SIGTERM or Ctrl-C is noted in `reason` and printed; a Ctrl-C after it leaves at once.
+
+    More SIGTERMs change nothing: launchers repeat theirs. Outside the main thread, where Python hears no signals, it notes none.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by other code than Python's
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel's: at once, whatever this process is busy with
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.reason = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        words = f"\n{self.reason}: finishes this step, saves and stops; Ctrl-C leaves at once, without saving\n"
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, words.encode())  # not print: this may have interrupted one
