@@ -10,8 +10,8 @@ ROOMS = (
     "flow_matching", "attention", "tiny_causal_wan", "text_encoder", "mnist_digits", "moving_mnist", "training_config",
     "comparison_config", "config", "objectives", "distribution_losses", "rollout", "dynamic_video_sf", "few_step", "runtime",
     "checkpoint", "sampling", "video_io", "ink", "digit_judge", "tracking", "video_judge", "corruptions", "distribution", "metrics",
-    "digit_count", "panel", "sanity", "report", "run_log", "health", "stages", "few_step_stage", "compute", "comparison_report",
-    "comparison", "train", "generate", "evaluate", "benchmark", "demo",
+    "digit_count", "panel", "sanity", "report", "run_log", "health", "stages", "few_step_stage", "compute", "timing", "speed",
+    "comparison_report", "comparison", "train", "generate", "evaluate", "benchmark", "demo",
 )
 FILES = sorted(ROOT.glob("*.py"))
 
