@@ -1,135 +1,200 @@
-"""Speed, as ratios measured in one run: student against teacher, and the KV cache against recomputing the past.
+"""Speed, as ratios and shares measured in one run: what generation and training take, and how much of it is arithmetic.
 
-    python benchmark.py [--student PATH] [--teacher PATH] [--num_frames 21] [--batch_sizes 1 16] [--repeats 5]
+    python benchmark.py [--parts generation teacher training anchor] [--batch_sizes 1 4 16] [--precisions float32 bfloat16]
+                        [--num_frames 21] [--repeats 5] [--output PATH.json]
+    python benchmark.py --parts generation training --batch_sizes 1 --precisions float32 --repeats 2      # a quick run
 
-Machines are noisy: the compared samplers take turns, each figure is the median of its repeats, and the ratios are what
-to quote.
+Parts: "generation", the student with its KV cache, split into phases, and the same rollout with the past recomputed; "teacher",
+its teacher beside it; "training", a step of Self-Forcing; "anchor", an untrained network of the sizes at which the public
+Self-Forcing code was measured.
+
+Machines are noisy: what is compared takes turns in one run, each figure is the median of its repeats, and the limit is measured in
+the same turns: the FLOPs a second of a large matrix product. Ratios and shares of the limit are what to quote.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 import sys
-import time
-from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from checkpoint import LoadedNetworks, load_networks
-from flow_matching import add_noise, x_0_from_velocity
-from rollout import RolloutPlan, draw_noise, few_step_plan, make_noise_streams
+from checkpoint import CheckpointError, LoadedNetworks, load_networks
+from config import Config, check_parts_fit
 from runtime import Runtime, describe_machine, resolve_runtime
-from sampling import sample_few_step, sample_many_step, teacher_plan
-from training_config import SelfForcingConfig, check_num_frames
+from sampling import check_length
+from speed import (
+    ANCHOR_RATE,
+    ANCHOR_SIZES,
+    Cost,
+    GenerationSpeed,
+    Samplers,
+    TrainingSpeed,
+    anchor_samplers,
+    measure_generation,
+    measure_training,
+)
+from training_config import SelfForcingConfig
 
-PRETRAINED = Path(__file__).parent / "pretrained"
-PROMPT = "a handwritten 7 drifting up and to the left"
-MATRIX_SIZE = 1024
-
-
-@torch.no_grad()
-def sample_without_cache(
-    networks: LoadedNetworks, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan, runtime: Runtime
-) -> Tensor:
-    """The few-step rollout with the past recomputed at every pass: the same videos (B, F, C, H, W), only slower.
-
-    What a rollout costs without a KV cache. Raises ValueError for a student trained with context noise.
-    """
-    if plan.context_time != 0:
-        raise ValueError(f"context noise {plan.context_time}: the comparison without cache is for students that have none")
-    model, config = networks.generator, networks.generator.config
-    streams = make_noise_streams(seeds)
-    shape = (plan.num_frames_per_block, config.channels, config.frame_size, config.frame_size)
-    with runtime.autocast():
-        prompt = model.encode_prompt(*networks.text_encoder.encode(prompts))
-        past = torch.empty(len(prompts), 0, *shape[1:], device=runtime.device)
-        for _ in range(num_frames // plan.num_frames_per_block):
-            x_t = draw_noise(streams, shape, runtime.device)
-            for step, time_now in enumerate(plan.times):
-                t = torch.full(x_t.shape[:2], time_now, device=runtime.device)
-                whole, whole_t = torch.cat([past, x_t], 1), torch.cat([t.new_zeros(past.shape[:2]), t], 1)
-                v = model.forward_block_causal(whole, whole_t, prompt, plan.num_frames_per_block)[:, past.shape[1]:]
-                x_0 = x_0_from_velocity(x_t, v, t)
-                if step + 1 < len(plan.times):
-                    x_t = add_noise(x_0, draw_noise(streams, shape, runtime.device), torch.full_like(t, plan.times[step + 1]))
-            past = torch.cat([past, x_0], 1)
-    return past.float()
+PRETRAINED = Path(__file__).resolve().parent / "pretrained"
+PARTS = ("generation", "teacher", "training", "anchor")
+PRECISIONS = ("float32", "bfloat16")
 
 
-def time_in_turns(samplers: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each sampler; one warm-up of each, then all of them in turn, `repeats` times."""
-    seconds: dict[str, list[float]] = {name: [] for name in samplers}
-    for repeat in tqdm(range(repeats + 1), desc="rounds", leave=False):
-        for name, sampler in samplers.items():
-            start = time.perf_counter()
-            sampler()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def matrix_limit(runtime: Runtime) -> float:
-    """Floating-point operations a second of a large square product in the runtime's format."""
-    a = torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=runtime.device, dtype=runtime.dtype)
-    seconds = time_in_turns({"product": lambda: [a @ a for _ in range(10)][-1].sum().item()}, 5)["product"]
-    return 10 * 2 * MATRIX_SIZE**3 / seconds
-
-
-def benchmark(student: LoadedNetworks, teacher: LoadedNetworks, runtime: Runtime, num_frames: int, batch_size: int, repeats: int) -> None:
-    """Print one table for one batch size."""
-    config = student.config.training
-    assert isinstance(config, SelfForcingConfig)
-    plan = few_step_plan(config)
-    prompts, seeds = [PROMPT] * batch_size, list(range(batch_size))
-    few = (prompts, seeds, num_frames, plan, runtime)
-    many = (prompts, seeds, num_frames, teacher_plan(teacher.config.training), runtime)
-    names = {
-        "student": f"student, {len(plan.times)} steps a block, KV cache",
-        "recompute": f"student, {len(plan.times)} steps a block, no cache",
-        "teacher": f"teacher, {teacher.config.training.teacher_steps} guided steps",
-    }
-    seconds = time_in_turns({
-        "student": lambda: sample_few_step(student.generator, student.text_encoder, *few),
-        "recompute": lambda: sample_without_cache(student, *few),
-        "teacher": lambda: sample_many_step(teacher.generator, teacher.text_encoder, *many),
-    }, repeats)
-    print(f"\nbatch {batch_size}, {num_frames} frames of {student.config.model.frame_size} px")
-    for key, name in names.items():
-        rate = batch_size * num_frames / seconds[key]
-        print(f"  {name:<42} {rate:9.1f} frames/s {seconds[key]:8.3f} s   student is {seconds[key] / seconds['student']:5.1f} x")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Speed of student, teacher and KV cache, as ratios measured in one run.")
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Speed of generation and training, measured in one run.", allow_abbrev=False)
     parser.add_argument("--student", type=Path, default=PRETRAINED / "student.pt")
     parser.add_argument("--teacher", type=Path, default=PRETRAINED / "teacher.pt")
-    parser.add_argument("--num_frames", type=int, default=21)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--num_frames", type=int, default=21, help="of every video, in training too")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16], help="of generation")
+    parser.add_argument("--training_batch_size", type=int, default=SelfForcingConfig().batch_size)
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that is not")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    options = parser.parse_args(arguments)
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--output", type=Path, metavar="PATH.json", help="write every figure there too; an older file is replaced")
+    return parser.parse_args(argv)
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for what can be refused before a checkpoint is read."""
+    for name, value in (
+        ("repeats", arguments.repeats), ("batch_sizes", min(arguments.batch_sizes)), ("training_batch_size", arguments.training_batch_size)
+    ):
+        if value < 1:
+            raise ValueError(f"--{name} is {value}: expected at least 1")
+    output = arguments.output
+    if output is not None and (output.suffix != ".json" or output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(f"--output is {output}: expected a file name ending in .json, in a folder that exists")
+
+
+def training_run(teacher: LoadedNetworks, path: Path, num_frames: int, batch_size: int) -> Config:
+    """A run of training=self_forcing from this teacher, every other setting its default. Raises ValueError where they do not fit."""
+    training = SelfForcingConfig(
+        pretrained_checkpoint=str(path), batch_size=batch_size, min_num_frames=num_frames, max_num_frames=num_frames
+    )
+    config = replace(teacher.config, training=training)
+    check_parts_fit(config)
+    return config
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def split_lines(split: dict[str, Cost], whole: float) -> list[str]:
+    lines = [f"    {'':<34}{'ms':>9}{'of time':>9}{'GFLOP':>9}{'of limit':>10}"]
+    for phase, part in split.items():
+        share = f"{part.share_of_limit:10.1%}" if part.flops else f"{'-':>10}"
+        lines.append(f"    {phase:<34}{1e3 * part.seconds:9.1f}{part.seconds / whole:9.1%}{part.flops / 1e9:9.2f}{share}")
+    return lines
+
+
+def generation_lines(speeds: list[GenerationSpeed]) -> list[str]:
+    """One table for one batch size: all samplers, then where the student's time goes."""
+    first = speeds[0]
+    lines = [
+        f"\nbatch {first.batch_size}, {first.num_frames} frames",
+        f"  {'':<24}{'frames/s':>10}{'seconds':>10}{'GFLOP':>9}{'of limit':>10}{'first block':>13}{'block':>10}{'student is':>12}",
+    ]
+    student_seconds = {speed.precision: speed.whole.seconds for speed in speeds if speed.sampler == "student"}
+    for speed in speeds:
+        whole = speed.whole
+        line = (
+            f"  {f'{speed.sampler}, {speed.precision}':<24}{speed.frames_per_second:10.1f}{whole.seconds:10.3f}{whole.flops / 1e9:9.1f}"
+            f"{whole.share_of_limit:10.1%}"
+        )
+        if speed.first_block_seconds is not None and speed.block_seconds is not None:
+            line += f"{1e3 * speed.first_block_seconds:10.1f} ms{1e3 * speed.block_seconds:7.1f} ms"
+        else:
+            line += f"{whole.seconds / student_seconds[speed.precision]:33.1f} x"
+        lines.append(line)
+    for speed in speeds:
+        if speed.split is not None and speed.gif_seconds is not None and speed.npz_seconds is not None:
+            lines += [f"  student in {speed.precision}:", *split_lines(speed.split, sum(part.seconds for part in speed.split.values()))]
+            lines.append(f"    writing them: GIF {1e3 * speed.gif_seconds:.1f} ms, npz {1e3 * speed.npz_seconds:.1f} ms")
+    return lines
+
+
+def training_lines(speed: TrainingSpeed) -> list[str]:
+    return [
+        f"\ntraining step of Self-Forcing in {speed.precision}, batch {speed.batch_size}, {speed.num_frames} frames: "
+        f"{speed.whole.seconds:.2f} s on average, {speed.generator_turn_seconds:.2f} s where the generator learns too, "
+        f"{speed.critic_turn_seconds:.2f} s where the critic alone does; {speed.whole.share_of_limit:.1%} of the limit",
+        *split_lines(speed.split, sum(part.seconds for part in speed.split.values())),
+    ]
+
+
+def anchor_lines(speeds: list[GenerationSpeed]) -> list[str]:
+    sizes = ", ".join(f"{name} {value}" for name, value in ANCHOR_SIZES.items())
+    lines = [f"\nanchor: an untrained network of {sizes}; the public code made {ANCHOR_RATE} frames/s in float32 (about 170 GFLOP/s)"]
+    for speed in speeds:
+        most = speed.limit * speed.num_frames / speed.whole.flops
+        lines.append(
+            f"  {speed.precision}: {speed.frames_per_second:.1f} frames/s, {speed.frames_per_second / ANCHOR_RATE:.2f} x the anchor's, "
+            f"{speed.whole.share_of_limit:.1%} of the limit, at which it would be {most:.1f}"
+        )
+    return [*lines, *(line for line in generation_lines(speeds)[3 + len(speeds) - 1:])]
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def limit_line(speeds: list[GenerationSpeed] | list[TrainingSpeed]) -> str:
+    limits = ", ".join(f"{1e-9 * limit:.0f} GFLOP/s in {precision}" for precision, limit in {s.precision: s.limit for s in speeds}.items())
+    return f"  limit: {limits}"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print, write. Raises CheckpointError, ValueError and OSError, each with one line."""
+    check_arguments(arguments)
+    runtimes: dict[str, Runtime] = {precision: resolve_runtime(arguments.device, precision) for precision in arguments.precisions}
+    device = next(iter(runtimes.values())).device
+    student, teacher = load_networks(arguments.student, device), load_networks(arguments.teacher, device)
+    samplers = Samplers(student, teacher if "teacher" in arguments.parts else None, "generation" in arguments.parts)
+    check_length(arguments.num_frames, samplers.plan, student.config.training)
+    if samplers.teacher is not None:
+        check_length(arguments.num_frames, samplers.teacher_plan, teacher.config.training)
+    training = training_run(teacher, arguments.teacher, arguments.num_frames, arguments.training_batch_size)
+
+    machine = describe_machine(torch.get_num_threads())
+    print(f"{machine}; {device}; medians of {arguments.repeats}")
+    results: dict[str, Any] = {"machine": machine, "device": str(device), "repeats": arguments.repeats, "parts": arguments.parts}
+    if {"generation", "teacher"} & set(arguments.parts):
+        results["generation"] = []
+        for batch_size in arguments.batch_sizes:
+            speeds = measure_generation(samplers, runtimes, batch_size, arguments.num_frames, arguments.repeats)
+            report(generation_lines(speeds), speeds, results["generation"])
+    if "anchor" in arguments.parts:
+        results["anchor"] = []
+        speeds = measure_generation(anchor_samplers(student, device), runtimes, 1, arguments.num_frames, arguments.repeats)
+        report(anchor_lines(speeds), speeds, results["anchor"])
+    if "training" in arguments.parts:
+        results["training"] = []
+        steps = measure_training(training, runtimes, arguments.repeats)
+        report([line for speed in steps for line in training_lines(speed)], steps, results["training"])
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(f"\nwritten to {arguments.output}")
+
+
+def report(lines: list[str], speeds: list[GenerationSpeed] | list[TrainingSpeed], kept: list[dict[str, Any]]) -> None:
+    """Print the table with its limit and keep its figures."""
+    print("\n".join([*lines, limit_line(speeds)]), flush=True)
+    kept += [asdict(speed) for speed in speeds]
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     try:
-        for precision in options.precisions:
-            runtime = resolve_runtime(options.device, precision)
-            student, teacher = load_networks(options.student, runtime.device), load_networks(options.teacher, runtime.device)
-            if not isinstance(student.config.training, SelfForcingConfig):
-                raise ValueError(f"--student {options.student} is a teacher: expected a checkpoint of Self-Forcing")
-            check_num_frames("--num_frames", options.num_frames, student.config.training.num_frames_per_block)
-            if options.repeats < 1 or min(options.batch_sizes) < 1:
-                raise ValueError("--repeats and --batch_sizes: expected at least 1")
-            machine, limit = describe_machine(torch.get_num_threads()), matrix_limit(runtime) / 1e9
-            print(f"\n{machine}; {runtime}: {limit:.0f} GFLOP/s in a {MATRIX_SIZE}-squared product")
-            for batch_size in options.batch_sizes:
-                benchmark(student, teacher, runtime, options.num_frames, batch_size, options.repeats)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        run(arguments)
+    except (CheckpointError, ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was written")
 
 
 if __name__ == "__main__":

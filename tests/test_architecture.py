@@ -11,7 +11,7 @@ ROOMS = (
     "comparison_config", "config", "objectives", "distribution_losses", "rollout", "dynamic_video_sf", "few_step", "runtime",
     "checkpoint", "resume", "interruption", "sampling", "video_io", "ink", "digit_judge", "tracking", "video_judge", "corruptions",
     "distribution", "metrics", "digit_count", "panel", "sanity", "report", "run_log", "health", "stages", "few_step_stage", "compute",
-    "comparison_jobs", "comparison_report", "comparison", "train", "generate", "evaluate", "benchmark", "demo",
+    "timing", "speed", "comparison_jobs", "comparison_report", "comparison", "train", "generate", "evaluate", "benchmark", "demo",
 )
 FILES = sorted(ROOT.glob("*.py"))
 

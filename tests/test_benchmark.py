@@ -1,36 +1,279 @@
-"""What benchmark.py compares is the same work: with and without the cache the videos are equal."""
+"""What benchmark.py measures is the real code path: the same videos and updates, all of the time, all of the arithmetic."""
+
+import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_small_model
+from conftest import SMALL_SIZES, build_small_model, randomise
+from torch import nn
 from torch.testing import assert_close
 
-from benchmark import main, sample_without_cache, time_in_turns
-from checkpoint import LoadedNetworks
-from config import Config, SelfForcingConfig
+import benchmark
+from benchmark import main
+from checkpoint import LoadedNetworks, save_checkpoint
+from compute import flops_per_step
+from config import Config, PretrainConfig, SelfForcingConfig, config_to_dict
+from moving_mnist import DatasetConfig
 from rollout import RolloutPlan
 from runtime import Runtime
 from sampling import sample_few_step
+from speed import (
+    CACHE,
+    DENOISING,
+    TEXT,
+    GenerationSpeed,
+    block_ends,
+    cost,
+    count_training,
+    generate_in_phases,
+    sample_without_cache,
+    steady_block,
+    train_in_phases,
+    turns,
+)
+from stages import SelfForcingStage
 from text_encoder import TextEncoder, TextEncoderConfig
+from timing import REST, Phases, clock, flop_counter, time_in_turns
+from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+PROMPTS, SEEDS = ["a 3 moving up", "the digit 5"], [1, 2]
 
 
-def test_the_rollout_without_cache_makes_the_same_videos():
+@pytest.fixture
+def networks() -> LoadedNetworks:
     torch.manual_seed(0)
     text_encoder = TextEncoder(TextEncoderConfig(width=32, max_tokens=12)).eval()
-    networks = LoadedNetworks(build_small_model(), text_encoder, Config(training=SelfForcingConfig()), 0, {})
-    plan, runtime = RolloutPlan((1.0, 0.75, 0.5), 3), Runtime(torch.device("cpu"), torch.float32)
-    common = (["a 3 moving up", "the digit 5"], [1, 2], 9, plan, runtime)
-    with_cache = sample_few_step(networks.generator, text_encoder, *common)
+    return LoadedNetworks(build_small_model(), text_encoder, Config(training=SelfForcingConfig()), 0, {})
+
+
+def run_config(training: PretrainConfig | SelfForcingConfig) -> Config:
+    text, dataset = TextEncoderConfig(width=32), DatasetConfig(frame_size=8, digit_size=6)
+    return Config(model=ModelConfig(**SMALL_SIZES), text=text, dataset=dataset, training=training)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Checkpoints of a small untrained teacher and student."""
+    torch.manual_seed(1)
+    paths = {}
+    for name, training in (("teacher", PretrainConfig(teacher_steps=2)), ("student", SelfForcingConfig(denoising_steps=[1000, 500]))):
+        config, paths[name] = run_config(training), tmp_path / f"{name}.pt"
+        save_checkpoint(paths[name], {
+            "step": 0, "training_type": training.training_type, "config": config_to_dict(config), "prompts_drawn": {},
+            "generator_state_dict": randomise(TinyCausalWanModel(config.model)).state_dict(),
+            "text_encoder_state_dict": TextEncoder(config.text).state_dict(), "optimizer_state_dict": {},
+        })
+    return paths
+
+
+@pytest.fixture
+def training(files: dict[str, Path]) -> Config:
+    return run_config(SelfForcingConfig(
+        pretrained_checkpoint=str(files["teacher"]), batch_size=2, min_num_frames=6, max_num_frames=6, denoising_steps=[1000, 500],
+        dfake_gen_update_ratio=3, critic_warmup_steps=2,
+    ))
+
+
+def ticking() -> Phases:
+    """Phases whose gauge counts its own readings: every figure is exact."""
+    ticks = itertools.count()
+    return Phases(lambda: float(next(ticks)))
+
+
+@pytest.mark.parametrize("window", [None, 3, 6])
+def test_the_rollout_without_cache_makes_the_same_videos(networks, window):
+    plan = RolloutPlan((1.0, 0.75, 0.5), 3, window_frames=window, clamp_x_0=True)
+    common = (PROMPTS, SEEDS, 9, plan, CPU)
+    with_cache = sample_few_step(networks.generator, networks.text_encoder, *common)
     assert_close(sample_without_cache(networks, *common), with_cache, atol=1e-4, rtol=1e-4)
 
 
-def test_samplers_take_turns_and_the_warm_up_does_not_count():
+def test_contestants_take_turns_and_the_warm_up_does_not_count():
     calls: list[str] = []
-    seconds = time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2)
+    seconds = time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, CPU.device)
     assert calls == ["a", "b"] * 3 and set(seconds) == {"a", "b"} and min(seconds.values()) >= 0
 
 
-def test_a_missing_student_is_one_line(tmp_path):
+# --- phases -----------------------------------------------------------------------------------------------------------
+
+
+def test_phases_add_up_do_not_overlap_and_leave_no_trace():
+    class Worker:
+        def outer(self) -> int:
+            return self.inner() + 1
+
+        def inner(self) -> int:
+            return 1
+
+    worker, phases = Worker(), ticking()
+    with phases.watch((worker, "outer", "o"), (worker, "inner", "i")):
+        assert (worker.outer(), worker.inner(), worker.inner()) == (2, 1, 1)
+    assert phases.calls == [("o", 1, 2), ("i", 3, 4), ("i", 5, 6)] and (phases.begin, phases.end) == (0, 7)
+    assert phases.totals() == {"o": 1, "i": 2, REST: 4}
+    assert vars(worker) == {}, "the worker is as it was"
+
+
+def test_a_phase_that_fails_is_closed_and_a_missing_name_is_refused():
+    worker, phases = nn.Linear(2, 2), ticking()
+    with pytest.raises(RuntimeError), phases.watch((worker, "forward", "f")):
+        worker(torch.ones(1, 3))
+    assert [name for name, *_ in phases.calls] == ["f"] and "forward" not in vars(worker)
+    with pytest.raises(AttributeError, match="forwards"), phases.watch((worker, "forwards", "f")):
+        pass
+
+
+def test_watching_a_generation_changes_no_bit_and_sees_every_pass(networks):
+    plan, phases = RolloutPlan((1.0, 0.75, 0.5), 3), ticking()
+    watched = generate_in_phases(networks, PROMPTS, SEEDS, 9, plan, CPU, phases)
+    assert torch.equal(watched, sample_few_step(networks.generator, networks.text_encoder, PROMPTS, SEEDS, 9, plan, CPU))
+    assert [name for name, *_ in phases.calls] == [TEXT, TEXT, *([DENOISING] * 3 + [CACHE]) * 2, *[DENOISING] * 3]
+    assert sum(phases.totals().values()) == phases.whole
+    # readings: 0 is the start, 1 to 4 the text, then 6 a block and 2 a cache pass, whose first ends a block; one at the end
+    assert block_ends(phases) == [11, 19, 27]
+
+
+def test_a_steady_block_is_one_that_sees_a_full_window():
+    ends = [5.0, 6.0, 8.0, 11.0, 15.0]  # intervals 5 1 2 3 4
+    assert steady_block(ends, RolloutPlan((1.0,), 3, window_frames=9)) == 3
+    assert steady_block(ends, RolloutPlan((1.0,), 3, window_frames=3)) == 2.5  # never the first, which holds the text
+    assert steady_block(ends, RolloutPlan((1.0,), 3, window_frames=21)) == 4
+    assert steady_block(ends, RolloutPlan((1.0,), 3)) == 4
+    assert steady_block([5.0], RolloutPlan((1.0,), 3, window_frames=9)) == 5
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def pass_flops(config: ModelConfig, num_frames: int, past_frames: int, num_text: int) -> tuple[int, int]:
+    """A forward pass of one video by hand: all but the time embedding, and the most that this adds."""
+    width, queries = config.width, num_frames * config.tokens_per_patch_row
+    keys = queries + past_frames * config.tokens_per_patch_row
+    linear = (6 + 2 * config.ffn_ratio) * 2 * queries * width**2  # q k v o, cross q and o, feed-forward
+    attention = 2 * 2 * queries * (keys + num_text) * width  # q k^T and the sum over v, to the past and to the text
+    ends = 2 * 2 * queries * config.patch_values * width  # patches in, patches out
+    return config.num_layers * (linear + attention) + ends, num_frames * 2 * 8 * width**2
+
+
+def test_counted_flops_are_those_of_the_products_by_hand(networks):
+    plan = RolloutPlan((1.0, 0.75, 0.5), 3)
+    with flop_counter() as counter:
+        phases = Phases(counter.get_total_flops)
+        generate_in_phases(networks, PROMPTS, SEEDS, 9, plan, CPU, phases)
+    counted = [end - begin for name, begin, end in phases.calls if name == DENOISING]
+    for block in range(3):
+        least, time_embedding = pass_flops(networks.generator.config, 3, 3 * block, 12)
+        for flops in counted[3 * block: 3 * block + 3]:
+            assert 2 * least <= flops <= 2 * (least + time_embedding)
+    assert len(counted) == 9 and 0 < phases.totals()[CACHE] <= 2 / 3 * phases.totals()[DENOISING]
+
+
+def test_attention_is_counted_in_both_directions():
+    q = torch.randn(2, 3, 8, 4, requires_grad=True)
+    forward = 2 * 2 * (2 * 3) * 8 * 8 * 4
+    with flop_counter() as counter:
+        out = nn.functional.scaled_dot_product_attention(q, q, q)
+        assert counter.get_total_flops() == forward
+        out.sum().backward()
+    assert counter.get_total_flops() == forward * 3.5  # the scores once more, and a product for each of q, k, v and the weights
+
+
+def test_the_share_of_the_limit_is_flops_a_second_over_it():
+    assert cost(2.0, 100.0, 200.0).share_of_limit == 0.25 and cost(0.0, 0.0, 200.0).share_of_limit == 0
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_watching_a_training_step_changes_no_bit_and_finds_every_phase(training):
+    plain, watched = (SelfForcingStage(training, CPU, torch.Generator().manual_seed(3)) for _ in range(2))
+    phases: dict[int, Phases] = {}
+    for step in range(3):  # the last is the generator's
+        phases[step] = ticking()
+        assert plain.train_step(step) == train_in_phases(watched, step, phases[step])
+    for ours, theirs in ((plain.engine.generator, watched.engine.generator), (plain.engine.critic, watched.engine.critic)):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    critic = ["critic: loss", "critic: backward", *["critic: clipping, optimizer"] * 2, "averages"]
+    generator = ["scores", "generator: backward", *["generator: clipping, optimizer"] * 2, "averages"]
+    without_text = [[name for name, *_ in phases[step].calls if name != TEXT] for step in (1, 2)]
+    assert without_text == [["rollout", *critic], ["rollout", *generator, *critic]]
+
+
+def test_training_flops_over_a_cycle_are_those_that_compute_counts(training, monkeypatch):
+    monkeypatch.setattr("compute.FlopCounterMode", lambda display: flop_counter())  # which leaves out the CPU's attention
+    found, kinds, num_exits = count_training(training, CPU), turns(training.training), 2
+    assert kinds == {"generator": (2, pytest.approx(1 / 3)), "critic": (3, pytest.approx(2 / 3))}
+    assert set(found) == {(kind, exit_step) for kind in kinds for exit_step in range(num_exits)}
+    mean = sum(kinds[kind][1] / num_exits * sum(flops.values()) for (kind, _), (_, flops) in found.items())
+    assert 2 * mean == pytest.approx(flops_per_step(training), rel=1e-12)
+    for kind in kinds:  # a later exit costs more rollout and nothing else
+        first, last = (found[kind, exit_step][1] for exit_step in range(num_exits))
+        assert last["rollout"] > first["rollout"] and {**last, "rollout": 0} == {**first, "rollout": 0}
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def small_products(monkeypatch) -> None:
+    monkeypatch.setattr("timing.MATRIX_SIZES", (64,))
+    monkeypatch.setattr("speed.MATRIX_SIZES", (64,))
+    monkeypatch.setattr("timing.PRODUCT_FLOPS", 2 * 64**3)
+
+
+def test_every_part_reaches_the_terminal_and_the_file(files, tmp_path, monkeypatch, capsys):
+    small_products(monkeypatch)
+    monkeypatch.setattr(benchmark, "SelfForcingConfig", lambda **wishes: SelfForcingConfig(denoising_steps=[1000, 500], **wishes))
+    monkeypatch.setattr("speed.ANCHOR_SIZES", {"width": 48, "num_layers": 1, "num_heads": 3, "patch_size": [1, 2, 2]})
+    output = tmp_path / "speed.json"
+    main([
+        "--student", str(files["student"]), "--teacher", str(files["teacher"]), "--num_frames", "6", "--batch_sizes", "1", "2",
+        "--training_batch_size", "1", "--repeats", "1", "--device", "cpu", "--output", str(output),
+    ])
+    results, shown = json.loads(output.read_text()), capsys.readouterr().out
+    rows = results["generation"]
+    assert [(row["batch_size"], row["precision"], row["sampler"]) for row in rows] == [
+        (size, precision, sampler) for size in (1, 2) for precision in ("float32", "bfloat16")
+        for sampler in ("student", "no cache", "teacher")
+    ]
+    assert [row["split"] is not None for row in rows] == [row["sampler"] == "student" for row in rows]
+    student = rows[0]
+    assert set(student["split"]) == {TEXT, DENOISING, CACHE, REST}
+    assert sum(part["flops"] for part in student["split"].values()) == student["whole"]["flops"] == rows[6]["whole"]["flops"] / 2
+    assert rows[0]["whole"]["flops"] < rows[1]["whole"]["flops"], "without the cache the past is computed again"
+    assert [row["precision"] for row in results["training"]] == ["float32", "bfloat16"]
+    for row in results["training"]:
+        assert row["whole"]["seconds"] == pytest.approx((row["generator_turn_seconds"] + 3 * row["critic_turn_seconds"]) / 4)
+        assert sum(part["flops"] for part in row["split"].values()) == pytest.approx(row["whole"]["flops"])
+        assert {"rollout", "scores", "generator: backward", "critic: loss", "critic: backward", REST} < set(row["split"])
+    assert [(row["precision"], row["sampler"]) for row in results["anchor"]] == [("float32", "student"), ("bfloat16", "student")]
+    assert all(text in shown for text in ("first block", "cache pass", "limit:", "rollout", "critic: backward", "anchor:", "writing them"))
+    assert set(student) == set(GenerationSpeed.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(("wish", "message"), [
+    (["--repeats", "0"], "--repeats is 0: expected at least 1"),
+    (["--batch_sizes", "4", "0"], "--batch_sizes is 0: expected at least 1"),
+    (["--training_batch_size", "-1"], "--training_batch_size is -1: expected at least 1"),
+    (["--num_frames", "7"], "num_frames is 7: expected a positive multiple of num_frames_per_block=3"),
+    (["--num_frames", "0"], "num_frames is 0"),
+    (["--num_frames", "24"], "num_frames is 24: the bidirectional teacher makes at most the 21 frames"),
+    (["--output", "speed.txt"], "--output is speed.txt: expected a file name ending in .json"),
+    (["--output", "absent/speed.json"], "in a folder that exists"),
+    (["--device", "tpu"], "device is tpu"),
+    (["--student", "{teacher}"], "--student is a teacher: expected a checkpoint of Self-Forcing"),
+    (["--teacher", "{student}"], "--teacher is no bidirectional teacher"),
+    (["--student", "absent.pt"], "no checkpoint at"),
+])
+def test_bad_input_is_one_line_before_anything_is_measured(files, wish, message, monkeypatch):
+    monkeypatch.setattr(benchmark, "measure_generation", None)
+    wish = [part.format(**files) for part in wish]
     with pytest.raises(SystemExit) as caught:
-        main(["--student", str(tmp_path / "absent.pt")])
-    assert str(caught.value).startswith("error: no checkpoint at") and "\n" not in str(caught.value)
+        main(["--student", str(files["student"]), "--teacher", str(files["teacher"]), "--device", "cpu", *wish])
+    assert str(caught.value).startswith("error: ") and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_clock_goes_forward():
+    read = clock(CPU.device)
+    assert read() <= read()
