@@ -69,7 +69,8 @@ def hydra_is_set_up():
 
 @pytest.mark.parametrize("override", [
     "training.lr=1" + "0" * 400, "training=null", "experiment=3", "training.lr={a:1", "training.lr=${no.such}", "training.lr=${",
-    "seed=1e999", "model.frame_size=1" + "0" * 30, "training.adam_betas=[0.9,null]", "training.denoising_steps=[[1000]]", "training.num_steps=null", "run_name=\x00", "wandb=null",
+    "seed=1e999", "model.frame_size=1" + "0" * 30, "training.adam_betas=[0.9,null]", "training.denoising_steps=[[1000]]",
+    "training.num_steps=null", "run_name=\x00", "wandb=null",
     "training.num_frames_per_block=0", "training.decay_fraction=-nan", "training.resume=\'\'",
 ])
 def test_a_refusal_names_what_was_written(hydra_is_set_up, override):
