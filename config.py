@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -139,6 +139,8 @@ def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> st
 
     known_keys: those of another configuration than a training run's.
     """
+    if isinstance(error, OverrideParseException):
+        return f"{_shortened(error.override)} cannot be read ({_shortened(str(error))})"
     root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__
@@ -166,6 +168,23 @@ def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> st
     return "; ".join(lines)
 
 
+def explain_command_line(error: Exception, overrides: list[str]) -> str:
+    """`explain_refusal`, and the override at fault where Hydra's error does not know it."""
+    if isinstance(error, OverflowError):  # of an integer where a float belongs
+        longest = max(overrides, key=lambda override: max(map(len, re.findall(r"\d+", override)), default=0))
+        return f"{_shortened(longest)}: the number is too large"
+    reason = explain_refusal(error)
+    if reason.startswith("Config group override must be"):
+        groups = [override for override in overrides if override.partition("=")[0] in ("model", "dataset", "training", "experiment")]
+        return f"{', '.join(groups)}: {reason}"
+    return reason
+
+
+def _shortened(text: str) -> str:
+    """Its first line, at most 200 characters of it."""
+    return text.partition("\n")[0][:200]
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
     """A plain dict of numbers, strings, lists and dicts, as checkpoints store it."""
     return asdict(config)
@@ -180,10 +199,16 @@ def config_from_dict(plain: dict[str, Any]) -> Config:
         "model": ModelConfig, "text": TextEncoderConfig, "dataset": DatasetConfig, "training": TRAINING_KINDS[training_type],
         "wandb": WandbConfig,
     }
-    typed = {key: _typed(parts[key], value) if key in parts else value for key, value in plain.items()}
+    typed = {key: _typed(key, parts[key], value) if key in parts else value for key, value in plain.items()}
     return Config(**typed)
 
 
-def _typed(kind: type, plain: dict[str, Any]) -> Any:
-    """The dataclass `kind` of plain values, with every type checked as on the command line."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
+def _typed(group: str, kind: type, plain: dict[str, Any]) -> Any:
+    """The dataclass `kind` of plain values, with every type checked as on the command line. Raises ValueError in one line."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
+    except OverflowError as error:
+        raise ValueError(f"{group}: holds a whole number too large for a float") from error
+    except OmegaConfBaseException as error:
+        key = f"{group}.{error.full_key}" if error.full_key else group
+        raise ValueError(f"{key}: {str(error).partition(chr(10))[0]}") from error

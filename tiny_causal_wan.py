@@ -52,10 +52,10 @@ class ModelConfig:
             raise ValueError(f"model.patch_size is {list(self.patch_size)}: expected [temporal, height, width]")
         for axis, patch in zip(("height", "width"), self.patch_size[1:], strict=True):
             if self.frame_size % patch:
-                divisors = [n for n in range(1, self.frame_size + 1) if self.frame_size % n == 0]
+                divisors = [n for n in range(1, min(self.frame_size, 64) + 1) if self.frame_size % n == 0]  # larger patches: no use
                 raise ValueError(
                     f"model.patch_size {list(self.patch_size)}: the {axis} {patch} does not divide the frame size "
-                    f"{self.frame_size}; choose one of {divisors}"
+                    f"{self.frame_size} (model.frame_size); choose one of {divisors}"
                 )
         if self.width % self.num_heads or (self.width // self.num_heads) % 2 or self.width // self.num_heads < 6:
             raise ValueError(

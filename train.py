@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, checkpoint_config, remove_leftovers, save_checkpoint
 from comparison import compare
-from config import Config, build_config, config_to_dict, explain_refusal, register_schemas
+from config import Config, build_config, config_to_dict, explain_command_line, explain_refusal, register_schemas
 from digit_judge import JUDGE_PATH, DigitJudge, load_judge
 from few_step_stage import FewStepStage
 from health import JUDGED_COLUMNS, FixedPrompts, draw_run
@@ -329,8 +329,8 @@ def run_command_line() -> None:
         sys.exit(f"error: {chosen[0]} has no experiment: choose one too, such as experiment=table2")
     try:
         main()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises a bare ValueError for training=null
-        sys.exit(f"error: {explain_refusal(error)}")
+    except (HydraException, OmegaConfBaseException, OverflowError, ValueError) as error:  # Hydra lets bare ones of Python through
+        sys.exit(f"error: {explain_command_line(error, sys.argv[1:])}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,166 @@
+"""Whatever a user writes: any configuration composes or is refused in one line that names the key, any prompt becomes a video."""
+
+import json
+import math
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from omegaconf.errors import OmegaConfBaseException
+from test_generate import COMMON, STUDENT, write_networks
+
+from checkpoint import CheckpointError, checkpoint_config
+from config import Config, build_config, config_to_dict, explain_command_line, flatten, register_schemas
+from generate import main
+from training_config import TRAINING_KINDS
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CHOICES = {"pretrain": "pretrain", "dmd2": "self_forcing", "causal_ode": "causal_ode", "causal_consistency": "causal_consistency"}
+KEYS = {kind: tuple(flatten(config_to_dict(Config(training=TRAINING_KINDS[kind]())))) for kind in CHOICES}
+register_schemas()
+
+NUMBERS = st.one_of(
+    st.integers(-3, 40), st.integers(), st.sampled_from([0, -1, 2**31, 2**63, 10**400]), st.floats(), st.floats(-2, 2),
+)
+TEXTS = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from(["", "null", "true", "nan", "-inf", "1e999", "0x10", "1_0", "${seed}", "${no.such}", "???"]),
+)
+PLAIN = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
+VALUES = st.one_of(PLAIN, st.lists(PLAIN, max_size=4), st.dictionaries(st.text(max_size=3), PLAIN, max_size=2))
+
+
+def one_line_naming(message: str, key: str) -> None:
+    assert message and "\n" not in message and "Traceback" not in message, message
+    assert key in message or key.split(".")[-1] in message, f"{key} is not named: {message}"
+
+
+def as_override(key: str, value: object) -> str:
+    """As it is written on the command line."""
+    if isinstance(value, str) or value is None:
+        return f"{key}={'null' if value is None else value}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{key}={value}"
+    return f"{key}={json.dumps(value)}"
+
+
+def compose_or_refuse(overrides: list[str]) -> str | None:
+    """None where it composes, else the one line that train.py would print."""
+    try:
+        config = build_config(compose("train", overrides))
+    except (HydraException, OmegaConfBaseException, OverflowError, ValueError) as error:  # what train.py makes a line of, no others
+        return explain_command_line(error, overrides)
+    assert isinstance(config, Config)
+    return None
+
+
+@pytest.fixture(scope="module")
+def hydra_is_set_up():
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
+
+
+@pytest.mark.parametrize("override", [
+    "training.lr=1" + "0" * 400, "training=null", "experiment=3", "training.lr={a:1", "training.lr=${no.such}", "training.lr=${",
+    "seed=1e999", "model.frame_size=1" + "0" * 30, "training.adam_betas=[0.9,null]", "training.denoising_steps=[[1000]]",
+    "training.num_steps=null", "run_name=\x00", "wandb=null",
+    "training.num_frames_per_block=0", "training.decay_fraction=-nan", "training.resume=\'\'",
+])
+def test_a_refusal_names_what_was_written(hydra_is_set_up, override):
+    message = compose_or_refuse([override])
+    assert message is not None
+    one_line_naming(message, override.partition("=")[0])
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+def test_any_value_on_the_command_line_composes_or_is_refused_in_one_line(hydra_is_set_up, data):
+    try_any_value(data)
+
+
+@pytest.mark.slow
+@given(st.data())
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_thousand_values_on_the_command_line_compose_or_are_refused_in_one_line(hydra_is_set_up, data):
+    try_any_value(data)
+
+
+def try_any_value(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(sorted(CHOICES)))
+    key = data.draw(st.sampled_from(KEYS[kind]))
+    value = data.draw(VALUES)
+    message = compose_or_refuse([f"training={CHOICES[kind]}", as_override(key, value)])
+    if message is not None:
+        one_line_naming(message, key)
+
+
+@given(st.data())
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+def test_any_value_in_a_stored_configuration_is_read_or_refused_in_one_line(data):
+    kind = data.draw(st.sampled_from(sorted(CHOICES)))
+    plain = config_to_dict(Config(training=TRAINING_KINDS[kind]()))
+    for key in data.draw(st.lists(st.sampled_from(KEYS[kind]), min_size=1, max_size=2, unique=True)):
+        *groups, name = key.split(".")
+        inner = plain
+        for group in groups:
+            inner = inner[group]
+        inner[name] = data.draw(VALUES)
+    try:
+        config = checkpoint_config(Path("file.pt"), {"config": plain})
+    except CheckpointError as error:
+        assert re.fullmatch(r"file\.pt: its configuration does not fit this version of the code \(.*\)", str(error)), str(error)
+    else:
+        assert isinstance(config, Config)
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------------
+
+NASTY = (
+    "", " ", "a 7 moving up " * 2500, "\x00\x01\x1b[31m\x7f\x85", "a\x00 7\r\n\t\u2028\u202e", "\u0663 \u2167 \u4e03 \U0001f600\u200d",
+    "e\u0301" * 200, "../../etc/passwd", "C:\\con\\nul", "'\"`$(rm)`{}[]", "\ufeff\ufffe\uffff",
+    "a" * 100_000, "%s %n {0}", "<svg onload=x>",
+)
+
+
+@pytest.fixture(scope="module")
+def student_path(tmp_path_factory) -> Path:
+    return write_networks(tmp_path_factory.mktemp("student") / "student.pt", STUDENT)
+
+
+def generated(student_path: Path, folder: Path, prompts: list[str]) -> None:
+    """Each of the prompts is a video, and its JSON gives it back; no file stands anywhere else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call = ["--checkpoint", str(student_path), "--num_frames", "3", "--output_dir", str(folder / "out"), *COMMON]
+        main([*call, "--prompts", *prompts])
+    told = json.loads((folder / "out" / "generation.json").read_text())["videos"]
+    assert [video["prompt"] for video in told] == prompts and [item.name for item in folder.iterdir()] == ["out"]
+    for video in told:
+        path = folder / "out" / video["file"]
+        assert path.stat().st_size > 100 and path.name.isascii() and path.name.isprintable()
+        assert json.loads(path.with_suffix(".json").read_text())["prompt"] == video["prompt"]
+
+
+def test_nasty_prompts_become_videos(student_path, tmp_path, capfd):
+    generated(student_path, tmp_path, list(NASTY))
+    assert all(line.isprintable() for line in re.split(r"[\r\n]", capfd.readouterr().out))
+
+
+@given(prompts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=8))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_any_prompts_become_videos(student_path, tmp_path_factory, prompts):
+    generated(student_path, tmp_path_factory.mktemp("prompts"), ["a " + prompt if prompt.startswith("-") else prompt for prompt in prompts])
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", "a 7 \udcff up", "\udc80" * 3])
+def test_half_a_character_is_refused_in_one_line(student_path, tmp_path, prompt):
+    with pytest.raises(SystemExit, match="^error: the prompt .* is not valid text: give it in UTF-8$") as caught:
+        main(["--checkpoint", str(student_path), "--prompts", prompt, "--output_dir", str(tmp_path / "out"), *COMMON])
+    assert caught.value.code.isprintable() and not (tmp_path / "out").exists()
