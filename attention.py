@@ -1,50 +1,130 @@
-"""What a token may see and where it stands: attention masks and the tables of 3-D RoPE. Pure functions, kept once made.
+"""What a token may see and where it stands: windows, attention masks and 3-D RoPE. Pure functions, tables kept once made.
 
 Dimensions: T, Y, X the patch grid, N = Y X tokens a patch row in time, S = T N tokens of a video, d the head size.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a kept mask must also serve later training
-def block_causal_mask(
-    num_frames: int, num_frames_per_block: int, window_frames: int | None, temporal_patch: int, tokens_per_patch_row: int,
-    device: torch.device,
-) -> Tensor:
-    """(S, S) bool, True where a query may look: its own block and the earlier ones inside the window.
+@dataclass(frozen=True)
+class ContextWindow:
+    """Of which frames the blocks consist and what a block may see of the earlier ones; frames everywhere.
 
-    The window ends with the query's block and counts it, exactly as `KVCache` does.
+    window_frames: how many frames a block sees, itself and the sink included; None for all. sink_frames: so many first frames
+    stay visible for ever (attention sink, arXiv 2309.17453): once frames between have left the window, they stand right
+    before those that remain, so that no two frames are further apart than the window. hide_first_block: the last block of a
+    video does not see the first one, as if it had left the window (Self-Forcing, arXiv 2506.08009, section 3.4).
+    independent_first_frame: the first block is one frame, [1, 3, 3, ...].
     """
-    frame = torch.arange(0, num_frames, temporal_patch, device=device)  # (T,) first frame of each patch row
-    block_end = (frame // num_frames_per_block + 1) * num_frames_per_block
-    allowed = frame[None, :] < block_end[:, None]  # (T query, T key)
-    if window_frames is not None:
-        allowed &= frame[None, :] >= block_end[:, None] - max(window_frames, num_frames_per_block)
-    return allowed.repeat_interleave(tokens_per_patch_row, 0).repeat_interleave(tokens_per_patch_row, 1)
+
+    window_frames: int | None = None
+    sink_frames: int = 0
+    hide_first_block: bool = False
+    independent_first_frame: bool = False
+
+    def check(self, num_frames_per_block: int, prefix: str = "") -> None:
+        """Raise ValueError naming a key, after the prefix, that does not fit blocks of num_frames_per_block frames."""
+        window, sink = self.window_frames, self.sink_frames
+        if window is not None and window < num_frames_per_block:
+            raise ValueError(
+                f"{prefix}window_frames is {window}: a block counts itself, so expected at least "
+                f"num_frames_per_block={num_frames_per_block}"
+            )
+        if sink < 0 or (window is not None and sink > window - num_frames_per_block):
+            room = " or more"
+            if window is not None:
+                room = f" to {window - num_frames_per_block}, window_frames={window} less a block of {num_frames_per_block}"
+            raise ValueError(f"{prefix}sink_frames is {sink}: expected 0{room}; a sink is part of the window")
+        if self.hide_first_block and sink:
+            raise ValueError(f"{prefix}sink_frames is {sink}: expected 0 where the first block is hidden from the last one")
+
+    def block_sizes(self, num_frames: int, num_frames_per_block: int) -> list[int]:
+        """Frames of each block of a video. Raises ValueError where they do not add up to num_frames."""
+        first = [1] if self.independent_first_frame and num_frames else []
+        num_blocks, rest = divmod(num_frames - len(first), num_frames_per_block)
+        if rest:
+            one = "one frame and " if first else ""
+            raise ValueError(f"{num_frames} frames: expected {one}a multiple of the block of {num_frames_per_block}")
+        return first + [num_frames_per_block] * num_blocks
+
+
+WHOLE_PAST = ContextWindow()
+
+
+@dataclass(frozen=True)
+class KeyLayout:
+    """What every query of a masked pass may see. mask (S_q, S_k + sink copies): True where it may look; sink_rows: so many first
+    patch rows appear once more for each entry of copy_rows, standing from that row on, behind all other keys."""
+
+    mask: Tensor
+    sink_rows: int
+    copy_rows: tuple[int, ...]
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a kept mask must also serve later training
-def teacher_forcing_mask(
-    num_frames: int, num_frames_per_block: int, window_frames: int | None, temporal_patch: int, tokens_per_patch_row: int,
+def block_causal_layout(
+    num_frames: int, num_frames_per_block: int, context: ContextWindow, temporal_patch: int, tokens_per_patch_row: int,
     device: torch.device,
-) -> Tensor:
-    """(2 S, 2 S) bool for the doubled sequence [clean | noisy], True where a query may look.
+) -> KeyLayout:
+    """Each query sees its own block and the earlier ones inside the window, exactly as `KVCache` shows them.
+
+    The window ends with the query's block and counts it. A block whose window has left frame 0 behind sees a copy of the
+    sink, placed right before the frames that are left.
+    """
+    sizes = torch.tensor(context.block_sizes(num_frames, num_frames_per_block))
+    ends = sizes.cumsum(0)  # (K,) where each block ends
+    frame = torch.arange(0, num_frames, temporal_patch)  # (T,) first frame of each patch row
+    block_end = ends.repeat_interleave(sizes)[frame]  # (T,) of each row's block
+    allowed = frame[None, :] < block_end[:, None]  # (T query, T key)
+    copies: list[int] = []  # ends of the blocks that see a copy of the sink
+    if context.window_frames is not None:
+        window, sink = context.window_frames, context.sink_frames
+        has_rolled = (block_end > window)[:, None]
+        allowed &= ~has_rolled | (frame[None, :] >= block_end[:, None] - (window - sink))
+        copies = [end for end in ends.tolist() if end > window] if sink else []
+    if context.hide_first_block and len(sizes) > 1:
+        allowed &= ~((block_end == num_frames)[:, None] & (frame < sizes[0])[None, :])
+    sink_rows = context.sink_frames // temporal_patch
+    seen = [(block_end == end)[:, None].expand(-1, sink_rows) for end in copies]  # (T, sink rows) each
+    mask = torch.cat([allowed, *seen], dim=1).repeat_interleave(tokens_per_patch_row, 0).repeat_interleave(tokens_per_patch_row, 1)
+    first_rows = tuple((end - (context.window_frames or 0)) // temporal_patch for end in copies)
+    return KeyLayout(mask.to(device), sink_rows, first_rows)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a kept mask must also serve later training
+def teacher_forcing_layout(
+    num_frames: int, num_frames_per_block: int, context: ContextWindow, temporal_patch: int, tokens_per_patch_row: int,
+    device: torch.device,
+) -> KeyLayout:
+    """The doubled sequence [clean | noisy], and the clean sink's copies behind it.
 
     A clean block sees what a causal one sees: clean blocks up to itself. A noisy block sees the clean blocks before it
     and itself, never another noisy block: what the KV cache shows it where the finished blocks are the clean ones.
     """
-    causal = block_causal_mask(num_frames, num_frames_per_block, window_frames, temporal_patch, tokens_per_patch_row, device)
-    own = causal & causal.T  # (S, S) query and key in the same block
+    layout = block_causal_layout(num_frames, num_frames_per_block, context, temporal_patch, tokens_per_patch_row, device)
+    sizes = torch.tensor(context.block_sizes(num_frames, num_frames_per_block))
+    block = torch.arange(len(sizes)).repeat_interleave(sizes)[::temporal_patch].repeat_interleave(tokens_per_patch_row).to(device)
+    own = block[:, None] == block[None, :]  # (S, S) query and key in the same block
+    causal, copies = layout.mask[:, :len(own)], layout.mask[:, len(own):]
     to_clean = torch.cat([causal, causal & ~own])  # (2 S, S)
     to_noisy = torch.cat([torch.zeros_like(own), own])  # (2 S, S)
-    return torch.cat([to_clean, to_noisy], dim=1)
+    return KeyLayout(torch.cat([to_clean, to_noisy, copies.repeat(2, 1)], dim=1), layout.sink_rows, layout.copy_rows)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rotate x (..., S, d) by `rope_angles`: the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i.
+
+    out: where the result goes, in passes without gradient.
+    """
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype), out=out)
 
 
 @lru_cache(maxsize=256)

@@ -88,6 +88,12 @@ def check_parts_fit(config: Config) -> None:
         training.num_frames_per_block % model.patch_size[0] == 0, "model.patch_size", list(model.patch_size),
         f"a temporal patch that divides training.num_frames_per_block={training.num_frames_per_block}",
     )
+    for name, frames in (("window_frames", training.window_frames or 0), ("sink_frames", training.sink_frames)):
+        require(frames % model.patch_size[0] == 0, f"training.{name}", frames, f"a multiple of the temporal patch {model.patch_size[0]}")
+    require(
+        model.patch_size[0] == 1 or not training.independent_first_frame, "training.independent_first_frame", True,
+        f"false with a temporal patch of {model.patch_size[0]} frames",
+    )
 
 
 def register_schemas() -> None:

@@ -8,8 +8,10 @@ Dimensions: B batch, F frames, C channels, H height, W width.
 from __future__ import annotations
 
 import copy
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ from flow_matching import (
     x_0_from_velocity,
 )
 from objectives import x_0_prediction_loss
-from rollout import clamp_to_data, few_step_plan, make_noise_streams, rollout_blocks
+from rollout import PromptSwitch, clamp_to_data, few_step_plan, make_noise_streams, rollout_blocks
 from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
 from training_config import SelfForcingConfig, check_num_frames
 
@@ -93,8 +95,9 @@ class SelfForcingEngine:
     def rollout(self, prompt: PromptContext, num_frames: int, with_gradient: bool) -> Rollout:
         """Generate from noise as inference does, stopping at a random exit step (Algorithm 1)."""
         config = self.config
-        check_num_frames("num_frames", num_frames, config.num_frames_per_block)
-        num_blocks = num_frames // config.num_frames_per_block
+        check_num_frames("num_frames", num_frames, config.num_frames_per_block, config.independent_first_frame)
+        sizes = config.context.block_sizes(num_frames, config.num_frames_per_block)
+        num_blocks = len(sizes)
         num_exits = 1 if config.same_exit_step else num_blocks
         exits = torch.randint(len(self.plan.times), (num_exits,), generator=self.random).tolist()
         exit_steps = exits * num_blocks if config.same_exit_step else exits
@@ -102,12 +105,30 @@ class SelfForcingEngine:
         first_scored = max(num_frames - config.gradient_frames, 0)
         blocks = rollout_blocks(
             self.generator, prompt, make_noise_streams(seeds), num_blocks, self.plan, exit_steps=exit_steps,
-            first_gradient_block=first_scored // config.num_frames_per_block if with_gradient else None,
+            gradient_blocks=range(sum(end <= first_scored for end in accumulate(sizes)), num_blocks) if with_gradient else range(0),
         )
         with torch.set_grad_enabled(with_gradient):
             x_0 = torch.cat(list(blocks), dim=1)
-            frame_exits = torch.tensor([exit_steps] * len(x_0)).repeat_interleave(config.num_frames_per_block, 1)
+            frame_exits = torch.tensor([exit_steps] * len(x_0)).repeat_interleave(torch.tensor(sizes), 1)
             return Rollout(x_0, x_0[:, first_scored:], exit_steps, frame_exits[:, first_scored:])
+
+    def stream(
+        self, prompt: PromptContext, seed: int, switch: str = "recache"
+    ) -> Generator[Tensor, PromptContext | None, None]:
+        """The generator's video of each prompt for ever, one block (B, F_block, C, H, W) at a time, without gradient.
+
+        A prompt that is sent holds from the next block on, which is what `send` returns; switch: see `PromptSwitch`. Video k of
+        the batch has the seed `seed` + k. Memory is constant where training has a window, which is that of the length otherwise.
+        """
+        window = self.config.max_num_frames if self.config.window_frames is None else self.config.window_frames
+        plan = replace(self.plan, context=replace(self.plan.context, window_frames=window, hide_first_block=False))
+        seeds = list(range(seed, seed + len(prompt.pooled)))
+        blocks = rollout_blocks(self.generator, prompt, make_noise_streams(seeds), None, plan)
+        sent: PromptContext | None = None
+        while True:
+            with torch.no_grad():  # closed before the yield: it must not hold for whoever consumes the stream
+                block = blocks.send(None if sent is None else PromptSwitch(sent, switch))
+            sent = yield block
 
     def denoise_real(self, prompt: PromptContext, x_real: Tensor, with_gradient: bool) -> Rollout:
         """Noise real videos (B, F, C, H, W), every block to a few-step time of its own, and denoise them in one pass.
@@ -116,16 +137,17 @@ class SelfForcingEngine:
         ("teacher_forced"): in both cases data, never what the generator made, which is what Self-Forcing changes.
         """
         block, num_frames = self.config.num_frames_per_block, x_real.shape[1]
-        check_num_frames("num_frames", num_frames, block)
-        exits = torch.randint(len(self.plan.times), (len(x_real), num_frames // block), generator=self.random)
-        frame_exits = exits.repeat_interleave(block, 1)  # (B, F)
+        context = self.config.context
+        sizes = torch.tensor(context.block_sizes(num_frames, block))
+        exits = torch.randint(len(self.plan.times), (len(x_real), len(sizes)), generator=self.random)
+        frame_exits = exits.repeat_interleave(sizes, 1)  # (B, F)
         t = torch.tensor(self.plan.times)[frame_exits].to(x_real.device)
         x_t = add_noise(x_real, torch.randn(x_real.shape, generator=self.random).to(x_real.device), t)
         with torch.set_grad_enabled(with_gradient):
             if self.config.generator_inputs == "teacher_forced":
-                v = self.generator.forward_teacher_forced(x_t, t, x_real, prompt, block)
+                v = self.generator.forward_teacher_forced(x_t, t, x_real, prompt, block, context)
             else:
-                v = self.generator.forward_block_causal(x_t, t, prompt, block)
+                v = self.generator.forward_block_causal(x_t, t, prompt, block, context)
             x_0 = x_0_from_velocity(x_t, v, t)
             x_0 = clamp_to_data(x_0) if self.config.clamp_x_0 else x_0
         scored = slice(max(num_frames - self.config.gradient_frames, 0), None)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attention import WHOLE_PAST, ContextWindow
 from flow_matching import add_noise, classifier_free_guidance, expand_time, sampling_times, x_0_from_velocity
 from rollout import BidirectionalPlan, many_step_plan, rollout_blocks, sample_bidirectional
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
@@ -31,15 +32,16 @@ class Trajectory:
 def ode_trajectory(
     teacher: TinyCausalWanModel, prompt: PromptContext, null_prompt: PromptContext, streams: list[torch.Generator], num_frames: int,
     num_frames_per_block: int, num_steps: int, kept_steps: list[int], time_shift: float, guidance: float, is_causal: bool,
+    context: ContextWindow = WHOLE_PAST,
 ) -> Trajectory:
     """Euler trajectories of the guided teacher in num_steps steps; those of the steps in kept_steps are handed out.
 
     is_causal: block by block, each from the clean blocks before it; otherwise all frames at once.
     """
     if is_causal:
-        plan = many_step_plan(num_steps, time_shift, num_frames_per_block, guidance)
+        plan = many_step_plan(num_steps, time_shift, num_frames_per_block, guidance, context)
         walks: list[list[Tensor]] = []
-        num_blocks = num_frames // num_frames_per_block
+        num_blocks = len(context.block_sizes(num_frames, num_frames_per_block))
         x_0 = torch.cat(list(rollout_blocks(teacher, prompt, streams, num_blocks, plan, null_prompt, trace=walks)), dim=1)
         trace = [torch.cat(blocks, dim=1) for blocks in zip(*walks, strict=True)]
     else:
@@ -58,20 +60,22 @@ def draw_step_orders(num_steps: int, batch_size: int, num_blocks: int, generator
 
 
 def ode_regression_loss(
-    student: TinyCausalWanModel, trajectory: Trajectory, steps: Tensor, prompt: PromptContext, num_frames_per_block: int, is_causal: bool
+    student: TinyCausalWanModel, trajectory: Trajectory, steps: Tensor, prompt: PromptContext, num_frames_per_block: int, is_causal: bool,
+    context: ContextWindow = WHOLE_PAST,
 ) -> Tensor:
     """mean |G(x_t, t) - x_0|^2 along the teacher's trajectories (CausVid, arXiv 2412.07772, section 4.3).
 
     steps (B, K): which of the trajectory's times each block stands at. is_causal: the student sees the clean blocks from
     which the teacher went on; otherwise, as the original, the earlier blocks at their own times.
     """
-    frame_steps = steps.repeat_interleave(num_frames_per_block, 1).to(trajectory.times.device)  # (B, F)
+    sizes = torch.tensor(context.block_sizes(trajectory.x_0.shape[1], num_frames_per_block))
+    frame_steps = steps.repeat_interleave(sizes, 1).to(trajectory.times.device)  # (B, F)
     t = trajectory.times[frame_steps]
     x_t = trajectory.x_t.gather(0, expand_time(frame_steps, trajectory.x_0).expand_as(trajectory.x_0)[None])[0]
     if is_causal:
-        v = student.forward_teacher_forced(x_t, t, trajectory.x_0, prompt, num_frames_per_block)
+        v = student.forward_teacher_forced(x_t, t, trajectory.x_0, prompt, num_frames_per_block, context)
     else:
-        v = student.forward_block_causal(x_t, t, prompt, num_frames_per_block)
+        v = student.forward_block_causal(x_t, t, prompt, num_frames_per_block, context)
     return (x_0_from_velocity(x_t, v, t) - trajectory.x_0).square().mean()
 
 
@@ -86,7 +90,7 @@ class TeacherPrompts:
 def consistency_loss(
     student: TinyCausalWanModel, target: TinyCausalWanModel, teacher: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext,
     target_prompt: PromptContext, teacher_prompts: TeacherPrompts, num_frames_per_block: int, times: Tensor, guidance: float,
-    generator: torch.Generator,
+    generator: torch.Generator, context: ContextWindow = WHOLE_PAST,
 ) -> Tensor:
     """mean |f(x_t, t) - f_target(x_s, s)|^2 with f the prediction of x_0 (consistency distillation, arXiv 2303.01469, Eq. 7).
 
@@ -94,16 +98,16 @@ def consistency_loss(
     Euler step of the guided teacher from x_t. target is the student's moving average. All three see the clean blocks of
     x_0 before the block. At s = 0 the velocity does not count and f is x_s: the boundary condition holds by itself.
     """
-    num_blocks = x_0.shape[1] // num_frames_per_block
-    index = torch.randint(len(times) - 1, (len(x_0), num_blocks), generator=generator).repeat_interleave(num_frames_per_block, 1)
+    sizes = torch.tensor(context.block_sizes(x_0.shape[1], num_frames_per_block))
+    index = torch.randint(len(times) - 1, (len(x_0), len(sizes)), generator=generator).repeat_interleave(sizes, 1)
     t, s = times[index].to(x_0.device), times[index + 1].to(x_0.device)  # (B, F)
     x_t = add_noise(x_0, torch.randn(x_0.shape, generator=generator).to(x_0.device), t)
     with torch.no_grad():  # teacher and target are constants here
         cond, null = (
-            teacher.forward_teacher_forced(x_t, t, x_0, context, num_frames_per_block)
-            for context in (teacher_prompts.cond, teacher_prompts.null)
+            teacher.forward_teacher_forced(x_t, t, x_0, encoded, num_frames_per_block, context)
+            for encoded in (teacher_prompts.cond, teacher_prompts.null)
         )
         x_s = x_t + expand_time(s - t, x_t) * classifier_free_guidance(cond, null, guidance)
-        goal = x_0_from_velocity(x_s, target.forward_teacher_forced(x_s, s, x_0, target_prompt, num_frames_per_block), s)
-    v = student.forward_teacher_forced(x_t, t, x_0, prompt, num_frames_per_block)
+        goal = x_0_from_velocity(x_s, target.forward_teacher_forced(x_s, s, x_0, target_prompt, num_frames_per_block, context), s)
+    v = student.forward_teacher_forced(x_t, t, x_0, prompt, num_frames_per_block, context)
     return (x_0_from_velocity(x_t, v, t) - goal).square().mean()

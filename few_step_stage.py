@@ -68,13 +68,15 @@ class FewStepStage:
         with self.runtime.autocast():
             trajectory = ode_trajectory(
                 self.teacher, prompts.cond, prompts.null, streams, num_frames, config.num_frames_per_block, config.trajectory_steps,
-                kept, config.time_shift, config.guidance, self.is_causal,
+                kept, config.time_shift, config.guidance, self.is_causal, config.context,
             )
         total = 0.0
-        for steps in draw_step_orders(len(kept), len(indices), num_frames // config.num_frames_per_block, self.random):
+        num_blocks = len(config.context.block_sizes(num_frames, config.num_frames_per_block))
+        for steps in draw_step_orders(len(kept), len(indices), num_blocks, self.random):
             with self.runtime.autocast():
                 loss = ode_regression_loss(
-                    self.student, trajectory, steps, self.student.encode_prompt(*text), config.num_frames_per_block, self.is_causal
+                    self.student, trajectory, steps, self.student.encode_prompt(*text), config.num_frames_per_block, self.is_causal,
+                    config.context,
                 ) / len(kept)
             loss.backward()  # row by row: the memory of one
             total += loss.item()
@@ -90,7 +92,7 @@ class FewStepStage:
             loss = consistency_loss(
                 self.student, self.average, self.teacher, batch.video.to(self.runtime.device), self.student.encode_prompt(*text),
                 target_prompt, prompts, config.num_frames_per_block, sampling_times(config.consistency_steps, config.time_shift),
-                config.guidance, self.random,
+                config.guidance, self.random, config.context,
             )
         loss.backward()
         return loss.item()
@@ -107,7 +109,7 @@ class FewStepStage:
         config, num_steps = self.config, self.config.teacher_steps
         common = (self.text_encoder, prompts, seeds, num_frames)
         if self.is_causal:
-            many = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance)
+            many = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance, config.context)
             teacher = sample_few_step(self.teacher, *common, many, self.runtime)
         else:
             teacher = sample_many_step(self.teacher, *common, teacher_plan(config), self.runtime)

@@ -37,9 +37,12 @@ from torch import Tensor
 
 from checkpoint import LoadedNetworks, load_networks
 from config import DEVICES, PRECISIONS
-from rollout import RolloutPlan
+from rollout import SWITCHES, RolloutPlan
 from runtime import Runtime, code_digest, resolve_runtime
 from sampling import BidirectionalPlan, SamplerSettings, check_length, generate, require_at_least_one
+from streaming import PromptSchedule
+from training_config import TrainingConfig
+from video_input import load_frames
 from video_io import contact_sheet, save_array, save_video, to_display
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "pretrained" / "student.pt"
@@ -131,6 +134,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="default: pretrained/student.pt of this repository")
     parser.add_argument("--prompts", nargs="+", metavar="PROMPT", help="default: a few that show the grammar; \"\" is no prompt")
+    parser.add_argument(
+        "--schedule", nargs="+", metavar="FRAME:PROMPT", help="prompts that take turns in one video: \"0: a 3\" \"42: a 7 moving left\""
+    )
+    parser.add_argument("--switch", choices=SWITCHES, default="recache", help="what becomes of the cache when the prompt changes")
+    parser.add_argument("--init", type=Path, metavar="PATH", help="go on from this picture or clip: PNG (a strip too), GIF, MP4 or npz")
+    parser.add_argument("--window_frames", type=int, help="a block sees so many frames, itself included; default: as trained")
+    parser.add_argument("--sink_frames", type=int, help="of these so many first ones for ever; default: as trained")
     parser.add_argument("--samples_per_prompt", type=int, default=1)
     parser.add_argument("--num_frames", type=int, help="a multiple of the block; default: the longest video of the training")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
@@ -153,9 +163,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise ValueError for what can be refused before the checkpoint is read."""
     require_at_least_one("--samples_per_prompt", arguments.samples_per_prompt)
     require_at_least_one("--batch_size", arguments.batch_size)
+    if arguments.prompts and arguments.schedule:
+        raise ValueError("--prompts and --schedule exclude each other: the schedule names all prompts of its video")
     if not 0 <= arguments.seed <= MAX_SEED:
         raise ValueError(f"--seed is {arguments.seed}: expected 0 to {MAX_SEED}")
-    for prompt in arguments.prompts or ():
+    for prompt in (*(arguments.prompts or ()), *(arguments.schedule or ())):
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -183,29 +195,45 @@ def _facts(
     }
 
 
+def default_length(training: TrainingConfig, first_frames: Tensor | None) -> int:
+    """The longest video of the training; a given clip and whole blocks, at least one, up to about that many frames."""
+    if first_frames is None:
+        return training.max_num_frames
+    given, block = len(first_frames), training.num_frames_per_block
+    return given + max((training.max_num_frames - given) // block, 1) * block
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Load, sample, write, report. Raises CheckpointError, ValueError and OSError, each with one line."""
     check_arguments(arguments)
     steps = arguments.denoising_steps
-    settings = SamplerSettings(None if steps is None else tuple(steps), arguments.num_steps, arguments.guidance, arguments.eta)
+    settings = SamplerSettings(None if steps is None else tuple(steps), arguments.num_steps, arguments.guidance, arguments.eta,
+                               arguments.window_frames, arguments.sink_frames)
+    schedule = None if arguments.schedule is None else PromptSchedule.parse(arguments.schedule)
     runtime = resolve_runtime(arguments.device, arguments.precision)
     networks = load_networks(arguments.checkpoint, runtime.device)
     training = networks.config.training
-    num_frames = training.max_num_frames if arguments.num_frames is None else arguments.num_frames
     plan = settings.make_plan(training)
-    check_length(num_frames, plan, training)
+    model = networks.config.model
+    first_frames = None if arguments.init is None else load_frames(arguments.init, model.frame_size, model.channels)
+    num_frames = default_length(training, first_frames) if arguments.num_frames is None else arguments.num_frames
+    check_length(num_frames, plan, training, schedule, first_frames)
     require_writable(arguments.output_dir)
     facts = _facts(arguments.checkpoint, networks, settings, plan, num_frames, arguments.batch_size, runtime)
 
-    asked = arguments.prompts or DEFAULT_PROMPTS[networks.config.dataset.num_digits]
+    facts["schedule"] = None if schedule is None else {"entries": schedule.entries, "switch": arguments.switch}
+    facts["init"] = None if arguments.init is None else {"name": arguments.init.name, "num_frames": len(first_frames)}
+    asked = arguments.prompts or (schedule and [schedule.entries[0][1]]) or DEFAULT_PROMPTS[networks.config.dataset.num_digits]
     prompts = [prompt for prompt in asked for _ in range(arguments.samples_per_prompt)]
     seeds = [arguments.seed + sample for _ in asked for sample in range(arguments.samples_per_prompt)]
     print(f"{arguments.checkpoint.name}: {training.training_type}, step {networks.step}, {facts['sampler']['kind']}, on {runtime}")
     start = time.perf_counter()
-    videos = generate(networks, prompts, seeds, num_frames, settings, runtime, arguments.batch_size, show_progress=True)
+    videos = generate(networks, prompts, seeds, num_frames, settings, runtime, arguments.batch_size, show_progress=True,
+                      schedule=schedule, switch=arguments.switch, first_frames=first_frames)
     seconds = time.perf_counter() - start
 
-    paths = write_videos(arguments.output_dir, videos, prompts, seeds, arguments.format, facts)
+    titles = prompts if schedule is None else [str(schedule)] * len(prompts)
+    paths = write_videos(arguments.output_dir, videos, titles, seeds, arguments.format, facts)
     if paths[-1].name != "generation.json":
         print(f"files of an earlier call stand in {arguments.output_dir}: this call's names end in {paths[-1].stem[len('generation'):]}")
     frames_per_second = len(prompts) * num_frames / seconds

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attention import WHOLE_PAST, ContextWindow
 from flow_matching import add_noise, expand_time, sample_time, x_0_from_velocity
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 
@@ -37,7 +38,7 @@ def bidirectional_loss(
 
 def block_causal_loss(
     model: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext, num_frames_per_block: int, clean_prefix_probability: float,
-    time_shift: float, time_floor: float, generator: torch.Generator,
+    time_shift: float, time_floor: float, generator: torch.Generator, context: ContextWindow = WHOLE_PAST,
 ) -> Tensor:
     """Diffusion forcing (arXiv 2407.01392) with block-causal attention, one time per block, and clean context.
 
@@ -45,42 +46,43 @@ def block_causal_loss(
     loss: this is the context that the KV cache supplies at inference. Share 0 is diffusion forcing itself.
     """
     t, frame_weight = sample_block_times(
-        x_0.shape[0], x_0.shape[1], num_frames_per_block, clean_prefix_probability, time_shift, generator
+        x_0.shape[0], x_0.shape[1], num_frames_per_block, clean_prefix_probability, time_shift, generator, context
     )
     t, frame_weight = t.to(x_0.device), frame_weight.to(x_0.device)
     x_t = add_noise(x_0, _noise_like(x_0, generator), t)
-    v = model.forward_block_causal(x_t, t, prompt, num_frames_per_block)
+    v = model.forward_block_causal(x_t, t, prompt, num_frames_per_block, context)
     return x_0_prediction_loss(v, x_t, x_0, t, time_floor, frame_weight)
 
 
 def teacher_forcing_loss(
     model: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext, num_frames_per_block: int, time_shift: float, time_floor: float,
-    generator: torch.Generator,
+    generator: torch.Generator, context: ContextWindow = WHOLE_PAST,
 ) -> Tensor:
     """Every block noised at a time of its own and denoised from the clean blocks before it, all in one pass.
 
     The next-token loss of language models (Williams and Zipser 1989) for diffusion, as the baseline of Self-Forcing's
     Table 2 (arXiv 2506.08009).
     """
-    t, _ = sample_block_times(x_0.shape[0], x_0.shape[1], num_frames_per_block, 0.0, time_shift, generator)
+    t, _ = sample_block_times(x_0.shape[0], x_0.shape[1], num_frames_per_block, 0.0, time_shift, generator, context)
     t = t.to(x_0.device)
     x_t = add_noise(x_0, _noise_like(x_0, generator), t)
-    v = model.forward_teacher_forced(x_t, t, x_0, prompt, num_frames_per_block)
+    v = model.forward_teacher_forced(x_t, t, x_0, prompt, num_frames_per_block, context)
     return x_0_prediction_loss(v, x_t, x_0, t, time_floor)
 
 
 def sample_block_times(
     batch_size: int, num_frames: int, num_frames_per_block: int, clean_prefix_probability: float, time_shift: float,
-    generator: torch.Generator,
+    generator: torch.Generator, context: ContextWindow = WHOLE_PAST,
 ) -> tuple[Tensor, Tensor]:
     """Times (B, F), one per block, and the weight (B, F) of each frame in the loss: 0 on the clean prefix, else 1."""
-    num_blocks = num_frames // num_frames_per_block
+    sizes = torch.tensor(context.block_sizes(num_frames, num_frames_per_block))
+    num_blocks = len(sizes)
     t = sample_time((batch_size, num_blocks), time_shift, generator)
     prefix = torch.randint(num_blocks, (batch_size, 1), generator=generator)
     has_prefix = torch.rand((batch_size, 1), generator=generator) < clean_prefix_probability
     clean = has_prefix & (torch.arange(num_blocks) < prefix)  # (B, K)
     t = t.masked_fill(clean, 0.0)
-    return t.repeat_interleave(num_frames_per_block, 1), (~clean).float().repeat_interleave(num_frames_per_block, 1)
+    return t.repeat_interleave(sizes, 1), (~clean).float().repeat_interleave(sizes, 1)
 
 
 def drop_prompts(prompts: list[str], probability: float, null_prompt: str, generator: torch.Generator) -> list[str]:

@@ -9,13 +9,15 @@ and says which blocks carry gradient. The bidirectional teacher, which makes all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
 
+from attention import WHOLE_PAST, ContextWindow
 from flow_matching import (
     add_noise,
     ancestral_sampler,
@@ -27,8 +29,11 @@ from flow_matching import (
     timestep_to_time,
     x_0_from_velocity,
 )
-from tiny_causal_wan import KVCache, PromptContext, TinyCausalWanModel
+from kv_cache import KVCache
+from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training_config import FewStepConfig
+
+SWITCHES = ("recache", "keep", "reset")
 
 
 @dataclass(frozen=True)
@@ -37,25 +42,25 @@ class RolloutPlan:
 
     fresh_noise: between two times re-noise the predicted x_0 with new noise (few-step models, as in Self-Forcing's
     Algorithm 1); otherwise keep the predicted noise, which is Euler's method.
-    context_time: the time in [0, 1] at which finished blocks enter the cache. window_frames: how many frames a block
-    may see, itself included; None for all. guidance: weight of classifier-free guidance, 1 for none. clamp_x_0: keep every
-    predicted x_0 in [-1, 1], as data are, see `clamp_to_data`.
+    context_time: the time in [0, 1] at which finished blocks enter the cache. context: what a block may see of the past.
+    guidance: weight of classifier-free guidance, 1 for none. clamp_x_0: keep every predicted x_0 in [-1, 1], as data are,
+    see `clamp_to_data`.
     """
 
     times: tuple[float, ...]
     num_frames_per_block: int
     fresh_noise: bool = True
     context_time: float = 0.0
-    window_frames: int | None = None
+    context: ContextWindow = WHOLE_PAST
     guidance: float = 1.0
     clamp_x_0: bool = False
 
 
-def few_step_plan(config: FewStepConfig, window_frames: int | None = None) -> RolloutPlan:
-    """The plan of a few-step model: its denoising steps, warped by the time shift."""
+def few_step_plan(config: FewStepConfig, context: ContextWindow | None = None) -> RolloutPlan:
+    """The plan of a few-step model: its denoising steps, warped by the time shift. context: that of its training if not given."""
     return RolloutPlan(
         warp_steps(config.denoising_steps, config.time_shift), config.num_frames_per_block,
-        context_time=config.context_time, window_frames=window_frames, clamp_x_0=config.clamp_x_0,
+        context_time=config.context_time, context=config.context if context is None else context, clamp_x_0=config.clamp_x_0,
     )
 
 
@@ -65,12 +70,12 @@ def warp_steps(denoising_steps: list[int], time_shift: float) -> tuple[float, ..
 
 
 def many_step_plan(
-    num_steps: int, time_shift: float, num_frames_per_block: int, guidance: float, window_frames: int | None = None,
+    num_steps: int, time_shift: float, num_frames_per_block: int, guidance: float, context: ContextWindow = WHOLE_PAST,
     context_time: float = 0.0,
 ) -> RolloutPlan:
     """Euler's method with num_steps steps a block: how a causal network is sampled that was not distilled."""
     times = tuple(sampling_times(num_steps, time_shift)[:-1].tolist())
-    return RolloutPlan(times, num_frames_per_block, False, context_time, window_frames, guidance)
+    return RolloutPlan(times, num_frames_per_block, False, context_time, context, guidance)
 
 
 def make_noise_streams(seeds: list[int]) -> list[torch.Generator]:
@@ -89,48 +94,158 @@ def clamp_to_data(x_0: Tensor) -> Tensor:
     return x_0 + (x_0.clamp(-1, 1) - x_0).detach()
 
 
+@dataclass(frozen=True)
+class PromptSwitch:
+    """From the next block on, another prompt. how: what becomes of the cache, one of `SWITCHES`.
+
+    "recache": computed anew with the new prompt over the frames that are still visible (LongLive, arXiv 2509.22622, section
+    3.2). "keep": stays as it is, written under the old prompt. "reset": emptied, so that nothing of the past is seen.
+    null_prompt: under guidance, as many null prompts.
+    """
+
+    prompt: PromptContext
+    how: str = "recache"
+    null_prompt: PromptContext | None = None
+
+    def __post_init__(self) -> None:
+        if self.how not in SWITCHES:
+            raise ValueError(f"switch is {self.how}: expected one of {', '.join(SWITCHES)}")
+
+
+class _Past:
+    """What a rollout has made so far: the cache, and the frames in it, from which it can be made anew for another prompt."""
+
+    def __init__(self, model: TinyCausalWanModel, plan: RolloutPlan, streams: list[torch.Generator]):
+        self.model, self.plan, self.streams = model, plan, streams
+        self.cache = self._new_cache()
+        self._sink: list[Tensor] = []  # frames of the sink
+        self._blocks: list[Tensor] = []  # blocks of which a frame is visible besides
+
+    def _new_cache(self) -> KVCache:
+        return self.model.new_cache(self.plan.context.window_frames, self.plan.context.sink_frames)
+
+    def write(self, x_0: Tensor, prompt: PromptContext) -> None:
+        """Run a finished block once more at the context time: its keys and values join the cache."""
+        self._write(x_0, prompt)
+        window, sink = self.plan.context.window_frames, self.plan.context.sink_frames
+        missing = sink - sum(frames.shape[1] for frames in self._sink)
+        if missing > 0:
+            self._sink.append(x_0[:, :missing])
+            x_0 = x_0[:, missing:]
+        self._blocks += [x_0] if x_0.shape[1] else []
+        if window is not None:
+            visible = window - sink - self.plan.num_frames_per_block  # what the next block sees behind the sink
+            while self._blocks and sum(block.shape[1] for block in self._blocks[1:]) >= visible:
+                del self._blocks[0]
+
+    def recache(self, prompt: PromptContext) -> None:
+        """Make the cache anew for another prompt, over the frames that the next block sees."""
+        self.cache = self._new_cache()
+        for x_0 in [*self._sink, *self._blocks]:
+            self._write(x_0, prompt)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.cache, self._sink, self._blocks = self._new_cache(), [], []
+
+    def _write(self, x_0: Tensor, prompt: PromptContext) -> None:
+        t = torch.full(x_0.shape[:2], self.plan.context_time, device=x_0.device)
+        x = x_0
+        if self.plan.context_time != 0:
+            x = add_noise(x_0, draw_noise(self.streams, tuple(x_0.shape[1:]), x_0.device), t)
+        if self.plan.guidance != 1.0:
+            x, t = torch.cat([x, x]), torch.cat([t, t])
+        self.model.write_cache(x, t, prompt, self.cache)
+
+
 def rollout_blocks(
-    model: TinyCausalWanModel, prompt: PromptContext, streams: list[torch.Generator], num_blocks: int, plan: RolloutPlan,
-    null_prompt: PromptContext | None = None, exit_steps: list[int] | None = None, first_gradient_block: int | None = None,
-    trace: list[list[Tensor]] | None = None,
-) -> Iterator[Tensor]:
+    model: TinyCausalWanModel, prompt: PromptContext, streams: list[torch.Generator], num_blocks: int | None, plan: RolloutPlan,
+    null_prompt: PromptContext | None = None, exit_steps: list[int] | None = None, gradient_blocks: range = range(0),
+    trace: list[list[Tensor]] | None = None, first_frames: Tensor | None = None,
+) -> Generator[Tensor, PromptSwitch | None, None]:
     """Make a video block by block (Self-Forcing, Algorithm 1); yields x_0 of each block, (B, F_block, C, H, W).
 
+    num_blocks: None for no end. A `PromptSwitch` that is sent between two blocks holds from the next one on.
     exit_steps: per block, the index into `plan.times` whose prediction is the result; None for the last.
-    first_gradient_block: from this block on, the exit step's forward pass carries gradient; None for no gradient.
-    null_prompt: the unconditional branch, needed where plan.guidance is not 1. trace: collects, for each block, its x_t
-    at every time of the walk.
+    gradient_blocks: in these the exit step's forward pass carries gradient. null_prompt: the unconditional branch, needed
+    where plan.guidance is not 1. trace: collects, for each block, its x_t at every time of the walk. first_frames: frames
+    (B, F, C, H, W) that come before the first block and are only written into the cache, see `split_first_frames`.
     """
-    if plan.guidance != 1.0:
-        if null_prompt is None:
-            raise ValueError(f"guidance {plan.guidance} needs the null prompt")
-        prompt = prompt.concatenate(null_prompt)
+    prompt = _both_branches(prompt, null_prompt, plan)
     device = next(model.parameters()).device
-    config = model.config
-    shape = (plan.num_frames_per_block, config.channels, config.frame_size, config.frame_size)
-    cache = model.new_cache(plan.window_frames)
-    for block in range(num_blocks):
-        carries_gradient = first_gradient_block is not None and block >= first_gradient_block
+    past = _Past(model, plan, streams)
+    for frames in () if first_frames is None else split_first_frames(first_frames, plan):
+        past.write(frames.to(device), prompt)
+    for block in count() if num_blocks is None else range(num_blocks):
+        if plan.context.hide_first_block and 0 < block == (num_blocks or 0) - 1:
+            past.cache.forget_first(_block_frames(plan, 0, first_frames))
         exit_step = len(plan.times) - 1 if exit_steps is None else exit_steps[block]
-        x_t = draw_noise(streams, shape, device)
         walk: list[Tensor] = []
-        for step in range(exit_step + 1):
-            walk.append(x_t)
-            t = torch.full(x_t.shape[:2], plan.times[step], device=device)
-            # Only the exit step's pass builds a graph: the steps before it are inference, simulated.
-            with torch.set_grad_enabled(carries_gradient and step == exit_step):
-                v = _guided_velocity(model, x_t, t, prompt, cache, plan.guidance)
-                x_0 = x_0_from_velocity(x_t, v, t)
-                if plan.clamp_x_0:
-                    x_0 = clamp_to_data(x_0)
-            if step < exit_step:
-                eps = draw_noise(streams, shape, device) if plan.fresh_noise else eps_from_velocity(x_t, v, t)
-                x_t = add_noise(x_0, eps, torch.full_like(t, plan.times[step + 1]))
+        num_frames = _block_frames(plan, block, first_frames)
+        x_0 = _denoise_block(past, prompt, num_frames, exit_step, block in gradient_blocks, walk)
         if trace is not None:
             trace.append(walk)
-        yield x_0
-        if block + 1 < num_blocks:
-            _write_context(model, x_0.detach(), prompt, cache, plan, streams)
+        switch = yield x_0
+        if block + 1 == num_blocks:
+            return
+        if switch is None or switch.how != "reset":
+            past.write(x_0.detach(), prompt)  # the cache never carries gradient
+        if switch is not None:
+            prompt = _both_branches(switch.prompt, switch.null_prompt, plan)
+            if switch.how == "recache":
+                past.recache(prompt)
+            if switch.how == "reset":
+                past.reset()
+
+
+def _denoise_block(
+    past: _Past, prompt: PromptContext, num_frames: int, exit_step: int, carries_gradient: bool, walk: list[Tensor]
+) -> Tensor:
+    """x_0 of the next block, predicted at the exit step; walk collects its x_t on the way there."""
+    model, plan, config = past.model, past.plan, past.model.config
+    draw = partial(
+        draw_noise, past.streams, (num_frames, config.channels, config.frame_size, config.frame_size), next(model.parameters()).device
+    )
+    x_t = draw()
+    for step in range(exit_step + 1):
+        walk.append(x_t)
+        t = torch.full(x_t.shape[:2], plan.times[step], device=x_t.device)
+        # Only the exit step's pass builds a graph: the steps before it are inference, simulated.
+        with torch.set_grad_enabled(carries_gradient and step == exit_step):
+            v = _guided_velocity(model, x_t, t, prompt, past.cache, plan.guidance)
+            x_0 = x_0_from_velocity(x_t, v, t)
+            if plan.clamp_x_0:
+                x_0 = clamp_to_data(x_0)
+        if step < exit_step:
+            eps = draw() if plan.fresh_noise else eps_from_velocity(x_t, v, t)
+            x_t = add_noise(x_0, eps, torch.full_like(t, plan.times[step + 1]))
+    return x_0
+
+
+def _both_branches(prompt: PromptContext, null_prompt: PromptContext | None, plan: RolloutPlan) -> PromptContext:
+    if plan.guidance == 1.0:
+        return prompt
+    if null_prompt is None:
+        raise ValueError(f"guidance {plan.guidance} needs the null prompt")
+    return prompt.concatenate(null_prompt)
+
+
+def _block_frames(plan: RolloutPlan, block: int, first_frames: Tensor | None) -> int:
+    is_first_frame = plan.context.independent_first_frame and block == 0 and first_frames is None
+    return 1 if is_first_frame else plan.num_frames_per_block
+
+
+def split_first_frames(frames: Tensor, plan: RolloutPlan) -> tuple[Tensor, ...]:
+    """Given frames (B, F, C, H, W) as the blocks that go before the first: whole blocks, one picture alone, or where the
+    first frame is a block of its own that and whole blocks. Raises ValueError."""
+    num_frames, block = frames.shape[1], plan.num_frames_per_block
+    if num_frames == 1:
+        return (frames,)
+    first = 1 if plan.context.independent_first_frame else 0
+    if num_frames < 1 or (num_frames - first) % block:
+        counts = ", ".join(str(first + block * k) for k in range(1, 4))
+        raise ValueError(f"{num_frames} frames to go on from: expected 1, or as many as blocks of {block} make up, such as {counts}")
+    return frames.split([1] * first + [block] * ((num_frames - first) // block), dim=1)
 
 
 def _guided_velocity(
@@ -140,17 +255,6 @@ def _guided_velocity(
         return model.forward_cached(x_t, t, prompt, cache)
     cond, uncond = model.forward_cached(torch.cat([x_t, x_t]), torch.cat([t, t]), prompt, cache).chunk(2)
     return classifier_free_guidance(cond, uncond, guidance)
-
-
-def _write_context(
-    model: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext, cache: KVCache, plan: RolloutPlan, streams: list[torch.Generator]
-) -> None:
-    """Run the finished block once more at the context time to append its keys and values."""
-    t = torch.full(x_0.shape[:2], plan.context_time, device=x_0.device)
-    x = x_0 if plan.context_time == 0 else add_noise(x_0, draw_noise(streams, tuple(x_0.shape[1:]), x_0.device), t)
-    if plan.guidance != 1.0:
-        x, t = torch.cat([x, x]), torch.cat([t, t])
-    model.write_cache(x, t, prompt, cache)
 
 
 @dataclass(frozen=True)

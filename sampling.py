@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attention import ContextWindow
 from checkpoint import LoadedNetworks
 from rollout import (
     BidirectionalPlan,
@@ -23,11 +25,12 @@ from rollout import (
     few_step_plan,
     make_noise_streams,
     many_step_plan,
-    rollout_blocks,
     sample_bidirectional,
+    split_first_frames,
     warp_steps,
 )
 from runtime import Runtime
+from streaming import PromptSchedule, stream_video
 from text_encoder import NULL_PROMPT, TextEncoder
 from tiny_causal_wan import TinyCausalWanModel
 from training_config import FewStepConfig, PretrainConfig, TrainingConfig, check_denoising_steps, check_num_frames
@@ -35,18 +38,40 @@ from training_config import FewStepConfig, PretrainConfig, TrainingConfig, check
 NAIVE_STEPS = [1000, 750, 500, 250]  # what the pretrained network is shown with before Self-Forcing
 
 
-@torch.no_grad()
 def sample_few_step(
     model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan,
-    runtime: Runtime,
+    runtime: Runtime, schedule: PromptSchedule | None = None, switch: str = "recache", first_frames: Tensor | None = None,
 ) -> Tensor:
-    """Videos (B, F, C, H, W), float32, from the one rollout; under the plan's guidance where it is not 1."""
-    check_num_frames("num_frames", num_frames, plan.num_frames_per_block)
-    with runtime.autocast():
-        prompt = model.encode_prompt(*text_encoder.encode(prompts))
-        null = None if plan.guidance == 1 else model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))
-        blocks = rollout_blocks(model, prompt, make_noise_streams(seeds), num_frames // plan.num_frames_per_block, plan, null)
-        return torch.cat(list(blocks), dim=1).float()
+    """Videos (B, F, C, H, W), float32, from the one rollout; under the plan's guidance where it is not 1.
+
+    schedule: prompts that take over later, of all videos alike; switch: see `PromptSwitch`. first_frames (B, F, C, H, W) come
+    first and count among num_frames.
+    """
+    starts = block_starts(num_frames, plan, first_frames)
+    changes: dict[int, str] = {}
+    if schedule is not None:
+        schedule.check(starts)
+        changes = schedule.changes()
+    given = [] if first_frames is None else [first_frames]
+    stream = stream_video(model, text_encoder, prompts, seeds, plan, runtime, len(starts), switch, first_frames)
+    blocks = [stream.send([changes[start]] * len(prompts) if start in changes else None) for start in starts]
+    return torch.cat([*given, *blocks], dim=1)
+
+
+def block_starts(num_frames: int, plan: RolloutPlan, first_frames: Tensor | None) -> list[int]:
+    """The frames at which the blocks of a video of num_frames start, behind given first frames. Raises ValueError."""
+    if first_frames is None:
+        check_num_frames("num_frames", num_frames, plan.num_frames_per_block, plan.context.independent_first_frame)
+        sizes = plan.context.block_sizes(num_frames, plan.num_frames_per_block)
+        return [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
+    split_first_frames(first_frames, plan)  # refuses a number that does not fit
+    given, block = first_frames.shape[1], plan.num_frames_per_block
+    if num_frames <= given or (num_frames - given) % block:
+        raise ValueError(
+            f"num_frames is {num_frames}: expected the {given} given and a positive multiple of num_frames_per_block={block} more, "
+            f"such as {given + max((num_frames - given) // block, 1) * block}"
+        )
+    return list(range(given, num_frames, block))
 
 
 @torch.no_grad()
@@ -72,13 +97,16 @@ class SamplerSettings:
 
     denoising_steps: timesteps 1..1000, descending from 1000: a causal rollout in few steps. num_steps: many steps, of Euler's
     method or, all frames at once, with fresh noise. At most one of the two. guidance: weight of classifier-free guidance, 1 for
-    none. eta: fresh noise in the steps of the bidirectional teacher, 0 (Euler) to 1 (ancestral). Raises ValueError.
+    none. eta: fresh noise in the steps of the bidirectional teacher, 0 (Euler) to 1 (ancestral). window_frames: how many frames
+    a block of a rollout sees, itself and the sink included. sink_frames: of these, so many first ones for ever. Raises ValueError.
     """
 
     denoising_steps: tuple[int, ...] | None = None
     num_steps: int | None = None
     guidance: float | None = None
     eta: float | None = None
+    window_frames: int | None = None
+    sink_frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.eta is not None and not 0 <= self.eta <= 1:
@@ -97,27 +125,37 @@ class SamplerSettings:
 
         Left open, a few-step student takes its own denoising steps and a teacher `teacher_steps` Euler steps: all frames at
         once, or block by block where teacher or diffusion forcing made it causal. Guidance left open is the checkpoint's
-        for a teacher's Euler steps and none otherwise. A causal rollout attends to the last `max_num_frames` frames, the
-        length of training, so it can go on for any length.
+        for a teacher's Euler steps and none otherwise. The window of a causal rollout left open is that of the training, and
+        where that had none the length of its videos, so it can go on for any length.
         """
-        is_student = isinstance(training, FewStepConfig)
+        context, is_student = self._context(training), isinstance(training, FewStepConfig)
         if self.num_steps is not None or (not is_student and self.denoising_steps is None):
             wishes = {"num_steps": self.num_steps, "guidance": 1.0 if is_student and self.guidance is None else self.guidance}
             many = replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
             if isinstance(training, PretrainConfig) and training.objective == "mixed":
+                if self.window_frames is not None or self.sink_frames is not None:
+                    raise ValueError("--window_frames and --sink_frames are for a rollout block by block: leave them out")
                 return many if self.eta is None else replace(many, eta=self.eta)
             self._refuse_eta()
             context_time = training.context_time if isinstance(training, FewStepConfig) else 0.0
-            return many_step_plan(
-                many.num_steps, many.time_shift, training.num_frames_per_block, many.guidance, training.max_num_frames, context_time
-            )
+            return many_step_plan(many.num_steps, many.time_shift, training.num_frames_per_block, many.guidance, context, context_time)
         self._refuse_eta()
-        plan = RolloutPlan((1.0,), training.num_frames_per_block, window_frames=training.max_num_frames)
+        plan = RolloutPlan((1.0,), training.num_frames_per_block, context=context)
         if isinstance(training, FewStepConfig):
-            plan = few_step_plan(training, training.max_num_frames)
+            plan = few_step_plan(training, context)
         if self.denoising_steps is not None:
             plan = replace(plan, times=warp_steps(list(self.denoising_steps), training.time_shift))
         return replace(plan, guidance=1.0 if self.guidance is None else self.guidance)
+
+    def _context(self, training: TrainingConfig) -> ContextWindow:
+        window = training.max_num_frames if training.window_frames is None else training.window_frames
+        context = ContextWindow(
+            window if self.window_frames is None else self.window_frames,
+            training.sink_frames if self.sink_frames is None else self.sink_frames,
+            independent_first_frame=training.independent_first_frame,
+        )
+        context.check(training.num_frames_per_block, "--")
+        return context
 
     def _refuse_eta(self) -> None:
         if self.eta is not None:
@@ -130,10 +168,21 @@ def require_at_least_one(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value}: expected at least 1")
 
 
-def check_length(num_frames: int, plan: RolloutPlan | BidirectionalPlan, training: TrainingConfig) -> None:
-    """Raise ValueError where a network trained with `training` cannot make num_frames frames under the plan."""
-    check_num_frames("num_frames", num_frames, training.num_frames_per_block)
-    if isinstance(plan, BidirectionalPlan) and num_frames > training.max_num_frames:
+def check_length(
+    num_frames: int, plan: RolloutPlan | BidirectionalPlan, training: TrainingConfig, schedule: PromptSchedule | None = None,
+    first_frames: Tensor | None = None,
+) -> None:
+    """Raise ValueError where a network trained with `training` cannot make such a video under the plan."""
+    if isinstance(plan, RolloutPlan):
+        starts = block_starts(num_frames, plan, None if first_frames is None else first_frames[None])
+        if schedule is not None:
+            schedule.check(starts)
+        return
+    if schedule is not None or first_frames is not None:
+        raise ValueError("--schedule and --init are for a rollout block by block, and the bidirectional teacher makes all frames at "
+                         "once: use a student, or give --denoising_steps")
+    check_num_frames("num_frames", num_frames, training.num_frames_per_block, training.independent_first_frame)
+    if num_frames > training.max_num_frames:
         raise ValueError(
             f"num_frames is {num_frames}: the bidirectional teacher makes at most the {training.max_num_frames} frames it was "
             f"trained on; lower it, use a student, or roll the teacher out with --denoising_steps {' '.join(map(str, NAIVE_STEPS))}"
@@ -142,37 +191,43 @@ def check_length(num_frames: int, plan: RolloutPlan | BidirectionalPlan, trainin
 
 def generate(
     networks: LoadedNetworks, prompts: list[str], seeds: list[int], num_frames: int, settings: SamplerSettings, runtime: Runtime,
-    batch_size: int, show_progress: bool = False,
+    batch_size: int, show_progress: bool = False, schedule: PromptSchedule | None = None, switch: str = "recache",
+    first_frames: Tensor | None = None,
 ) -> Tensor:
     """One video per (prompt, seed): (B, F, C, H, W), float32, on the CPU, in model range but not clamped to [-1, 1].
 
-    batch_size: videos a forward pass. Words that the grammar lacks are named in one warning for the whole call. Raises
-    ValueError where prompts, seeds, length or settings do not fit each other or the checkpoint.
+    batch_size: videos a forward pass. schedule, switch: prompts that take over later, see `sample_few_step`. first_frames
+    (F, C, H, W) in [-1, 1]: every video goes on from them and begins with them. Words that the grammar lacks are named in
+    one warning for the whole call. Raises ValueError where prompts, seeds, length or settings do not fit each other or the
+    checkpoint.
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds: expected one seed for each of at least one prompt")
     require_at_least_one("batch_size", batch_size)
     plan = settings.make_plan(networks.config.training)
-    check_length(num_frames, plan, networks.config.training)
-    networks.text_encoder.tokenize(list(dict.fromkeys(prompts)))  # warns once, of all prompts together
+    check_length(num_frames, plan, networks.config.training, schedule, first_frames)
+    later = [] if schedule is None else list(schedule.changes().values())
+    networks.text_encoder.tokenize(list(dict.fromkeys(prompts + later)))  # warns once, of all prompts together
     videos = []
     with warnings.catch_warnings(), tqdm(total=len(prompts), unit="video", disable=not show_progress, dynamic_ncols=True) as bar:
         warnings.filterwarnings("ignore", category=UserWarning, module="text_encoder")  # the same again, batch by batch
         for first in range(0, len(prompts), batch_size):
             batch = slice(first, first + batch_size)
-            videos.append(_sample(networks, prompts[batch], seeds[batch], num_frames, plan, runtime).cpu())
+            video = _sample(networks, prompts[batch], seeds[batch], num_frames, plan, runtime, schedule, switch, first_frames)
+            videos.append(video.cpu())
             bar.update(len(videos[-1]))
     return torch.cat(videos)
 
 
 def _sample(
     networks: LoadedNetworks, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan | BidirectionalPlan,
-    runtime: Runtime,
+    runtime: Runtime, schedule: PromptSchedule | None, switch: str, first_frames: Tensor | None,
 ) -> Tensor:
     common = (networks.generator, networks.text_encoder, prompts, seeds, num_frames)
     if isinstance(plan, BidirectionalPlan):
         return sample_many_step(*common, plan, runtime)
-    return sample_few_step(*common, plan, runtime)
+    given = None if first_frames is None else first_frames.to(runtime.device).expand(len(prompts), -1, -1, -1, -1)
+    return sample_few_step(*common, plan, runtime, schedule, switch, given)
 
 
 def describe_sampler(settings: SamplerSettings, training: TrainingConfig) -> str:

@@ -44,10 +44,10 @@ class Stage(Protocol):
 
 
 def draw_num_frames(config: TrainingConfig, random: torch.Generator) -> int:
-    """A uniform multiple of the block between min_num_frames and max_num_frames, one for the whole batch."""
-    block = config.num_frames_per_block
+    """A uniform number of whole blocks between min_num_frames and max_num_frames, one for the whole batch."""
+    block, first = config.num_frames_per_block, 1 if config.independent_first_frame else 0
     low, high = config.min_num_frames // block, config.max_num_frames // block
-    return block * int(torch.randint(low, high + 1, (1,), generator=random))
+    return first + block * int(torch.randint(low, high + 1, (1,), generator=random))
 
 
 def merge_counts(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
@@ -138,11 +138,11 @@ class PretrainStage:
         """The name and value of this step's loss."""
         config, common = self.config, (self.config.time_shift, self.config.loss_time_floor, self.random)
         if config.objective == "teacher_forcing":
-            return "loss_causal", teacher_forcing_loss(self.model, x_0, prompt, config.num_frames_per_block, *common)
+            return "loss_causal", teacher_forcing_loss(self.model, x_0, prompt, config.num_frames_per_block, *common, config.context)
         if config.objective == "mixed" and step % 2 == 0:
             return "loss_bidirectional", bidirectional_loss(self.model, x_0, prompt, *common)
         return "loss_causal", block_causal_loss(
-            self.model, x_0, prompt, config.num_frames_per_block, config.clean_prefix_probability, *common
+            self.model, x_0, prompt, config.num_frames_per_block, config.clean_prefix_probability, *common, config.context
         )
 
     def sample(self, prompts: list[str], seeds: list[int], num_frames: int) -> dict[str, Tensor]:
@@ -153,9 +153,9 @@ class PretrainStage:
         if config.objective == "mixed":
             samples[f"teacher, {num_steps} steps"] = sample_many_step(*common, teacher_plan(config), self.runtime)
         else:
-            plan = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance)
+            plan = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance, config.context)
             samples[f"causal, {num_steps} steps"] = sample_few_step(*common, plan, self.runtime)
-        naive = RolloutPlan(warp_steps(NAIVE_STEPS, config.time_shift), config.num_frames_per_block)
+        naive = RolloutPlan(warp_steps(NAIVE_STEPS, config.time_shift), config.num_frames_per_block, context=config.context)
         return {**samples, "naive, 4 steps": sample_few_step(*common, naive, self.runtime)}
 
     def networks(self) -> dict[str, nn.Module]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from omegaconf import MISSING
 
+from attention import ContextWindow
 from flow_matching import NUM_TRAIN_TIMESTEPS
 
 OBJECTIVES = ("mixed", "teacher_forcing", "diffusion_forcing")
@@ -25,13 +26,16 @@ def require(condition: bool, key: str, found: object, expected: str) -> None:
         raise ValueError(f"{key} is {found}: expected {expected}")
 
 
-def check_num_frames(key: str, num_frames: int, num_frames_per_block: int) -> None:
-    """Raise ValueError naming the nearest valid counts where num_frames is not a positive multiple of the block."""
-    if num_frames < 1 or num_frames % num_frames_per_block:
-        below = num_frames // num_frames_per_block * num_frames_per_block
+def check_num_frames(key: str, num_frames: int, num_frames_per_block: int, independent_first_frame: bool = False) -> None:
+    """Raise ValueError naming the nearest valid counts where num_frames is not a positive multiple of the block, after one
+    first frame where that is a block of its own."""
+    first = 1 if independent_first_frame else 0
+    if num_frames < 1 or (num_frames - first) % num_frames_per_block:
+        below = (num_frames - first) // num_frames_per_block * num_frames_per_block + first
         nearest = [count for count in (below, below + num_frames_per_block) if count > 0]
+        expected = "one frame and a multiple" if first else "a positive multiple"
         raise ValueError(
-            f"{key} is {num_frames}: expected a positive multiple of num_frames_per_block={num_frames_per_block}; "
+            f"{key} is {num_frames}: expected {expected} of num_frames_per_block={num_frames_per_block}; "
             f"nearest valid: {' or '.join(map(str, nearest))}"
         )
 
@@ -58,6 +62,10 @@ class TrainingConfig(ABC):
     num_frames_per_block: int = 3
     min_num_frames: int = 21
     max_num_frames: int = 21
+    window_frames: int | None = None  # how many frames a block sees, itself and the sink included; all if not given
+    sink_frames: int = 0  # so many first frames stay visible for ever, right before the rest of the window
+    hide_first_chunk: bool = False  # the last block of a video does not see the first, as if it had left the window
+    independent_first_frame: bool = False  # the first block is one frame: videos of [1, 3, 3, ...]
     time_shift: float = 3.0
     clip_norm: float = 1.0
     ema_decay: float = 0.998
@@ -90,12 +98,22 @@ class TrainingConfig(ABC):
         if self.resume is None:  # as earlier versions stored it
             self.resume = "never"
         require(self.resume != "", "training.resume", "empty", "never, auto or the path of a checkpoint")
-        check_num_frames("training.min_num_frames", self.min_num_frames, self.num_frames_per_block)
-        check_num_frames("training.max_num_frames", self.max_num_frames, self.num_frames_per_block)
+        for name in ("min_num_frames", "max_num_frames"):
+            check_num_frames(f"training.{name}", asdict(self)[name], self.num_frames_per_block, self.independent_first_frame)
         require(
             self.min_num_frames <= self.max_num_frames, "training.min_num_frames", self.min_num_frames,
             f"at most training.max_num_frames={self.max_num_frames}",
         )
+        self.context.check(self.num_frames_per_block, "training.")
+        require(
+            self.sink_frames == 0 or self.window_frames is not None, "training.sink_frames", self.sink_frames,
+            "0 where training.window_frames is not given, as every frame stays visible then",
+        )
+
+    @property
+    def context(self) -> ContextWindow:
+        """What a block sees of the past in training, under the mask and in the rollout alike."""
+        return ContextWindow(self.window_frames, self.sink_frames, self.hide_first_chunk, self.independent_first_frame)
 
     @property
     @abstractmethod
@@ -138,7 +156,7 @@ class PretrainConfig(TrainingConfig):
         require(self.clip_steps >= 0, "training.clip_steps", self.clip_steps, "0 (none) or more")
         require(self.clip_batch_size >= 1, "training.clip_batch_size", self.clip_batch_size, "at least 1")
         if self.clip_steps:
-            check_num_frames("training.clip_frames", self.clip_frames, self.num_frames_per_block)
+            check_num_frames("training.clip_frames", self.clip_frames, self.num_frames_per_block, self.independent_first_frame)
         require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "0 or more")
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
         require(self.muon_lr > 0, "training.muon_lr", self.muon_lr, "a positive number")

@@ -9,10 +9,12 @@ from torch import Tensor
 
 import distribution_losses
 import dynamic_video_sf
+from attention import ContextWindow
 from config import SelfForcingConfig
 from distribution_losses import dmd_gradient
 from dynamic_video_sf import SelfForcingEngine, self_test
 from flow_matching import euler_sampler, sampling_times, shift_time
+from kv_cache import KVCache
 from rollout import (
     BidirectionalPlan,
     RolloutPlan,
@@ -25,7 +27,7 @@ from rollout import (
     sample_bidirectional,
     warp_steps,
 )
-from tiny_causal_wan import KVCache, PromptContext, TinyCausalWanModel
+from tiny_causal_wan import PromptContext, TinyCausalWanModel
 
 BLOCK = 3
 
@@ -168,9 +170,9 @@ def test_context_noise_is_part_of_the_plan_of_training_and_inference():
 def test_times_of_plans():
     assert warp_steps([1000, 750, 500, 250], 3.0) == pytest.approx((1.0, 0.9, 0.75, 0.5))
     assert warp_steps([1000, 400], 1.0) == pytest.approx((1.0, 0.4))
-    plan = many_step_plan(4, 3.0, BLOCK, guidance=2.5, window_frames=6)
+    plan = many_step_plan(4, 3.0, BLOCK, guidance=2.5, context=ContextWindow(6))
     assert plan.times == pytest.approx((1.0, 0.9, 0.75, 0.5))  # every time but 0, which needs no forward pass
-    assert (plan.fresh_noise, plan.guidance, plan.window_frames, plan.context_time) == (False, 2.5, 6, 0.0)
+    assert (plan.fresh_noise, plan.guidance, plan.context.window_frames, plan.context_time) == (False, 2.5, 6, 0.0)
     few = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500], time_shift=5.0))
     assert few.fresh_noise and few.guidance == 1.0 and few.times == pytest.approx((1.0, float(shift_time(torch.tensor(0.5), 5.0))))
 
@@ -262,7 +264,8 @@ def test_gradient_equals_that_of_the_exit_passes_alone(
     weight = torch.randn(2, 9, 1, 8, 8, generator=random)
     reference = reference_rollout(small_model, text, [1, 2], exit_steps, first_gradient_block, plan)
     video = run(
-        small_model, small_model.encode_prompt(*text), [1, 2], 3, plan, exit_steps=exit_steps, first_gradient_block=first_gradient_block
+        small_model, small_model.encode_prompt(*text), [1, 2], 3, plan, exit_steps=exit_steps,
+        gradient_blocks=range(first_gradient_block, 3),
     )
     torch.testing.assert_close(video, reference, atol=1e-4, rtol=1e-4)
     parameters = dict(small_model.named_parameters())
@@ -278,12 +281,12 @@ def test_only_the_exit_pass_builds_a_graph_and_the_cache_holds_none(small_model,
     passes: list[bool] = []
     caches = []
     new_cache = small_model.new_cache
-    monkeypatch.setattr(small_model, "new_cache", lambda window: caches.append(new_cache(window)) or caches[-1])
+    monkeypatch.setattr(small_model, "new_cache", lambda *window: caches.append(new_cache(*window)) or caches[-1])
     small_model.head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
     exit_steps = [2, 2, 0, 3]
     blocks = list(
         rollout_blocks(
-            small_model, random_prompt(small_model, 1), make_noise_streams([1]), 4, plan, exit_steps=exit_steps, first_gradient_block=2
+            small_model, random_prompt(small_model, 1), make_noise_streams([1]), 4, plan, exit_steps=exit_steps, gradient_blocks=range(2, 4)
         )
     )
     expected = []
@@ -292,8 +295,7 @@ def test_only_the_exit_pass_builds_a_graph_and_the_cache_holds_none(small_model,
     assert passes == expected
     assert [block.requires_grad for block in blocks] == [False, False, True, True]
     (cache,) = caches
-    stored = [*cache._keys, *cache._values]
-    assert len(stored) == 4 and all(not tensor.requires_grad for tensor in stored)
+    assert not cache._keys.requires_grad and not cache._values.requires_grad
     assert cache.num_frames == 9
 
 
@@ -317,7 +319,7 @@ def test_gradient_survives_bfloat16_autocast(small_model, plan):
         small_model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             prompt = small_model.encode_prompt(*text)
-            video = run(small_model, prompt, [1, 2], 3, plan, exit_steps=[3, 3, 3], first_gradient_block=0)
+            video = run(small_model, prompt, [1, 2], 3, plan, exit_steps=[3, 3, 3], gradient_blocks=range(3))
         video.square().mean().backward()
         norms.append(torch.stack([parameter.grad.norm() for parameter in small_model.parameters()]))
     torch.testing.assert_close(norms[1], norms[0], rtol=0.2, atol=0.1 * norms[0].median().item())

@@ -7,6 +7,7 @@ import torch
 from conftest import build_small_model, random_prompt
 from torch import Tensor
 
+from attention import ContextWindow
 from few_step import TeacherPrompts, Trajectory, consistency_loss, draw_step_orders, ode_regression_loss, ode_trajectory
 from flow_matching import euler_sampler, sampling_times
 from rollout import BidirectionalPlan, make_noise_streams, many_step_plan, rollout_blocks, sample_bidirectional
@@ -71,10 +72,10 @@ class Recorder:
         self.asked = kind, x_t, t, x_clean
         return (x_t - self.answer) / t[..., None, None, None]
 
-    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, num_frames_per_block: int) -> Tensor:
+    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, block: int, *rest: ContextWindow) -> Tensor:
         return self._velocity("teacher_forced", x_t, t, x_clean)
 
-    def forward_block_causal(self, x_t: Tensor, t: Tensor, prompt: None, num_frames_per_block: int) -> Tensor:
+    def forward_block_causal(self, x_t: Tensor, t: Tensor, prompt: None, block: int, *rest: ContextWindow) -> Tensor:
         return self._velocity("block_causal", x_t, t, None)
 
 
@@ -101,7 +102,7 @@ class LinearTeacher:
         self.rate = rate
         self.clean: list[Tensor] = []
 
-    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, num_frames_per_block: int) -> Tensor:
+    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, block: int, *rest: ContextWindow) -> Tensor:
         self.clean.append(x_clean)
         return self.rate * x_t
 
@@ -116,7 +117,7 @@ class ConsistentStudent:
         self.error = error
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, num_frames_per_block: int) -> Tensor:
+    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, block: int, *rest: ContextWindow) -> Tensor:
         self.seen.append((t, x_clean))
         index = (t[..., None] - self.times).abs().argmin(-1)
         factor, time = self.factor[index][..., None, None, None], t[..., None, None, None]

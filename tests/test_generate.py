@@ -22,6 +22,7 @@ import torch
 from conftest import randomise
 
 import generate as entry
+from attention import ContextWindow
 from checkpoint import LoadedNetworks, load_networks, save_checkpoint
 from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
 from dynamic_video_sf import SelfForcingEngine
@@ -142,11 +143,11 @@ def test_a_short_video_is_the_start_of_a_long_one(student: LoadedNetworks):
 def test_past_the_training_length_the_window_rolls(student: LoadedNetworks):
     """The first block past 21 frames no longer sees the first block: with a cache of everything it comes out otherwise."""
     plan = SamplerSettings().make_plan(student.config.training)
-    assert isinstance(plan, RolloutPlan) and plan.window_frames == 21
+    assert isinstance(plan, RolloutPlan) and plan.context.window_frames == 21
     with torch.no_grad():
         prompt = student.generator.encode_prompt(*student.text_encoder.encode(PROMPTS[:1]))
         endless = torch.cat(list(
-            rollout_blocks(student.generator, prompt, make_noise_streams([0]), 8, replace(plan, window_frames=None))
+            rollout_blocks(student.generator, prompt, make_noise_streams([0]), 8, replace(plan, context=ContextWindow()))
         ), dim=1)
     video = sample(student, PROMPTS[:1], num_frames=24)
     assert torch.equal(video[:, :21], endless[:, :21])
@@ -170,7 +171,7 @@ def test_a_student_takes_its_own_steps_context_noise_and_block():
 def test_many_steps_on_a_student_are_a_causal_euler_rollout():
     plan = SamplerSettings(num_steps=5, guidance=2.0).make_plan(STUDENT)
     assert isinstance(plan, RolloutPlan)
-    assert (len(plan.times), plan.fresh_noise, plan.guidance, plan.context_time, plan.window_frames) == (5, False, 2.0, 0.1, 21)
+    assert (len(plan.times), plan.fresh_noise, plan.guidance, plan.context_time, plan.context.window_frames) == (5, False, 2.0, 0.1, 21)
 
 
 def test_a_teacher_is_sampled_bidirectionally_and_naively_on_request():
@@ -184,7 +185,7 @@ def test_a_teacher_is_sampled_bidirectionally_and_naively_on_request():
         SamplerSettings(eta=1.5)
     naive = SamplerSettings(denoising_steps=(1000, 500)).make_plan(TEACHER)
     assert isinstance(naive, RolloutPlan)
-    assert (len(naive.times), naive.fresh_noise, naive.guidance, naive.window_frames) == (2, True, 1.0, 21)
+    assert (len(naive.times), naive.fresh_noise, naive.guidance, naive.context.window_frames) == (2, True, 1.0, 21)
 
 
 def test_the_teacher_gives_the_video_of_its_own_sampler(teacher: LoadedNetworks):
@@ -323,7 +324,9 @@ def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: 
     facts = json.loads((tmp_path / "generation.json").read_text())
     digest = hashlib.sha256(student_path.read_bytes()).hexdigest()
     assert facts["checkpoint"] == {"name": "student.pt", "sha256": digest, "training_type": "dmd2", "step": 5}
-    assert facts["sampler"]["requested"] == {"denoising_steps": [1000, 500], "num_steps": None, "guidance": 1.5, "eta": None}
+    assert facts["sampler"]["requested"] == {
+        "denoising_steps": [1000, 500], "num_steps": None, "guidance": 1.5, "eta": None, "window_frames": None, "sink_frames": None
+    }
     assert facts["sampler"]["kind"] == "causal" and facts["sampler"]["plan"]["times"] == [1.0, 0.75]
     assert (facts["device"], facts["precision"]) == ("cpu", "float32")
     assert facts["versions"]["torch"] == str(torch.__version__) and facts["versions"]["numpy"] == np.__version__

@@ -7,6 +7,7 @@ import torch
 from conftest import random_prompt
 from torch import Tensor
 
+from attention import ContextWindow
 from flow_matching import add_noise, shift_time, velocity
 from objectives import (
     bidirectional_loss,
@@ -34,13 +35,13 @@ class OracleModel:
         time = t[:, :, None, None, None]
         return torch.where(time > 0, (x_t - self.x_0) / time.clamp(min=1e-12) + 1, 100.0)
 
-    def forward_block_causal(self, x_t: Tensor, t: Tensor, prompt: None, num_frames_per_block: int) -> Tensor:
-        self.blocks.append(num_frames_per_block)
+    def forward_block_causal(self, x_t: Tensor, t: Tensor, prompt: None, block: int, *rest: ContextWindow) -> Tensor:
+        self.blocks.append(block)
         return self.forward_bidirectional(x_t, t, prompt)
 
-    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, num_frames_per_block: int) -> Tensor:
+    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, block: int, *rest: ContextWindow) -> Tensor:
         self.cleans.append(x_clean)
-        return self.forward_block_causal(x_t, t, prompt, num_frames_per_block)
+        return self.forward_block_causal(x_t, t, prompt, block)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from test_stages import CPU, assert_same, snapshot
 
 import few_step_stage
+from attention import ContextWindow
 from checkpoint import CheckpointError, load_checkpoint, load_networks, save_checkpoint
 from config import Config, build_config, config_to_dict, register_schemas
 from few_step import consistency_loss, ode_regression_loss
@@ -105,9 +106,9 @@ def test_what_a_paradigm_ships_starts_a_generator_and_is_sampled_as_it_was_train
     training = load_networks(path, torch.device("cpu")).config.training
     plan = SamplerSettings().make_plan(training)
     if name == "teacher_forcing":
-        assert plan == many_step_plan(2, training.time_shift, 3, training.guidance, window_frames=6)
+        assert plan == many_step_plan(2, training.time_shift, 3, training.guidance, context=ContextWindow(6))
     else:
-        assert plan == few_step_plan(training, window_frames=6)
+        assert plan == few_step_plan(training, context=ContextWindow(6))
     assert SamplerSettings(denoising_steps=(1000, 400)).make_plan(training).times == warp_steps([1000, 400], training.time_shift)
     samples = stage.sample(["a 3", "a 4 moving up"], [1, 2], 6)
     first = {"causal_ode": "teacher, 2 steps", "bidirectional_ode": "teacher, 2 steps", "causal_consistency": "teacher, 2 steps"}
@@ -119,11 +120,11 @@ def test_what_a_paradigm_ships_starts_a_generator_and_is_sampled_as_it_was_train
 def test_trajectories_meet_the_students_times_and_every_block_meets_each(name, is_causal, teacher, monkeypatch):
     stage, asked = build(name, teacher), []
 
-    def record(student, trajectory, steps, prompt, num_frames_per_block, causal):
+    def record(student, trajectory, steps, prompt, num_frames_per_block, causal, context):
         asked.append(steps)
         torch.testing.assert_close(trajectory.times, torch.tensor(stage.plan.times))
         assert student is stage.student and causal == is_causal
-        return ode_regression_loss(student, trajectory, steps, prompt, num_frames_per_block, causal)
+        return ode_regression_loss(student, trajectory, steps, prompt, num_frames_per_block, causal, context)
 
     monkeypatch.setattr(few_step_stage, "ode_regression_loss", record)
     stage.train_step(0)
@@ -143,7 +144,7 @@ def test_plans_of_the_mixed_teacher_and_of_a_self_forcing_student_stay(teacher):
     mixed, student = load_networks(teacher, torch.device("cpu")).config.training, composed("sid", teacher).training
     assert isinstance(SamplerSettings().make_plan(mixed), BidirectionalPlan)
     assert isinstance(SamplerSettings(denoising_steps=(1000,)).make_plan(mixed), RolloutPlan)
-    assert SamplerSettings(num_steps=3).make_plan(student) == many_step_plan(3, student.time_shift, 3, 1.0, window_frames=6)
+    assert SamplerSettings(num_steps=3).make_plan(student) == many_step_plan(3, student.time_shift, 3, 1.0, context=ContextWindow(6))
 
 
 @pytest.mark.parametrize("name", ["sid", "bidirectional_ode"])

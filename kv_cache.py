@@ -1,0 +1,127 @@
+"""The rolling KV cache: self-attention keys and values of the frames made so far, for ever at constant memory.
+
+Dimensions: B batch, h heads, d head size, N tokens a patch row in time; rows are patch rows, `frames_per_row` frames each.
+
+One buffer holds the keys of all layers and one the values. The visible past is one contiguous piece of them, a sink first
+where there is one, and the block at hand stands right behind it, so a pass without gradient writes its keys and values in
+place and attends to a view. A row of the buffer is a position: as blocks are made the piece wanders to the right, what
+falls out on the left is forgotten, the sink is put right before what is left, and once the buffer is full the piece moves
+back to row 0, rotated by as much. Attention sees differences of positions only, and these are never larger than the window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attention import apply_rope, rope_angles
+
+
+class KVCache:
+    """Keys (rotated to their positions) and values of the past that a block may see.
+
+    window_frames: how many frames a block may see, itself and the sink included; None for all. sink_frames: so many first
+    frames stay visible for ever. Only `advance` makes a block part of the past. A pass with gradient gets copies: its graph
+    stays valid however the buffers are written later.
+    """
+
+    def __init__(
+        self, num_layers: int, tokens_per_row: int, frames_per_row: int, head_size: int, rope_theta: float,
+        window_frames: int | None = None, sink_frames: int = 0,
+    ):
+        self.num_frames = 0  # frames written so far
+        self.window_frames = window_frames
+        self._frames_per_row, self._tokens_per_row = frames_per_row, tokens_per_row
+        self._head_size, self._rope_theta = head_size, rope_theta
+        self._window_rows = None if window_frames is None else window_frames // frames_per_row
+        self._sink_rows = sink_frames // frames_per_row
+        self._first, self._end, self._capacity = 0, 0, 0  # rows: of the visible past, behind it, and in the buffers
+        self._keys = self._values = torch.empty(num_layers, 0, 0, 0, 0)  # (layers, B, h, rows N, d)
+        self._sink: tuple[Tensor, Tensor] | None = None  # its keys, as at rows 0, 1, ..., and values, once frames have left
+
+    @property
+    def next_row(self) -> int:
+        """The position of the block at hand: the row behind the visible past."""
+        return self._end
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return (self._end - self._first) * self._tokens_per_row
+
+    def make_room(self, num_frames: int) -> None:
+        """Forget what a block of num_frames no longer sees. Once is enough: repeating it changes nothing."""
+        if self._window_rows is None:
+            return
+        num_rows = num_frames // self._frames_per_row
+        surplus = self._end - self._first + num_rows - self._window_rows
+        if surplus > 0:
+            self._forget(surplus)
+        if self._end + num_rows > 2 * self._window_rows:  # so a row is moved at most twice while it is visible
+            self._move_back()
+
+    def forget_first(self, num_frames: int) -> None:
+        """Forget the first num_frames frames of the video, where they are still visible; not for a cache with a sink."""
+        num_forgotten = self.num_frames // self._frames_per_row - (self._end - self._first)
+        self._first += max(num_frames // self._frames_per_row - num_forgotten, 0)
+
+    def with_current(self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, h, S, d) that a block may attend to: the visible past, then its own, whose k is rotated here."""
+        past = self._tokens(self._first, self._end)
+        if torch.is_grad_enabled():
+            k = apply_rope(k, cos, sin)
+            if self._capacity == 0:
+                return k.contiguous(), v.contiguous()
+            return torch.cat([self._keys[layer][:, :, past], k], dim=2), torch.cat([self._values[layer][:, :, past], v], dim=2)
+        num_rows = k.shape[2] // self._tokens_per_row
+        if self._end + num_rows > self._capacity:
+            self._grow(num_rows, k)
+        own, visible = self._tokens(self._end, self._end + num_rows), self._tokens(self._first, self._end + num_rows)
+        apply_rope(k, cos, sin, out=self._keys[layer][:, :, own])
+        self._values[layer][:, :, own] = v
+        return self._keys[layer][:, :, visible], self._values[layer][:, :, visible]
+
+    def advance(self, num_frames: int) -> None:
+        """The block of the pass that has just run, without gradient, is now part of the past."""
+        self._end += num_frames // self._frames_per_row
+        self.num_frames += num_frames
+
+    def _tokens(self, first_row: int, end_row: int) -> slice:
+        return slice(first_row * self._tokens_per_row, end_row * self._tokens_per_row)
+
+    def _grow(self, num_rows: int, k: Tensor) -> None:
+        """New buffers, at least twice as large, up to twice the window; what is stored moves over."""
+        capacity = max(2 * self._capacity, 4 * num_rows, self._end + num_rows)
+        self._capacity = capacity if self._window_rows is None else min(capacity, 2 * self._window_rows)
+        shape = (self._keys.shape[0], *k.shape[:2], self._capacity * self._tokens_per_row, self._head_size)
+        stored = self._tokens(0, self._end)
+        keys, values = k.new_empty(shape), k.new_empty(shape)
+        if self._end:
+            keys[..., stored, :], values[..., stored, :] = self._keys[..., stored, :], self._values[..., stored, :]
+        self._keys, self._values = keys, values
+
+    def _forget(self, num_rows: int) -> None:
+        """Let the first num_rows behind the sink go and put the sink before what is left."""
+        if self._sink_rows and self._sink is None:  # nothing has moved yet: it stands at the rows 0, 1, ...
+            sink = self._tokens(0, self._sink_rows)
+            self._sink = self._keys[..., sink, :].clone(), self._values[..., sink, :].clone()
+        self._first += num_rows
+        self._place_sink()
+
+    def _place_sink(self) -> None:
+        if self._sink is not None:
+            place = self._tokens(self._first, self._first + self._sink_rows)
+            self._keys[..., place, :] = self._shifted(self._sink[0], self._first)
+            self._values[..., place, :] = self._sink[1]
+
+    def _move_back(self) -> None:
+        """The visible past moves to row 0, in place."""
+        old, num_rows = self._tokens(self._first, self._end), self._end - self._first
+        new = self._tokens(0, num_rows)
+        self._keys[..., new, :] = self._shifted(self._keys[..., old, :], -self._first)
+        self._values[..., new, :] = self._values[..., old, :].clone()  # the two may overlap
+        self._first, self._end = 0, num_rows
+        self._place_sink()
+
+    def _shifted(self, keys: Tensor, num_rows: int) -> Tensor:
+        """Keys (..., S, d) as they would be num_rows later: rotations add up, and only the angle of time changes."""
+        return apply_rope(keys, *rope_angles((1, 1), self._head_size, self._rope_theta, num_rows, 1, keys.device))

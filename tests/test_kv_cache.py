@@ -1,0 +1,253 @@
+"""The rolling cache: window, sink, positions for ever, gradient, and the same past under the mask and in a rollout."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from conftest import build_small_model, random_prompt, random_video
+from torch import Tensor
+
+from attention import ContextWindow, teacher_forcing_layout
+from config import SelfForcingConfig
+from kv_cache import KVCache
+from rollout import few_step_plan, make_noise_streams, rollout_blocks
+from tiny_causal_wan import PromptContext, TinyCausalWanModel
+
+NUM_FRAMES = 27
+
+
+def run_cached(model: TinyCausalWanModel, x_t: Tensor, t: Tensor, prompt: PromptContext, sizes: list[int], cache: KVCache) -> Tensor:
+    """The video block by block, each block written to the cache as it came in."""
+    parts = []
+    for x, time in zip(x_t.split(sizes, 1), t.split(sizes, 1), strict=True):
+        parts.append(model.forward_cached(x, time, prompt, cache))
+        model.write_cache(x, time, prompt, cache)
+    return torch.cat(parts, dim=1)
+
+
+def assert_same_x_0(actual: Tensor, expected: Tensor, t: Tensor, tolerance: float = 1e-5) -> None:
+    """Two velocities that stand for the same x_0."""
+    assert (t[..., None, None, None] * (actual - expected)).abs().max() <= tolerance
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("block", "window", "sink"), [*itertools.product((1, 3), (None, 6, 9, 21), (0, 1, 3)), (3, 8, 2), (1, 2, 1)])
+def test_cached_blocks_equal_the_mask_for_every_window_and_sink(small_model, block, window, sink):
+    x_t, t = random_video(small_model, 2, NUM_FRAMES)
+    prompt, context = random_prompt(small_model, 2), ContextWindow(window, sink)
+    cached = run_cached(small_model, x_t, t, prompt, [block] * (NUM_FRAMES // block), small_model.new_cache(window, sink))
+    masked = small_model.forward_block_causal(x_t, t, prompt, block, context)
+    assert_same_x_0(cached, masked, t)
+    if window is not None and sink:
+        without = small_model.forward_block_causal(x_t, t, prompt, block, ContextWindow(window))
+        assert (masked - without)[:, window:].abs().max() > 1e-3  # the sink does matter
+        assert (masked - without)[:, : window // block * block].abs().max() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("block", "window", "sink"), [(3, 9, 3), (3, 6, 1), (1, 6, 3), (3, 8, 0), (3, 6, 3)])
+def test_a_block_is_what_a_short_video_of_its_visible_frames_makes_of_it(block, window, sink):
+    """An oracle without cache or mask. One layer: keys of the past depend on the past frame alone."""
+    model = build_small_model(num_layers=1)
+    x_t, t = random_video(model, 2, NUM_FRAMES)
+    prompt = random_prompt(model, 2)
+    masked = model.forward_block_causal(x_t, t, prompt, block, ContextWindow(window, sink))
+    for end in range(block, NUM_FRAMES + 1, block):
+        visible = sorted({*range(min(sink, end)), *range(max(end - (window - sink if end > window else window), 0), end)})
+        assert len(visible) <= window
+        alone = model.forward_bidirectional(x_t[:, visible], t[:, visible], prompt)[:, -block:]
+        assert_same_x_0(masked[:, end - block: end], alone, t[:, end - block: end])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("block", "window", "sink", "hide"), [(3, 9, 3, False), (1, 6, 1, False), (3, None, 0, True), (3, 9, 0, True)])
+def test_teacher_forcing_sees_the_same_window_and_sink(small_model, block, window, sink, hide):
+    (x_t, t), (x_clean, _) = random_video(small_model, 2, 15), random_video(small_model, 2, 15, seed=1)
+    prompt, cache, parts = random_prompt(small_model, 2), small_model.new_cache(window, sink), []
+    for first in range(0, 15, block):
+        now = slice(first, first + block)
+        if hide and first == 15 - block:
+            cache.forget_first(block)
+        parts.append(small_model.forward_cached(x_t[:, now], t[:, now], prompt, cache))
+        small_model.write_cache(x_clean[:, now], torch.zeros_like(t[:, now]), prompt, cache)
+    forced = small_model.forward_teacher_forced(x_t, t, x_clean, prompt, block, ContextWindow(window, sink, hide))
+    assert_same_x_0(forced, torch.cat(parts, dim=1), t)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("window", "sink"), [(None, 0), (6, 0), (9, 1), (9, 3)])
+def test_a_first_frame_of_its_own(small_model, window, sink):
+    context, sizes = ContextWindow(window, sink, independent_first_frame=True), [1, *[3] * 8]
+    assert context.block_sizes(25, 3) == sizes
+    x_t, t = random_video(small_model, 2, 25)
+    prompt = random_prompt(small_model, 2)
+    cached = run_cached(small_model, x_t, t, prompt, sizes, small_model.new_cache(window, sink))
+    masked = small_model.forward_block_causal(x_t, t, prompt, 3, context)
+    assert_same_x_0(cached, masked, t)
+    other = x_t.clone()
+    other[:, 1:4] += 1
+    moved = (small_model.forward_block_causal(other, t, prompt, 3, context) - masked).abs().amax((0, 2, 3, 4))
+    assert moved[0] == 0 and (moved[1:4] > 0).all()
+
+
+def test_the_layout_of_a_teacher_forced_first_frame():
+    mask = teacher_forcing_layout(4, 3, ContextWindow(independent_first_frame=True), 1, 1, torch.device("cpu")).mask
+    block = [0, 1, 1, 1]
+    for query, key in itertools.product(range(8), range(8)):
+        (query_noisy, q), (key_noisy, k) = divmod(query, 4), divmod(key, 4)
+        same, past = block[q] == block[k], block[k] < block[q]
+        assert mask[query, key] == ((same or past) and not key_noisy if not query_noisy else (same if key_noisy else past))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hides", [False, True])
+def test_the_last_block_of_training_does_not_see_the_first(hides, monkeypatch):
+    model = build_small_model(num_layers=1)
+    prompt = random_prompt(model, 2)
+    plan = dataclasses.replace(few_step_plan(SelfForcingConfig()), context=ContextWindow(hide_first_block=hides))
+
+    forgotten: list[tuple[int, int]] = []
+    monkeypatch.setattr(KVCache, "forget_first", lambda cache, num_frames: forgotten.append((cache.num_frames, num_frames)))
+    list(rollout_blocks(model, prompt, make_noise_streams([1, 2]), 3, plan))
+    assert forgotten == ([(6, 3)] if hides else [])
+    x_t, t = random_video(model, 2, 9)
+    masked, plain = (model.forward_block_causal(x_t, t, prompt, 3, ContextWindow(hide_first_block=hide)) for hide in (True, False))
+    assert torch.equal(masked[:, :6], plain[:, :6]) and (masked - plain)[:, 6:].abs().max() > 1e-3
+    alone = model.forward_block_causal(x_t[:, 3:], t[:, 3:], prompt, 3)
+    assert_same_x_0(masked[:, 6:], alone[:, 3:], t[:, 6:])
+
+
+# Positions, memory
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("window", "sink"), [(9, 0), (9, 3), (7, 1)])
+def test_frame_one_million_equals_frame_one_hundred(small_model, window, sink):
+    """The same context gives the same block, however far the stream has come: only the last frames and the sink count."""
+    model = build_small_model(num_layers=1)  # deeper keys would remember what has left the window
+    x_t, t = random_video(model, 1, 15)
+    prompt, blocks = random_prompt(model, 1), [*zip(x_t.split(3, 1), t.split(3, 1), strict=True)]
+    outputs = []
+    for num_between in (0, 1, 5, 100):
+        cache = model.new_cache(window, sink)
+        for x, time in [blocks[0], *[blocks[1]] * num_between, *blocks[1:4]]:
+            model.write_cache(x, time, prompt, cache)
+        cache.num_frames += 1_000_000 * num_between  # the count of frames is not a position
+        outputs.append(model.forward_cached(*blocks[4], prompt, cache))
+        assert cache.next_row <= 2 * window
+    for output in outputs[1:]:
+        assert_same_x_0(output, outputs[0], blocks[4][1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("window", "sink"), [(6, 0), (9, 3), (21, 3)])
+def test_memory_is_constant_and_rows_move_rarely(small_model, window, sink):
+    cache, prompt = small_model.new_cache(window, sink), random_prompt(small_model, 1)
+    x_t, t = random_video(small_model, 1, 3)
+    moves: list[int] = []
+    move_back = cache._move_back
+    cache._move_back = lambda: (moves.append(cache.num_frames), move_back())
+    sizes = set()
+    for block in range(120):
+        small_model.write_cache(x_t, t, prompt, cache)
+        if 3 * block > 2 * window:
+            sizes.add((cache._keys.data_ptr(), cache._keys.shape, cache._values.data_ptr()))
+    assert len(sizes) == 1 and cache._capacity == 2 * window  # written in place
+    assert all(later - earlier >= window - 3 for earlier, later in itertools.pairwise(moves)) and len(moves) > 5
+    assert cache.num_cached_tokens == window * small_model.config.tokens_per_patch_row
+
+
+# Gradient
+
+
+@pytest.mark.parametrize(("window", "sink"), [(None, 0), (6, 0), (9, 3)])
+def test_gradient_of_a_rollout_whose_window_has_rolled_on(small_model, window, sink):
+    """Against exit passes alone, each from a cache made anew: later writes in place change no graph."""
+    plan = dataclasses.replace(few_step_plan(SelfForcingConfig()), context=ContextWindow(window, sink))
+    text = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3)), torch.ones(2, 5, dtype=torch.bool)
+    weight = torch.randn(2, 18, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+    walks: list[list[Tensor]] = []
+    streams = make_noise_streams([1, 2])
+    rollout = rollout_blocks(
+        small_model, small_model.encode_prompt(*text), streams, 6, plan, exit_steps=[2] * 6, gradient_blocks=range(1, 6), trace=walks
+    )
+    video = torch.cat(list(rollout), dim=1)
+    inference = rollout_blocks(
+        small_model, small_model.encode_prompt(*text), make_noise_streams([1, 2]), 6, dataclasses.replace(plan, times=plan.times[:3])
+    )
+    assert torch.equal(video, torch.cat(list(inference), dim=1))  # the two paths through the cache have the same bits
+    parts, prompt = [], small_model.encode_prompt(*text)
+    for block, (x_0, walk) in enumerate(zip(video.detach().split(3, 1), walks, strict=True)):
+        cache = small_model.new_cache(window, sink)
+        for past in video.detach().split(3, 1)[:block]:
+            small_model.write_cache(past, torch.zeros(2, 3), prompt, cache)
+        t = torch.full((2, 3), plan.times[2])
+        with torch.set_grad_enabled(block >= 1):
+            prediction = walk[2] - plan.times[2] * small_model.forward_cached(walk[2], t, prompt, cache)
+            parts.append(prediction + (x_0 - prediction).detach())  # the clamp, straight through
+    parameters = list(small_model.parameters())
+    expected = torch.autograd.grad((torch.cat(parts, 1) * weight).sum(), parameters)
+    for gradient, wanted in zip(torch.autograd.grad((video * weight).sum(), parameters), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=1e-4 * wanted.abs().max().item(), rtol=1e-4)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(("context", "message"), [
+    (ContextWindow(2), r"window_frames is 2: a block counts itself, so expected at least num_frames_per_block=3"),
+    (ContextWindow(9, 7), r"sink_frames is 7: expected 0 to 6, window_frames=9 less a block of 3; a sink is part of the window"),
+    (ContextWindow(9, 3, hide_first_block=True), r"sink_frames is 3: expected 0 where the first block is hidden"),
+])
+def test_windows_that_do_not_fit_are_refused(small_model, context, message):
+    x_t, t = random_video(small_model, 1, 6)
+    with pytest.raises(ValueError, match=message):
+        small_model.forward_block_causal(x_t, t, random_prompt(small_model, 1), 3, context)
+    with pytest.raises(ValueError, match="training." + message):
+        SelfForcingConfig(window_frames=context.window_frames, sink_frames=context.sink_frames, hide_first_chunk=context.hide_first_block)
+
+
+def test_a_block_larger_than_the_window_of_the_cache_is_refused(small_model):
+    x_t, t = random_video(small_model, 1, 6)
+    with pytest.raises(ValueError, match="a block of 6 frames: expected at most the cache's window of 3"):
+        small_model.forward_cached(x_t, t, random_prompt(small_model, 1), small_model.new_cache(3))
+
+
+# What reading and writing leave alone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("window", "expected"), [(None, [3, 6, 9, 12]), (6, [3, 6, 6, 6]), (3, [3, 3, 3, 3])])
+def test_the_cache_keeps_the_window_and_counts_all_frames(small_model, window, expected):
+    x_t, t = random_video(small_model, 1, 12)
+    prompt, cache, kept = random_prompt(small_model, 1), small_model.new_cache(window), []
+    for x, time in zip(x_t.split(3, 1), t.split(3, 1), strict=True):
+        small_model.write_cache(x, time, prompt, cache)
+        kept.append(cache.num_cached_tokens // small_model.config.tokens_per_patch_row)
+    assert kept == expected and cache.num_frames == 12
+
+
+def test_reading_the_cache_does_not_write_it(small_model):
+    x_t, t = random_video(small_model, 1, 3)
+    prompt, cache = random_prompt(small_model, 1), small_model.new_cache()
+    small_model.write_cache(x_t, t, prompt, cache)
+    first = small_model.forward_cached(x_t, t, prompt, cache)
+    tokens = cache.num_cached_tokens
+    assert torch.equal(small_model.forward_cached(x_t, t, prompt, cache), first)
+    assert cache.num_cached_tokens == tokens and cache.num_frames == 3
+
+
+def test_the_cache_carries_no_gradient(small_model):
+    x_t, t = random_video(small_model, 2, 6)
+    x_t.requires_grad_()
+    prompt, cache, records = random_prompt(small_model, 2), small_model.new_cache(), []
+    hook = small_model.head.register_forward_hook(lambda module, inputs, output: records.append(output.requires_grad))
+    small_model.write_cache(x_t[:, :3], t[:, :3], prompt, cache)
+    hook.remove()
+    assert records == [False]  # writing builds no graph, which would cost memory
+    v = small_model.forward_cached(x_t[:, 3:], t[:, 3:], prompt, cache)
+    (gradient,) = torch.autograd.grad(v.square().sum(), x_t)
+    assert not gradient[:, :3].any() and gradient[:, 3:].any(dim=(0, 2, 3, 4)).all()
+
+

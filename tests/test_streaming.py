@@ -1,0 +1,205 @@
+"""Streams for ever, prompts that change on the way, given first frames, and who shares a batch."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_small_model, random_prompt, random_video
+from test_generate import COMMON, refusal
+from test_generate import student as student  # a fixture
+from test_generate import student_path as student_path
+from torch import Tensor
+
+from attention import ContextWindow
+from checkpoint import LoadedNetworks
+from config import SelfForcingConfig
+from dynamic_video_sf import SelfForcingEngine
+from generate import main
+from rollout import PromptSwitch, few_step_plan, make_noise_streams, rollout_blocks, split_first_frames
+from runtime import Runtime
+from sampling import SamplerSettings, sample_few_step
+from streaming import PromptSchedule, stream_video
+from video_input import load_frames
+from video_io import load_array, save_array, save_video, to_display
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+PLAN = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500]), ContextWindow(9, 3))
+OLD, NEW = "a 7 drifting up", "the digit 3 moving left quickly"
+
+
+def take(model, text_encoder, sends: list[list[str] | None], prompts=(OLD,), seeds=(0,), plan=PLAN, **options) -> list[Tensor]:
+    """As many blocks as there are sends, of which the first must be None."""
+    stream = stream_video(model, text_encoder, list(prompts), list(seeds), plan, CPU, **options)
+    return [stream.send(sent) for sent in sends]
+
+
+def test_a_stream_begins_as_the_video_of_its_prompt_and_goes_on(small_model, small_text_encoder):
+    video = sample_few_step(small_model, small_text_encoder, [OLD], [0], 21, PLAN, CPU)
+    blocks = take(small_model, small_text_encoder, [None] * 12)
+    assert torch.equal(torch.cat(blocks[:7], dim=1), video)
+    assert not blocks[-1].requires_grad and torch.is_grad_enabled() and blocks[-1].isfinite().all()
+
+
+def test_the_engine_streams_the_same_blocks():
+    engine = SelfForcingEngine(SelfForcingConfig(max_num_frames=21), build_small_model(), torch.Generator().manual_seed(0))
+    prompt, other = random_prompt(engine.generator, 2), random_prompt(engine.generator, 2, seed=5)
+    stream = engine.stream(prompt, 3, switch="keep")
+    plan = few_step_plan(engine.config, ContextWindow(21))
+    blocks = rollout_blocks(engine.generator, prompt, make_noise_streams([3, 4]), None, plan)
+    for step in range(9):
+        is_switched = step == 4
+        with torch.no_grad():
+            expected = blocks.send(PromptSwitch(other, "keep") if is_switched else None)
+        block = stream.send(other if is_switched else None)
+        assert torch.equal(block, expected) and not block.requires_grad and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("how", ["recache", "keep", "reset"])
+def test_what_becomes_of_the_cache_at_a_switch(small_model, small_text_encoder, how):
+    sends = [None] * 5 + [[NEW]] + [None] * 2
+    blocks, plain = take(small_model, small_text_encoder, sends, switch=how), take(small_model, small_text_encoder, [None] * 8)
+    assert all(torch.equal(a, b) for a, b in zip(blocks[:5], plain[:5], strict=True))  # the past stays
+    assert (blocks[5] - plain[5]).abs().max() > 1e-3
+    encoded = {text: small_model.encode_prompt(*small_text_encoder.encode([text])) for text in (OLD, NEW)}
+    cache = small_model.new_cache(9, 3)
+    visible = {"recache": [0, 4], "keep": range(5), "reset": []}[how]  # the sink, and what the next block sees
+    streams = make_noise_streams([0])
+    for _ in range(10):  # two passes a block
+        torch.randn((3, 1, 8, 8), generator=streams[0])
+    with torch.no_grad():
+        for block in visible:
+            small_model.write_cache(blocks[block], torch.zeros(1, 3), encoded[NEW if how == "recache" else OLD], cache)
+        x_0 = x_t = torch.randn((3, 1, 8, 8), generator=streams[0])[None]
+        for time, later in zip(PLAN.times, (*PLAN.times[1:], None), strict=True):
+            t = torch.full((1, 3), time)
+            x_0 = (x_t - time * small_model.forward_cached(x_t, t, encoded[NEW], cache)).clamp(-1, 1)
+            if later is not None:
+                x_t = (1 - later) * x_0 + later * torch.randn((3, 1, 8, 8), generator=streams[0])[None]
+    torch.testing.assert_close(blocks[5], x_0, rtol=1e-4, atol=1e-4)
+
+
+def test_recaching_the_same_prompt_changes_nothing_before_a_frame_has_left(small_model, small_text_encoder):
+    plain = take(small_model, small_text_encoder, [None] * 4)
+    again = take(small_model, small_text_encoder, [None, None, [OLD], None])
+    torch.testing.assert_close(torch.cat(again, 1), torch.cat(plain, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_video_does_not_depend_on_who_shares_its_batch(small_model, small_text_encoder):
+    """Prompts of other lengths, seeds of their own, a switch on the way, and a window that has rolled on."""
+    prompts, new, seeds = [OLD, "a 7", NEW + " and the number two slowly"], ["a 3", NEW, OLD], [5, 9, 5]
+    sends = [None] * 5 + [new] + [None] * 2
+    together = torch.cat(take(small_model, small_text_encoder, sends, prompts, seeds), dim=1)
+    for video in range(3):
+        alone = [None if sent is None else [sent[video]] for sent in sends]
+        single = torch.cat(take(small_model, small_text_encoder, alone, [prompts[video]], [seeds[video]]), dim=1)
+        torch.testing.assert_close(together[video], single[0], rtol=1e-4, atol=1e-4)
+    assert (together[0] - together[2]).abs().max() > 1e-2  # one seed, two prompts
+
+
+# Given first frames
+
+
+@pytest.mark.parametrize(("num_given", "context"), [
+    (3, ContextWindow(9, 3)), (6, ContextWindow(None)), (1, ContextWindow(9)), (12, ContextWindow(9, 1)),
+])
+def test_a_continuation_is_the_rollout_behind_the_given_frames(small_model, small_text_encoder, num_given, context):
+    plan = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500]), context)
+    given = random_video(small_model, 1, num_given)[0].clamp(-1, 1)
+    video = sample_few_step(small_model, small_text_encoder, [OLD], [0], num_given + 6, plan, CPU, first_frames=given)
+    assert video.shape[1] == num_given + 6 and torch.equal(video[:, :num_given], given)
+    other = sample_few_step(small_model, small_text_encoder, [OLD], [0], num_given + 6, plan, CPU, first_frames=-given)
+    assert (other - video)[:, num_given:].abs().max() > 1e-3
+    cache = small_model.new_cache(context.window_frames, context.sink_frames)
+    prompt = small_model.encode_prompt(*small_text_encoder.encode([OLD]))
+    with torch.no_grad():
+        for block in split_first_frames(given, plan):
+            small_model.write_cache(block, torch.zeros(block.shape[:2]), prompt, cache)
+        streams, x_0 = make_noise_streams([0]), torch.zeros(())
+        x_t = torch.randn((3, 1, 8, 8), generator=streams[0])[None]
+        for time in plan.times:
+            x_0 = (x_t - time * small_model.forward_cached(x_t, torch.full((1, 3), time), prompt, cache)).clamp(-1, 1)
+            later = plan.times[-1]
+            x_t = (1 - later) * x_0 + later * torch.randn((3, 1, 8, 8), generator=streams[0])[None]
+    torch.testing.assert_close(video[:, num_given : num_given + 3], x_0, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_a_first_frame_of_its_own_makes_and_trains_on_such_videos():
+    engine = SelfForcingEngine(
+        SelfForcingConfig(
+            independent_first_frame=True, min_num_frames=7, max_num_frames=7, gradient_frames=3, window_frames=6, sink_frames=1
+        ),
+        build_small_model(), torch.Generator().manual_seed(0),
+    )
+    rollout = engine.rollout(random_prompt(engine.generator, 2), 7, with_gradient=True)
+    assert rollout.x_0.shape[1] == 7 and rollout.scored.shape[1] == rollout.frame_exits.shape[1] == 3
+    gradient = torch.autograd.grad(rollout.x_0[:, :4].sum(), engine.generator.head.weight, retain_graph=True)[0]
+    assert not gradient.any() and torch.autograd.grad(rollout.scored.sum(), engine.generator.head.weight)[0].any()
+    with pytest.raises(ValueError, match="training.min_num_frames is 21: expected one frame and a multiple of .*nearest valid: 19 or 22"):
+        SelfForcingConfig(independent_first_frame=True)
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "mp4", "npz"])
+def test_files_that_this_project_writes_read_back(tmp_path: Path, suffix: str):
+    video = torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    path = tmp_path / f"clip.{suffix}"
+    if suffix == "npz":
+        save_array(path, video, "a 7")
+    else:
+        save_video(path, to_display(video))
+    frames = load_frames(path, 32, 1)
+    assert frames.shape == video.shape
+    assert (frames - video).abs().mean() < (0.1 if suffix == "mp4" else 0.005)
+
+
+def test_generation_goes_on_from_a_file_and_changes_its_prompt(student_path: Path, tmp_path: Path):
+    clip = random_video(build_small_model(), 1, 3)[0][0].clamp(-1, 1)
+    save_array(tmp_path / "clip.npz", clip, "")
+    main([
+        "--checkpoint", str(student_path), "--schedule", "0: a 7", "6: a 3", "--switch", "keep", "--init", str(tmp_path / "clip.npz"),
+        "--num_frames", "9", "--format", "npz", "--window_frames", "6", "--sink_frames", "3",
+        "--output_dir", str(tmp_path / "out"), *COMMON,
+    ])
+    (path,) = (tmp_path / "out").glob("*.npz")
+    video, prompt = load_array(path)
+    assert torch.equal(video[:3], clip) and len(video) == 9 and prompt == "a 7 | 6: a 3"
+    assert '"switch": "keep"' in (tmp_path / "out" / "generation.json").read_text()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--window_frames", "2"], r"--window_frames is 2: a block counts itself, so expected at least num_frames_per_block=3"),
+    (["--window_frames", "9", "--sink_frames", "9"], r"--sink_frames is 9: expected 0 to 6"),
+    (["--schedule", "0: a 7", "9: a 3", "--num_frames", "9"], r"asks for 'a 3' from frame 9 on, but the last block starts at frame 6"),
+    (["--schedule", "0: a 7", "4: a 3", "--num_frames", "9"], r"at frame 4: expected the start of a block, such as \[3, 6\]"),
+    (["--schedule", "3: a 7"], r"at the frames \[3\]: expected ascending frames, the first one 0"),
+    (["--schedule", "a 7"], r"--schedule has 'a 7': expected a frame and a prompt"),
+    (["--schedule", "0: a 7", "--prompts", "a 3"], r"--prompts and --schedule exclude each other"),
+    (["--init", "nowhere.gif"], r"no file at nowhere.gif"),
+    (["--init", "README.md"], r"README.md cannot be gone on from"),
+])
+def test_what_does_not_fit_is_refused_in_one_line(student_path: Path, arguments: list[str], message: str):
+    assert re.search(message, refusal("--checkpoint", str(student_path), *arguments))
+
+
+@pytest.mark.parametrize(("num_frames", "side", "message"), [
+    (2, 8, r"2 frames to go on from: expected 1, or as many as blocks of 3 make up, such as 3, 6, 9"),
+    (3, 12, r"frames of 12 x 12 pixels: expected 8 x 8, or a whole multiple"),
+])
+def test_given_frames_of_another_count_or_size_are_refused(student_path: Path, tmp_path: Path, num_frames: int, side: int, message: str):
+    save_video(tmp_path / "clip.gif", torch.rand(num_frames, 1, side, side), scale=1)
+    assert re.search(message, refusal("--checkpoint", str(student_path), "--init", str(tmp_path / "clip.gif")))
+
+
+def test_schedules_say_what_holds_when():
+    schedule = PromptSchedule.parse(["0: a 3: slowly", " 42 :a 7", "45:"])
+    assert schedule.entries == ((0, "a 3: slowly"), (42, "a 7"), (45, "")) and schedule.changes() == {42: "a 7", 45: ""}
+
+
+def test_settings_leave_the_window_to_the_checkpoint(student: LoadedNetworks):
+    assert SamplerSettings().make_plan(student.config.training).context == ContextWindow(21)
+    trained = SelfForcingConfig(window_frames=9, sink_frames=3, hide_first_chunk=False)
+    assert SamplerSettings().make_plan(trained).context == ContextWindow(9, 3)
+    assert SamplerSettings(window_frames=12, sink_frames=0).make_plan(trained).context == ContextWindow(12)
