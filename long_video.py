@@ -1,0 +1,321 @@
+"""Long video, measured: drift over thousands of frames, prompts that change, and clips that go on.
+
+Dimensions: B batch, F frames, C channels, H height, W width.
+
+    python long_video.py drift --num_frames 10000            frames right, stroke mass, motion, memory and time of one stream
+    python long_video.py switch --num_streams 256            how soon and how smoothly a new prompt is shown
+    python long_video.py continue --num_videos 256           what the first block of a real held-out video becomes
+
+Figures go into a JSON file in results/, one entry a --name, which a later call adds to, and drift and switch into a plot of
+all that stand there. Frames are judged as they come and then forgotten, so a stream of any length fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from checkpoint import LoadedNetworks, load_networks  # noqa: E402
+from config import DEVICES, PRECISIONS  # noqa: E402
+from digit_judge import load_judge, read_videos  # noqa: E402
+from metrics import bootstrap_interval, facts_of_prompts, read_classes, score_videos  # noqa: E402
+from moving_mnist import MovingMNISTGenerator, bounce  # noqa: E402
+from rollout import SWITCHES, RolloutPlan  # noqa: E402
+from runtime import Runtime, resolve_runtime  # noqa: E402
+from sampling import SamplerSettings, require_at_least_one, sample_few_step  # noqa: E402
+from streaming import stream_video  # noqa: E402
+from tracking import fit_bouncing_track  # noqa: E402
+from training_config import check_num_frames  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parent
+PROMPT_SEED = 4_000_000  # of the held-out captions, away from those of training and evaluation
+WINDOW = 21  # frames that are judged together
+SEGMENT = 630  # frames of one point of the drift curves
+TIMED_FRAMES = 1000  # at both ends of a stream, between which time and memory are compared
+SHOWN_SHARE = 0.9  # of the streams, from which on a new digit counts as shown
+SMOOTH_PIXELS = 3.0  # from the extrapolated centre, below which a path goes on
+KEPT_MASS = 0.25  # relative change of the stroke mass, up to which it counts as kept
+
+
+def memory_in_use(device: torch.device) -> float:
+    """MiB in use now, where the system tells; the peak so far elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * resource.getpagesize() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def held_out_captions(networks: LoadedNetworks, count: int) -> list[str]:
+    """As many captions of the held-out split."""
+    return MovingMNISTGenerator(networks.config.dataset, "test").captions(PROMPT_SEED, range(count))
+
+
+def measure_drift(
+    networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_frames: int, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """One stream of batch_size videos, judged 21 frames at a time: figures of every segment, time and memory of every window."""
+    judge, config = load_judge(), networks.config.dataset
+    prompts = held_out_captions(networks, batch_size)
+    digits, directions = facts_of_prompts(prompts)
+    block_frames = plan.num_frames_per_block
+    stream = stream_video(
+        networks.generator, networks.text_encoder, prompts, list(range(seed, seed + batch_size)), plan, runtime,
+    )
+    windows: list[dict[str, float]] = []
+    held: list[Tensor] = []
+    seconds: list[float] = []  # a block
+    memory: list[float] = []  # after each window
+    with tqdm(total=num_frames, unit="frame", dynamic_ncols=True) as bar:
+        while len(windows) * WINDOW + WINDOW <= num_frames:
+            started = time.perf_counter()
+            block = next(stream).cpu()
+            seconds.append(time.perf_counter() - started)
+            held.append(block)
+            bar.update(block.shape[1])
+            if sum(part.shape[1] for part in held) >= WINDOW:
+                video = torch.cat(held, dim=1)
+                held = [video[:, WINDOW:]] if video.shape[1] > WINDOW else []
+                windows.append(_judge_window(judge, video[:, :WINDOW], digits, directions, config))
+                memory.append(memory_in_use(runtime.device))
+    per_segment = max(SEGMENT // WINDOW, 1)
+    segments = [_mean(windows[first : first + per_segment]) for first in range(0, len(windows), per_segment)]
+    filled = (plan.context.window_frames or 0) // block_frames  # blocks until the window is full
+    timed = max(min(TIMED_FRAMES // block_frames, (len(seconds) - filled) // 2), 1)
+    timed_windows = max(min(TIMED_FRAMES // WINDOW, len(memory) // 2), 1)
+    first_window = min(-(-filled * block_frames // WINDOW), len(memory) - 1)
+    ends = {
+        "seconds_per_block": [median(seconds[filled : filled + timed]), median(seconds[-timed:])],
+        "memory_mib": [median(memory[first_window : first_window + timed_windows]), median(memory[-timed_windows:])],
+    }
+    return {
+        "first_21": windows[0], "segments": segments, "segment_frames": SEGMENT, "num_frames": len(windows) * WINDOW,
+        "batch_size": batch_size, "first_and_last": ends,
+        "change": {name: last / first - 1 for name, (first, last) in ends.items()},
+    }
+
+
+def _judge_window(judge: Any, video: Tensor, digits: Tensor, directions: Tensor, config: Any) -> dict[str, float]:
+    scores = score_videos(judge, video, digits, directions, config)
+    speed = fit_bouncing_track(read_videos(judge, video).centres, config).speed
+    return {
+        "frames_right": scores.frames_right.float().mean().item(), "class_kept": scores.class_kept.float().mean().item(),
+        "stroke_mass_ratio": scores.stroke_mass_ratio.mean().item(), "moving": scores.moving.float().mean().item(),
+        "track_within_1px": scores.track_within.float().mean().item(), "mean_speed": speed.mean().item(),
+    }
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def measure_switch(
+    networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_streams: int, num_before: int, num_after: int, batch_size: int,
+    seed: int, switch: str,
+) -> dict[str, Any]:
+    """num_streams streams change to the caption of another digit after num_before frames; see `summarise_switch`."""
+    captions = held_out_captions(networks, 40 * num_streams)
+    old = captions[:num_streams]
+    old_digits = facts_of_prompts(old)[0].tolist()
+    later = iter(zip(captions[num_streams:], facts_of_prompts(captions[num_streams:])[0].tolist(), strict=True))
+    new = [next(caption for caption, digit in later if digit != own) for own in old_digits]
+    judge, config, parts = load_judge(), networks.config.dataset, []
+    num_blocks_before, num_blocks_after = (count // plan.num_frames_per_block for count in (num_before, num_after))
+    for first in tqdm(range(0, num_streams, batch_size), desc=switch, unit="batch", dynamic_ncols=True):
+        part = slice(first, first + batch_size)
+        seeds = list(range(seed, seed + num_streams))[part]
+        stream = stream_video(
+            networks.generator, networks.text_encoder, old[part], seeds, plan, runtime, num_blocks_before + num_blocks_after, switch
+        )
+        blocks = [next(stream) for _ in range(num_blocks_before)]
+        blocks += [stream.send(new[part] if block == 0 else None) for block in range(num_blocks_after)]
+        parts.append(read_videos(judge, torch.cat(blocks, dim=1).cpu()))
+    probabilities, mass, centres = (torch.cat([vars(part)[name] for part in parts]) for name in ("probabilities", "mass", "centres"))
+    classes = read_classes(probabilities, mass, judge.class_mass.cpu())
+    digits = (torch.tensor(old_digits), facts_of_prompts(new)[0])
+    return summarise_switch(classes, centres, digits, num_before, config)
+
+
+def summarise_switch(classes: Tensor, centres: Tensor, digits: tuple[Tensor, Tensor], num_before: int, config: Any) -> dict[str, Any]:
+    """Of classes (B, F) and centres (B, F, 2), where digits = (old, new) (B,) change at frame num_before.
+
+    frames_until_shown: from the switch to the first frame in which `SHOWN_SHARE` of the streams show the new digit, None for
+    never. path_error: distance in pixels of the first centre after the switch from where the track of the frames before
+    leads. path_error_without: the same one frame earlier, where nothing has changed.
+    """
+    old, new = ((classes == digit.unsqueeze(1)).float().mean(dim=0) for digit in digits)  # (F,) shares
+    shown = (new[num_before:] >= SHOWN_SHARE).nonzero().flatten().tolist()
+    errors = {"path_error": _path_error(centres, num_before, config), "path_error_without": _path_error(centres, num_before - 1, config)}
+    return {
+        "frames_until_shown": shown[0] if shown else None, "share_of_new_at_end": new[-1].item(), "old_before": old[num_before - 1].item(),
+        "share_of_new": new[num_before:].tolist(),
+        **{f"{name}_median": error.median().item() for name, error in errors.items()},
+        **{f"{name}_smooth_share": (error <= SMOOTH_PIXELS).float().mean().item() for name, error in errors.items()},
+        "num_streams": len(classes),
+    }
+
+
+def _path_error(centres: Tensor, frame: int, config: Any) -> Tensor:
+    """Distance (B,) of the centre in a frame from where the track fitted to at most 20 frames before it leads."""
+    before = centres[:, max(frame - WINDOW + 1, 0) : frame]
+    track = fit_bouncing_track(before, config).track
+    wall, span = (config.digit_size - 1) / 2, config.frame_size - config.digit_size
+    expected = wall + bounce(2 * track[:, -1] - track[:, -2] - wall, span)  # the glyph's own offset is below a pixel
+    return (centres[:, frame] - expected).norm(dim=-1)
+
+
+def measure_continuation(
+    networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_videos: int, num_frames: int, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """The first block of real held-out videos, gone on from for num_frames frames; the real videos themselves beside it."""
+    judge, block = load_judge(), plan.num_frames_per_block
+    generator, parts = MovingMNISTGenerator(networks.config.dataset, "test"), {"continued": [], "real": []}
+    digits = []
+    for first in tqdm(range(0, num_videos, batch_size), unit="batch", dynamic_ncols=True):
+        real = generator.sample(PROMPT_SEED, range(first, min(first + batch_size, num_videos)), block + num_frames)
+        seeds = list(range(seed + first, seed + first + len(real.video)))
+        given = real.video[:, :block].to(runtime.device)
+        video = sample_few_step(
+            networks.generator, networks.text_encoder, real.captions, seeds, block + num_frames, plan, runtime, first_frames=given
+        )
+        for name, shown in (("continued", video.cpu()), ("real", real.video)):
+            parts[name].append(read_videos(judge, shown))
+        digits.append(real.digits[:, 0])
+    wanted = torch.cat(digits).unsqueeze(1)
+    results: dict[str, Any] = {"num_videos": num_videos, "num_frames": num_frames}
+    for name, readings in parts.items():
+        probabilities, mass = (torch.cat([vars(part)[key] for part in readings]) for key in ("probabilities", "mass"))
+        right = (read_classes(probabilities, mass, judge.class_mass.cpu()) == wanted)[:, block:]
+        change = (mass[:, block:].mean(dim=1) / mass[:, :block].mean(dim=1) - 1).abs()
+        of_videos = {
+            "right_in_every_frame": right.all(dim=1), "right_in_most_frames": right.float().mean(dim=1) > 0.5,
+            "stroke_mass_kept": change <= KEPT_MASS,
+        }
+        of_videos["kept"] = of_videos["right_in_most_frames"] & of_videos["stroke_mass_kept"]
+        results[name] = {"frames_right": right.float().mean().item(), "stroke_mass_change_median": change.median().item()}
+        for key, values in of_videos.items():
+            results[name] |= {key: values.float().mean().item(), f"{key}_ci": bootstrap_interval(values.float())}
+    return results
+
+
+def draw_drift(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """The segments' figures over the frame, a line a row."""
+    names = {"frames_right": "frames right", "stroke_mass_ratio": "stroke mass over real", "mean_speed": "speed, pixels a frame",
+             "track_within_1px": "windows within 1 px of a track"}
+    figure, axes = plt.subplots(1, len(names), figsize=(4.4 * len(names), 3.2), layout="constrained")
+    for axis, (name, title) in zip(axes, names.items(), strict=True):
+        for row, found in rows.items():
+            frames = [WINDOW / 2, *((index + 0.5) * found["segment_frames"] for index in range(len(found["segments"])))]
+            axis.plot(frames, [found["first_21"][name], *(segment[name] for segment in found["segments"])], marker=".", label=row)
+        axis.set(title=title, xlabel="frame")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_switch(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Share of the streams that show the new digit over the frames since the switch, a line for each way to switch."""
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for row, found in rows.items():
+        for how in SWITCHES:
+            axis.plot(found[how]["share_of_new"], marker=".", label=f"{row}, {how}")
+    axis.axhline(SHOWN_SHARE, color="grey", linewidth=0.8)
+    axis.set(title="streams that show the new digit", xlabel="frames since the switch", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Long video, measured: drift, prompt switches, continuation.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    drift = commands.add_parser("drift", help="one long stream")
+    drift.add_argument("--num_frames", type=int, default=10_000)
+    switch = commands.add_parser("switch", help="another prompt in mid-stream, for recache, keep and reset")
+    switch.add_argument("--num_streams", type=int, default=256)
+    switch.add_argument("--num_before", type=int, default=42, help="frames before the switch")
+    switch.add_argument("--num_after", type=int, default=42)
+    go_on = commands.add_parser("continue", help="the first block of real held-out videos")
+    go_on.add_argument("--num_videos", type=int, default=256)
+    go_on.add_argument("--num_frames", type=int, default=21, help="frames that are made")
+    for command, batch_size in ((drift, 16), (switch, 32), (go_on, 32)):
+        command.add_argument("--checkpoint", type=Path, default=REPOSITORY / "pretrained" / "student.pt")
+        command.add_argument("--name", help="of the row in the results; default: the checkpoint's name")
+        command.add_argument("--window_frames", type=int)
+        command.add_argument("--sink_frames", type=int)
+        command.add_argument("--denoising_steps", type=int, nargs="+", help="few steps for a checkpoint that is no student")
+        command.add_argument("--batch_size", type=int, default=batch_size, help="videos at a time")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--device", choices=DEVICES, default="auto")
+        command.add_argument("--precision", choices=PRECISIONS, default="auto")
+        command.add_argument("--output_dir", type=Path, default=REPOSITORY / "results" / "long_video")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, add to the JSON file, draw. Raises ValueError and OSError, each with one line."""
+    require_at_least_one("--batch_size", arguments.batch_size)
+    steps = None if arguments.denoising_steps is None else tuple(arguments.denoising_steps)
+    settings = SamplerSettings(steps, window_frames=arguments.window_frames, sink_frames=arguments.sink_frames)
+    runtime = resolve_runtime(arguments.device, arguments.precision)
+    networks = load_networks(arguments.checkpoint, runtime.device)
+    plan = settings.make_plan(networks.config.training)
+    if not isinstance(plan, RolloutPlan):
+        raise ValueError(f"{arguments.checkpoint} makes all frames at once: give --denoising_steps to roll it out")
+    if networks.config.dataset.num_digits != 1:
+        raise ValueError(f"{arguments.checkpoint} shows {networks.config.dataset.num_digits} digits a video: expected 1")
+    common = (networks, plan, runtime)
+    if arguments.command == "drift":
+        if arguments.num_frames < 2 * WINDOW:
+            raise ValueError(f"--num_frames is {arguments.num_frames}: expected at least {2 * WINDOW}")
+        found = measure_drift(*common, arguments.num_frames, arguments.batch_size, arguments.seed)
+    elif arguments.command == "switch":
+        require_at_least_one("--num_streams", arguments.num_streams)
+        for name in ("num_before", "num_after"):
+            check_num_frames(f"--{name}", vars(arguments)[name], plan.num_frames_per_block)
+        sizes = (arguments.num_streams, arguments.num_before, arguments.num_after, arguments.batch_size, arguments.seed)
+        found = {how: measure_switch(*common, *sizes, how) for how in SWITCHES}
+    else:
+        require_at_least_one("--num_videos", arguments.num_videos)
+        check_num_frames("--num_frames", arguments.num_frames, plan.num_frames_per_block)
+        found = measure_continuation(*common, arguments.num_videos, arguments.num_frames, arguments.batch_size, arguments.seed)
+    found |= {"window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames, "device": runtime.device.type}
+    path = arguments.output_dir / f"{arguments.command}.json"
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    rows[arguments.name or arguments.checkpoint.stem] = found
+    path.write_text(json.dumps(rows, indent=2) + "\n")
+    if arguments.command != "continue":
+        {"drift": draw_drift, "switch": draw_switch}[arguments.command](path.with_suffix(".png"), rows)
+    print(json.dumps({key: value for key, value in found.items() if key != "segments"}, indent=2))
+    print(f"written to {path}")
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    try:
+        run(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()
