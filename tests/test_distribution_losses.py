@@ -207,7 +207,8 @@ def test_real_videos_are_noised_per_block_to_few_step_times_and_denoised_in_one_
     prompt = random_prompt(engine.generator, 16)
     rollout = engine.make_videos(prompt, 9, True, x_real)
     ((x_t, t, *rest),) = seen
-    assert rest == ([x_real, prompt, 3] if inputs == "teacher_forced" else [prompt, 3])
+    expected = [prompt, 3, engine.config.context]
+    assert rest == ([x_real, *expected] if inputs == "teacher_forced" else expected)
     of_block = t.unflatten(1, (3, 3))
     assert (of_block == of_block[..., :1]).all() and of_block.std(dim=1).max() > 0
     assert set(t.flatten().tolist()) == set(torch.tensor(engine.plan.times).tolist())  # 48 draws meet all four
