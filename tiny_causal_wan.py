@@ -66,7 +66,7 @@ class ModelConfig:
                 divisors = [n for n in range(1, min(self.frame_size, 64) + 1) if self.frame_size % n == 0]  # larger patches: no use
                 raise ValueError(
                     f"model.patch_size {list(self.patch_size)}: the {axis} {patch} does not divide the frame size "
-                    f"{self.frame_size} (model.frame_size); choose one of {divisors}"
+                    f"{self.frame_size}; choose one of {divisors} or another model.frame_size"
                 )
         if self.width % self.num_heads or (self.width // self.num_heads) % 2 or self.width // self.num_heads < 6:
             raise ValueError(
