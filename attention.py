@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from flow_matching import NUM_TRAIN_TIMESTEPS
+
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a kept mask must also serve later training
@@ -69,3 +71,16 @@ def rope_angles(
     angle = torch.cat(angles, dim=1)
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat([cos, cos], dim=1).to(device), torch.cat([-sin, sin], dim=1).to(device)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, h, S, d) by `rope_angles`: the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
+
+
+def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
+    """(..., width) cosines and sines of Wan's timestep 1000 t (arXiv 1706.03762)."""
+    half = width // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angle = NUM_TRAIN_TIMESTEPS * t.float()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)

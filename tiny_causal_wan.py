@@ -13,6 +13,7 @@ embedding joins the time embedding (as pooled text does in arXiv 2403.03206).
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -23,8 +24,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attention import block_causal_mask, rope_angles, teacher_forcing_mask
-from flow_matching import NUM_TRAIN_TIMESTEPS, expand_time, velocity_from_x_0
+from attention import apply_rope, block_causal_mask, rope_angles, sinusoidal_embedding, teacher_forcing_mask
+from flow_matching import expand_time, velocity_from_x_0
+from recomputation import recomputed
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # self-attention of one layer: q, k, v (B, h, S, d) -> (B, h, S, d)
 
@@ -129,14 +131,15 @@ class KVCache:
             self._keys[layer], self._values[layer] = k, v
         self.num_frames += num_frames
 
+    def snapshot(self) -> KVCache:
+        """A cache that stays as this one is now, whatever is appended here later. Tensors are shared: none is ever written into."""
+        twin = copy.copy(self)
+        twin._keys, twin._values = list(self._keys), list(self._values)
+        return twin
+
     @property
     def num_cached_tokens(self) -> int:
         return 0 if self._keys[0] is None else self._keys[0].shape[2]
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, h, S, d) by `rope_angles`: the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i."""
-    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -151,14 +154,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1).to(v.dtype) @ v
-
-
-def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
-    """(..., width) cosines and sines of Wan's timestep 1000 t (arXiv 1706.03762)."""
-    half = width // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=t.device, dtype=torch.float32) / half)
-    angle = NUM_TRAIN_TIMESTEPS * t.float()[..., None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -225,6 +220,7 @@ class TinyCausalWanModel(nn.Module):
         self.head_norm = nn.LayerNorm(width, elementwise_affine=False)
         self.head_modulation = nn.Parameter(torch.zeros(2, width))
         self.head = nn.Linear(width, config.patch_values)
+        self._recomputes = False
         self._initialise()
 
     def _initialise(self) -> None:
@@ -238,6 +234,10 @@ class TinyCausalWanModel(nn.Module):
         nn.init.zeros_(self.head.weight)
         for block in self.blocks:
             nn.init.zeros_(block.cross_o.weight)
+
+    def recompute_activations(self) -> None:
+        """From now on keep no activations of the blocks for the backward pass, but make them again there."""
+        self._recomputes = True
 
     def new_cache(self, window_frames: int | None = None) -> KVCache:
         """An empty cache for this network."""
@@ -293,6 +293,8 @@ class TinyCausalWanModel(nn.Module):
     def _cached_attention(self, cache: KVCache, num_frames: int, written: list[tuple[Tensor, Tensor]] | None) -> list[Attend]:
         """Per layer, attention to the cached past and the block itself; `written` collects the block's own keys and values."""
         self._check_block(num_frames, cache.window_frames)
+        if self._recomputes and torch.is_grad_enabled():
+            cache = cache.snapshot()  # the backward pass must attend to the past of this very moment
         tokens_per_frame = self.config.tokens_per_patch_row / self.config.patch_size[0]
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -349,7 +351,8 @@ class TinyCausalWanModel(nn.Module):
         if num_copies > 1:
             rope = (rope[0].repeat(num_copies, 1), rope[1].repeat(num_copies, 1))
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulations[layer], rope, prompt.keys[layer], prompt.values[layer], prompt.mask, attends[layer])
+            inputs = (x, modulations[layer], rope, prompt.keys[layer], prompt.values[layer], prompt.mask, attends[layer])
+            x = recomputed(block, *inputs) if self._recomputes and torch.is_grad_enabled() else block(*inputs)
         return x, embedded_time
 
     def patchify(self, video: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
-    "flow_matching", "attention", "tiny_causal_wan", "text_encoder", "mnist_digits", "moving_mnist", "training_config",
+    "flow_matching", "attention", "batch_share", "recomputation", "tiny_causal_wan", "text_encoder", "mnist_digits", "moving_mnist",
+    "training_config",
     "comparison_config", "config", "objectives", "distribution_losses", "rollout", "dynamic_video_sf", "few_step", "runtime",
+    "distributed",
     "checkpoint", "resume", "interruption", "sampling", "video_io", "ink", "digit_judge", "tracking", "video_judge", "corruptions",
     "distribution", "metrics", "digit_count", "panel", "sanity", "report", "run_log", "health", "stages", "few_step_stage", "compute",
     "comparison_jobs", "comparison_report", "comparison", "train", "generate", "evaluate", "benchmark", "demo",
