@@ -248,7 +248,7 @@ class SelfForcingStage:
             text, x_real = self._read_data(share.of(indices), num_frames)
             with self.runtime.autocast(), torch.set_grad_enabled(is_generator_turn):
                 rollout = engine.make_videos(engine.generator.encode_prompt(*text), num_frames, is_generator_turn, x_real, share)
-            figures["exit_step"] = rollout.exit_steps[0]
+            figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video, where each has its own
             if is_generator_turn:
                 seen.append(self._judge_generator(rollout, text, x_real, share))
             made.append((rollout.scored.detach(), text, x_real))
