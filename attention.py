@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from flow_matching import NUM_TRAIN_TIMESTEPS
+
 
 @dataclass(frozen=True)
 class ContextWindow:
@@ -149,3 +151,11 @@ def rope_angles(
     angle = torch.cat(angles, dim=1)
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat([cos, cos], dim=1).to(device), torch.cat([-sin, sin], dim=1).to(device)
+
+
+def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
+    """(..., width) cosines and sines of Wan's timestep 1000 t (arXiv 1706.03762)."""
+    half = width // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angle = NUM_TRAIN_TIMESTEPS * t.float()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)

@@ -18,6 +18,7 @@ from stages import PretrainStage, SelfForcingStage
 from training_config import PretrainConfig, SelfForcingConfig, require
 
 CPU = Runtime(torch.device("cpu"), torch.float32)  # counted here, wherever the training runs
+IN_ONE_PASS = {"accumulation_steps": 1, "activation_checkpointing": False}  # what is done again to save memory does not count
 MAX_TRIES = 200  # steps until two different exit steps are drawn: never as many
 
 
@@ -41,14 +42,14 @@ def flops_per_step(config: Config) -> float:
 
 def _pretrain_flops(config: Config, training: PretrainConfig, batch_size: int, random: torch.Generator) -> float:
     """Of a step on batch_size whole videos."""
-    stage = PretrainStage(replace(config, training=replace(training, batch_size=batch_size, clip_steps=0)), CPU, random)
+    stage = PretrainStage(replace(config, training=replace(training, batch_size=batch_size, clip_steps=0, **IN_ONE_PASS)), CPU, random)
     steps = (0, 1) if training.objective == "mixed" else (0,)
     return sum(_count_step(stage, step)[0] for step in steps) / len(steps)
 
 
 def _self_forcing_flops(config: Config, training: SelfForcingConfig, random: torch.Generator) -> float:
     """Of a step on one video. With an exit step for every block the mean is the same, as the cost is a sum over blocks."""
-    stage = SelfForcingStage(replace(config, training=replace(training, batch_size=1, same_exit_step=True)), CPU, random)
+    stage = SelfForcingStage(replace(config, training=replace(training, batch_size=1, same_exit_step=True, **IN_ONE_PASS)), CPU, random)
     ratio = training.dfake_gen_update_ratio
     turn = -(-(training.critic_warmup_steps + 1) // ratio) * ratio - 1  # the first step that updates the generator
     generator = _mean_over_exits(stage, turn)

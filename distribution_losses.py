@@ -8,14 +8,14 @@ noised video; all that is known of them here is what they answered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batch_share import BatchShare, share_or_whole
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 
 Finding = tuple[bool, str]  # of a self-test: whether it holds, and what was seen
@@ -81,23 +81,25 @@ def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:
 
 
 def gradient_penalty(
-    logits: Callable[[Tensor], Tensor], x: Tensor, logits_at_x: Tensor, sigma: float, generator: torch.Generator
+    logits: Callable[[Tensor], Tensor], x: Tensor, logits_at_x: Tensor, sigma: float, generator: torch.Generator,
+    share: BatchShare | None = None,
 ) -> Tensor:
     """mean [(D(x + sigma eps) - D(x)) / sigma]^2: the expected |grad D(x)|^2 for small sigma, without a second derivative.
 
     R1 where x is real, R2 where it is generated (arXiv 2501.05441, section 2); the finite difference is arXiv 2501.08316's.
     """
-    eps = torch.randn(x.shape, generator=generator).to(x)
+    eps = share_or_whole(share, len(x)).draw_normal(tuple(x.shape[1:]), generator).to(x)
     return ((logits(x + sigma * eps) - logits_at_x) / sigma).square().mean()
 
 
 def discriminator_loss(
-    logits: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, penalty_weight: float, sigma: float, generator: torch.Generator
+    logits: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, penalty_weight: float, sigma: float, generator: torch.Generator,
+    share: BatchShare | None = None,
 ) -> Tensor:
     """The relativistic loss, real videos the better ones, plus the weighted R1 and R2 (R3GAN, arXiv 2501.05441, section 2)."""
     at_real, at_fake = logits(real), logits(fake)
-    r_1 = gradient_penalty(logits, real, at_real, sigma, generator)
-    r_2 = gradient_penalty(logits, fake, at_fake, sigma, generator)
+    r_1 = gradient_penalty(logits, real, at_real, sigma, generator, share)
+    r_2 = gradient_penalty(logits, fake, at_fake, sigma, generator, share)
     return relativistic_loss(at_real, at_fake).mean() + penalty_weight * (r_1 + r_2)
 
 
@@ -113,19 +115,6 @@ class Discriminator(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
         """Logits (B,) of noised videos x_t (B, F, C, H, W) at times t (B, F); higher is more real."""
         return self.head(self.backbone.forward_features(x_t, t, prompt)).float().mean(dim=(1, 2, 3))  # of (B, T, N, 1)
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Within, the module's parameters are constants: gradient passes through to its input and not into them."""
-    switched = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        for parameter in switched:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in switched:
-            parameter.requires_grad_(True)
 
 
 def check_gaussians(random: torch.Generator) -> list[Finding]:

@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from batch_share import BatchShare, share_or_whole
 from distribution_losses import (
     Discriminator,
     Finding,
@@ -24,7 +25,6 @@ from distribution_losses import (
     discriminator_loss,
     dmd_gradient,
     dmd_loss,
-    frozen,
     relativistic_loss,
     sid_loss,
 )
@@ -36,6 +36,7 @@ from flow_matching import (
     x_0_from_velocity,
 )
 from objectives import x_0_prediction_loss
+from recomputation import frozen
 from rollout import PromptSwitch, clamp_to_data, few_step_plan, make_noise_streams, rollout_blocks
 from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
 from training_config import SelfForcingConfig, check_num_frames
@@ -68,8 +69,8 @@ class SelfForcingEngine:
     critic: what `critic_loss` trains on what the generator makes: fake_score itself, or with the GAN loss a discriminator
     built on it. fake_average: the moving average of fake_score, which is what the generator is judged by: the critic that has
     just learned from a batch is off by far more than generator and teacher differ. The engine owns no optimizer, moves no
-    average and draws all randomness from `random`. All networks start as copies of `teacher`, the generator of `start` where
-    one is given.
+    average and draws all randomness from `random`. All networks start as copies of `teacher`, the generator of `start` where one is given.
+    share, of its methods: which videos of a batch are at hand, all of them if not given.
     """
 
     def __init__(
@@ -82,17 +83,22 @@ class SelfForcingEngine:
         self.fake_score = copy.deepcopy(teacher).train().requires_grad_(True)
         self.fake_average = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.real_score = copy.deepcopy(teacher).eval().requires_grad_(False)
+        if config.activation_checkpointing:
+            for network in (self.generator, self.fake_score, self.fake_average, self.real_score):  # with SiD gradient passes through all
+                network.recompute_activations()
         self.critic = Discriminator(self.fake_score).to(next(teacher.parameters()).device) if config.loss == "gan" else self.fake_score
 
-    def make_videos(self, prompt: PromptContext, num_frames: int, with_gradient: bool, x_real: Tensor | None = None) -> Rollout:
+    def make_videos(
+        self, prompt: PromptContext, num_frames: int, with_gradient: bool, x_real: Tensor | None = None, share: BatchShare | None = None
+    ) -> Rollout:
         """The generator's videos by the configured inputs: a self-rollout, or real videos x_real, noised and denoised."""
         if self.config.generator_inputs == "self_rollout":
-            return self.rollout(prompt, num_frames, with_gradient)
+            return self.rollout(prompt, num_frames, with_gradient, share)
         if x_real is None:
             raise ValueError(f"training.generator_inputs={self.config.generator_inputs} needs real videos: none were given")
-        return self.denoise_real(prompt, x_real, with_gradient)
+        return self.denoise_real(prompt, x_real, with_gradient, share)
 
-    def rollout(self, prompt: PromptContext, num_frames: int, with_gradient: bool) -> Rollout:
+    def rollout(self, prompt: PromptContext, num_frames: int, with_gradient: bool, share: BatchShare | None = None) -> Rollout:
         """Generate from noise as inference does, stopping at a random exit step (Algorithm 1)."""
         config = self.config
         check_num_frames("num_frames", num_frames, config.num_frames_per_block, config.independent_first_frame)
@@ -101,7 +107,8 @@ class SelfForcingEngine:
         num_exits = 1 if config.same_exit_step else num_blocks
         exits = torch.randint(len(self.plan.times), (num_exits,), generator=self.random).tolist()
         exit_steps = exits * num_blocks if config.same_exit_step else exits
-        seeds = torch.randint(2**62, (prompt.pooled.shape[0],), generator=self.random).tolist()
+        share = share_or_whole(share, prompt.pooled.shape[0])
+        seeds = share.draw(lambda total: torch.randint(2**62, (total,), generator=self.random)).tolist()
         first_scored = max(num_frames - config.gradient_frames, 0)
         blocks = rollout_blocks(
             self.generator, prompt, make_noise_streams(seeds), num_blocks, self.plan, exit_steps=exit_steps,
@@ -130,19 +137,19 @@ class SelfForcingEngine:
                 block = blocks.send(None if sent is None else PromptSwitch(sent, switch))
             sent = yield block
 
-    def denoise_real(self, prompt: PromptContext, x_real: Tensor, with_gradient: bool) -> Rollout:
+    def denoise_real(self, prompt: PromptContext, x_real: Tensor, with_gradient: bool, share: BatchShare | None = None) -> Rollout:
         """Noise real videos (B, F, C, H, W), every block to a few-step time of its own, and denoise them in one pass.
 
         What a block sees of the past is noised too ("diffusion_forced": CausVid, arXiv 2412.07772, section 4.2) or clean
         ("teacher_forced"): in both cases data, never what the generator made, which is what Self-Forcing changes.
         """
         block, num_frames = self.config.num_frames_per_block, x_real.shape[1]
-        context = self.config.context
+        context, share, num_exits = self.config.context, share_or_whole(share, len(x_real)), len(self.plan.times)
         sizes = torch.tensor(context.block_sizes(num_frames, block))
-        exits = torch.randint(len(self.plan.times), (len(x_real), len(sizes)), generator=self.random)
+        exits = share.draw(lambda total: torch.randint(num_exits, (total, len(sizes)), generator=self.random))
         frame_exits = exits.repeat_interleave(sizes, 1)  # (B, F)
         t = torch.tensor(self.plan.times)[frame_exits].to(x_real.device)
-        x_t = add_noise(x_real, torch.randn(x_real.shape, generator=self.random).to(x_real.device), t)
+        x_t = add_noise(x_real, share.draw_normal(tuple(x_real.shape[1:]), self.random).to(x_real.device), t)
         with torch.set_grad_enabled(with_gradient):
             if self.config.generator_inputs == "teacher_forced":
                 v = self.generator.forward_teacher_forced(x_t, t, x_real, prompt, block, context)
@@ -153,24 +160,26 @@ class SelfForcingEngine:
         scored = slice(max(num_frames - self.config.gradient_frames, 0), None)
         return Rollout(x_0, x_0[:, scored], exits[0].tolist(), frame_exits[:, scored])
 
-    def generator_loss(self, x_0: Tensor, prompts: ScorePrompts, x_real: Tensor | None = None) -> tuple[Tensor, Verdict]:
+    def generator_loss(
+        self, x_0: Tensor, prompts: ScorePrompts, x_real: Tensor | None = None, share: BatchShare | None = None
+    ) -> tuple[Tensor, Verdict]:
         """The loss that pulls x_0 (B, F, C, H, W) toward the teacher's distribution, or with "gan" that of x_real."""
         if self.config.loss == "gan":
-            return self._gan_generator_loss(x_0, prompts.fake, x_real)
+            return self._gan_generator_loss(x_0, prompts.fake, x_real, share)
         if self.config.loss == "sid":
-            x_0_fake, x_0_real, t = self._denoised(x_0, prompts)  # gradient passes through both scores, which are frozen
+            x_0_fake, x_0_real, t = self._denoised(x_0, prompts, share)  # gradient passes through both scores, which are frozen
             terms, figures = sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha), {}
         else:
             with torch.no_grad():  # the two scores only supply a direction
-                x_0_fake, x_0_real, t = self._denoised(x_0.detach(), prompts)
+                x_0_fake, x_0_real, t = self._denoised(x_0.detach(), prompts, share)
                 gradient = self.config.dmd_sign * dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
             terms, figures = dmd_loss(x_0, gradient), {"dmd_gradient_norm": gradient.square().mean().sqrt().item()}
         figures["score_distance"] = (x_0_fake - x_0_real).abs().mean().item()
         return terms.mean(), Verdict(terms.detach(), t, figures, x_0.detach(), x_0_fake.detach(), x_0_real.detach())
 
-    def _denoised(self, x_0: Tensor, prompts: ScorePrompts) -> tuple[Tensor, Tensor, Tensor]:
+    def _denoised(self, x_0: Tensor, prompts: ScorePrompts, share: BatchShare | None) -> tuple[Tensor, Tensor, Tensor]:
         """What averaged critic and guided teacher make of x_0 (B, F, C, H, W), noised: x_0_fake and x_0_real; and t (B,)."""
-        x_t, t = self._noised(x_0)
+        x_t, t = self._noised(x_0, share)
         x_0_fake = x_0_from_velocity(x_t, self.fake_average.forward_bidirectional(x_t, t, prompts.fake), t)
         cond, uncond = self.real_score.forward_bidirectional(
             torch.cat([x_t, x_t]), torch.cat([t, t]), prompts.real.concatenate(prompts.real_null)
@@ -181,37 +190,44 @@ class SelfForcingEngine:
             x_0_real = x_0_real.clamp(-1, 1)
         return x_0_fake, x_0_real, t[:, 0]
 
-    def critic_loss(self, x_0: Tensor, fake_prompt: PromptContext, x_real: Tensor | None = None) -> Tensor:
+    def critic_loss(
+        self, x_0: Tensor, fake_prompt: PromptContext, x_real: Tensor | None = None, share: BatchShare | None = None
+    ) -> Tensor:
         """Flow matching of the critic on the generator's own videos x_0 (B, F, C, H, W); with "gan" the discriminator's loss."""
         x_0 = x_0.detach()  # the critic's loss must not reach the generator
         if self.config.loss == "gan":
-            (fake_t, real_t), t = self._noised_pair(x_0, x_real)
+            (fake_t, real_t), t = self._noised_pair(x_0, x_real, share)
             config, logits = self.config, partial(self.critic, t=t, prompt=fake_prompt)
-            return discriminator_loss(logits, real_t, fake_t, config.gan_penalty, config.gan_penalty_sigma, self.random)
-        x_t, t = self._noised(x_0)
+            return discriminator_loss(logits, real_t, fake_t, config.gan_penalty, config.gan_penalty_sigma, self.random, share)
+        x_t, t = self._noised(x_0, share)
         v = self.fake_score.forward_bidirectional(x_t, t, fake_prompt)
         return x_0_prediction_loss(v, x_t, x_0, t, self.config.loss_time_floor)
 
-    def _gan_generator_loss(self, x_0: Tensor, prompt: PromptContext, x_real: Tensor | None) -> tuple[Tensor, Verdict]:
+    def _gan_generator_loss(
+        self, x_0: Tensor, prompt: PromptContext, x_real: Tensor | None, share: BatchShare | None
+    ) -> tuple[Tensor, Verdict]:
         with frozen(self.critic):
-            (fake_t, real_t), t = self._noised_pair(x_0, x_real)
+            (fake_t, real_t), t = self._noised_pair(x_0, x_real, share)
             fake, real = self.critic(fake_t, t, prompt), self.critic(real_t, t, prompt)
         terms = relativistic_loss(fake, real)
         return terms.mean(), Verdict(terms.detach(), t[:, 0], {"logit_distance": (real - fake).mean().item()})
 
-    def _noised_pair(self, x_0: Tensor, x_real: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def _noised_pair(self, x_0: Tensor, x_real: Tensor | None, share: BatchShare | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Generated and real videos of the same prompts, with noise of their own at the same times."""
         if x_real is None:
             raise ValueError("training.loss=gan compares with real videos: none were given")
-        x_t, t = self._noised(x_0)
+        x_t, t = self._noised(x_0, share)
         real = x_real[:, x_real.shape[1] - x_0.shape[1]:]  # the frames that are scored
-        return (x_t, add_noise(real, torch.randn(real.shape, generator=self.random).to(real.device), t)), t
+        eps = share_or_whole(share, len(real)).draw_normal(tuple(real.shape[1:]), self.random).to(real.device)
+        return (x_t, add_noise(real, eps, t)), t
 
-    def _noised(self, x_0: Tensor) -> tuple[Tensor, Tensor]:
+    def _noised(self, x_0: Tensor, share: BatchShare | None) -> tuple[Tensor, Tensor]:
         """x_t and t, one uniform time in [min_score_time, max_score_time] per video."""
         low, high = self.config.min_score_time, self.config.max_score_time
-        t = (low + (high - low) * torch.rand((x_0.shape[0], 1), generator=self.random)).to(x_0.device).expand(x_0.shape[:2])
-        eps = torch.randn(x_0.shape, generator=self.random).to(x_0.device)
+        share = share_or_whole(share, len(x_0))
+        t = low + (high - low) * share.draw(lambda total: torch.rand((total, 1), generator=self.random))
+        t = t.to(x_0.device).expand(x_0.shape[:2])
+        eps = share.draw_normal(tuple(x_0.shape[1:]), self.random).to(x_0.device)
         return add_noise(x_0, eps, t), t
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batch_share import BatchShare
 from config import Config
+from distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
 from few_step import TeacherPrompts, consistency_loss, draw_step_orders, ode_regression_loss, ode_trajectory
 from flow_matching import NUM_TRAIN_TIMESTEPS, sampling_times
 from moving_mnist import MovingMNISTGenerator
@@ -27,9 +29,11 @@ class FewStepStage:
 
     columns = ("loss_few_step", "gradient_norm", "num_frames")
 
-    def __init__(self, config: Config, runtime: Runtime, random: torch.Generator):
+    def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
         assert isinstance(config.training, (CausalODEConfig, CausalConsistencyConfig))
         self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
+        self.parts = BatchParts(processes, self.config.accumulation_steps, random)
+        self.parts.check_divides("training.batch_size", self.config.batch_size)
         self.data = MovingMNISTGenerator(config.dataset, "train")
         self.num_prompts_seen = 0
         loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
@@ -39,6 +43,8 @@ class FewStepStage:
         self.teacher, self.text_encoder, self.earlier_prompts = loaded.generator, loaded.text_encoder, loaded.prompts_drawn
         self.student = copy.deepcopy(self.teacher).train().requires_grad_(True)
         self.average = copy.deepcopy(self.teacher)
+        if self.config.activation_checkpointing:
+            self.student.recompute_activations()
         self.plan = few_step_plan(self.config)
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=self.config.lr, betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay
@@ -49,21 +55,24 @@ class FewStepStage:
         num_frames = draw_num_frames(config, self.random)
         indices = range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size)
         self.num_prompts_seen += config.batch_size
-        if isinstance(config, CausalODEConfig):
-            loss = self._regress_on_trajectories(config, indices, num_frames)
-        else:
-            loss = self._make_neighbours_agree(config, indices, num_frames)
-        norm = nn.utils.clip_grad_norm_(self.student.parameters(), config.clip_norm)
+        losses = []
+        for share in self.parts.of(config.batch_size):
+            if isinstance(config, CausalODEConfig):
+                loss = self._regress_on_trajectories(config, share.of(indices), num_frames, share)
+            else:
+                loss = self._make_neighbours_agree(config, share.of(indices), num_frames, share)
+            losses.append({"loss_few_step": loss})
+        norm = self.parts.clip(self.student.parameters(), config.clip_norm)
         set_rate(self.optimizer, rate_factor(config, step) * config.lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         update_average(self.average, self.student, config.ema_decay, step)
-        return {"loss_few_step": loss, "gradient_norm": norm.item(), "num_frames": num_frames}
+        return {**mean_figures(losses), "gradient_norm": norm, "num_frames": num_frames}
 
-    def _regress_on_trajectories(self, config: CausalODEConfig, indices: Sequence[int], num_frames: int) -> float:
+    def _regress_on_trajectories(self, config: CausalODEConfig, indices: Sequence[int], num_frames: int, share: BatchShare) -> float:
         """Make one batch of trajectories and let every block meet every denoising step on it; leaves the gradient."""
         text, prompts = self._encode(self.data.captions(self.seed, indices))
-        streams = make_noise_streams(torch.randint(2**62, (len(indices),), generator=self.random).tolist())
+        streams = make_noise_streams(share.draw(lambda total: torch.randint(2**62, (total,), generator=self.random)).tolist())
         kept = [config.trajectory_steps * (NUM_TRAIN_TIMESTEPS - step) // NUM_TRAIN_TIMESTEPS for step in config.denoising_steps]
         with self.runtime.autocast():
             trajectory = ode_trajectory(
@@ -72,17 +81,19 @@ class FewStepStage:
             )
         total = 0.0
         num_blocks = len(config.context.block_sizes(num_frames, config.num_frames_per_block))
-        for steps in draw_step_orders(len(kept), len(indices), num_blocks, self.random):
+        for steps in share.draw(lambda total: draw_step_orders(len(kept), total, num_blocks, self.random), dim=1):
             with self.runtime.autocast():
                 loss = ode_regression_loss(
                     self.student, trajectory, steps, self.student.encode_prompt(*text), config.num_frames_per_block, self.is_causal,
                     config.context,
                 ) / len(kept)
-            loss.backward()  # row by row: the memory of one
+            self.parts.backward(loss)  # row by row: the memory of one
             total += loss.item()
         return total
 
-    def _make_neighbours_agree(self, config: CausalConsistencyConfig, indices: Sequence[int], num_frames: int) -> float:
+    def _make_neighbours_agree(
+        self, config: CausalConsistencyConfig, indices: Sequence[int], num_frames: int, share: BatchShare
+    ) -> float:
         """Consistency distillation on one batch of real videos; leaves the gradient."""
         batch = self.data.sample(self.seed, indices, num_frames)
         text, prompts = self._encode(batch.captions)
@@ -92,9 +103,9 @@ class FewStepStage:
             loss = consistency_loss(
                 self.student, self.average, self.teacher, batch.video.to(self.runtime.device), self.student.encode_prompt(*text),
                 target_prompt, prompts, config.num_frames_per_block, sampling_times(config.consistency_steps, config.time_shift),
-                config.guidance, self.random, config.context,
+                config.guidance, self.random, config.context, share,
             )
-        loss.backward()
+        self.parts.backward(loss)
         return loss.item()
 
     @torch.no_grad()  # text encoder and teacher are frozen

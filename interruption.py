@@ -20,10 +20,12 @@ class StopRequest:
     """Within `with`, the first SIGTERM or Ctrl-C is noted in `reason` and printed; a Ctrl-C after it leaves at once.
 
     More SIGTERMs change nothing: launchers repeat theirs. Outside the main thread, where Python hears no signals, it notes none.
+    is_silent: print nothing, as another process of the same run does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_silent: bool = False) -> None:
         self.reason: str | None = None
+        self._is_silent = is_silent
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -39,6 +41,8 @@ class StopRequest:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel's: at once, whatever this process is busy with
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.reason = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        if self._is_silent:
+            return
         words = f"\n{self.reason}: finishes this step, saves and stops; Ctrl-C leaves at once, without saving\n"
         with suppress(OSError):  # the terminal may be gone
             os.write(2, words.encode())  # not print: this may have interrupted one

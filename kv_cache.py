@@ -11,6 +11,8 @@ back to row 0, rotated by as much. Attention sees differences of positions only,
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -84,6 +86,12 @@ class KVCache:
         """The block of the pass that has just run, without gradient, is now part of the past."""
         self._end += num_frames // self._frames_per_row
         self.num_frames += num_frames
+
+    def snapshot(self) -> KVCache:
+        """A cache that stays as this one is now, however the buffers are written later."""
+        twin = copy.copy(self)
+        twin._keys, twin._values = self._keys.clone(), self._values.clone()
+        return twin
 
     def _tokens(self, first_row: int, end_row: int) -> slice:
         return slice(first_row * self._tokens_per_row, end_row * self._tokens_per_row)

@@ -10,62 +10,72 @@ import torch
 from torch import Tensor
 
 from attention import WHOLE_PAST, ContextWindow
+from batch_share import BatchShare, share_or_whole
 from flow_matching import add_noise, expand_time, sample_time, x_0_from_velocity
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 
 
-def x_0_prediction_loss(v: Tensor, x_t: Tensor, x_0: Tensor, t: Tensor, time_floor: float, frame_weight: Tensor | None = None) -> Tensor:
+def x_0_prediction_loss(
+    v: Tensor, x_t: Tensor, x_0: Tensor, t: Tensor, time_floor: float, frame_weight: Tensor | None = None,
+    num_counted: Tensor | None = None,
+) -> Tensor:
     """Mean of |x_0_hat - x_0|^2 / max(t, time_floor)^2, with x_0_hat = x_t - t v; a scalar.
 
     For t >= time_floor this is flow matching's |v_hat - v|^2 (arXiv 2210.02747, Eq. 14); below it the weight stops
-    growing. frame_weight (B, F) selects the frames that count.
+    growing. frame_weight (B, F) selects the frames that count. num_counted: what their sum is divided by; their number if not given.
     """
     error = (x_0_from_velocity(x_t, v, t) - x_0) / expand_time(t, x_t).clamp(min=time_floor)
     per_frame = error.square().mean(dim=(2, 3, 4))  # (B, F)
     if frame_weight is None:
         return per_frame.mean()
-    return (per_frame * frame_weight).sum() / frame_weight.sum().clamp(min=1)
+    return (per_frame * frame_weight).sum() / (frame_weight.sum() if num_counted is None else num_counted).clamp(min=1)
 
 
 def bidirectional_loss(
-    model: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext, time_shift: float, time_floor: float, generator: torch.Generator
+    model: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext, time_shift: float, time_floor: float, generator: torch.Generator,
+    share: BatchShare | None = None,
 ) -> Tensor:
     """Flow matching with full attention and one time for the whole video: what makes the teacher."""
-    t = sample_time((x_0.shape[0], 1), time_shift, generator).to(x_0.device).expand(x_0.shape[:2])
-    x_t = add_noise(x_0, _noise_like(x_0, generator), t)
+    share = share_or_whole(share, len(x_0))
+    t = share.draw(lambda total: sample_time((total, 1), time_shift, generator)).to(x_0.device).expand(x_0.shape[:2])
+    x_t = add_noise(x_0, _noise_like(x_0, generator, share), t)
     return x_0_prediction_loss(model.forward_bidirectional(x_t, t, prompt), x_t, x_0, t, time_floor)
 
 
 def block_causal_loss(
     model: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext, num_frames_per_block: int, clean_prefix_probability: float,
     time_shift: float, time_floor: float, generator: torch.Generator, context: ContextWindow = WHOLE_PAST,
+    share: BatchShare | None = None,
 ) -> Tensor:
     """Diffusion forcing (arXiv 2407.01392) with block-causal attention, one time per block, and clean context.
 
     In a share `clean_prefix_probability` of the videos the first 0..K-1 blocks stand at t = 0 and do not count in the
-    loss: this is the context that the KV cache supplies at inference. Share 0 is diffusion forcing itself.
+    loss: this is the context that the KV cache supplies at inference. Share 0 is diffusion forcing itself. Of a share of
+    a batch, the mean over all shares is the loss of the batch, although they differ in the frames that count.
     """
-    t, frame_weight = sample_block_times(
-        x_0.shape[0], x_0.shape[1], num_frames_per_block, clean_prefix_probability, time_shift, generator, context
+    share = share_or_whole(share, len(x_0))
+    t, weights = sample_block_times(
+        share.total, x_0.shape[1], num_frames_per_block, clean_prefix_probability, time_shift, generator, context
     )
-    t, frame_weight = t.to(x_0.device), frame_weight.to(x_0.device)
-    x_t = add_noise(x_0, _noise_like(x_0, generator), t)
+    t, frame_weight, num_counted = (values.to(x_0.device) for values in (share.of(t), share.of(weights), weights.sum() * share.fraction))
+    x_t = add_noise(x_0, _noise_like(x_0, generator, share), t)
     v = model.forward_block_causal(x_t, t, prompt, num_frames_per_block, context)
-    return x_0_prediction_loss(v, x_t, x_0, t, time_floor, frame_weight)
+    return x_0_prediction_loss(v, x_t, x_0, t, time_floor, frame_weight, num_counted)
 
 
 def teacher_forcing_loss(
     model: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext, num_frames_per_block: int, time_shift: float, time_floor: float,
-    generator: torch.Generator, context: ContextWindow = WHOLE_PAST,
+    generator: torch.Generator, context: ContextWindow = WHOLE_PAST, share: BatchShare | None = None,
 ) -> Tensor:
     """Every block noised at a time of its own and denoised from the clean blocks before it, all in one pass.
 
     The next-token loss of language models (Williams and Zipser 1989) for diffusion, as the baseline of Self-Forcing's
     Table 2 (arXiv 2506.08009).
     """
-    t, _ = sample_block_times(x_0.shape[0], x_0.shape[1], num_frames_per_block, 0.0, time_shift, generator, context)
-    t = t.to(x_0.device)
-    x_t = add_noise(x_0, _noise_like(x_0, generator), t)
+    share = share_or_whole(share, len(x_0))
+    t, _ = sample_block_times(share.total, x_0.shape[1], num_frames_per_block, 0.0, time_shift, generator, context)
+    t = share.of(t).to(x_0.device)
+    x_t = add_noise(x_0, _noise_like(x_0, generator, share), t)
     v = model.forward_teacher_forced(x_t, t, x_0, prompt, num_frames_per_block, context)
     return x_0_prediction_loss(v, x_t, x_0, t, time_floor)
 
@@ -85,11 +95,14 @@ def sample_block_times(
     return t.repeat_interleave(sizes, 1), (~clean).float().repeat_interleave(sizes, 1)
 
 
-def drop_prompts(prompts: list[str], probability: float, null_prompt: str, generator: torch.Generator) -> list[str]:
+def drop_prompts(
+    prompts: list[str], probability: float, null_prompt: str, generator: torch.Generator, share: BatchShare | None = None
+) -> list[str]:
     """Replace each prompt by the null prompt with this probability (arXiv 2207.12598, section 3.2)."""
-    drop = torch.rand(len(prompts), generator=generator) < probability
+    share = share_or_whole(share, len(prompts))
+    drop = share.draw(lambda total: torch.rand(total, generator=generator)) < probability
     return [null_prompt if dropped else prompt for prompt, dropped in zip(prompts, drop.tolist(), strict=True)]
 
 
-def _noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+def _noise_like(x: Tensor, generator: torch.Generator, share: BatchShare) -> Tensor:
+    return share.draw_normal(tuple(x.shape[1:]), generator, x.dtype).to(x.device)

@@ -148,6 +148,17 @@ class RunLog:
                 self._give_up_wandb(error)
 
 
+class SilentLog:
+    """The log of a process beside the one that writes."""
+
+    wandb_run_id: str | None = None
+
+    def scalars(self, step: int, seconds: float, figures: dict[str, float]) -> None: ...
+    def media(self, step: int, name: str, path: Path) -> None: ...
+    def draw(self) -> None: ...
+    def close(self) -> None: ...
+
+
 def draw_curves(csv_path: Path, picture_path: Path) -> None:
     """One panel per scalar over the step, the raw values pale and a running median over them."""
     series = read_scalars(csv_path)

@@ -8,14 +8,17 @@ complete in its `state_dict`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from batch_share import BatchShare
 from checkpoint import CheckpointError, LoadedNetworks, load_networks, load_state
 from config import Config, config_from_dict
+from distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
 from dynamic_video_sf import Rollout, ScorePrompts, SelfForcingEngine
 from health import STEP_COLUMNS, exit_columns, generator_figures
 from moving_mnist import MovingMNISTGenerator
@@ -81,9 +84,13 @@ class PretrainStage:
 
     columns = ("loss_bidirectional", "loss_causal", "gradient_norm", "lr_factor")
 
-    def __init__(self, config: Config, runtime: Runtime, random: torch.Generator):
+    def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
         assert isinstance(config.training, PretrainConfig)
         self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
+        self.parts = BatchParts(processes, self.config.accumulation_steps, random)
+        self.parts.check_divides("training.batch_size", self.config.batch_size)
+        if self.config.clip_steps:
+            self.parts.check_divides("training.clip_batch_size", self.config.clip_batch_size)
         self.data = MovingMNISTGenerator(config.dataset, "train")
         self.num_videos_seen = 0
         self.earlier_prompts: dict[int, int] = {}  # drawn by the runs that this one goes on from
@@ -95,6 +102,8 @@ class PretrainStage:
             self.text_encoder.load_state_dict(start.text_encoder.state_dict())
             self.text_encoder.requires_grad_(False)  # what is trained from one teacher stays fit to be combined
             self.earlier_prompts = start.prompts_drawn
+        if self.config.activation_checkpointing:
+            self.model.recompute_activations()
         self.live = nn.ModuleDict({"generator": self.model, "text_encoder": self.text_encoder})
         self.average = copy.deepcopy(self.live).requires_grad_(False).eval()
         if self.config.compile:
@@ -118,25 +127,28 @@ class PretrainStage:
             num_frames, batch_size = config.clip_frames, config.clip_batch_size
         indices = range(self.num_videos_seen, self.num_videos_seen + batch_size)
         self.num_videos_seen += batch_size
-        batch = self.data.sample(self.seed, indices, num_frames)
-        prompts = drop_prompts(batch.captions, config.prompt_dropout, NULL_PROMPT, self.random)
-        x_0 = batch.video.to(self.runtime.device)
-        with self.runtime.autocast():
-            prompt = self.model.encode_prompt(*self.text_encoder.encode(prompts))
-            kind, loss = self._loss(step, x_0, prompt)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.live.parameters(), config.clip_norm)
+        losses = []
+        for share in self.parts.of(batch_size):
+            batch = self.data.sample(self.seed, share.of(indices), num_frames)
+            prompts = drop_prompts(batch.captions, config.prompt_dropout, NULL_PROMPT, self.random, share)
+            x_0 = batch.video.to(self.runtime.device)
+            with self.runtime.autocast():
+                prompt = self.model.encode_prompt(*self.text_encoder.encode(prompts))
+                kind, loss = self._loss(step, x_0, prompt, share)
+            self.parts.backward(loss)
+            losses.append({kind: loss.item()})
+        norm = self.parts.clip(self.live.parameters(), config.clip_norm)
         factor = rate_factor(config, step, config.warmup_steps)
         for name, optimizer in self.optimizers.items():
             set_rate(optimizer, factor * self.base_rates[name])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         update_average(self.average, self.live, config.ema_decay, step)
-        return {kind: loss.item(), "gradient_norm": norm.item(), "lr_factor": factor}
+        return {**mean_figures(losses), "gradient_norm": norm, "lr_factor": factor}
 
-    def _loss(self, step: int, x_0: Tensor, prompt: PromptContext) -> tuple[str, Tensor]:
+    def _loss(self, step: int, x_0: Tensor, prompt: PromptContext, share: BatchShare) -> tuple[str, Tensor]:
         """The name and value of this step's loss."""
-        config, common = self.config, (self.config.time_shift, self.config.loss_time_floor, self.random)
+        config, common = self.config, (self.config.time_shift, self.config.loss_time_floor, self.random, share)
         if config.objective == "teacher_forcing":
             return "loss_causal", teacher_forcing_loss(self.model, x_0, prompt, config.num_frames_per_block, *common, config.context)
         if config.objective == "mixed" and step % 2 == 0:
@@ -192,9 +204,11 @@ class SelfForcingStage:
     """Self-Forcing, or a distillation on real videos, with distribution matching: a critic update every step, a generator
     update every few."""
 
-    def __init__(self, config: Config, runtime: Runtime, random: torch.Generator):
+    def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
         assert isinstance(config.training, SelfForcingConfig)
         self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
+        self.parts = BatchParts(processes, self.config.accumulation_steps, random)
+        self.parts.check_divides("training.batch_size", self.config.batch_size)
         self.columns = (
             "loss_generator", "loss_critic", "dmd_gradient_norm", "score_distance", "logit_distance", "gradient_norm_generator",
             "gradient_norm_critic", "exit_step", "num_frames", *STEP_COLUMNS, *exit_columns(self.config.denoising_steps),
@@ -225,29 +239,48 @@ class SelfForcingStage:
         num_frames = draw_num_frames(config, self.random)
         indices = range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size)
         self.num_prompts_seen += config.batch_size
-        prompts, x_real = self.data.captions(self.seed, indices), None
-        if config.uses_videos:
-            x_real = self.data.sample(self.seed, indices, num_frames).video.to(self.runtime.device)
         is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
         figures: dict[str, float] = {"num_frames": num_frames}
         set_rate(self.optimizers["generator"], rate_factor(config, step) * config.lr)
         set_rate(self.optimizers["critic"], config.critic_lr)  # never slower: the critic must keep up with the generator
-        with torch.no_grad(), self.runtime.autocast():
-            text = self.text_encoder.encode(prompts)
-        with self.runtime.autocast(), torch.set_grad_enabled(is_generator_turn):
-            rollout = engine.make_videos(engine.generator.encode_prompt(*text), num_frames, is_generator_turn, x_real)
-        figures["exit_step"] = rollout.exit_steps[0]
+        made, seen = [], []  # of every part: its videos with what they are compared with, and the figures of its losses
+        for share in self.parts.of(config.batch_size):
+            text, x_real = self._read_data(share.of(indices), num_frames)
+            with self.runtime.autocast(), torch.set_grad_enabled(is_generator_turn):
+                rollout = engine.make_videos(engine.generator.encode_prompt(*text), num_frames, is_generator_turn, x_real, share)
+            figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video, where each has its own
+            if is_generator_turn:
+                seen.append(self._judge_generator(rollout, text, x_real, share))
+            made.append((rollout.scored.detach(), text, x_real))
         if is_generator_turn:
-            figures |= self._update_generator(rollout, text, x_real)
+            figures["gradient_norm_generator"] = self._step("generator", engine.generator)
+            update_average(self.average, engine.generator, config.ema_decay, self.num_generator_updates)
+            self.num_generator_updates += 1
+            figures |= mean_figures(seen)
         # The critic learns from the same videos: the rollout of the generator's turn serves twice.
-        with self.runtime.autocast():
-            loss = engine.critic_loss(rollout.scored, engine.fake_score.encode_prompt(*text), x_real)
-        figures["loss_critic"] = loss.item()
-        figures["gradient_norm_critic"] = self._step("critic", engine.critic, loss)
+        losses = []
+        for share, (scored, text, x_real) in zip(self.parts.of(config.batch_size), made, strict=True):
+            with self.runtime.autocast():
+                loss = engine.critic_loss(scored, engine.fake_score.encode_prompt(*text), x_real, share)
+            self.parts.backward(loss)
+            losses.append({"loss_critic": loss.item()})
+        figures |= mean_figures(losses)
+        figures["gradient_norm_critic"] = self._step("critic", engine.critic)
         update_average(engine.fake_average, engine.fake_score, config.critic_ema_decay, step)
         return figures
 
-    def _update_generator(self, rollout: Rollout, text: tuple[Tensor, Tensor], x_real: Tensor | None) -> dict[str, float]:
+    def _read_data(self, indices: Sequence[int], num_frames: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """The prompts of these numbers, encoded, and their videos where the training uses any."""
+        x_real = None
+        if self.config.uses_videos:
+            x_real = self.data.sample(self.seed, indices, num_frames).video.to(self.runtime.device)
+        with torch.no_grad(), self.runtime.autocast():
+            return self.text_encoder.encode(self.data.captions(self.seed, indices)), x_real
+
+    def _judge_generator(
+        self, rollout: Rollout, text: tuple[Tensor, Tensor], x_real: Tensor | None, share: BatchShare
+    ) -> dict[str, float]:
+        """The generator's loss on one part; leaves its gradient."""
         engine = self.engine
         with torch.no_grad(), self.runtime.autocast():  # prompts of the two scores, which are constants here
             null = self.text_encoder.encode([NULL_PROMPT] * len(rollout.scored))
@@ -255,19 +288,15 @@ class SelfForcingStage:
             real = engine.real_score
             prompts = ScorePrompts(real.encode_prompt(*text), real.encode_prompt(*null), fake.encode_prompt(*text))
         with self.runtime.autocast():
-            loss, verdict = engine.generator_loss(rollout.scored, prompts, x_real)
-        figures = generator_figures(verdict, rollout.frame_exits, self.config.denoising_steps)
-        norm = self._step("generator", engine.generator, loss)
-        update_average(self.average, engine.generator, self.config.ema_decay, self.num_generator_updates)
-        self.num_generator_updates += 1
-        return {"loss_generator": loss.item(), "gradient_norm_generator": norm, **figures}
+            loss, verdict = engine.generator_loss(rollout.scored, prompts, x_real, share)
+        self.parts.backward(loss)
+        return {"loss_generator": loss.item(), **generator_figures(verdict, rollout.frame_exits, self.config.denoising_steps)}
 
-    def _step(self, name: str, module: nn.Module, loss: Tensor) -> float:
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(module.parameters(), self.config.clip_norm)
+    def _step(self, name: str, module: nn.Module) -> float:
+        norm = self.parts.clip(module.parameters(), self.config.clip_norm)
         self.optimizers[name].step()
         self.optimizers[name].zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
 
     def sample(self, prompts: list[str], seeds: list[int], num_frames: int) -> dict[str, Tensor]:
         """The averaged student beside its teacher and beside the teacher sampled naively in the student's steps."""

@@ -31,10 +31,12 @@ from attention import (
     apply_rope,
     block_causal_layout,
     rope_angles,
+    sinusoidal_embedding,
     teacher_forcing_layout,
 )
-from flow_matching import NUM_TRAIN_TIMESTEPS, expand_time, velocity_from_x_0, x_0_from_velocity
+from flow_matching import expand_time, velocity_from_x_0, x_0_from_velocity
 from kv_cache import KVCache
+from recomputation import recomputed
 
 Rope = tuple[Tensor, Tensor]  # cos and sin (S, d)
 Attend = Callable[[Tensor, Tensor, Tensor, Rope], Tensor]  # self-attention of one layer: q, k, v (B, h, S, d), not rotated, to (B, h, S, d)
@@ -129,14 +131,6 @@ def rotated_attention(q: Tensor, k: Tensor, v: Tensor, rope: Rope, mask: Tensor 
     return attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mask)
 
 
-def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
-    """(..., width) cosines and sines of Wan's timestep 1000 t (arXiv 1706.03762)."""
-    half = width // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=t.device, dtype=torch.float32) / half)
-    angle = NUM_TRAIN_TIMESTEPS * t.float()[..., None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-
 class RMSNorm(nn.RMSNorm):
     """RMS normalisation (arXiv 1910.07467) in the format of its input, so that autocast keeps the fused kernel."""
 
@@ -199,6 +193,7 @@ class TinyCausalWanModel(nn.Module):
         self.head_norm = nn.LayerNorm(width, elementwise_affine=False)
         self.head_modulation = nn.Parameter(torch.zeros(2, width))
         self.head = nn.Linear(width, config.patch_values)
+        self._recomputes = False
         self._initialise()
 
     def _initialise(self) -> None:
@@ -212,6 +207,10 @@ class TinyCausalWanModel(nn.Module):
         nn.init.zeros_(self.head.weight)
         for block in self.blocks:
             nn.init.zeros_(block.cross_o.weight)
+
+    def recompute_activations(self) -> None:
+        """From now on keep no activations of the blocks for the backward pass, but make them again there."""
+        self._recomputes = True
 
     def new_cache(self, window_frames: int | None = None, sink_frames: int = 0) -> KVCache:
         """An empty cache for this network. Raises ValueError where a window or a sink splits a temporal patch."""
@@ -263,6 +262,8 @@ class TinyCausalWanModel(nn.Module):
         if cache.window_frames is not None and x_t.shape[1] > cache.window_frames:
             raise ValueError(f"a block of {x_t.shape[1]} frames: expected at most the cache's window of {cache.window_frames}")
         cache.make_room(x_t.shape[1])
+        if self._recomputes and torch.is_grad_enabled():
+            cache = cache.snapshot()  # the backward pass must attend to the past of this very moment
         first_frame = cache.next_row * self.config.patch_size[0]
         attends: list[Attend] = [partial(self._attend_cached, cache, layer) for layer in range(self.config.num_layers)]
         return self._run(x_t, t, prompt, first_frame, attends)
@@ -339,7 +340,8 @@ class TinyCausalWanModel(nn.Module):
         if num_copies > 1:
             rope = (rope[0].repeat(num_copies, 1), rope[1].repeat(num_copies, 1))
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulations[layer], rope, prompt.keys[layer], prompt.values[layer], prompt.mask, attends[layer])
+            inputs = (x, modulations[layer], rope, prompt.keys[layer], prompt.values[layer], prompt.mask, attends[layer])
+            x = recomputed(block, *inputs) if self._recomputes and torch.is_grad_enabled() else block(*inputs)
         return x, embedded_time
 
     def patchify(self, video: Tensor) -> Tensor:

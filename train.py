@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, checkpoint_config, remove_leftovers, save_checkpoint
+from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, remove_leftovers, save_checkpoint
 from comparison import compare
 from config import Config, build_config, config_to_dict, explain_command_line, explain_refusal, register_schemas
 from digit_judge import JUDGE_PATH, DigitJudge, load_judge
+from distributed import ONE_PROCESS, Processes, mean_figures, processes_of_environment
 from few_step_stage import FewStepStage
 from health import JUDGED_COLUMNS, FixedPrompts, draw_run
 from interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
@@ -42,7 +44,7 @@ from resume import (
     restore_global_random_states,
     seed_global_generators,
 )
-from run_log import RunLog, draw_curves, make_run_folder, point_to_latest
+from run_log import RunLog, SilentLog, draw_curves, make_run_folder, point_to_latest
 from runtime import resolve_runtime
 from stages import PretrainStage, SelfForcingStage, Stage, check_same_networks
 from training_config import SelfForcingConfig
@@ -74,15 +76,17 @@ class SimplifiedTrainer:
     training.resume=auto finds nothing left to do.
     """
 
-    def __init__(self, config: Config):
-        self.config = config
-        start = find_start(config)
+    def __init__(self, config: Config, processes: Processes = ONE_PROCESS):
+        self.config, self.processes = config, processes
+        runtime = resolve_runtime(config.device, config.precision)
+        self.runtime = replace(runtime, device=processes.own_device(runtime.device))
+        processes.join(self.runtime.device)
+        start = find_common_start(config, processes)
         self.claim = RunClaim()
-        self._interval_checkpoints = [] if start is None else self._claim_attempts(start)
-        self.runtime = resolve_runtime(config.device, config.precision)
+        self._interval_checkpoints = [] if start is None or not processes.is_first else self._claim_attempts(start)
         seed_global_generators(config.seed)  # initial weights; everything later draws from `random`
         random = torch.Generator().manual_seed(config.seed)
-        self.stage: Stage = STAGES[config.training.training_type](config, self.runtime, random)
+        self.stage: Stage = STAGES[config.training.training_type](config, self.runtime, random, processes)
         self.first_step = 0
         self.last_checkpoint: Path | None = None
         if start is not None:
@@ -95,15 +99,16 @@ class SimplifiedTrainer:
             self.fixed_prompts = FixedPrompts(self.judge, config.dataset, config.training.max_num_frames, self.stage.sample_live)
         held_out = MovingMNISTGenerator(config.dataset, "test")
         self.shown = held_out.sample(SAMPLE_SEED, range(NUM_SHOWN), config.training.max_num_frames)
-        self.folder = make_run_folder(Path(config.log_dir), config.run_name)
-        self.claim.add(self.folder)
+        self.folder = processes.from_first(lambda: make_run_folder(Path(config.log_dir), config.run_name))
+        if processes.is_first:
+            self.claim.add(self.folder)
         self.attempts = [*([] if start is None else [folder.name for folder in start.attempts]), self.folder.name]
         self.log = self._start_log(None if start is None else start.checkpoint.get("wandb_run_id"))
 
     def _load_judge(self) -> DigitJudge | None:
         """The judge that ships, or None, said in one line, where it cannot read this run's videos."""
         training, dataset = self.config.training, self.config.dataset
-        if training.eval_videos == 0 and self.health_interval == 0:
+        if not self.processes.is_first or training.eval_videos == 0 and self.health_interval == 0:
             return None
         judge = load_judge(JUDGE_PATH, self.runtime.device)
         readable = (dataset.num_digits, dataset.frame_size, dataset.digit_size) == (1, judge.config.frame_size, judge.config.digit_size)
@@ -124,8 +129,10 @@ class SimplifiedTrainer:
         reached = [path for path in kept if path.stem <= f"checkpoint_{start.checkpoint['step']:07d}"]
         return [path for path in kept if path not in reached] + sorted(reached, key=lambda path: path.stem)  # unreadable ones first
 
-    def _start_log(self, wandb_run_id: str | None) -> RunLog:
+    def _start_log(self, wandb_run_id: str | None) -> RunLog | SilentLog:
         """A log whose picture is the health panel where the run is one of Self-Forcing, every scalar's curve otherwise."""
+        if not self.processes.is_first:
+            return SilentLog()
         columns = (*self.stage.columns, *(() if self.fixed_prompts is None else JUDGED_COLUMNS))
         picture = ("health.png", draw_run) if isinstance(self.stage, SelfForcingStage) else ("curves.png", draw_curves)
         return RunLog(self.folder, columns, config_to_dict(self.config), self.config.wandb, *picture, wandb_run_id)
@@ -152,13 +159,18 @@ class SimplifiedTrainer:
     def train(self) -> Path:
         """Run all steps. Returns the run's folder."""
         training, start = self.config.training, time.perf_counter()
-        print(f"{training.training_type}: {training.summary}; on {self.runtime}, {training.num_steps} steps, run folder {self.folder}")
+        several = f" in {self.processes.count} processes" if self.processes.count > 1 else ""
+        place = f"on {self.runtime}{several}, {training.num_steps} steps, run folder {self.folder}"
+        self._say(f"{training.training_type}: {training.summary}; {place}")
         restore_global_random_states(self.global_random_states)
         try:
-            with StopRequest() as stop:
+            with StopRequest(is_silent=not self.processes.is_first) as stop:
                 self._run_steps(stop, start)
                 self._save(self.folder / "checkpoint_final.pt", training.num_steps)
-                point_to_latest(Path(self.config.log_dir) / "checkpoint_final.pt", self.folder / "checkpoint_final.pt")
+                if self.processes.is_first:
+                    point_to_latest(Path(self.config.log_dir) / "checkpoint_final.pt", self.folder / "checkpoint_final.pt")
+            if not self.processes.is_first:
+                return self.folder
             if stop.reason is not None:
                 print(f"{stop.reason}: all steps were done; samples and figures of the finished network are left out")
                 return self.folder
@@ -178,18 +190,27 @@ class SimplifiedTrainer:
         shown: dict[str, float] = {}
         unlogged: dict[str, float] = {}  # the newest of each figure since the last row: some come only every few steps
         with tqdm(range(self.first_step, training.num_steps), initial=self.first_step, total=training.num_steps,
-                  mininterval=1, dynamic_ncols=True) as bar:
+                  mininterval=1, dynamic_ncols=True, disable=not self.processes.is_first) as bar:
             for step in bar:
-                figures = self.stage.train_step(step)
+                figures, reason = self._agree(self.stage.train_step(step), stop)
                 self._check_finite(step, figures)
                 figures |= self._read_fixed_prompts(step)
                 unlogged |= figures
-                if (step + 1) % training.log_interval == 0 or step + 1 == training.num_steps or stop.reason is not None:
+                if (step + 1) % training.log_interval == 0 or step + 1 == training.num_steps or reason is not None:
                     self.log.scalars(step, time.perf_counter() - start, unlogged)
                     unlogged = {}
                 shown |= {name: figures[name] for name in BAR_FIGURES if name in figures}
                 bar.set_postfix({name.removeprefix("loss_"): f"{value:.3f}" for name, value in shown.items()})
-                self._at_intervals(step + 1, stop)
+                self._at_intervals(step + 1, reason)
+
+    def _agree(self, figures: dict[str, float], stop: StopRequest) -> tuple[dict[str, float], str | None]:
+        """The mean of the processes' figures, and why to stop, if any of them is asked to: the same in all of them."""
+        answers = self.processes.gather((figures, stop.reason))
+        return mean_figures([figures for figures, _ in answers]), next((reason for _, reason in answers if reason is not None), None)
+
+    def _say(self, words: str) -> None:
+        if self.processes.is_first:
+            print(words)
 
     def _read_fixed_prompts(self, step: int) -> dict[str, float]:
         """What the judge reads in the live generator's videos of the fixed prompts: where it starts, at intervals, at the end."""
@@ -212,7 +233,7 @@ class SimplifiedTrainer:
     def _kept(self) -> str:
         return f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint was due yet"
 
-    def _at_intervals(self, step: int, stop: StopRequest) -> None:
+    def _at_intervals(self, step: int, stop_reason: str | None) -> None:
         """What is due after `step` finished steps, the checkpoint first; the end of the run has its own.
 
         Raises RunInterrupted, once the checkpoint is written, where the run is asked to stop.
@@ -220,16 +241,17 @@ class SimplifiedTrainer:
         training = self.config.training
         if step == training.num_steps:
             return
-        is_asked_to_stop = stop.reason is not None
+        is_asked_to_stop = stop_reason is not None
         if is_asked_to_stop or (training.checkpoint_interval and step % training.checkpoint_interval == 0):
             path = self.folder / f"checkpoint_{step:07d}.pt"
             self._save(path, step)
-            self._interval_checkpoints.append(path)
+            if self.processes.is_first:
+                self._interval_checkpoints.append(path)
             while len(self._interval_checkpoints) > training.keep_last:
                 self._interval_checkpoints.pop(0).unlink(missing_ok=True)
         if is_asked_to_stop:
-            raise RunInterrupted(f"{stop.reason}: stopped after {step} of {training.num_steps} steps, saved {self.last_checkpoint}")
-        if training.sample_interval and step % training.sample_interval == 0:
+            raise RunInterrupted(f"{stop_reason}: stopped after {step} of {training.num_steps} steps, saved {self.last_checkpoint}")
+        if training.sample_interval and step % training.sample_interval == 0 and self.processes.is_first:
             self._check_weights(step)
             self._show_samples(step)
             self.log.draw()
@@ -246,7 +268,9 @@ class SimplifiedTrainer:
             **self.stage.state_dict(), "global_random_states": global_random_states(), "wandb_run_id": self.log.wandb_run_id,
             "attempts": self.attempts,
         }
-        save_checkpoint(path, checkpoint)
+        if self.processes.is_first:
+            save_checkpoint(path, checkpoint)
+        self.processes.gather(None)  # none goes on, or ends, before the file is whole
         self.last_checkpoint = path
 
     def _show_samples(self, step: int) -> None:
@@ -277,6 +301,22 @@ class SimplifiedTrainer:
             print(f"{name:>20}: {figures} ({len(prompts)} videos)")
 
 
+def find_common_start(config: Config, processes: Processes) -> Start | None:
+    """What the first process finds to go on from; the others read the same file."""
+    if processes.count == 1:
+        return find_start(config)
+    start, finished = None, None
+    if processes.is_first:
+        try:
+            start = find_start(config)
+        except RunFinished as message:  # which all must hear
+            finished = str(message)
+    path, finished = processes.from_first(lambda: (None if start is None else start.path, finished))
+    if finished is not None:
+        raise RunFinished(finished)
+    return start if processes.is_first or path is None else Start(path, load_checkpoint(path), ())
+
+
 register_schemas()
 
 
@@ -299,21 +339,29 @@ def check_overrides_of_experiment(overrides: list[str]) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "configs"), config_name="train")
 def main(composed: DictConfig) -> None:
+    processes = ONE_PROCESS
     try:
+        processes = processes_of_environment()
         config = build_config(composed)
         if config.experiment is None:
-            SimplifiedTrainer(config).train()
+            SimplifiedTrainer(config, processes).train()
+            processes.leave()
             return
+        if processes.count > 1:
+            raise ValueError("an experiment is many runs, each a process of its own: start it without torchrun")
         check_overrides_of_experiment(list(HydraConfig.get().overrides.task))
         num_failed = compare(config)
     except RunFinished as finished:
-        print(finished)
+        if processes.is_first:
+            print(finished)
         return
     except RunInterrupted as interrupted:
-        print(f"{interrupted}; go on with: {command_to_go_on(list(HydraConfig.get().overrides.task))}", file=sys.stderr)
+        if processes.may_speak():
+            print(f"{interrupted}; go on with: {command_to_go_on(list(HydraConfig.get().overrides.task))}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except (TrainingDiverged, ValueError, OSError, ImportError, OmegaConfBaseException) as error:
-        sys.exit(f"error: {explain_refusal(error) if isinstance(error, OmegaConfBaseException) else error}")
+        reason = explain_refusal(error) if isinstance(error, OmegaConfBaseException) else error
+        sys.exit(f"error: {reason}" if processes.may_speak() else 1)
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "interrupted; training.resume=auto goes on from the newest checkpoint, where there is one", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

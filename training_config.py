@@ -56,7 +56,7 @@ class TrainingConfig(ABC):
 
     training_type: str = MISSING  # a key of TRAINING_KINDS
     num_steps: int = 1000
-    batch_size: int = 16  # videos a step
+    batch_size: int = 16  # videos a step, over all processes and micro-batches
     lr: float = 1e-4
     decay_fraction: float = 0.0  # share of the run, at its end, over which the learning rates fall linearly to 0
     num_frames_per_block: int = 3
@@ -77,12 +77,14 @@ class TrainingConfig(ABC):
     teacher_steps: int = 50  # steps of the many-step samples that are shown
     teacher_eta: float = 1.0  # fresh noise in those steps: 0 is Euler's method, 1 ancestral sampling
     guidance: float = 2.5  # of those samples, and of the teacher in distribution matching; 1 is none
+    accumulation_steps: int = 1  # micro-batches that a step's batch is cut into: less memory, the same gradient
+    activation_checkpointing: bool = False  # make activations of the blocks again in the backward pass: less memory, more time
     resume: str | None = "never"  # or auto, the newest checkpoint of this run, or the PATH of one of the same training type
 
     def __post_init__(self) -> None:
         own_type = type(self).training_type
         require(self.training_type == own_type, "training.training_type", self.training_type, f"{own_type}, which training= has chosen")
-        for name in ("num_steps", "batch_size", "num_frames_per_block", "teacher_steps", "log_interval", "keep_last"):
+        for name in ("num_steps", "batch_size", "num_frames_per_block", "teacher_steps", "log_interval", "keep_last", "accumulation_steps"):
             value = asdict(self)[name]
             require(value >= 1, f"training.{name}", value, "at least 1")
         for name in ("sample_interval", "checkpoint_interval", "eval_videos"):

@@ -280,7 +280,7 @@ def test_resuming_goes_on_with_the_same_wandb_run(tmp_path, monkeypatch, mode, r
 
 def test_the_command_line_exits_with_its_own_code_and_the_command_that_goes_on(tmp_path, monkeypatch, capsys):
     real = train.SimplifiedTrainer
-    monkeypatch.setattr(train, "SimplifiedTrainer", lambda config: stopping_after(real(config), 0, []))
+    monkeypatch.setattr(train, "SimplifiedTrainer", lambda config, processes: stopping_after(real(config), 0, []))
     arguments = ["training=pretrain", *TINY, "training.num_steps=3", f"log_dir={tmp_path}/my logs", "training.resume=never"]
     with pytest.raises(SystemExit) as caught:
         command_line(monkeypatch, *arguments)

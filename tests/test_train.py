@@ -293,7 +293,7 @@ def test_multirun_runs_every_choice(tmp_path, monkeypatch):
     seen = []
 
     class Recorder:
-        def __init__(self, config: Config):
+        def __init__(self, config: Config, processes=None):
             self.config = config
 
         def train(self) -> None:

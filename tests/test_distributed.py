@@ -1,0 +1,146 @@
+"""Several processes, and several micro-batches, do what one process does in one pass."""
+
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from test_stages import build_pretrain, build_self_forcing, run_config, teacher  # noqa: F401 (a fixture)
+from torch import Tensor
+from torch.testing import assert_close
+
+from batch_share import BatchShare, share_or_whole
+from distributed import ONE_PROCESS, Processes, mean_figures, processes_of_environment
+from runtime import Runtime
+from stages import PretrainStage, SelfForcingStage
+from train import SimplifiedTrainer
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+KINDS = {
+    "mixed": {"objective": "mixed"},
+    "teacher_forcing": {"objective": "teacher_forcing", "clean_prefix_probability": 0.0},
+    "dmd": {"loss": "dmd"}, "sid": {"loss": "sid"}, "gan": {"loss": "gan"},
+    "diffusion_forced": {"generator_inputs": "diffusion_forced"},
+}
+NUM_STEPS = 4
+
+
+def build(kind: str, teacher_path: Path, processes: Processes = ONE_PROCESS, **changes: object) -> PretrainStage | SelfForcingStage:
+    """A stage that clips hard, so that what is clipped, and when, shows."""
+    changes = {**KINDS[kind], "batch_size": 4, "clip_norm": 0.01, **changes}
+    stage = build_pretrain(**changes) if "objective" in changes else build_self_forcing(teacher_path, **changes)
+    config = run_config(stage.config)
+    return type(stage)(config, CPU, torch.Generator().manual_seed(0), processes)
+
+
+def run(
+    stage: PretrainStage | SelfForcingStage, num_steps: int = NUM_STEPS
+) -> tuple[list[list[Tensor]], list[dict[str, float]], list[int]]:
+    """The gradients that the optimizers got, the figures, and the prompts that were read."""
+    gradients, figures, prompts = [], [], []
+    clip, captions, sample = stage.parts.clip, stage.data.captions, stage.data.sample
+
+    def recording_clip(parameters, clip_norm):
+        parameters = list(parameters)
+        norm = clip(parameters, clip_norm)
+        gradients.append([p.grad.clone() for p in parameters if p.grad is not None])
+        return norm
+
+    def recording_captions(seed, indices):
+        prompts.extend(indices)
+        return captions(seed, indices)
+
+    def recording_sample(seed, indices, num_frames):
+        prompts.extend(indices)
+        return sample(seed, indices, num_frames)
+
+    stage.parts.clip, stage.data.captions, stage.data.sample = recording_clip, recording_captions, recording_sample
+    for step in range(num_steps):
+        figures.append(stage.train_step(step))
+    return gradients, figures, prompts
+
+
+def assert_same_training(actual, expected) -> None:
+    (gradients, figures, _), (wanted, wanted_figures, _) = actual, expected
+    assert len(gradients) == len(wanted) and any(g.abs().max() > 0 for g in wanted[0])
+    for one, other in zip(gradients, wanted, strict=True):
+        assert_close(one, other, rtol=1e-3, atol=2e-6)
+    for one, other in zip(figures, wanted_figures, strict=True):
+        for name in ("loss_critic", "loss_generator", "loss_causal", "loss_bidirectional", "gradient_norm", "gradient_norm_generator",
+                     "gradient_norm_critic", "num_frames"):
+            if name in other:
+                assert one[name] == pytest.approx(other[name], rel=2e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_equal_the_large_batch(kind, teacher):  # noqa: F811
+    parts, whole = build(kind, teacher, accumulation_steps=2), build(kind, teacher)
+    assert_same_training(run(parts), run(whole))
+    assert torch.equal(parts.random.get_state(), whole.random.get_state())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_checkpointing_gives_the_same_gradients_from_less_memory(kind, teacher):  # noqa: F811
+    kept = []
+    results = []
+    for is_on in (False, True):
+        stage, sizes = build(kind, teacher, activation_checkpointing=is_on), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel() * x.element_size()) or x, lambda x: x):
+            results.append(run(stage))
+        kept.append(sum(sizes))
+    assert_same_training(*results)
+    assert kept[1] < 0.7 * kept[0]
+
+
+def worker(rank: int, port: int, folder: Path, teacher_path: Path) -> None:
+    torch.set_num_threads(1)
+    processes = processes_of_environment(
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    )
+    processes.join(torch.device("cpu"))
+    results = {}
+    for kind in KINDS:
+        stage = build(kind, teacher_path, processes)
+        results[kind] = (run(stage), stage.state_dict()["generator_state_dict"])
+    config = run_config(build_pretrain(num_steps=2, batch_size=4, eval_videos=0).config)
+    trainer = SimplifiedTrainer(replace(config, log_dir=str(folder / "runs"), run_name="run"), processes)
+    results["folder"] = str(trainer.train())
+    results["writes"] = type(trainer.log).__name__
+    results["speaks"] = processes.may_speak()
+    processes.leave()
+    torch.save(results, folder / f"{rank}.pt")
+
+
+def test_two_processes_equal_one(teacher, tmp_path):  # noqa: F811
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(worker, (port, tmp_path, teacher), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for kind in KINDS:
+        expected = run(build(kind, teacher))
+        (results, weights), (other_results, other_weights) = first[kind], second[kind]
+        for name, value in weights.items():
+            assert torch.equal(value, other_weights[name]), f"{kind}: {name}"
+        averaged = [mean_figures(pair) for pair in zip(results[1], other_results[1], strict=True)]
+        assert_same_training((results[0], averaged, []), expected)
+        assert not set(results[2]) & set(other_results[2]) and set(results[2]) | set(other_results[2]) == set(expected[2])
+        if kind != "diffusion_forced":  # where every video has exit steps of its own
+            assert len({tuple(f.get("exit_step") for f in figures) for figures in (results[1], other_results[1], expected[1])}) == 1
+    assert first["folder"] == second["folder"] and [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] == ["run"]
+    assert [first["writes"], second["writes"]] == ["RunLog", "SilentLog"] and first["speaks"] != second["speaks"]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(teacher):  # noqa: F811
+    with pytest.raises(ValueError, match=r"training.batch_size is 4.*multiple of 3 .*accumulation_steps=3\); nearest valid: 3 or 6"):
+        build("dmd", teacher, accumulation_steps=3)
+    with pytest.raises(ValueError, match="3 videos: expected 2"):
+        share_or_whole(BatchShare(0, 2, 4), 3)
+
+
+def test_an_incomplete_environment_is_refused_and_none_is_one_process():
+    assert processes_of_environment({}) == ONE_PROCESS and ONE_PROCESS.may_speak()
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set: start with torchrun"):
+        processes_of_environment({"WORLD_SIZE": "2"})
