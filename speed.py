@@ -80,7 +80,7 @@ def sample_without_cache(
             for step, time_now in enumerate(plan.times):
                 t = torch.full(x_t.shape[:2], time_now, device=runtime.device)
                 whole, whole_t = torch.cat([past, x_t], 1), torch.cat([t.new_zeros(past.shape[:2]), t], 1)
-                v = model.forward_block_causal(whole, whole_t, prompt, plan.num_frames_per_block, plan.window_frames)
+                v = model.forward_block_causal(whole, whole_t, prompt, plan.num_frames_per_block, plan.context)
                 x_0 = x_0_from_velocity(x_t, v[:, past.shape[1]:], t)
                 x_0 = clamp_to_data(x_0) if plan.clamp_x_0 else x_0
                 if step + 1 < len(plan.times):
@@ -108,7 +108,7 @@ def block_ends(phases: Phases) -> list[float]:
 def steady_block(ends: list[float], plan: RolloutPlan) -> float:
     """Median seconds from block to block once a block sees a full window, or of the last one in a video that never fills it."""
     intervals = [later - earlier for earlier, later in zip([0.0, *ends], ends, strict=False)]
-    filled = len(ends) if plan.window_frames is None else max(plan.window_frames // plan.num_frames_per_block - 1, 1)
+    filled = len(ends) if plan.context.window_frames is None else max(plan.context.window_frames // plan.num_frames_per_block - 1, 1)
     return statistics.median(intervals[filled:] or intervals[-1:])
 
 

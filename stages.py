@@ -148,13 +148,13 @@ class PretrainStage:
 
     def _loss(self, step: int, x_0: Tensor, prompt: PromptContext, share: BatchShare) -> tuple[str, Tensor]:
         """The name and value of this step's loss."""
-        config, common = self.config, (self.config.time_shift, self.config.loss_time_floor, self.random, share)
+        config, common = self.config, (self.config.time_shift, self.config.loss_time_floor, self.random)
         if config.objective == "teacher_forcing":
-            return "loss_causal", teacher_forcing_loss(self.model, x_0, prompt, config.num_frames_per_block, *common, config.context)
+            return "loss_causal", teacher_forcing_loss(self.model, x_0, prompt, config.num_frames_per_block, *common, config.context, share)
         if config.objective == "mixed" and step % 2 == 0:
-            return "loss_bidirectional", bidirectional_loss(self.model, x_0, prompt, *common)
+            return "loss_bidirectional", bidirectional_loss(self.model, x_0, prompt, *common, share)
         return "loss_causal", block_causal_loss(
-            self.model, x_0, prompt, config.num_frames_per_block, config.clean_prefix_probability, *common, config.context
+            self.model, x_0, prompt, config.num_frames_per_block, config.clean_prefix_probability, *common, config.context, share
         )
 
     def sample(self, prompts: list[str], seeds: list[int], num_frames: int) -> dict[str, Tensor]:

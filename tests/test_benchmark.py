@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import benchmark
+from attention import ContextWindow
 from benchmark import main
 from checkpoint import LoadedNetworks, save_checkpoint
 from compute import flops_per_step
@@ -85,7 +86,7 @@ def ticking() -> Phases:
 
 @pytest.mark.parametrize("window", [None, 3, 6])
 def test_the_rollout_without_cache_makes_the_same_videos(networks, window):
-    plan = RolloutPlan((1.0, 0.75, 0.5), 3, window_frames=window, clamp_x_0=True)
+    plan = RolloutPlan((1.0, 0.75, 0.5), 3, context=ContextWindow(window), clamp_x_0=True)
     common = (PROMPTS, SEEDS, 9, plan, CPU)
     with_cache = sample_few_step(networks.generator, networks.text_encoder, *common)
     assert_close(sample_without_cache(networks, *common), with_cache, atol=1e-4, rtol=1e-4)
@@ -137,11 +138,11 @@ def test_watching_a_generation_changes_no_bit_and_sees_every_pass(networks):
 
 def test_a_steady_block_is_one_that_sees_a_full_window():
     ends = [5.0, 6.0, 8.0, 11.0, 15.0]  # intervals 5 1 2 3 4
-    assert steady_block(ends, RolloutPlan((1.0,), 3, window_frames=9)) == 3
-    assert steady_block(ends, RolloutPlan((1.0,), 3, window_frames=3)) == 2.5  # never the first, which holds the text
-    assert steady_block(ends, RolloutPlan((1.0,), 3, window_frames=21)) == 4
+    assert steady_block(ends, RolloutPlan((1.0,), 3, context=ContextWindow(9))) == 3
+    assert steady_block(ends, RolloutPlan((1.0,), 3, context=ContextWindow(3))) == 2.5  # never the first, which holds the text
+    assert steady_block(ends, RolloutPlan((1.0,), 3, context=ContextWindow(21))) == 4
     assert steady_block(ends, RolloutPlan((1.0,), 3)) == 4
-    assert steady_block([5.0], RolloutPlan((1.0,), 3, window_frames=9)) == 5
+    assert steady_block([5.0], RolloutPlan((1.0,), 3, context=ContextWindow(9))) == 5
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
