@@ -212,7 +212,7 @@ class SelfForcingEngine:
         terms = relativistic_loss(fake, real)
         return terms.mean(), Verdict(terms.detach(), t[:, 0], {"logit_distance": (real - fake).mean().item()})
 
-    def _noised_pair(self, x_0: Tensor, x_real: Tensor | None, share: BatchShare | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def _noised_pair(self, x_0: Tensor, x_real: Tensor | None, share: BatchShare | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Generated and real videos of the same prompts, with noise of their own at the same times."""
         if x_real is None:
             raise ValueError("training.loss=gan compares with real videos: none were given")
@@ -221,7 +221,7 @@ class SelfForcingEngine:
         eps = share_or_whole(share, len(real)).draw_normal(tuple(real.shape[1:]), self.random).to(real.device)
         return (x_t, add_noise(real, eps, t)), t
 
-    def _noised(self, x_0: Tensor, share: BatchShare | None) -> tuple[Tensor, Tensor]:
+    def _noised(self, x_0: Tensor, share: BatchShare | None = None) -> tuple[Tensor, Tensor]:
         """x_t and t, one uniform time in [min_score_time, max_score_time] per video."""
         low, high = self.config.min_score_time, self.config.max_score_time
         share = share_or_whole(share, len(x_0))

@@ -10,13 +10,13 @@ from distribution_losses import (
     Discriminator,
     discriminator_loss,
     distance_to_teacher,
-    frozen,
     gradient_penalty,
     relativistic_loss,
     sid_loss,
 )
 from dynamic_video_sf import ScorePrompts, SelfForcingEngine
 from flow_matching import add_noise, x_0_from_velocity
+from recomputation import frozen
 from training_config import SelfForcingConfig
 
 
