@@ -82,17 +82,17 @@ def test_a_refusal_names_what_was_written(hydra_is_set_up, override):
 @given(st.data())
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 def test_any_value_on_the_command_line_composes_or_is_refused_in_one_line(hydra_is_set_up, data):
-    try_any_value(data)
+    assert_composes_or_is_refused(data)
 
 
 @pytest.mark.slow
 @given(st.data())
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_thousand_values_on_the_command_line_compose_or_are_refused_in_one_line(hydra_is_set_up, data):
-    try_any_value(data)
+    assert_composes_or_is_refused(data)
 
 
-def try_any_value(data: st.DataObject) -> None:
+def assert_composes_or_is_refused(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(sorted(CHOICES)))
     key = data.draw(st.sampled_from(KEYS[kind]))
     value = data.draw(VALUES)
@@ -134,7 +134,7 @@ def student_path(tmp_path_factory) -> Path:
     return write_networks(tmp_path_factory.mktemp("student") / "student.pt", STUDENT)
 
 
-def generated(student_path: Path, folder: Path, prompts: list[str]) -> None:
+def assert_videos(student_path: Path, folder: Path, prompts: list[str]) -> None:
     """Each of the prompts is a video, and its JSON gives it back; no file stands anywhere else."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,14 +149,14 @@ def generated(student_path: Path, folder: Path, prompts: list[str]) -> None:
 
 
 def test_nasty_prompts_become_videos(student_path, tmp_path, capfd):
-    generated(student_path, tmp_path, list(NASTY))
+    assert_videos(student_path, tmp_path, list(NASTY))
     assert all(line.isprintable() for line in re.split(r"[\r\n]", capfd.readouterr().out))
 
 
 @given(prompts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=8))
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_prompts_become_videos(student_path, tmp_path_factory, prompts):
-    generated(student_path, tmp_path_factory.mktemp("prompts"), ["a " + prompt if prompt.startswith("-") else prompt for prompt in prompts])
+    assert_videos(student_path, tmp_path_factory.mktemp("prompts"), ["a " + prompt if prompt.startswith("-") else prompt for prompt in prompts])
 
 
 @pytest.mark.parametrize("prompt", ["\ud800", "a 7 \udcff up", "\udc80" * 3])
