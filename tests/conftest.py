@@ -1,5 +1,7 @@
 """Helpers that several test files share."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,15 @@ from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
 SMALL_SIZES = {
     "frame_size": 8, "width": 24, "num_layers": 2, "num_heads": 2, "ffn_ratio": 2, "patch_size": [1, 4, 4], "text_width": 32
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where pytest-xdist runs tests in several processes, each takes its share of the cores, and its children too."""
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if num_workers > 1:
+        num_threads = max((os.cpu_count() or 1) // num_workers, 1)
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+        torch.set_num_threads(num_threads)
 
 
 def randomise(module: nn.Module, seed: int = 0, scale: float = 0.2) -> nn.Module:

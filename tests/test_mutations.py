@@ -156,7 +156,8 @@ def test_nasty_prompts_become_videos(student_path, tmp_path, capfd):
 @given(prompts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=8))
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_prompts_become_videos(student_path, tmp_path_factory, prompts):
-    assert_videos(student_path, tmp_path_factory.mktemp("prompts"), ["a " + prompt if prompt.startswith("-") else prompt for prompt in prompts])
+    prompts = ["a " + prompt if prompt.startswith("-") else prompt for prompt in prompts]
+    assert_videos(student_path, tmp_path_factory.mktemp("prompts"), prompts)
 
 
 @pytest.mark.parametrize("prompt", ["\ud800", "a 7 \udcff up", "\udc80" * 3])
