@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from test_stages import build_pretrain, build_self_forcing, run_config, teacher  # noqa: F401 (a fixture)
+from test_stages import LENGTHS, run_config, self_forcing_config, teacher  # noqa: F401 (a fixture)
 from torch import Tensor
 from torch.testing import assert_close
 
 from batch_share import BatchShare, share_or_whole
+from config import PretrainConfig
 from distributed import ONE_PROCESS, Processes, mean_figures, processes_of_environment
 from runtime import Runtime
 from stages import PretrainStage, SelfForcingStage
@@ -24,15 +25,18 @@ KINDS = {
     "dmd": {"loss": "dmd"}, "sid": {"loss": "sid"}, "gan": {"loss": "gan"},
     "diffusion_forced": {"generator_inputs": "diffusion_forced"},
 }
+PRETRAINING = {"num_steps": 10, "warmup_steps": 2, **LENGTHS}
 NUM_STEPS = 4
 
 
 def build(kind: str, teacher_path: Path, processes: Processes = ONE_PROCESS, **changes: object) -> PretrainStage | SelfForcingStage:
     """A stage that clips hard, so that what is clipped, and when, shows."""
     changes = {**KINDS[kind], "batch_size": 4, "clip_norm": 0.01, **changes}
-    stage = build_pretrain(**changes) if "objective" in changes else build_self_forcing(teacher_path, **changes)
-    config = run_config(stage.config)
-    return type(stage)(config, CPU, torch.Generator().manual_seed(0), processes)
+    is_pretraining = "objective" in changes
+    training = PretrainConfig(**(PRETRAINING | changes)) if is_pretraining else self_forcing_config(teacher_path, **changes)
+    torch.manual_seed(0)
+    make = PretrainStage if is_pretraining else SelfForcingStage
+    return make(run_config(training), CPU, torch.Generator().manual_seed(0), processes)
 
 
 def run(
@@ -104,7 +108,7 @@ def worker(rank: int, port: int, folder: Path, teacher_path: Path) -> None:
     for kind in KINDS:
         stage = build(kind, teacher_path, processes)
         results[kind] = (run(stage), stage.state_dict()["generator_state_dict"])
-    config = run_config(build_pretrain(num_steps=2, batch_size=4, eval_videos=0).config)
+    config = run_config(PretrainConfig(**(PRETRAINING | {"num_steps": 2, "batch_size": 4, "eval_videos": 0})))
     trainer = SimplifiedTrainer(replace(config, log_dir=str(folder / "runs"), run_name="run"), processes)
     results["folder"] = str(trainer.train())
     results["writes"] = type(trainer.log).__name__
