@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from config import Config, config_from_dict
+from sharding import placed_like
 from text_encoder import TextEncoder
 from tiny_causal_wan import TinyCausalWanModel
 
@@ -173,7 +174,8 @@ def check_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) ->
 def load_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> None:
     """Strict `load_state_dict` in the module's own dtype; raises CheckpointError as `check_state` does."""
     check_state(module, state, name)
-    module.load_state_dict(state)
+    own = module.state_dict()
+    module.load_state_dict({key: placed_like(value, own[key]) for key, value in state.items()})
 
 
 def slim_checkpoint(source: Path, target: Path) -> None:

@@ -148,7 +148,7 @@ def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> st
     if isinstance(error, OverrideParseException):
         return f"{_shortened(error.override)} cannot be read ({_shortened(str(error))})"
     root: BaseException = error
-    while root.__cause__ is not None:
+    while root.__cause__ is not None and not (isinstance(root, OmegaConfBaseException) and root.full_key):  # under a tracer it has a cause
         root = root.__cause__
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")

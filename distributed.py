@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -20,8 +20,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from batch_share import BatchShare
+from sharding import clip_gradients
 
 Answer = TypeVar("Answer")
 PEER_TIMEOUT = timedelta(hours=2)  # the others wait while the first process samples and saves; one that ends is noticed at once
@@ -75,10 +77,14 @@ class Processes:
         return own
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the processes; the result is the same in all of them, bit for bit."""
+        """Replace every gradient by its mean over the processes; the result is the same in all of them, bit for bit.
+
+        Those of sharded parameters are left: FSDP has averaged them in the backward pass.
+        """
         if self.count == 1:
             return
-        for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for bucket in _buckets([gradient for gradient in gradients if not isinstance(gradient, DTensor)]):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             _ask(lambda flat=flat: dist.all_reduce(flat))
             flat /= self.count
@@ -101,9 +107,9 @@ class Processes:
         """True in the first process to ask, False in all others: of a failure that reaches all, one tells."""
         if self.store is None:
             return True
-        with suppress(RuntimeError):  # the table is gone with the process that kept it
+        with suppress(RuntimeError):
             return self.store.add("spoken", 1) == 1
-        return self.is_first
+        return True  # the table is gone with the process that kept it, maybe killed: better told twice than not at all
 
 
 ONE_PROCESS = Processes()
@@ -114,8 +120,23 @@ def _ask(question: Callable[[], Answer]) -> Answer:
     try:
         return question()
     except RuntimeError as error:  # torch's for a peer that is gone, or silent for too long
-        reason = str(error).strip().partition("\n")[0][:160]
-        raise ProcessLost(f"another process of this run has ended or no longer answers ({reason})") from error
+        raise _lost(error) from error
+
+
+@contextmanager
+def losses_named() -> Iterator[None]:
+    """Within, a process lost in the middle of a message of FSDP's, which asks for itself, is a ProcessLost too."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's are plain RuntimeErrors that name its source files
+            raise _lost(error) from error
+        raise
+
+
+def _lost(error: RuntimeError) -> ProcessLost:
+    reason = str(error).strip().partition("\n")[0][:160]
+    return ProcessLost(f"another process of this run has ended or no longer answers ({reason})")
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -191,7 +212,7 @@ class BatchParts:
         """Average the gradients over the processes, then clip them to this norm over all of them; returns the norm before."""
         parameters = list(parameters)
         self.processes.average_gradients(parameters)
-        return nn.utils.clip_grad_norm_(parameters, clip_norm).item()
+        return clip_gradients(parameters, clip_norm)
 
 
 def mean_figures(parts: Sequence[dict[str, float]]) -> dict[str, float]:

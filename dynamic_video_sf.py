@@ -84,9 +84,13 @@ class SelfForcingEngine:
         self.fake_average = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.real_score = copy.deepcopy(teacher).eval().requires_grad_(False)
         if config.activation_checkpointing:
-            for network in (self.generator, self.fake_score, self.fake_average, self.real_score):  # with SiD gradient passes through all
+            for network in self.networks():  # with SiD gradient passes through all
                 network.recompute_activations()
         self.critic = Discriminator(self.fake_score).to(next(teacher.parameters()).device) if config.loss == "gan" else self.fake_score
+
+    def networks(self) -> tuple[TinyCausalWanModel, ...]:
+        """All that it holds, trained or not."""
+        return self.generator, self.fake_score, self.fake_average, self.real_score
 
     def make_videos(
         self, prompt: PromptContext, num_frames: int, with_gradient: bool, x_real: Tensor | None = None, share: BatchShare | None = None

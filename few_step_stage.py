@@ -19,6 +19,7 @@ from moving_mnist import MovingMNISTGenerator
 from rollout import few_step_plan, make_noise_streams, many_step_plan
 from runtime import Runtime
 from sampling import sample_few_step, sample_many_step, teacher_plan
+from sharding import load_optimizer, shard_blocks, whole
 from stages import check_is_bidirectional, draw_num_frames, load_modules, load_teacher, merge_counts, rate_factor, set_rate, update_average
 from text_encoder import NULL_PROMPT
 from training_config import CausalConsistencyConfig, CausalODEConfig
@@ -45,6 +46,8 @@ class FewStepStage:
         self.average = copy.deepcopy(self.teacher)
         if self.config.activation_checkpointing:
             self.student.recompute_activations()
+        if self.config.sharding == "fsdp2":
+            shard_blocks((self.student, self.average, self.teacher), processes.count, runtime.device)
         self.plan = few_step_plan(self.config)
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=self.config.lr, betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay
@@ -134,7 +137,7 @@ class FewStepStage:
         return {"generator": self.student}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        return whole({
             "generator_state_dict": self.student.state_dict(),
             "generator_ema_state_dict": self.average.state_dict(),
             "teacher_state_dict": self.teacher.state_dict(),
@@ -143,7 +146,7 @@ class FewStepStage:
             "random_state": self.random.get_state(),
             "num_prompts_seen": self.num_prompts_seen,
             "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_prompts_seen}),
-        }
+        })
 
     def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
         targets = {
@@ -151,7 +154,7 @@ class FewStepStage:
             "text_encoder_state_dict": self.text_encoder,
         }
         load_modules(targets, checkpoint, name)
-        self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        load_optimizer(self.optimizer, checkpoint["optimizer_state_dict"])
         for group in self.optimizer.param_groups:  # the command line's wishes, not those of the run that is resumed; rate: train_step
             group.update(betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
         self.random.set_state(checkpoint["random_state"])

@@ -26,6 +26,7 @@ from objectives import bidirectional_loss, block_causal_loss, drop_prompts, teac
 from rollout import RolloutPlan, many_step_plan, warp_steps
 from runtime import Runtime
 from sampling import NAIVE_STEPS, sample_few_step, sample_many_step, teacher_plan
+from sharding import load_optimizer, shard_blocks, whole
 from text_encoder import NULL_PROMPT, TextEncoder
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training_config import FewStepConfig, PretrainConfig, SelfForcingConfig, TrainingConfig
@@ -106,6 +107,8 @@ class PretrainStage:
             self.model.recompute_activations()
         self.live = nn.ModuleDict({"generator": self.model, "text_encoder": self.text_encoder})
         self.average = copy.deepcopy(self.live).requires_grad_(False).eval()
+        if self.config.sharding == "fsdp2":
+            shard_blocks((self.model, self.average["generator"]), processes.count, runtime.device)
         if self.config.compile:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
@@ -174,7 +177,7 @@ class PretrainStage:
         return {"generator": self.model, "text_encoder": self.text_encoder}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        return whole({
             "generator_state_dict": self.model.state_dict(),
             "generator_ema_state_dict": self.average["generator"].state_dict(),
             "text_encoder_state_dict": self.average["text_encoder"].state_dict(),
@@ -183,7 +186,7 @@ class PretrainStage:
             "random_state": self.random.get_state(),
             "num_videos_seen": self.num_videos_seen,
             "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_videos_seen}),
-        }
+        })
 
     def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
         targets = {
@@ -192,7 +195,7 @@ class PretrainStage:
         }
         load_modules(targets, checkpoint, name)
         for key, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizer_state_dict"][key])
+            load_optimizer(optimizer, checkpoint["optimizer_state_dict"][key])
             for group in optimizer.param_groups:  # the command line's wish, not that of the run that is resumed; rates: train_step
                 group["weight_decay"] = self.config.weight_decay
         self.random.set_state(checkpoint["random_state"])
@@ -224,6 +227,8 @@ class SelfForcingStage:
             self.earlier_prompts = merge_counts(self.earlier_prompts, start.prompts_drawn)
         self.engine = SelfForcingEngine(self.config, loaded.generator, random, None if start is None else start.generator)
         self.average = copy.deepcopy(self.engine.generator).requires_grad_(False).eval()
+        if self.config.sharding == "fsdp2":
+            shard_blocks((*self.engine.networks(), self.average), processes.count, runtime.device)
         rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
         modules = {"generator": self.engine.generator, "critic": self.engine.critic}
         self.optimizers = {
@@ -316,7 +321,7 @@ class SelfForcingStage:
         return {"generator": self.engine.generator, "critic": self.engine.critic}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        return whole({
             "generator_state_dict": self.engine.generator.state_dict(),
             "generator_ema_state_dict": self.average.state_dict(),
             "critic_state_dict": self.engine.critic.state_dict(),
@@ -328,7 +333,7 @@ class SelfForcingStage:
             "num_prompts_seen": self.num_prompts_seen,
             "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_prompts_seen}),
             "num_generator_updates": self.num_generator_updates,
-        }
+        })
 
     def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
         targets = {
@@ -340,7 +345,7 @@ class SelfForcingStage:
         self._check_same_teacher(checkpoint, name)
         load_modules(targets, checkpoint, name)
         for key, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizer_state_dict"][key])
+            load_optimizer(optimizer, checkpoint["optimizer_state_dict"][key])
             for group in optimizer.param_groups:  # the command line's wishes, not those of the run that is resumed; rates: train_step
                 group.update(betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
         self.random.set_state(checkpoint["random_state"])
@@ -352,7 +357,7 @@ class SelfForcingStage:
         """A run that goes on keeps its teacher: another one, or another start, would silently not be used."""
         if self.config.generator_checkpoint is not None and not self._started_from_the_same(checkpoint):
             raise CheckpointError(f"training.generator_checkpoint does not go with training.resume={name}, which brings the generator")
-        stored, own = checkpoint.get("real_score_state_dict", {}), self.engine.real_score.state_dict()
+        stored, own = checkpoint.get("real_score_state_dict", {}), whole(self.engine.real_score.state_dict())
         if stored.keys() == own.keys() and not all(torch.equal(stored[key], value.cpu()) for key, value in own.items()):
             raise CheckpointError(
                 f"{name} was trained with another teacher than training.pretrained_checkpoint={self.config.pretrained_checkpoint}: "

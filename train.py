@@ -28,7 +28,7 @@ from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, remo
 from comparison import compare
 from config import Config, build_config, config_to_dict, explain_command_line, explain_refusal, register_schemas
 from digit_judge import JUDGE_PATH, DigitJudge, load_judge
-from distributed import ONE_PROCESS, Processes, mean_figures, processes_of_environment
+from distributed import ONE_PROCESS, Processes, losses_named, mean_figures, processes_of_environment
 from few_step_stage import FewStepStage
 from health import JUDGED_COLUMNS, FixedPrompts, draw_run
 from interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
@@ -46,6 +46,7 @@ from resume import (
 )
 from run_log import RunLog, SilentLog, draw_curves, make_run_folder, point_to_latest
 from runtime import resolve_runtime
+from sharding import whole
 from stages import PretrainStage, SelfForcingStage, Stage, check_same_networks
 from training_config import SelfForcingConfig
 from video_io import comparison_gif, comparison_sheet, to_display
@@ -93,6 +94,7 @@ class SimplifiedTrainer:
             self._resume(start.path, start.checkpoint)
         self.global_random_states = global_random_states()  # of the first step, whatever is built or read before it
         self.health_interval = config.training.health_interval if isinstance(config.training, SelfForcingConfig) else 0
+        self.samples_here = processes.is_first or config.training.sharding != "none"  # a sharded network runs in all processes or in none
         self.judge = self._load_judge()
         self.fixed_prompts: FixedPrompts | None = None
         if self.judge is not None and self.health_interval > 0 and isinstance(self.stage, SelfForcingStage):
@@ -108,13 +110,13 @@ class SimplifiedTrainer:
     def _load_judge(self) -> DigitJudge | None:
         """The judge that ships, or None, said in one line, where it cannot read this run's videos."""
         training, dataset = self.config.training, self.config.dataset
-        if not self.processes.is_first or training.eval_videos == 0 and self.health_interval == 0:
+        if not self.samples_here or training.eval_videos == 0 and self.health_interval == 0:
             return None
         judge = load_judge(JUDGE_PATH, self.runtime.device)
         readable = (dataset.num_digits, dataset.frame_size, dataset.digit_size) == (1, judge.config.frame_size, judge.config.digit_size)
         if readable and training.max_num_frames >= MIN_JUDGED_FRAMES:
             return judge
-        print(
+        self._say(
             f"no figures of identity and motion: the judge reads one digit of {judge.config.digit_size} px on "
             f"{judge.config.frame_size} px frames, in videos of at least {MIN_JUDGED_FRAMES} frames"
         )
@@ -148,7 +150,9 @@ class SimplifiedTrainer:
             self.stage.load_state_dict(checkpoint, str(path))
             self.first_step = int(checkpoint["step"])
             if "global_random_states" in checkpoint:  # earlier versions stored none, and nothing of theirs hung on them
-                restore_global_random_states(checkpoint["global_random_states"])
+                by_process = checkpoint.get("random_states_by_process", [])
+                is_same_number = len(by_process) == self.processes.count
+                restore_global_random_states(by_process[self.processes.rank] if is_same_number else checkpoint["global_random_states"])
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             reason = explain_refusal(error)
             raise CheckpointError(f"{path} does not hold what resuming needs ({reason}): give an untouched checkpoint of a run") from error
@@ -164,15 +168,15 @@ class SimplifiedTrainer:
         self._say(f"{training.training_type}: {training.summary}; {place}")
         restore_global_random_states(self.global_random_states)
         try:
-            with StopRequest(is_silent=not self.processes.is_first) as stop:
+            with losses_named(), StopRequest(is_silent=not self.processes.is_first) as stop:
                 self._run_steps(stop, start)
                 self._save(self.folder / "checkpoint_final.pt", training.num_steps)
                 if self.processes.is_first:
                     point_to_latest(Path(self.config.log_dir) / "checkpoint_final.pt", self.folder / "checkpoint_final.pt")
-            if not self.processes.is_first:
-                return self.folder
-            if stop.reason is not None:
-                print(f"{stop.reason}: all steps were done; samples and figures of the finished network are left out")
+            reason = self._agree({}, stop)[1]
+            if reason is not None:
+                self._say(f"{reason}: all steps were done; samples and figures of the finished network are left out")
+            if reason is not None or not self.samples_here:
                 return self.folder
             self._show_samples(training.num_steps)
         except OSError as error:
@@ -180,7 +184,7 @@ class SimplifiedTrainer:
         finally:
             self.log.close()
             self.claim.release()
-        print(f"trained {training.num_steps - self.first_step} steps in {(time.perf_counter() - start) / 60:.1f} minutes")
+        self._say(f"trained {training.num_steps - self.first_step} steps in {(time.perf_counter() - start) / 60:.1f} minutes")
         self._report_quality()
         return self.folder
 
@@ -251,23 +255,26 @@ class SimplifiedTrainer:
                 self._interval_checkpoints.pop(0).unlink(missing_ok=True)
         if is_asked_to_stop:
             raise RunInterrupted(f"{stop_reason}: stopped after {step} of {training.num_steps} steps, saved {self.last_checkpoint}")
-        if training.sample_interval and step % training.sample_interval == 0 and self.processes.is_first:
+        if training.sample_interval and step % training.sample_interval == 0 and self.samples_here:
             self._check_weights(step)
             self._show_samples(step)
             self.log.draw()
 
     def _check_weights(self, step: int) -> None:
         for name, module in self.stage.networks().items():  # a finite loss can end in an update that is not
-            if not all(parameter.isfinite().all() for parameter in module.parameters()):
+            if not all(whole(parameter.detach().isfinite().all()) for parameter in module.parameters()):
                 raise self._diverged(f"a weight of the {name} is not finite after {step} steps")
 
     def _save(self, path: Path, step: int) -> None:
         self._check_weights(step)
+        own_states = global_random_states()
         checkpoint = {
             "step": step, "training_type": self.config.training.training_type, "config": config_to_dict(self.config),
-            **self.stage.state_dict(), "global_random_states": global_random_states(), "wandb_run_id": self.log.wandb_run_id,
+            **self.stage.state_dict(), "global_random_states": own_states, "wandb_run_id": self.log.wandb_run_id,
             "attempts": self.attempts,
         }
+        if self.processes.count > 1:
+            checkpoint["random_states_by_process"] = self.processes.gather(own_states)
         if self.processes.is_first:
             save_checkpoint(path, checkpoint)
         self.processes.gather(None)  # none goes on, or ends, before the file is whole
@@ -277,6 +284,8 @@ class SimplifiedTrainer:
         """Real videos and each sampler's, for the same held-out prompts: a sheet and an animation."""
         seeds = [SAMPLE_SEED + index for index in range(NUM_SHOWN)]
         samples = self.stage.sample(self.shown.captions, seeds, self.config.training.max_num_frames)
+        if not self.processes.is_first:
+            return
         groups = [("real", to_display(self.shown.video))] + [(name, to_display(video.cpu())) for name, video in samples.items()]
         folder = self.folder / "samples"
         comparison_sheet(folder / f"step_{step:07d}.png", groups, self.shown.captions)
@@ -298,7 +307,7 @@ class SimplifiedTrainer:
         for name, parts in videos.items():
             summary = summarise(score_videos(self.judge, torch.cat(parts), digits, directions, dataset))
             figures = ", ".join(f"{title} {summary[key]:.3f}" for key, title in REPORTED.items() if key in summary)
-            print(f"{name:>20}: {figures} ({len(prompts)} videos)")
+            self._say(f"{name:>20}: {figures} ({len(prompts)} videos)")
 
 
 def find_common_start(config: Config, processes: Processes) -> Start | None:

@@ -17,6 +17,7 @@ from flow_matching import NUM_TRAIN_TIMESTEPS
 OBJECTIVES = ("mixed", "teacher_forcing", "diffusion_forcing")
 GENERATOR_INPUTS = ("self_rollout", "diffusion_forced", "teacher_forced")
 DISTRIBUTION_LOSSES = ("dmd", "sid", "gan")
+SHARDINGS = ("none", "fsdp2")
 TRAJECTORY_TEACHERS = ("causal", "bidirectional")
 
 
@@ -79,6 +80,7 @@ class TrainingConfig(ABC):
     guidance: float = 2.5  # of those samples, and of the teacher in distribution matching; 1 is none
     accumulation_steps: int = 1  # micro-batches that a step's batch is cut into: less memory, the same gradient
     activation_checkpointing: bool = False  # make activations of the blocks again in the backward pass: less memory, more time
+    sharding: str = "none"  # fsdp2 splits the blocks of every network over the processes: less memory, more messages
     resume: str | None = "never"  # or auto, the newest checkpoint of this run, or the PATH of one of the same training type
 
     def __post_init__(self) -> None:
@@ -93,6 +95,7 @@ class TrainingConfig(ABC):
         for name in ("lr", "time_shift", "clip_norm"):
             value = asdict(self)[name]
             require(0 < value < float("inf"), f"training.{name}", value, "a positive number")
+        require(self.sharding in SHARDINGS, "training.sharding", self.sharding, f"one of {', '.join(SHARDINGS)}")
         require(0 <= self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "a number in [0, 1]")
         require(0 <= self.teacher_eta <= 1, "training.teacher_eta", self.teacher_eta, "a number in [0, 1]")
         require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
@@ -162,6 +165,7 @@ class PretrainConfig(TrainingConfig):
         require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "0 or more")
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
         require(self.muon_lr > 0, "training.muon_lr", self.muon_lr, "a positive number")
+        require(not self.compile or self.sharding == "none", "training.compile", True, f"false with training.sharding={self.sharding}")
         require(0 < self.loss_time_floor <= 1, "training.loss_time_floor", self.loss_time_floor, "a number in (0, 1]")
 
     @property

@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from test_stages import build_pretrain, build_self_forcing, run_config, teacher  # noqa: F401 (a fixture)
+from test_stages import LENGTHS, run_config, self_forcing_config, teacher  # noqa: F401 (a fixture)
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
+import train
 from batch_share import BatchShare, share_or_whole
+from config import PretrainConfig
 from distributed import ONE_PROCESS, Processes, mean_figures, processes_of_environment
 from runtime import Runtime
+from sharding import whole
 from stages import PretrainStage, SelfForcingStage
 from train import SimplifiedTrainer
 
@@ -24,15 +28,18 @@ KINDS = {
     "dmd": {"loss": "dmd"}, "sid": {"loss": "sid"}, "gan": {"loss": "gan"},
     "diffusion_forced": {"generator_inputs": "diffusion_forced"},
 }
+PRETRAINING = {"num_steps": 10, "warmup_steps": 2, **LENGTHS}
 NUM_STEPS = 4
 
 
 def build(kind: str, teacher_path: Path, processes: Processes = ONE_PROCESS, **changes: object) -> PretrainStage | SelfForcingStage:
     """A stage that clips hard, so that what is clipped, and when, shows."""
     changes = {**KINDS[kind], "batch_size": 4, "clip_norm": 0.01, **changes}
-    stage = build_pretrain(**changes) if "objective" in changes else build_self_forcing(teacher_path, **changes)
-    config = run_config(stage.config)
-    return type(stage)(config, CPU, torch.Generator().manual_seed(0), processes)
+    is_pretraining = "objective" in changes
+    training = PretrainConfig(**(PRETRAINING | changes)) if is_pretraining else self_forcing_config(teacher_path, **changes)
+    torch.manual_seed(0)
+    make = PretrainStage if is_pretraining else SelfForcingStage
+    return make(run_config(training), CPU, torch.Generator().manual_seed(0), processes)
 
 
 def run(
@@ -104,9 +111,14 @@ def worker(rank: int, port: int, folder: Path, teacher_path: Path) -> None:
     for kind in KINDS:
         stage = build(kind, teacher_path, processes)
         results[kind] = (run(stage), stage.state_dict()["generator_state_dict"])
-    config = run_config(build_pretrain(num_steps=2, batch_size=4, eval_videos=0).config)
+    config = run_config(PretrainConfig(**(PRETRAINING | {"num_steps": 2, "batch_size": 4, "eval_videos": 0, "checkpoint_interval": 1})))
+    saved, linked = [], []  # by this process
+    save, link = train.save_checkpoint, train.point_to_latest
+    train.save_checkpoint = lambda path, checkpoint: saved.append(path.name) or save(path, checkpoint)
+    train.point_to_latest = lambda path, target: linked.append(path.name) or link(path, target)
     trainer = SimplifiedTrainer(replace(config, log_dir=str(folder / "runs"), run_name="run"), processes)
     results["folder"] = str(trainer.train())
+    results["written"] = [*saved, *linked]
     results["writes"] = type(trainer.log).__name__
     results["speaks"] = processes.may_speak()
     processes.leave()
@@ -130,7 +142,51 @@ def test_two_processes_equal_one(teacher, tmp_path):  # noqa: F811
         if kind != "diffusion_forced":  # where every video has exit steps of its own
             assert len({tuple(f.get("exit_step") for f in figures) for figures in (results[1], other_results[1], expected[1])}) == 1
     assert first["folder"] == second["folder"] and [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] == ["run"]
+    assert [first["written"], second["written"]] == [["checkpoint_0000001.pt", "checkpoint_final.pt", "checkpoint_final.pt"], []]
     assert [first["writes"], second["writes"]] == ["RunLog", "SilentLog"] and first["speaks"] != second["speaks"]
+
+
+def sharding_worker(rank: int, port: int, folder: Path, teacher_path: Path, kinds: list[str], changes: dict[str, object]) -> None:
+    torch.set_num_threads(1)
+    processes = processes_of_environment(
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    )
+    processes.join(torch.device("cpu"))
+    results = {}
+    for kind in kinds:
+        stage = build(kind, teacher_path, processes, sharding="fsdp2", **changes)
+        sharded = [value for network in stage.networks().values() for value in network.parameters() if isinstance(value, DTensor)]
+        shares = sum(value.to_local().numel() for value in sharded) / sum(value.numel() for value in sharded)
+        gradients, figures, prompts = run(stage)
+        average = stage.average["generator"] if isinstance(stage, PretrainStage) else stage.average
+        results[kind] = (whole(gradients), figures, prompts), whole(average.state_dict()), shares
+    processes.leave()
+    torch.save(results, folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("kinds, changes", [
+    (["dmd"], {}),
+    pytest.param(list(KINDS), {}, marks=pytest.mark.slow),
+    pytest.param(list(KINDS), {"activation_checkpointing": True}, marks=pytest.mark.slow),
+    pytest.param(list(KINDS), {"accumulation_steps": 2}, marks=pytest.mark.slow),
+], ids=["dmd", "all", "activation checkpointing", "accumulation"])
+def test_sharded_networks_have_the_gradients_of_whole_ones(kinds, changes, teacher, tmp_path):  # noqa: F811
+    """Of every kind of loss, clipped over all shards, and the same moving average; each process holds half of every block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(sharding_worker, (port, tmp_path, teacher, kinds, changes), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for kind in kinds:
+        stage = build(kind, teacher)
+        expected = run(stage)
+        (results, average, share), (other_results, other_average, other_share) = first[kind], second[kind]
+        assert_same_training((results[0], [mean_figures(pair) for pair in zip(results[1], other_results[1], strict=True)], []), expected)
+        wanted = stage.average["generator"] if isinstance(stage, PretrainStage) else stage.average
+        for name, value in wanted.state_dict().items():
+            assert torch.equal(average[name], other_average[name])
+            assert_close(average[name], value, rtol=1e-3, atol=1e-4)
+        assert share + other_share == pytest.approx(1) and 0.4 < share < 0.6
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(teacher):  # noqa: F811

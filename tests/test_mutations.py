@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -77,6 +78,18 @@ def test_a_refusal_names_what_was_written(hydra_is_set_up, override):
     message = compose_or_refuse([override])
     assert message is not None
     one_line_naming(message, override.partition("=")[0])
+
+
+def test_a_refusal_names_the_key_under_a_debugger_too(hydra_is_set_up):
+    """There OmegaConf hands out the cause of its refusal as well, whose message is a template yet."""
+    before = sys.gettrace()
+    sys.settrace(lambda *_: None)
+    try:
+        message = compose_or_refuse(["device=null"])
+    finally:
+        sys.settrace(before)
+    assert message is not None
+    one_line_naming(message, "device")
 
 
 @given(st.data())

@@ -1,0 +1,77 @@
+"""Networks too large for one GPU: the transformer blocks of each split over the processes (FSDP2, Zhao et al., arXiv 2304.11277).
+
+Each block is a unit of `torch.distributed.fsdp.fully_shard`: its weights, gradients and optimizer states are split along their first
+axis; a block is gathered just before it runs, with gradient or without, and let go right after; its gradients leave the backward pass
+averaged over the processes. What is outside the blocks is small and stays whole everywhere, as does each block's `modulation`, which
+the network reads without running the block: `distributed` averages these gradients. Checkpoints hold whole tensors, so that a run can go on
+sharded or not. Whatever runs a sharded network, sampling and saving included, must be done by all processes at once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tiny_causal_wan import TinyCausalWanModel
+
+
+def shard_blocks(networks: Iterable[TinyCausalWanModel], num_processes: int, device: torch.device) -> None:
+    """Split the blocks of each network over all processes, which must have joined. Raises ValueError where there is but one.
+
+    Comes after every copy of a network and before its optimizer, which must see the parameters that this makes.
+    """
+    if num_processes == 1:
+        raise ValueError("training.sharding is fsdp2 in a single process: start several with torchrun --nproc_per_node=N, or choose none")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # prompt keys and values: nothing writes into them
+    mesh = init_device_mesh(device.type, (num_processes,))
+    for network in networks:
+        for block in network.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params={block.modulation})
+            register_fsdp_forward_method(block, "prompt_keys_values")
+            block.set_force_sum_reduction_for_comms(device.type == "cpu")  # gloo does not average: it sums, FSDP divides
+
+
+def whole(value: Any) -> Any:
+    """The same with every sharded tensor gathered, through dicts and lists; all processes must ask at once."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, Mapping):
+        return {key: whole(inner) for key, inner in value.items()}
+    return [whole(inner) for inner in value] if isinstance(value, list) else value
+
+
+def placed_like(value: Tensor, own: Tensor) -> Tensor:
+    """The own part of a whole tensor where `own` is sharded, else the tensor itself."""
+    if not isinstance(own, DTensor):
+        return value
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)  # none sends: each has the whole
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore an optimizer from whole tensors, whether or not its parameters are sharded."""
+    optimizer.load_state_dict(state)
+    for parameter, held in optimizer.state.items():
+        for name, value in held.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                held[name] = placed_like(value, parameter)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> float:
+    """Clip to this norm over all parameters, sharded ones wholly counted; returns the norm before."""
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(parameters, clip_norm).item()
+    others = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    norms = [whole(nn.utils.get_total_norm([parameter.grad for parameter in group])) for group in (sharded, others) if group]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    for group in (sharded, others):
+        nn.utils.clip_grads_with_norm_(group, clip_norm, norm)
+    return norm.item()
