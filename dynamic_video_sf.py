@@ -44,12 +44,16 @@ from training_config import SelfForcingConfig, check_num_frames
 
 @dataclass
 class Rollout:
-    """A batch of generated videos: x_0 (B, F, C, H, W), the last `gradient_frames` of it, and the exit step of each block."""
+    """A batch of generated videos: x_0 (B, F, C, H, W), the last `gradient_frames` of it, and the exit step of each block.
+
+    first_frame: that of x_0 in the whole rollout, which with `training.rollout_frames` may have started earlier.
+    """
 
     x_0: Tensor
     scored: Tensor  # (B, min(F, gradient_frames), C, H, W): what the losses see
     exit_steps: list[int]  # of the first video, where each has its own
     frame_exits: Tensor  # (B, min(F, gradient_frames)): the exit step of every scored frame
+    first_frame: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,25 +103,42 @@ class SelfForcingEngine:
         return self.denoise_real(prompt, x_real, with_gradient, share)
 
     def rollout(self, prompt: PromptContext, num_frames: int, with_gradient: bool, share: BatchShare | None = None) -> Rollout:
-        """Generate from noise as inference does, stopping at a random exit step (Algorithm 1)."""
+        """Generate from noise as inference does, stopping at a random exit step (Algorithm 1).
+
+        With `training.rollout_frames` the num_frames frames are a window, at a random block, of a longer rollout that ends with it
+        (the idea of Self-Forcing++, arXiv 2510.02283). The blocks before it walk all steps: what the window goes on from
+        is then exactly what inference would have made. They are forgotten as they leave the cache.
+        """
         config = self.config
         check_num_frames("num_frames", num_frames, config.num_frames_per_block, config.independent_first_frame)
         sizes = config.context.block_sizes(num_frames, config.num_frames_per_block)
-        num_blocks = len(sizes)
-        num_exits = 1 if config.same_exit_step else num_blocks
+        num_earlier = self._draw_earlier_blocks(num_frames)
+        num_blocks = num_earlier + len(sizes)
+        num_exits = 1 if config.same_exit_step else len(sizes)
         exits = torch.randint(len(self.plan.times), (num_exits,), generator=self.random).tolist()
-        exit_steps = exits * num_blocks if config.same_exit_step else exits
+        exit_steps = exits * len(sizes) if config.same_exit_step else exits
         share = share_or_whole(share, prompt.pooled.shape[0])
         seeds = share.draw(lambda total: torch.randint(2**62, (total,), generator=self.random)).tolist()
         first_scored = max(num_frames - config.gradient_frames, 0)
         blocks = rollout_blocks(
-            self.generator, prompt, make_noise_streams(seeds), num_blocks, self.plan, exit_steps=exit_steps,
-            gradient_blocks=range(sum(end <= first_scored for end in accumulate(sizes)), num_blocks) if with_gradient else range(0),
+            self.generator, prompt, make_noise_streams(seeds), num_blocks, self.plan,
+            exit_steps=[len(self.plan.times) - 1] * num_earlier + exit_steps,
+            gradient_blocks=range(num_earlier + sum(end <= first_scored for end in accumulate(sizes)), num_blocks if with_gradient else 0),
         )
         with torch.set_grad_enabled(with_gradient):
+            for _ in range(num_earlier):
+                next(blocks)
             x_0 = torch.cat(list(blocks), dim=1)
             frame_exits = torch.tensor([exit_steps] * len(x_0)).repeat_interleave(torch.tensor(sizes), 1)
-            return Rollout(x_0, x_0[:, first_scored:], exit_steps, frame_exits[:, first_scored:])
+            first_frame = num_earlier * config.num_frames_per_block
+            return Rollout(x_0, x_0[:, first_scored:], exit_steps, frame_exits[:, first_scored:], first_frame)
+
+    def _draw_earlier_blocks(self, num_frames: int) -> int:
+        """How many blocks come before a window of num_frames, the same for the whole batch: uniform over all places."""
+        if self.config.rollout_frames is None:
+            return 0
+        num_places = (self.config.rollout_frames - num_frames) // self.config.num_frames_per_block + 1
+        return int(torch.randint(num_places, (1,), generator=self.random))
 
     def stream(
         self, prompt: PromptContext, seed: int, switch: str = "recache"

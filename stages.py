@@ -26,7 +26,7 @@ from objectives import bidirectional_loss, block_causal_loss, drop_prompts, teac
 from rollout import RolloutPlan, many_step_plan, warp_steps
 from runtime import Runtime
 from sampling import NAIVE_STEPS, sample_few_step, sample_many_step, teacher_plan
-from text_encoder import NULL_PROMPT, TextEncoder
+from text_encoder import NULL_PROMPT, TextEncoder, caption_of_any_stretch
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training_config import FewStepConfig, PretrainConfig, SelfForcingConfig, TrainingConfig
 
@@ -248,6 +248,8 @@ class SelfForcingStage:
             text, x_real = self._read_data(share.of(indices), num_frames)
             with self.runtime.autocast(), torch.set_grad_enabled(is_generator_turn):
                 rollout = engine.make_videos(engine.generator.encode_prompt(*text), num_frames, is_generator_turn, x_real, share)
+            if rollout.first_frame > 0:  # a direction is that of a video's first frames: both scores are asked for what still holds
+                text = self._encode([caption_of_any_stretch(caption) for caption in self.data.captions(self.seed, share.of(indices))])
             figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video, where each has its own
             if is_generator_turn:
                 seen.append(self._judge_generator(rollout, text, x_real, share))
@@ -274,8 +276,12 @@ class SelfForcingStage:
         x_real = None
         if self.config.uses_videos:
             x_real = self.data.sample(self.seed, indices, num_frames).video.to(self.runtime.device)
+        return self._encode(self.data.captions(self.seed, indices)), x_real
+
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Their embeddings and mask, without gradient: the text encoder is frozen."""
         with torch.no_grad(), self.runtime.autocast():
-            return self.text_encoder.encode(self.data.captions(self.seed, indices)), x_real
+            return self.text_encoder.encode(prompts)
 
     def _judge_generator(
         self, rollout: Rollout, text: tuple[Tensor, Tensor], x_real: Tensor | None, share: BatchShare
