@@ -19,7 +19,7 @@ from batch_share import BatchShare
 from checkpoint import CheckpointError, LoadedNetworks, load_networks, load_state
 from config import Config, config_from_dict
 from distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
-from dynamic_video_sf import Rollout, ScorePrompts, SelfForcingEngine
+from dynamic_video_sf import Rollout, ScorePrompts, SelfForcingEngine, draw_window_start
 from health import STEP_COLUMNS, exit_columns, generator_figures
 from moving_mnist import MovingMNISTGenerator
 from objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
@@ -211,7 +211,8 @@ class SelfForcingStage:
         self.parts.check_divides("training.batch_size", self.config.batch_size)
         self.columns = (
             "loss_generator", "loss_critic", "dmd_gradient_norm", "score_distance", "logit_distance", "gradient_norm_generator",
-            "gradient_norm_critic", "exit_step", "num_frames", *STEP_COLUMNS, *exit_columns(self.config.denoising_steps),
+            "gradient_norm_critic", "exit_step", "num_frames", *(() if self.config.rollout_frames is None else ("first_frame",)),
+            *STEP_COLUMNS, *exit_columns(self.config.denoising_steps),
         )
         self.data = MovingMNISTGenerator(config.dataset, "train")  # of which only the prompts are used, unless config.uses_videos
         self.num_prompts_seen = 0
@@ -235,20 +236,25 @@ class SelfForcingStage:
         self.num_generator_updates = 0
 
     def train_step(self, step: int) -> dict[str, float]:
+        num_frames = draw_num_frames(self.config, self.random)
+        return self.train_on_window(step, num_frames, draw_window_start(self.config, num_frames, self.random))
+
+    def train_on_window(self, step: int, num_frames: int, first_frame: int) -> dict[str, float]:
+        """A step on num_frames frames of the generator's, from first_frame of its rollouts on."""
         config, engine = self.config, self.engine
-        num_frames = draw_num_frames(config, self.random)
         indices = range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size)
         self.num_prompts_seen += config.batch_size
         is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
-        figures: dict[str, float] = {"num_frames": num_frames}
+        figures = {"num_frames": num_frames} | ({} if config.rollout_frames is None else {"first_frame": first_frame})
         set_rate(self.optimizers["generator"], rate_factor(config, step) * config.lr)
         set_rate(self.optimizers["critic"], config.critic_lr)  # never slower: the critic must keep up with the generator
         made, seen = [], []  # of every part: its videos with what they are compared with, and the figures of its losses
         for share in self.parts.of(config.batch_size):
             text, x_real = self._read_data(share.of(indices), num_frames)
             with self.runtime.autocast(), torch.set_grad_enabled(is_generator_turn):
-                rollout = engine.make_videos(engine.generator.encode_prompt(*text), num_frames, is_generator_turn, x_real, share)
-            if rollout.first_frame > 0:  # a direction is that of a video's first frames: both scores are asked for what still holds
+                prompt = engine.generator.encode_prompt(*text)
+                rollout = engine.make_videos(prompt, num_frames, is_generator_turn, x_real, share, first_frame)
+            if first_frame > 0:  # a direction is that of a video's first frames: both scores are asked for what still holds
                 text = self._encode([caption_of_any_stretch(caption) for caption in self.data.captions(self.seed, share.of(indices))])
             figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video, where each has its own
             if is_generator_turn:
