@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config
+from dynamic_video_sf import window_starts
 from runtime import Runtime
 from stages import PretrainStage, SelfForcingStage
 from training_config import PretrainConfig, SelfForcingConfig, require
@@ -52,26 +53,40 @@ def _self_forcing_flops(config: Config, training: SelfForcingConfig, random: tor
     stage = SelfForcingStage(replace(config, training=replace(training, batch_size=1, same_exit_step=True, **IN_ONE_PASS)), CPU, random)
     ratio = training.dfake_gen_update_ratio
     turn = -(-(training.critic_warmup_steps + 1) // ratio) * ratio - 1  # the first step that updates the generator
-    generator = _mean_over_exits(stage, turn)
-    critic = _mean_over_exits(stage, turn + 1) if ratio > 1 else 0.0
+    generator = _mean_over_windows(stage, turn)
+    critic = _mean_over_windows(stage, turn + 1) if ratio > 1 else 0.0
     return (generator + (ratio - 1) * critic) / ratio
 
 
-def _count_step(stage: PretrainStage | SelfForcingStage, step: int) -> tuple[int, int]:
-    """FLOPs of one step, and its exit step: 0 where there is none."""
+def _count_step(stage: PretrainStage | SelfForcingStage, step: int, first_frame: int = 0) -> tuple[int, int]:
+    """FLOPs of one step, and its exit step: 0 where there is none. first_frame: of the scored window, in its rollout."""
     with FlopCounterMode(display=False) as counter:
-        figures = stage.train_step(step)
+        if isinstance(stage, SelfForcingStage):
+            figures = stage.train_on_window(step, stage.config.max_num_frames, first_frame)
+        else:
+            figures = stage.train_step(step)
     return counter.get_total_flops(), int(figures.get("exit_step", 0))
 
 
-def _mean_over_exits(stage: SelfForcingStage, step: int) -> float:
+def _mean_over_windows(stage: SelfForcingStage, step: int) -> float:
+    """Mean FLOPs of this step over uniform exit steps and starts of the scored window. Once the cache's window is full, each block
+    more costs the same: the starts from there on lie on a line through two of them."""
+    starts = window_starts(stage.config, stage.config.max_num_frames)
+    num_curved = -(-(stage.config.window_frames or 0) // stage.config.num_frames_per_block)
+    counted = [_mean_over_exits(stage, step, start) for start in starts[: num_curved + 2]]
+    num_more = len(starts) - len(counted)
+    slope = counted[-1] - counted[-2] if num_more else 0.0
+    return (sum(counted) + num_more * counted[-1] + slope * num_more * (num_more + 1) / 2) / len(starts)
+
+
+def _mean_over_exits(stage: SelfForcingStage, step: int, first_frame: int) -> float:
     """Mean FLOPs of this step over uniform exit steps: the line through two of them, at its middle."""
     num_exits = len(stage.config.denoising_steps)
-    flops, exit_step = _count_step(stage, step)
+    flops, exit_step = _count_step(stage, step, first_frame)
     if num_exits == 1 or stage.config.generator_inputs != "self_rollout":  # one pass over the whole video, whatever the times
         return flops
     for _ in range(MAX_TRIES):
-        other_flops, other = _count_step(stage, step)
+        other_flops, other = _count_step(stage, step, first_frame)
         if other != exit_step:
             slope = (other_flops - flops) / (other - exit_step)
             return flops + slope * ((num_exits - 1) / 2 - exit_step)

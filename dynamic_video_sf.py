@@ -11,7 +11,7 @@ import copy
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ from training_config import SelfForcingConfig, check_num_frames
 
 @dataclass
 class Rollout:
-    """A batch of generated videos: x_0 (B, F, C, H, W), the last `gradient_frames` of it, and the exit step of each block."""
+    """A batch of generated videos: x_0 (B, F, C, H, W), the last `gradient_frames` of it, and the exit step of each block. Where the
+    rollout started earlier, x_0 is the window at its end."""
 
     x_0: Tensor
     scored: Tensor  # (B, min(F, gradient_frames), C, H, W): what the losses see
@@ -60,6 +61,18 @@ class ScorePrompts:
     real: PromptContext
     real_null: PromptContext
     fake: PromptContext
+
+
+def window_starts(config: SelfForcingConfig, num_frames: int) -> range:
+    """The frames of a rollout at which a scored window of num_frames may start: 0 alone without `training.rollout_frames`."""
+    longest = num_frames if config.rollout_frames is None else config.rollout_frames
+    return range(0, longest - num_frames + 1, config.num_frames_per_block)
+
+
+def draw_window_start(config: SelfForcingConfig, num_frames: int, random: torch.Generator) -> int:
+    """One of `window_starts`, uniform, one for the whole batch; draws nothing where there is no choice."""
+    starts = window_starts(config, num_frames)
+    return starts[int(torch.randint(len(starts), (1,), generator=random))] if len(starts) > 1 else 0
 
 
 class SelfForcingEngine:
@@ -93,33 +106,46 @@ class SelfForcingEngine:
         return self.generator, self.fake_score, self.fake_average, self.real_score
 
     def make_videos(
-        self, prompt: PromptContext, num_frames: int, with_gradient: bool, x_real: Tensor | None = None, share: BatchShare | None = None
+        self, prompt: PromptContext, num_frames: int, with_gradient: bool, x_real: Tensor | None = None,
+        share: BatchShare | None = None, first_frame: int = 0,
     ) -> Rollout:
         """The generator's videos by the configured inputs: a self-rollout, or real videos x_real, noised and denoised."""
         if self.config.generator_inputs == "self_rollout":
-            return self.rollout(prompt, num_frames, with_gradient, share)
+            return self.rollout(prompt, num_frames, with_gradient, share, first_frame)
         if x_real is None:
             raise ValueError(f"training.generator_inputs={self.config.generator_inputs} needs real videos: none were given")
         return self.denoise_real(prompt, x_real, with_gradient, share)
 
-    def rollout(self, prompt: PromptContext, num_frames: int, with_gradient: bool, share: BatchShare | None = None) -> Rollout:
-        """Generate from noise as inference does, stopping at a random exit step (Algorithm 1)."""
+    def rollout(
+        self, prompt: PromptContext, num_frames: int, with_gradient: bool, share: BatchShare | None = None, first_frame: int = 0
+    ) -> Rollout:
+        """Generate from noise as inference does, stopping at a random exit step (Algorithm 1).
+
+        first_frame, whole blocks: the num_frames frames are a window that starts there, of a longer rollout that ends with it
+        (the idea of Self-Forcing++, arXiv 2510.02283). The blocks before it carry no gradient and walk all steps, whatever the
+        exit step: an early exit makes blurred frames, and what is to be corrected is what the window goes on from at
+        inference. They are forgotten as they leave the cache, so memory does not grow with first_frame where the cache rolls.
+        """
         config = self.config
         check_num_frames("num_frames", num_frames, config.num_frames_per_block, config.independent_first_frame)
         sizes = config.context.block_sizes(num_frames, config.num_frames_per_block)
-        num_blocks = len(sizes)
-        num_exits = 1 if config.same_exit_step else num_blocks
+        num_earlier, rest = divmod(first_frame, config.num_frames_per_block)
+        if first_frame < 0 or rest:
+            raise ValueError(f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of {config.num_frames_per_block}")
+        num_blocks = num_earlier + len(sizes)
+        num_exits = 1 if config.same_exit_step else len(sizes)
         exits = torch.randint(len(self.plan.times), (num_exits,), generator=self.random).tolist()
-        exit_steps = exits * num_blocks if config.same_exit_step else exits
+        exit_steps = exits * len(sizes) if config.same_exit_step else exits
         share = share_or_whole(share, prompt.pooled.shape[0])
         seeds = share.draw(lambda total: torch.randint(2**62, (total,), generator=self.random)).tolist()
         first_scored = max(num_frames - config.gradient_frames, 0)
         blocks = rollout_blocks(
-            self.generator, prompt, make_noise_streams(seeds), num_blocks, self.plan, exit_steps=exit_steps,
-            gradient_blocks=range(sum(end <= first_scored for end in accumulate(sizes)), num_blocks) if with_gradient else range(0),
+            self.generator, prompt, make_noise_streams(seeds), num_blocks, self.plan,
+            exit_steps=[len(self.plan.times) - 1] * num_earlier + exit_steps,
+            gradient_blocks=range(num_earlier + sum(end <= first_scored for end in accumulate(sizes)), num_blocks if with_gradient else 0),
         )
         with torch.set_grad_enabled(with_gradient):
-            x_0 = torch.cat(list(blocks), dim=1)
+            x_0 = torch.cat(list(islice(blocks, num_earlier, None)), dim=1)
             frame_exits = torch.tensor([exit_steps] * len(x_0)).repeat_interleave(torch.tensor(sizes), 1)
             return Rollout(x_0, x_0[:, first_scored:], exit_steps, frame_exits[:, first_scored:])
 

@@ -20,7 +20,8 @@ from rollout import few_step_plan, make_noise_streams, many_step_plan
 from runtime import Runtime
 from sampling import sample_few_step, sample_many_step, teacher_plan
 from sharding import load_optimizer, shard_blocks, whole
-from stages import check_is_bidirectional, draw_num_frames, load_modules, load_teacher, merge_counts, rate_factor, set_rate, update_average
+from stages import draw_num_frames, merge_counts, rate_factor, set_rate, update_average
+from starting_networks import check_is_bidirectional, load_modules, load_teacher
 from text_encoder import NULL_PROMPT
 from training_config import CausalConsistencyConfig, CausalODEConfig
 

@@ -3,6 +3,7 @@
 Dimensions: B batch, F frames, C channels, H height, W width.
 
     python long_video.py drift --num_frames 10000            frames right, stroke mass, motion, memory and time of one stream
+    python long_video.py drift --checkpoint TF.pt --num_steps 50 --guidance 2 --num_frames 1260       the same in many steps
     python long_video.py switch --num_streams 256            how soon and how smoothly a new prompt is shown
     python long_video.py continue --num_videos 256           what the first block of a real held-out video becomes
 
@@ -48,6 +49,8 @@ SEGMENT = 630  # frames of one point of the drift curves
 TIMED_FRAMES = 1000  # at both ends of a stream, between which time and memory are compared
 SHOWN_SHARE = 0.9  # of the streams, from which on a new digit counts as shown
 SMOOTH_PIXELS = 3.0  # from the extrapolated centre, below which a path goes on
+LEGEND_COLUMNS = 5
+LINE_STYLES = ("-", "--", ":")
 KEPT_MASS = 0.25  # relative change of the stroke mass, up to which it counts as kept
 
 
@@ -214,17 +217,21 @@ def measure_continuation(
 
 
 def draw_drift(path: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """The segments' figures over the frame, a line a row."""
+    """The segments' figures over the frame, on a logarithmic axis as rows differ in length, a line a row; one legend below."""
     names = {"frames_right": "frames right", "stroke_mass_ratio": "stroke mass over real", "mean_speed": "speed, pixels a frame",
              "track_within_1px": "windows within 1 px of a track"}
-    figure, axes = plt.subplots(1, len(names), figsize=(4.4 * len(names), 3.2), layout="constrained")
+    num_lines = -(-len(rows) // LEGEND_COLUMNS)
+    figure, axes = plt.subplots(1, len(names), figsize=(4.4 * len(names), 3.2 + 0.2 * num_lines), layout="constrained")
+    styles = [(f"C{index % 10}", LINE_STYLES[index // 10 % len(LINE_STYLES)]) for index in range(len(rows))]
     for axis, (name, title) in zip(axes, names.items(), strict=True):
-        for row, found in rows.items():
-            frames = [WINDOW / 2, *((index + 0.5) * found["segment_frames"] for index in range(len(found["segments"])))]
-            axis.plot(frames, [found["first_21"][name], *(segment[name] for segment in found["segments"])], marker=".", label=row)
-        axis.set(title=title, xlabel="frame")
+        for (row, found), (color, line) in zip(rows.items(), styles, strict=True):
+            starts = range(0, found["num_frames"], found["segment_frames"])
+            frames = [WINDOW / 2, *((start + min(start + found["segment_frames"], found["num_frames"])) / 2 for start in starts)]
+            values = [found["first_21"][name], *(segment[name] for segment in found["segments"])]
+            axis.plot(frames, values, color=color, linestyle=line, marker=".", label=row)
+        axis.set(title=title, xlabel="frame", xscale="log")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(rows), LEGEND_COLUMNS), fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -261,6 +268,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--window_frames", type=int)
         command.add_argument("--sink_frames", type=int)
         command.add_argument("--denoising_steps", type=int, nargs="+", help="few steps for a checkpoint that is no student")
+        command.add_argument("--num_steps", type=int, help="many steps a block, for a teacher- or diffusion-forced checkpoint")
+        command.add_argument("--guidance", type=float, help="weight of classifier-free guidance, 1 for none; default: the checkpoint's")
         command.add_argument("--batch_size", type=int, default=batch_size, help="videos at a time")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--device", choices=DEVICES, default="auto")
@@ -273,7 +282,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, add to the JSON file, draw. Raises ValueError and OSError, each with one line."""
     require_at_least_one("--batch_size", arguments.batch_size)
     steps = None if arguments.denoising_steps is None else tuple(arguments.denoising_steps)
-    settings = SamplerSettings(steps, window_frames=arguments.window_frames, sink_frames=arguments.sink_frames)
+    settings = SamplerSettings(
+        steps, arguments.num_steps, arguments.guidance, window_frames=arguments.window_frames, sink_frames=arguments.sink_frames
+    )
     runtime = resolve_runtime(arguments.device, arguments.precision)
     networks = load_networks(arguments.checkpoint, runtime.device)
     plan = settings.make_plan(networks.config.training)
@@ -297,6 +308,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         check_num_frames("--num_frames", arguments.num_frames, plan.num_frames_per_block)
         found = measure_continuation(*common, arguments.num_videos, arguments.num_frames, arguments.batch_size, arguments.seed)
     found |= {"window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames, "device": runtime.device.type}
+    found |= {"num_steps": len(plan.times), "guidance": plan.guidance}
     path = arguments.output_dir / f"{arguments.command}.json"
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text()) if path.exists() else {}

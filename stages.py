@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from batch_share import BatchShare
-from checkpoint import CheckpointError, LoadedNetworks, load_networks, load_state
+from checkpoint import CheckpointError
 from config import Config, config_from_dict
 from distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
-from dynamic_video_sf import Rollout, ScorePrompts, SelfForcingEngine
+from dynamic_video_sf import Rollout, ScorePrompts, SelfForcingEngine, draw_window_start
 from health import STEP_COLUMNS, exit_columns, generator_figures
 from moving_mnist import MovingMNISTGenerator
 from objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
@@ -27,12 +27,10 @@ from rollout import RolloutPlan, many_step_plan, warp_steps
 from runtime import Runtime
 from sampling import NAIVE_STEPS, sample_few_step, sample_many_step, teacher_plan
 from sharding import load_optimizer, shard_blocks, whole
-from text_encoder import NULL_PROMPT, TextEncoder
+from starting_networks import check_is_bidirectional, load_modules, load_start, load_teacher
+from text_encoder import NULL_PROMPT, TextEncoder, caption_of_any_stretch
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
-from training_config import FewStepConfig, PretrainConfig, SelfForcingConfig, TrainingConfig
-
-REPOSITORY = Path(__file__).resolve().parent
-DATA_GEOMETRY = ("frame_size", "digit_size", "num_digits", "channels")  # what two stages of one network must share
+from training_config import PretrainConfig, SelfForcingConfig, TrainingConfig
 
 
 class Stage(Protocol):
@@ -214,7 +212,8 @@ class SelfForcingStage:
         self.parts.check_divides("training.batch_size", self.config.batch_size)
         self.columns = (
             "loss_generator", "loss_critic", "dmd_gradient_norm", "score_distance", "logit_distance", "gradient_norm_generator",
-            "gradient_norm_critic", "exit_step", "num_frames", *STEP_COLUMNS, *exit_columns(self.config.denoising_steps),
+            "gradient_norm_critic", "exit_step", "num_frames", *(() if self.config.rollout_frames is None else ("first_frame",)),
+            *STEP_COLUMNS, *exit_columns(self.config.denoising_steps),
         )
         self.data = MovingMNISTGenerator(config.dataset, "train")  # of which only the prompts are used, unless config.uses_videos
         self.num_prompts_seen = 0
@@ -240,19 +239,26 @@ class SelfForcingStage:
         self.num_generator_updates = 0
 
     def train_step(self, step: int) -> dict[str, float]:
+        num_frames = draw_num_frames(self.config, self.random)
+        return self.train_on_window(step, num_frames, draw_window_start(self.config, num_frames, self.random))
+
+    def train_on_window(self, step: int, num_frames: int, first_frame: int) -> dict[str, float]:
+        """A step on num_frames frames of the generator's, from first_frame of its rollouts on."""
         config, engine = self.config, self.engine
-        num_frames = draw_num_frames(config, self.random)
         indices = range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size)
         self.num_prompts_seen += config.batch_size
         is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
-        figures: dict[str, float] = {"num_frames": num_frames}
+        figures = {"num_frames": num_frames} | ({} if config.rollout_frames is None else {"first_frame": first_frame})
         set_rate(self.optimizers["generator"], rate_factor(config, step) * config.lr)
         set_rate(self.optimizers["critic"], config.critic_lr)  # never slower: the critic must keep up with the generator
         made, seen = [], []  # of every part: its videos with what they are compared with, and the figures of its losses
         for share in self.parts.of(config.batch_size):
             text, x_real = self._read_data(share.of(indices), num_frames)
             with self.runtime.autocast(), torch.set_grad_enabled(is_generator_turn):
-                rollout = engine.make_videos(engine.generator.encode_prompt(*text), num_frames, is_generator_turn, x_real, share)
+                prompt = engine.generator.encode_prompt(*text)
+                rollout = engine.make_videos(prompt, num_frames, is_generator_turn, x_real, share, first_frame)
+            if first_frame > 0:  # a direction is that of a video's first frames: both scores are asked for what still holds
+                text = self._encode([caption_of_any_stretch(caption) for caption in self.data.captions(self.seed, share.of(indices))])
             figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video, where each has its own
             if is_generator_turn:
                 seen.append(self._judge_generator(rollout, text, x_real, share))
@@ -279,8 +285,12 @@ class SelfForcingStage:
         x_real = None
         if self.config.uses_videos:
             x_real = self.data.sample(self.seed, indices, num_frames).video.to(self.runtime.device)
+        return self._encode(self.data.captions(self.seed, indices)), x_real
+
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Their embeddings and mask, without gradient: the text encoder is frozen."""
         with torch.no_grad(), self.runtime.autocast():
-            return self.text_encoder.encode(self.data.captions(self.seed, indices)), x_real
+            return self.text_encoder.encode(prompts)
 
     def _judge_generator(
         self, rollout: Rollout, text: tuple[Tensor, Tensor], x_real: Tensor | None, share: BatchShare
@@ -370,73 +380,3 @@ class SelfForcingStage:
             return False
         stored = config_from_dict(checkpoint["config"]).training
         return isinstance(stored, SelfForcingConfig) and stored.generator_checkpoint == self.config.generator_checkpoint
-
-
-def load_modules(targets: dict[str, nn.Module], checkpoint: dict[str, Any], name: str) -> None:
-    """Restore each module from its key of the checkpoint. Raises CheckpointError naming a key that is missing."""
-    for key, module in targets.items():
-        if key not in checkpoint:
-            raise CheckpointError(f"{name} lacks {key}: it was stripped for generation, or is of another kind of training; resume "
-                                  "from a checkpoint in the run's own folder")
-        load_state(module, checkpoint[key], f"{name}: {key}")
-
-
-def check_is_bidirectional(path: str, stored: Config) -> None:
-    """Raise CheckpointError where a network is no bidirectional teacher, because it was trained causally alone."""
-    training = stored.training
-    if isinstance(training, PretrainConfig) and training.objective != "mixed":
-        raise CheckpointError(
-            f"{path} was trained with objective={training.objective}, which makes a causal network, but a bidirectional teacher is "
-            "needed here: give one of objective=mixed, and this one as training.generator_checkpoint if it is to be the start"
-        )
-
-
-def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
-    """Raise CheckpointError naming both sides where a checkpoint's networks, or what its videos show, are not this run's."""
-    groups = (("model", stored.model, wanted.model), ("text", stored.text, wanted.text), ("dataset", stored.dataset, wanted.dataset))
-    found, asked = [], []
-    for group, theirs, ours in groups:
-        keys = DATA_GEOMETRY if group == "dataset" else tuple(vars(ours))
-        differing = [key for key in keys if vars(theirs)[key] != vars(ours)[key]]
-        found += [f"{group}.{key}={vars(theirs)[key]}" for key in differing]
-        asked += [f"{group}.{key}={vars(ours)[key]}" for key in differing]
-    if found:
-        raise CheckpointError(
-            f"{path} was trained with {', '.join(found)}, but this run asks for {', '.join(asked)}: give the same sizes or another file"
-        )
-
-
-def load_start(path: Path, config: Config, teacher: LoadedNetworks, device: torch.device) -> LoadedNetworks:
-    """The network that a generator starts from. Raises CheckpointError as `load_teacher` does, and if it was trained with
-    another text encoder than the teacher's, which alone is kept."""
-    start = load_fitting(path, config, device)
-    for ours, theirs in zip(start.text_encoder.parameters(), teacher.text_encoder.parameters(), strict=True):
-        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):  # float16 files may stand beside float32 ones
-            raise CheckpointError(
-                f"{path} was trained with another text encoder than the teacher {config.training.pretrained_checkpoint}: "
-                "give a generator that was trained from this teacher"
-            )
-    return start
-
-
-def load_teacher(path: Path, config: Config, device: torch.device) -> LoadedNetworks:
-    """The pretrained network and its text encoder, frozen. Raises CheckpointError as `load_fitting` does, and for a student."""
-    teacher = load_fitting(path, config, device)
-    if isinstance(teacher.config.training, FewStepConfig):
-        raise CheckpointError(
-            f"{path} is a few-step student, whose bidirectional side is no longer trained: give a pretrained network as the "
-            "teacher; training.generator_checkpoint=PATH lets a generator start from a student"
-        )
-    return teacher
-
-
-def load_fitting(path: Path, config: Config, device: torch.device) -> LoadedNetworks:
-    """The networks of a file, which must have this run's sizes. A relative path that is not here is looked for in the repository.
-
-    Raises CheckpointError naming both sides if sizes differ.
-    """
-    if not path.is_absolute() and not path.exists() and (REPOSITORY / path).exists():
-        path = REPOSITORY / path
-    stored = load_networks(path, device)
-    check_same_networks(path, stored.config, config)
-    return stored

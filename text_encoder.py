@@ -88,6 +88,14 @@ def compose_caption(facts: list[MotionFacts], rng: np.random.Generator) -> str:
     return subject if rng.random() < 0.5 else f"{subject} {pick(_FREE_MOTION)}"
 
 
+def caption_of_any_stretch(caption: str) -> str:
+    """What of a caption holds for every stretch of its video: the digits. A direction is that of the first frames and changes at the
+    walls. A caption that names no digit, or more than two, stays as it is."""
+    digits = parse_caption(caption).digits
+    nouns = {1: _SINGLE_NOUNS, 2: _PAIR_NOUNS}
+    return nouns[len(digits)][0].format(*digits) if len(digits) in nouns else caption
+
+
 def split_words(prompt: str) -> list[str]:
     """Lower-case words and single digits of a prompt, in order; punctuation separates and is dropped."""
     return re.findall(r"[0-9]|[^\W\d_]+", prompt.lower())

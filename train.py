@@ -47,7 +47,8 @@ from resume import (
 from run_log import RunLog, SilentLog, draw_curves, make_run_folder, point_to_latest
 from runtime import resolve_runtime
 from sharding import whole
-from stages import PretrainStage, SelfForcingStage, Stage, check_same_networks
+from stages import PretrainStage, SelfForcingStage, Stage
+from starting_networks import check_same_networks
 from training_config import SelfForcingConfig
 from video_io import comparison_gif, comparison_sheet, to_display
 

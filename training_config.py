@@ -232,6 +232,8 @@ class SelfForcingConfig(FewStepConfig):
     critic_ema_decay: float = 0.9  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
     context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
+    # Score a window of min_num_frames to max_num_frames frames somewhere in a rollout of up to so many; that of the start if not given.
+    rollout_frames: int | None = None
     same_exit_step: bool = True  # one exit step for all blocks of a rollout; false draws one per block
     dfake_gen_update_ratio: int = 4
     critic_warmup_steps: int = 16  # critic updates before the generator's first
@@ -260,6 +262,8 @@ class SelfForcingConfig(FewStepConfig):
             self.context_noise == 0 or self.generator_inputs == "self_rollout", "training.context_noise", self.context_noise,
             f"0 with training.generator_inputs={self.generator_inputs}, which shows no noised context",
         )
+        if self.rollout_frames is not None:
+            self._check_rollout_frames(self.rollout_frames)
         require(self.dfake_gen_update_ratio >= 1, "training.dfake_gen_update_ratio", self.dfake_gen_update_ratio, "at least 1")
         require(self.critic_warmup_steps >= 0, "training.critic_warmup_steps", self.critic_warmup_steps, "0 or more")
         require(self.critic_lr > 0, "training.critic_lr", self.critic_lr, "a positive number")
@@ -274,6 +278,21 @@ class SelfForcingConfig(FewStepConfig):
             (self.min_score_time, self.max_score_time), "0 < min < max <= 1",
         )
 
+    def _check_rollout_frames(self, rollout_frames: int) -> None:
+        key = "training.rollout_frames"
+        check_num_frames(key, rollout_frames, self.num_frames_per_block)
+        require(rollout_frames >= self.max_num_frames, key, rollout_frames, f"at least training.max_num_frames={self.max_num_frames}")
+        require(
+            self.window_frames is not None and self.window_frames <= self.max_num_frames, "training.window_frames", self.window_frames,
+            f"at most training.max_num_frames={self.max_num_frames}, with {key}: a long rollout needs a cache that rolls",
+        )
+        require(
+            self.generator_inputs == "self_rollout" and self.loss != "gan", key, rollout_frames,
+            "none where real videos are used, which show no such stretches",
+        )
+        for name in ("hide_first_chunk", "independent_first_frame"):
+            require(not asdict(self)[name], f"training.{name}", True, f"false with {key}, whose windows start anywhere")
+
     @property
     def context_time(self) -> float:
         return self.context_noise / NUM_TRAIN_TIMESTEPS
@@ -285,7 +304,10 @@ class SelfForcingConfig(FewStepConfig):
 
     @property
     def summary(self) -> str:
-        return f"{self.loss} loss on {self.generator_inputs} inputs, {'on' if self.uses_videos else 'without'} real videos"
+        inputs = f"{self.generator_inputs} inputs"
+        if self.rollout_frames is not None:
+            inputs = f"windows of self-rollouts of up to {self.rollout_frames} frames"
+        return f"{self.loss} loss on {inputs}, {'on' if self.uses_videos else 'without'} real videos"
 
 
 @dataclass

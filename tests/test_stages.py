@@ -14,7 +14,8 @@ from moving_mnist import DatasetConfig
 from rollout import make_noise_streams, rollout_blocks
 from runtime import Runtime
 from sampling import sample_few_step
-from stages import PretrainStage, SelfForcingStage, draw_num_frames, load_teacher, rate_factor, update_average
+from stages import PretrainStage, SelfForcingStage, draw_num_frames, rate_factor, update_average
+from starting_networks import load_teacher
 from text_encoder import TextEncoder, TextEncoderConfig
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 
@@ -141,8 +142,8 @@ def test_the_rollout_carries_a_graph_in_the_generators_turn_only(teacher: Path, 
     wanted: list[bool] = []
     rollout = stage.engine.rollout
 
-    def record(prompt: Any, num_frames: int, with_gradient: bool, share: Any) -> Any:
-        result = rollout(prompt, num_frames, with_gradient, share)
+    def record(prompt: Any, num_frames: int, with_gradient: bool, *others: Any) -> Any:
+        result = rollout(prompt, num_frames, with_gradient, *others)
         wanted.append(with_gradient)
         assert result.scored.requires_grad == with_gradient and prompt.pooled.requires_grad == with_gradient
         return result

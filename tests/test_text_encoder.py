@@ -21,6 +21,7 @@ from text_encoder import (
     MotionFacts,
     TextEncoder,
     TextEncoderConfig,
+    caption_of_any_stretch,
     compose_caption,
     parse_caption,
     split_words,
@@ -41,6 +42,17 @@ def test_captions_use_known_words_and_fit_the_default_length(num_digits):
     for _, caption in random_captions(num_digits):
         words = split_words(caption)
         assert set(words) <= set(VOCABULARY) and len(words) < TextEncoderConfig().max_tokens, caption
+
+
+@pytest.mark.parametrize("num_digits", [1, 2])
+def test_what_holds_for_any_stretch_names_the_digits_in_words_of_the_grammar_and_no_motion(num_digits):
+    for facts, caption in random_captions(num_digits, 50):
+        kept = caption_of_any_stretch(caption)
+        said = parse_caption(kept)
+        assert said.digits == tuple(fact.digit for fact in facts), caption
+        assert not any(direction is not None for direction in said.directions) and not any(said.speeds), kept
+        assert set(split_words(kept)) <= set(VOCABULARY)
+    assert [caption_of_any_stretch(caption) for caption in ("", "moving up")] == ["", "moving up"]
 
 
 @pytest.mark.parametrize("num_digits", [1, 2])

@@ -1,0 +1,203 @@
+"""Training past the horizon: windows of long self-rollouts, wherever they start, and what before them is simulated."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_small_model, random_prompt
+from test_stages import assert_same, build_self_forcing, run_config, self_forcing_config, teacher  # noqa: F401 (a fixture)
+from torch import Tensor
+
+import compute
+import dynamic_video_sf
+from attention import ContextWindow
+from config import SelfForcingConfig
+from dynamic_video_sf import SelfForcingEngine, draw_window_start, window_starts
+from rollout import make_noise_streams, rollout_blocks
+from stages import SelfForcingStage
+from text_encoder import parse_caption
+
+BLOCK = 3
+LONG = {"window_frames": 6, "rollout_frames": 21, "min_num_frames": 9, "max_num_frames": 9}
+
+
+def build_engine(**changes: object) -> SelfForcingEngine:
+    return SelfForcingEngine(SelfForcingConfig(**(LONG | changes)), build_small_model(), torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def watched(monkeypatch) -> dict[str, list]:
+    """The blocks of every rollout of the engine, with the arguments that made them."""
+    seen: dict[str, list] = {"blocks": [], "streams": []}
+
+    def recording_streams(seeds: list[int]) -> list[torch.Generator]:
+        seen["streams"].append(seeds)
+        return make_noise_streams(seeds)
+
+    def recording_blocks(*arguments: object, **options: object) -> Iterator[Tensor]:
+        made: list[Tensor] = []
+        seen["blocks"].append(made)
+        for block in rollout_blocks(*arguments, **options):
+            made.append(block)
+            yield block
+
+    monkeypatch.setattr(dynamic_video_sf, "make_noise_streams", recording_streams)
+    monkeypatch.setattr(dynamic_video_sf, "rollout_blocks", recording_blocks)
+    return seen
+
+
+# Where a window starts
+
+
+def test_windows_start_anywhere_alike_the_first_and_the_last_place_included():
+    config, random = SelfForcingConfig(**LONG), torch.Generator().manual_seed(0)
+    assert list(window_starts(config, 9)) == [0, 3, 6, 9, 12] and list(window_starts(config, 21)) == [0]
+    assert list(window_starts(SelfForcingConfig(), 21)) == [0]
+    drawn = Counter(draw_window_start(config, 9, random) for _ in range(2000))
+    assert set(drawn) == {0, 3, 6, 9, 12}
+    assert all(abs(count - 400) < 5 * 18 for count in drawn.values()), drawn  # five standard deviations
+    state = random.get_state()
+    assert draw_window_start(config, 21, random) == 0 == draw_window_start(SelfForcingConfig(), 21, random)
+    assert torch.equal(random.get_state(), state)  # where there is no choice nothing is drawn
+
+
+def test_steps_draw_their_windows_and_say_where_they_start(teacher: Path):  # noqa: F811
+    stage = build_self_forcing(teacher, **LONG)
+    starts = [stage.train_step(step)["first_frame"] for step in range(24)]
+    assert set(starts) == {0, 3, 6, 9, 12} and "first_frame" in stage.columns
+    assert "first_frame" not in build_self_forcing(teacher).columns
+
+
+# What is before the window
+
+
+@pytest.mark.parametrize(("first_frame", "sink_frames"), [(0, 0), (3, 0), (12, 0), (12, 3), (30, 0)])
+def test_frames_before_the_window_are_those_of_inference_and_carry_no_gradient(watched, first_frame: int, sink_frames: int):
+    engine = build_engine(sink_frames=sink_frames)
+    prompt, last = random_prompt(engine.generator, 2), len(engine.plan.times) - 1
+    passes: list[bool] = []
+    engine.generator.head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
+    seen = set()
+    for _ in range(6):
+        passes.clear()
+        rollout = engine.rollout(prompt, 9, with_gradient=True, first_frame=first_frame)
+        assert sum(passes) == 3  # the exit steps of the window's three blocks
+        made, seeds, num_before = watched["blocks"].pop(), watched["streams"].pop(), first_frame // BLOCK
+        assert len(made) == num_before + 3 and not any(block.requires_grad for block in made[:num_before])  # and nothing after it
+        with torch.no_grad():
+            expected = list(rollout_blocks(
+                engine.generator, prompt, make_noise_streams(seeds), num_before + 3, engine.plan,
+                exit_steps=[last] * num_before + rollout.exit_steps,
+            ))
+        assert all(torch.equal(block, wanted) for block, wanted in zip(made[:num_before], expected, strict=False))
+        torch.testing.assert_close(rollout.x_0, torch.cat(expected[num_before:], dim=1), atol=1e-5, rtol=1e-5)
+        assert rollout.scored.shape == (2, 9, 1, 8, 8) and rollout.frame_exits.tolist() == [rollout.exit_steps[:1] * 9] * 2
+        seen |= set(rollout.exit_steps)
+    assert len(seen) > 1  # so a window that exits early does follow frames that do not
+
+
+def test_only_the_last_frames_of_a_window_are_scored():
+    engine = build_engine(gradient_frames=6)
+    rollout = engine.rollout(random_prompt(engine.generator, 2), 9, with_gradient=True, first_frame=6)
+    parameters = list(engine.generator.parameters())
+    before = torch.autograd.grad(rollout.x_0[:, :3].sum(), parameters, retain_graph=True)
+    assert all(not gradient.any() for gradient in before)
+    assert torch.equal(rollout.scored, rollout.x_0[:, 3:])
+    assert all(gradient.any() for gradient in torch.autograd.grad(rollout.scored.sum(), parameters))
+
+
+def test_memory_does_not_grow_with_what_is_before(monkeypatch):
+    """Of the blocks before the window only those live that the cache would need to be made anew."""
+    living: list[int] = []
+
+    def counting_blocks(*arguments: object, **options: object) -> Iterator[Tensor]:
+        made: list[weakref.ref] = []
+        for block in rollout_blocks(*arguments, **options):
+            made.append(weakref.ref(block.untyped_storage()))
+            living.append(sum(reference() is not None for reference in made))
+            yield block
+            del block
+
+    monkeypatch.setattr(dynamic_video_sf, "rollout_blocks", counting_blocks)
+    engine = build_engine()
+    prompt, sizes = random_prompt(engine.generator, 1), []
+    new_cache = engine.generator.new_cache
+    monkeypatch.setattr(engine.generator, "new_cache", lambda *window: sizes.append(new_cache(*window)) or sizes[-1])
+    engine.rollout(prompt, 9, with_gradient=True, first_frame=60)
+    (cache,) = sizes
+    assert cache.num_frames == 66 and cache.num_cached_tokens <= 6 * engine.generator.config.tokens_per_patch_row
+    assert max(living[:20]) <= 3 < len(living)
+
+
+def test_a_start_that_splits_a_block_is_refused():
+    for first_frame in (-3, 4):
+        with pytest.raises(ValueError, match=f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of 3"):
+            build_engine().rollout(random_prompt(build_small_model(), 1), 9, with_gradient=False, first_frame=first_frame)
+
+
+# What is trained
+
+
+def test_as_long_as_the_video_it_is_ordinary_self_forcing_bit_for_bit(teacher: Path):  # noqa: F811
+    stages = [build_self_forcing(teacher, **(LONG | {"rollout_frames": frames})) for frames in (None, 9, 12)]
+    for step in range(6):
+        plain, same, longer = (stage.train_step(step) for stage in stages)
+        assert {**plain, "first_frame": 0} == same != longer
+    plain, same, longer = (stage.state_dict() for stage in stages)
+    assert_same(same, plain, "state")
+    assert not torch.equal(longer["random_state"], plain["random_state"])
+
+
+def test_scores_of_a_later_window_are_asked_for_the_digit_alone(teacher: Path, monkeypatch):  # noqa: F811
+    """A caption's direction is that of a video's first frames; the generator is asked for all of it, as at inference."""
+    stage = build_self_forcing(teacher, **(LONG | {"batch_size": 8}))
+    asked: list[list[str]] = []
+    encode = stage.text_encoder.encode
+    monkeypatch.setattr(stage.text_encoder, "encode", lambda prompts: asked.append(prompts) or encode(prompts))
+    for first_frame in (0, 6):
+        asked.clear()
+        captions = stage.data.captions(0, range(stage.num_prompts_seen, stage.num_prompts_seen + 8))
+        stage.train_on_window(3, 9, first_frame)
+        facts = [[parse_caption(prompt) for prompt in prompts] for prompts in asked if any(prompts)]  # but for the null prompt
+        assert asked[0] == captions and len(facts) == (1 if first_frame == 0 else 2)
+        assert [fact.digits for fact in facts[-1]] == [parse_caption(caption).digits for caption in captions]
+        assert any(direction for fact in facts[0] for direction in fact.directions)
+        assert first_frame == 0 or not any(any(fact.directions) or any(fact.speeds) for fact in facts[-1])
+
+
+def test_flops_are_the_mean_over_all_starts_and_exit_steps(teacher: Path):  # noqa: F811
+    short = {"denoising_steps": [1000, 500], "min_num_frames": 3, "max_num_frames": 3, "window_frames": 3, "dfake_gen_update_ratio": 1}
+    config = self_forcing_config(teacher, **(short | {"rollout_frames": 15, "batch_size": 1}))
+    stage = SelfForcingStage(run_config(config), compute.CPU, torch.Generator().manual_seed(1))
+    seen: dict[tuple[int, int], int] = {}
+    for start in window_starts(config, 3):
+        while len([key for key in seen if key[0] == start]) < 2:
+            flops, exit_step = compute._count_step(stage, 3, start)
+            seen[start, exit_step] = flops
+    assert len(seen) == 10 and len(set(seen.values())) == 10
+    assert compute.flops_per_step(run_config(config)) == pytest.approx(sum(seen.values()) / 10, rel=1e-12)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"rollout_frames": 6}, "training.rollout_frames is 6: expected at least training.max_num_frames=9"),
+    ({"rollout_frames": 20}, "training.rollout_frames is 20: expected a positive multiple .* nearest valid: 18 or 21"),
+    ({"window_frames": None}, "training.window_frames is None: expected at most training.max_num_frames=9, with training.rollout_frames"),
+    ({"window_frames": 12}, "training.window_frames is 12: expected at most training.max_num_frames=9"),
+    ({"generator_inputs": "teacher_forced"}, "training.rollout_frames is 21: expected none where real videos are used"),
+    ({"loss": "gan"}, "training.rollout_frames is 21: expected none where real videos are used"),
+    ({"hide_first_chunk": True}, "training.hide_first_chunk is True: expected false with training.rollout_frames"),
+])
+def test_impossible_long_rollouts_are_refused_in_one_line(changes: dict[str, object], words: str):
+    with pytest.raises(ValueError, match=f"^{words}") as caught:
+        SelfForcingConfig(**(LONG | changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_its_checkpoints_are_generated_from_with_the_window_of_their_training():
+    assert build_engine(sink_frames=3).plan.context == ContextWindow(6, 3)
