@@ -215,7 +215,8 @@ class SelfForcingConfig(FewStepConfig):
     """
 
     training_type: str = "dmd2"
-    num_steps: int = 360
+    num_steps: int = 560
+    lr: float = 3e-4
     decay_fraction: float = 0.5  # of the generator's rate alone; as it falls, critic and generator stop chasing each other
     generator_inputs: str = "self_rollout"
     loss: str = "dmd"
