@@ -141,8 +141,8 @@ def test_the_rollout_carries_a_graph_in_the_generators_turn_only(teacher: Path, 
     wanted: list[bool] = []
     rollout = stage.engine.rollout
 
-    def record(prompt: Any, num_frames: int, with_gradient: bool, share: Any) -> Any:
-        result = rollout(prompt, num_frames, with_gradient, share)
+    def record(prompt: Any, num_frames: int, with_gradient: bool, *others: Any) -> Any:
+        result = rollout(prompt, num_frames, with_gradient, *others)
         wanted.append(with_gradient)
         assert result.scored.requires_grad == with_gradient and prompt.pooled.requires_grad == with_gradient
         return result
