@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,8 +31,10 @@ def stream_video(
     """Blocks (B, F_block, C, H, W), float32, without gradient, from the one rollout; num_blocks None for no end.
 
     prompts, seeds: one each of every video. What is sent, B new prompts, holds from the next block on, which is what `send`
-    returns; switch: what then becomes of the cache, see `PromptSwitch`. first_frames (B, F, C, H, W): come before.
+    returns; switch: what then becomes of the cache, see `PromptSwitch`. first_frames (B, F, C, H, W): come before. Nothing that is in
+    the window is hidden: `hide_first_block` of the plan's context is for training alone.
     """
+    plan = replace(plan, context=replace(plan.context, hide_first_block=False))
 
     def encoded(prompts: list[str]) -> PromptSwitch:
         null = None if plan.guidance == 1 else model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))

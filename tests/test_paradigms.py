@@ -39,6 +39,8 @@ PARADIGMS = {
     "tf_dmd": ["training=tf_dmd", *SELF_FORCING],
     "sid": ["training=self_forcing", "training.loss=sid", *SELF_FORCING],
     "gan": ["training=self_forcing", "training.loss=gan", *SELF_FORCING],
+    "long": ["training=long_self_forcing", "training.generator_checkpoint=null", "training.window_frames=6",
+             "training.rollout_frames=15", *SELF_FORCING],
 }
 register_schemas()
 

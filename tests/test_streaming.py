@@ -193,6 +193,16 @@ def test_given_frames_of_another_count_or_size_are_refused(student_path: Path, t
     assert re.search(message, refusal("--checkpoint", str(student_path), "--init", str(tmp_path / "clip.gif")))
 
 
+def test_what_training_hides_generation_shows(small_model, small_text_encoder):
+    """The last block of a video is made as that block of a longer one, whatever the training hid from it."""
+    hiding = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500], hide_first_chunk=True))
+    plain = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500]))
+    video, wanted = (sample_few_step(small_model, small_text_encoder, [OLD], [0], 9, plan, CPU) for plan in (hiding, plain))
+    assert torch.equal(video, wanted)
+    longer = sample_few_step(small_model, small_text_encoder, [OLD], [0], 12, hiding, CPU)
+    assert torch.equal(longer[:, :9], video)
+
+
 def test_schedules_say_what_holds_when():
     schedule = PromptSchedule.parse(["0: a 3: slowly", " 42 :a 7", "45:"])
     assert schedule.entries == ((0, "a 3: slowly"), (42, "a 7"), (45, "")) and schedule.changes() == {42: "a 7", 45: ""}
