@@ -6,7 +6,8 @@ it and no file can run code. Keys that users rely on: `generator_state_dict`, `o
 dict). Beside them stand `text_encoder_state_dict` and `prompts_drawn` (seed: number of training captions drawn), and in
 the checkpoint of a run `generator_ema_state_dict` and all that resuming needs.
 
-    python checkpoint.py IN OUT    strip IN to its averaged weights in float16, which is what `pretrained/` ships
+    python checkpoint.py IN OUT           strip IN to its averaged weights in float16, which is what `pretrained/` ships
+    python checkpoint.py IN IN ... OUT    the mean of several students of one teacher, stripped likewise
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import os
 import pickle
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -178,32 +181,52 @@ def load_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> 
     module.load_state_dict({key: placed_like(value, own[key]) for key, value in state.items()})
 
 
-def slim_checkpoint(source: Path, target: Path) -> None:
-    """Write the averaged weights of `source` in float16, without what only resuming needs.
+def merge_counts(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
+    """Prompts drawn by two trainings together: per seed, the larger number, as both count from 0."""
+    return {seed: max(one.get(seed, 0), other.get(seed, 0)) for seed in one.keys() | other.keys()}
 
-    Raises CheckpointError for a source that no network can be built from and for a target that exists, OSError as `save_checkpoint`.
+
+def slim_checkpoint(sources: Sequence[Path], target: Path) -> None:
+    """Write the averaged weights of a source in float16, without what only resuming needs; of several, their mean (a model soup,
+    Wortsman et al., arXiv 2203.05482), which only networks with a common past have. Settings are those of the last.
+
+    Raises CheckpointError for a source that no network can be built from, sources that do not go together and a target that
+    exists, OSError as `save_checkpoint`.
     """
     if target.exists():
         raise CheckpointError(f"{target} exists already: give the name of a new file, or delete it first")
-    load_networks(source, torch.device("cpu"))  # refuses what could not be used
-    checkpoint = load_checkpoint(source)
-    weights = checkpoint[generator_key(checkpoint)]
+    networks = [load_networks(source, torch.device("cpu")) for source in sources]  # refuses what could not be used
+    for source, other in zip(sources, networks, strict=True):
+        _check_goes_with(source, other, sources[-1], networks[-1])
+    checkpoint = load_checkpoint(sources[-1])
+    states = [item.generator.state_dict() for item in networks]
     slim = {
-        "generator_state_dict": {key: value.half() for key, value in weights.items()},
+        "generator_state_dict": {key: (sum(state[key] for state in states) / len(states)).half() for key in states[-1]},
         "text_encoder_state_dict": {key: value.half() for key, value in checkpoint["text_encoder_state_dict"].items()},
         "optimizer_state_dict": {},
-        **{key: checkpoint[key] for key in ("step", "training_type", "config", "prompts_drawn")},
+        "prompts_drawn": reduce(merge_counts, (item.prompts_drawn for item in networks)),
+        **{key: checkpoint[key] for key in ("step", "training_type", "config")},
     }
     save_checkpoint(target, slim)
 
 
+def _check_goes_with(path: Path, networks: LoadedNetworks, last_path: Path, last: LoadedNetworks) -> None:
+    """Raise CheckpointError where the mean of two networks would make no sense."""
+    for name, own, wanted in (("model", networks.config.model, last.config.model), ("text", networks.config.text, last.config.text)):
+        if own != wanted:
+            raise CheckpointError(f"{path} has other sizes than {last_path} ({name}: {own}, {wanted}): only equal ones have a mean")
+    for own, wanted in zip(networks.text_encoder.parameters(), last.text_encoder.parameters(), strict=True):
+        if not torch.allclose(own, wanted, rtol=1e-2, atol=1e-3):  # float16 files may stand beside float32 ones
+            raise CheckpointError(f"{path} has another text encoder than {last_path}: only networks of one teacher have a mean")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Strip a checkpoint to its averaged weights in float16.")
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
+    parser = argparse.ArgumentParser(description="Strip a checkpoint, or the mean of several, to its averaged weights in float16.")
+    parser.add_argument("sources", type=Path, nargs="+", metavar="IN")
+    parser.add_argument("target", type=Path, metavar="OUT")
     arguments = parser.parse_args()
     try:
-        slim_checkpoint(arguments.source, arguments.target)
+        slim_checkpoint(arguments.sources, arguments.target)
     except (CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{arguments.target}: {arguments.target.stat().st_size / 1e6:.1f} MB")

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from checkpoint import LoadedNetworks, load_networks
+from checkpoint import LoadedNetworks, load_networks, merge_counts
 from config import DEVICES, PRECISIONS, explain_refusal
 from generate import free_paths, require_writable
 from moving_mnist import DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
@@ -49,7 +49,6 @@ from report import (
 from runtime import resolve_runtime
 from sampling import NAIVE_STEPS, SamplerSettings, check_length, describe_sampler, generate
 from sanity import check_sanity
-from stages import merge_counts
 from video_io import comparison_gif, comparison_sheet, to_display
 
 REPOSITORY = Path(__file__).resolve().parent

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batch_share import BatchShare
+from checkpoint import merge_counts
 from config import Config
 from distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
 from few_step import TeacherPrompts, consistency_loss, draw_step_orders, ode_regression_loss, ode_trajectory
@@ -20,7 +21,7 @@ from rollout import few_step_plan, make_noise_streams, many_step_plan
 from runtime import Runtime
 from sampling import sample_few_step, sample_many_step, teacher_plan
 from sharding import load_optimizer, shard_blocks, whole
-from stages import draw_num_frames, merge_counts, rate_factor, set_rate, update_average
+from stages import draw_num_frames, rate_factor, set_rate, update_average
 from starting_networks import check_is_bidirectional, load_modules, load_teacher
 from text_encoder import NULL_PROMPT
 from training_config import CausalConsistencyConfig, CausalODEConfig

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from batch_share import BatchShare
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, merge_counts
 from config import Config, config_from_dict
 from distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
 from dynamic_video_sf import Rollout, ScorePrompts, SelfForcingEngine, draw_window_start
@@ -50,11 +50,6 @@ def draw_num_frames(config: TrainingConfig, random: torch.Generator) -> int:
     block, first = config.num_frames_per_block, 1 if config.independent_first_frame else 0
     low, high = config.min_num_frames // block, config.max_num_frames // block
     return first + block * int(torch.randint(low, high + 1, (1,), generator=random))
-
-
-def merge_counts(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
-    """Prompts drawn by two trainings together: per seed, the larger number, as both count from 0."""
-    return {seed: max(one.get(seed, 0), other.get(seed, 0)) for seed in one.keys() | other.keys()}
 
 
 def rate_factor(config: TrainingConfig, step: int, warmup_steps: int = 0) -> float:

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -206,7 +207,7 @@ def test_a_value_of_the_wrong_type_in_the_stored_configuration_is_refused(tmp_pa
 @pytest.mark.parametrize("weights", [7, [1, 2], {"q": 3}])
 def test_weights_that_are_none_are_refused_by_loading_and_by_stripping(tmp_path, whole, weights):
     save_checkpoint(tmp_path / "broken.pt", {**whole, "generator_ema_state_dict": weights})
-    for use in (lambda path: load_networks(path, torch.device("cpu")), lambda path: slim_checkpoint(path, tmp_path / "slim.pt")):
+    for use in (lambda path: load_networks(path, torch.device("cpu")), lambda path: slim_checkpoint([path], tmp_path / "slim.pt")):
         with pytest.raises(CheckpointError, match="broken.pt"):
             use(tmp_path / "broken.pt")
     assert not (tmp_path / "slim.pt").exists()
@@ -215,13 +216,13 @@ def test_weights_that_are_none_are_refused_by_loading_and_by_stripping(tmp_path,
 def test_stripping_overwrites_nothing_not_even_its_source(path, whole):
     before = path.read_bytes()
     with pytest.raises(CheckpointError, match="checkpoint.pt exists already"):
-        slim_checkpoint(path, path)
+        slim_checkpoint([path], path)
     assert path.read_bytes() == before
 
 
 def test_a_slim_checkpoint_loads_in_half_precision_and_less_than_half_the_size(path, tmp_path, whole):
     slim = tmp_path / "slim.pt"
-    slim_checkpoint(path, slim)
+    slim_checkpoint([path], slim)
     assert slim.stat().st_size < path.stat().st_size / 2
     stored = load_checkpoint(slim)
     assert {value.dtype for value in stored["generator_state_dict"].values()} == {torch.float16}
@@ -239,3 +240,32 @@ def test_the_command_line_strips_or_explains(path, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(tmp_path / "none.pt"), str(tmp_path / "other.pt")])
     with pytest.raises(SystemExit, match="error: no checkpoint at"):
         checkpoint_module.main()
+
+
+def changed(whole: dict, tmp_path: Path, name: str, **changes: object) -> Path:
+    save_checkpoint(tmp_path / name, {**whole, **changes})
+    return tmp_path / name
+
+
+def test_several_sources_make_their_mean(path, tmp_path, whole):
+    other = {key: value + 0.5 for key, value in whole["generator_ema_state_dict"].items()}
+    second = changed(whole, tmp_path, "other.pt", generator_ema_state_dict=other, step=50, prompts_drawn={0: 5, 3: 7})
+    slim_checkpoint([path, second], tmp_path / "mean.pt")
+    loaded = load_networks(tmp_path / "mean.pt", torch.device("cpu"))
+    assert loaded.step == 50 and loaded.prompts_drawn == {0: 8, 3: 7}
+    for key, value in loaded.generator.state_dict().items():
+        torch.testing.assert_close(value, whole["generator_ema_state_dict"][key] + 0.25, rtol=1e-3, atol=1e-3)
+
+
+def test_networks_that_have_no_mean_are_refused(path, tmp_path, whole):
+    torch.manual_seed(5)
+    stranger = changed(whole, tmp_path, "stranger.pt", text_encoder_state_dict=randomise(TextEncoder(CONFIG.text), 5).state_dict())
+    with pytest.raises(CheckpointError, match="checkpoint.pt has another text encoder than .*stranger.pt: only networks of one teacher"):
+        slim_checkpoint([path, stranger], tmp_path / "mean.pt")
+    larger = replace(CONFIG, model=replace(CONFIG.model, width=48))
+    weights = TinyCausalWanModel(larger.model).state_dict()
+    states = {"generator_ema_state_dict": weights, "generator_state_dict": weights}
+    wide = changed(whole, tmp_path, "wide.pt", config=config_to_dict(larger), **states)
+    with pytest.raises(CheckpointError, match="checkpoint.pt has other sizes than .*wide.pt"):
+        slim_checkpoint([path, wide], tmp_path / "mean.pt")
+    assert not (tmp_path / "mean.pt").exists()

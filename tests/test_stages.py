@@ -262,7 +262,7 @@ def test_a_stripped_checkpoint_cannot_be_resumed(kind: str, teacher: Path, tmp_p
     stage = build_pretrain() if kind == "pretrain" else build_self_forcing(teacher)
     header = {"step": 5, "training_type": kind, "config": config_to_dict(run_config(stage.config)), "prompts_drawn": {0: 8}}
     save_checkpoint(tmp_path / "full.pt", {**header, **stage.state_dict()})
-    slim_checkpoint(tmp_path / "full.pt", tmp_path / "slim.pt")
+    slim_checkpoint([tmp_path / "full.pt"], tmp_path / "slim.pt")
     with pytest.raises(CheckpointError, match="slim.pt lacks .*stripped for generation.*resume from a checkpoint in the run's own folder"):
         stage.load_state_dict(load_checkpoint(tmp_path / "slim.pt"), "slim.pt")
 
