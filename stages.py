@@ -243,6 +243,7 @@ class SelfForcingStage:
         indices = range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size)
         self.num_prompts_seen += config.batch_size
         is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
+        first_scored = first_frame + max(num_frames - config.gradient_frames, 0)
         figures = {"num_frames": num_frames} | ({} if config.rollout_frames is None else {"first_frame": first_frame})
         set_rate(self.optimizers["generator"], rate_factor(config, step) * config.lr)
         set_rate(self.optimizers["critic"], config.critic_lr)  # never slower: the critic must keep up with the generator
@@ -252,7 +253,7 @@ class SelfForcingStage:
             with self.runtime.autocast(), torch.set_grad_enabled(is_generator_turn):
                 prompt = engine.generator.encode_prompt(*text)
                 rollout = engine.make_videos(prompt, num_frames, is_generator_turn, x_real, share, first_frame)
-            if first_frame > 0:  # a direction is that of a video's first frames: both scores are asked for what still holds
+            if first_scored > 0 and config.loss != "gan":  # directions are those of first frames: the scores are asked for what still holds
                 text = self._encode([caption_of_any_stretch(caption) for caption in self.data.captions(self.seed, share.of(indices))])
             figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video, where each has its own
             if is_generator_turn:
