@@ -7,8 +7,9 @@ Dimensions: B batch, F frames, C channels, H height, W width.
     python long_video.py switch --num_streams 256            how soon and how smoothly a new prompt is shown
     python long_video.py continue --num_videos 256           what the first block of a real held-out video becomes
 
-Figures go into a JSON file in results/, one entry a --name, which a later call adds to, and drift and switch into a plot of
-all that stand there. Frames are judged as they come and then forgotten, so a stream of any length fits.
+Figures go into a JSON file in results/, one row a --name, which a later call adds to, and drift and switch into a plot of
+all that stand there. A row that stands there already is refused at once, unless --replace is given. Frames are judged as they
+come and then forgotten, so a stream of any length fits.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tqdm import tqdm  # noqa: E402
 from checkpoint import LoadedNetworks, load_networks  # noqa: E402
 from config import DEVICES, PRECISIONS  # noqa: E402
 from digit_judge import load_judge, read_videos  # noqa: E402
+from generate import MAX_SEED, require_writable  # noqa: E402
 from metrics import bootstrap_interval, facts_of_prompts, read_classes, score_videos  # noqa: E402
 from moving_mnist import MovingMNISTGenerator, bounce  # noqa: E402
 from rollout import SWITCHES, RolloutPlan  # noqa: E402
@@ -41,6 +43,7 @@ from sampling import SamplerSettings, require_at_least_one, sample_few_step  # n
 from streaming import stream_video  # noqa: E402
 from tracking import fit_bouncing_track  # noqa: E402
 from training_config import check_num_frames  # noqa: E402
+from video_io import replacing  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent
 PROMPT_SEED = 4_000_000  # of the held-out captions, away from those of training and evaluation
@@ -52,6 +55,11 @@ SMOOTH_PIXELS = 3.0  # from the extrapolated centre, below which a path goes on
 LEGEND_COLUMNS = 5
 LINE_STYLES = ("-", "--", ":")
 KEPT_MASS = 0.25  # relative change of the stroke mass, up to which it counts as kept
+MIN_BEFORE = 4  # frames before a switch: the track one frame earlier is fitted to all but the last, at least three
+ROW_KEYS = {  # without which a row is none of its command's
+    "drift": ("first_21", "segments", "segment_frames", "num_frames"), "switch": SWITCHES, "continue": ("continued", "real"),
+}
+EXIT_CTRL_C = 130  # 128 + SIGINT, as shells say it; unlike a training there is nothing to go on with
 
 
 def memory_in_use(device: torch.device) -> float:
@@ -216,6 +224,38 @@ def measure_continuation(
     return results
 
 
+def read_rows(path: Path, command: str) -> dict[str, dict[str, Any]]:
+    """The rows of earlier calls by name, none where there is no file. Raises ValueError naming a file that holds anything else."""
+    if not path.exists():
+        return {}
+    remedy = "move it away or choose another --output_dir"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the earlier rows in {path} ({error}): {remedy}") from error
+    of_command = isinstance(rows, dict) and all(isinstance(row, dict) and set(ROW_KEYS[command]) <= set(row) for row in rows.values())
+    if not of_command:
+        raise ValueError(f"{path} does not hold rows of {command}: {remedy}")
+    return rows
+
+
+def add_row(path: Path, command: str, name: str, row: dict[str, Any], replace: bool) -> dict[str, dict[str, Any]]:
+    """Write the file anew with one row more, whole or not at all, and then its plot; returns all rows.
+
+    Rows that other calls have added meanwhile stay: where one took `name`, and not replace, the new one is called "name (2)" and so on.
+    Raises ValueError and OSError; what stood in the file is then untouched.
+    """
+    rows = read_rows(path, command)
+    names = (name, *(f"{name} ({number})" for number in range(2, len(rows) + 3)))
+    rows[name if replace else next(each for each in names if each not in rows)] = row
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if command != "continue":
+        with replacing(path.with_suffix(".png")) as temporary:
+            {"drift": draw_drift, "switch": draw_switch}[command](temporary, rows)
+    return rows
+
+
 def draw_drift(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     """The segments' figures over the frame, on a logarithmic axis as rows differ in length, a line a row; one legend below."""
     names = {"frames_right": "frames right", "stroke_mass_ratio": "stroke mass over real", "mean_speed": "speed, pixels a frame",
@@ -275,12 +315,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--device", choices=DEVICES, default="auto")
         command.add_argument("--precision", choices=PRECISIONS, default="auto")
         command.add_argument("--output_dir", type=Path, default=REPOSITORY / "results" / "long_video")
+        command.add_argument("--replace", action="store_true", help="put the row in the place of one of the same name")
     return parser.parse_args(argv)
+
+
+def check_arguments(arguments: argparse.Namespace, path: Path, name: str) -> None:
+    """Raise ValueError or OSError for what can be refused before the checkpoint is read. path, name: of the row that is to be."""
+    require_at_least_one("--batch_size", arguments.batch_size)
+    if not 0 <= arguments.seed <= MAX_SEED:
+        raise ValueError(f"--seed is {arguments.seed}: expected 0 to {MAX_SEED}")
+    if arguments.command == "drift" and arguments.num_frames < 2 * WINDOW:
+        raise ValueError(f"--num_frames is {arguments.num_frames}: expected at least {2 * WINDOW}")
+    if arguments.command == "switch":
+        require_at_least_one("--num_streams", arguments.num_streams)
+        if arguments.num_before < MIN_BEFORE:
+            raise ValueError(f"--num_before is {arguments.num_before}: expected at least {MIN_BEFORE}, to fit a track, in whole blocks")
+    if arguments.command == "continue":
+        require_at_least_one("--num_videos", arguments.num_videos)
+    require_writable(path.parent)
+    if name in read_rows(path, arguments.command) and not arguments.replace:
+        raise ValueError(f"{path} has a row {name!r} already: choose another --name, or give --replace to measure that row anew")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, add to the JSON file, draw. Raises ValueError and OSError, each with one line."""
-    require_at_least_one("--batch_size", arguments.batch_size)
+    path, name = arguments.output_dir / f"{arguments.command}.json", arguments.name or arguments.checkpoint.stem
+    check_arguments(arguments, path, name)
     steps = None if arguments.denoising_steps is None else tuple(arguments.denoising_steps)
     settings = SamplerSettings(
         steps, arguments.num_steps, arguments.guidance, window_frames=arguments.window_frames, sink_frames=arguments.sink_frames
@@ -294,30 +354,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{arguments.checkpoint} shows {networks.config.dataset.num_digits} digits a video: expected 1")
     common = (networks, plan, runtime)
     if arguments.command == "drift":
-        if arguments.num_frames < 2 * WINDOW:
-            raise ValueError(f"--num_frames is {arguments.num_frames}: expected at least {2 * WINDOW}")
         found = measure_drift(*common, arguments.num_frames, arguments.batch_size, arguments.seed)
     elif arguments.command == "switch":
-        require_at_least_one("--num_streams", arguments.num_streams)
-        for name in ("num_before", "num_after"):
-            check_num_frames(f"--{name}", vars(arguments)[name], plan.num_frames_per_block)
+        for key in ("num_before", "num_after"):
+            check_num_frames(f"--{key}", vars(arguments)[key], plan.num_frames_per_block)
         sizes = (arguments.num_streams, arguments.num_before, arguments.num_after, arguments.batch_size, arguments.seed)
         found = {how: measure_switch(*common, *sizes, how) for how in SWITCHES}
     else:
-        require_at_least_one("--num_videos", arguments.num_videos)
         check_num_frames("--num_frames", arguments.num_frames, plan.num_frames_per_block)
         found = measure_continuation(*common, arguments.num_videos, arguments.num_frames, arguments.batch_size, arguments.seed)
     found |= {"window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames, "device": runtime.device.type}
     found |= {"num_steps": len(plan.times), "guidance": plan.guidance}
-    path = arguments.output_dir / f"{arguments.command}.json"
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(path.read_text()) if path.exists() else {}
-    rows[arguments.name or arguments.checkpoint.stem] = found
-    path.write_text(json.dumps(rows, indent=2) + "\n")
-    if arguments.command != "continue":
-        {"drift": draw_drift, "switch": draw_switch}[arguments.command](path.with_suffix(".png"), rows)
-    print(json.dumps({key: value for key, value in found.items() if key != "segments"}, indent=2))
-    print(f"written to {path}")
+    print(json.dumps({key: value for key, value in found.items() if key != "segments"}, indent=2), flush=True)  # whatever the disk says
+    rows = add_row(path, arguments.command, name, found, arguments.replace)
+    print(f"written to {path}, row {next(row for row in rows if rows[row] is found)!r}")
     return found
 
 
@@ -327,6 +377,9 @@ def main(argv: list[str] | None = None) -> None:
         run(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print("interrupted: a row is written once all of it is measured; the earlier ones still stand", file=sys.stderr)
+        sys.exit(EXIT_CTRL_C)
 
 
 if __name__ == "__main__":

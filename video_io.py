@@ -137,7 +137,7 @@ def _join(pieces: list[np.ndarray], axis: int) -> np.ndarray:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, of the same suffix; rename it to `path` if the body succeeds.
 
     Raises OSError (PermissionError where that is the cause) naming the folder when it cannot be written.
@@ -190,7 +190,7 @@ def _strips(video: Tensor, scale: int) -> np.ndarray:
 
 
 def _write_png(path: Path, picture: np.ndarray) -> None:
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         Image.fromarray(picture).save(temporary, optimize=True)
 
 
@@ -206,7 +206,7 @@ def _write_gif(path: Path, frames: np.ndarray, fps: int) -> None:
     images = [Image.fromarray(frame[..., 0]) if is_grey else Image.fromarray(frame).quantize() for frame in frames]
     timing = {"duration": round(1000 / fps), "loop": 0}  # milliseconds; loop 0 repeats for ever
     header, _ = GifImagePlugin.getheader(images[0].copy(), info=dict(timing))
-    with _replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         file.writelines(header)
         for image in images:
             file.writelines(GifImagePlugin.getdata(image, include_color_table=not is_grey, **timing))
@@ -217,7 +217,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
     """Write (F, H, W, 3) bytes as H.264; yuv420p needs even sides, so an odd side repeats its last row or column."""
     odd_rows, odd_columns = frames.shape[1] % 2, frames.shape[2] % 2
     frames = np.pad(frames, ((0, 0), (0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         writer = imageio.get_writer(
             temporary,
             format="FFMPEG",
@@ -246,7 +246,7 @@ def save_array(path: Path, video_model_range: Tensor, prompt: str) -> None:
     video = _checked(video_model_range)
     if video.ndim != 4:
         raise ValueError(f"save_array takes one video (F, C, H, W), got {tuple(video.shape)}; call it for each video")
-    with _replacing(path) as temporary, temporary.open("wb") as file:  # given a name, numpy may add a suffix to it
+    with replacing(path) as temporary, temporary.open("wb") as file:  # given a name, numpy may add a suffix to it
         np.savez_compressed(file, video=video.clamp(-1, 1).numpy(), prompt=np.array(prompt))
 
 

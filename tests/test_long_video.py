@@ -1,6 +1,7 @@
 """Long video: what the figures say of paths and readings that are known."""
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,8 +9,9 @@ import pytest
 import torch
 from test_evaluate import save_untrained
 
+import long_video
 from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig
-from long_video import SWITCHES, draw_drift, main, summarise_switch
+from long_video import REPOSITORY, SWITCHES, draw_drift, main, read_rows, summarise_switch
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from tiny_causal_wan import ModelConfig
 
@@ -97,3 +99,148 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path: Path):
     student = untrained(tmp_path, SelfForcingConfig(window_frames=9, sink_frames=3))
     with pytest.raises(SystemExit, match="error: --sink_frames is 9: expected 0 to 6"):
         main(["drift", "--sink_frames", "9", *student])
+
+
+POINT = {"frames_right": 1.0, "stroke_mass_ratio": 1.0, "mean_speed": 1.5, "track_within_1px": 1.0}
+ROW = {"first_21": POINT, "segments": [POINT], "segment_frames": 630, "num_frames": 42}
+
+
+def never(*_, **__):
+    raise AssertionError("too late: this was to be refused before")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder with the rows of an earlier call."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "drift.json").write_text(json.dumps({"network": ROW, "other": ROW}))
+    return folder
+
+
+@pytest.fixture
+def drift(tmp_path: Path, results: Path) -> list[str]:
+    """The command for a tiny network, which adds to these rows."""
+    network = untrained(tmp_path, SelfForcingConfig())
+    return ["drift", "--num_frames", "42", "--batch_size", "1", *network, "--output_dir", str(results)]
+
+
+@pytest.mark.parametrize("held", ["[1, 2]", '{"network": 3}', '{"network": {"continued": {}}}', '{"network": {"first', "\xff"])
+def test_a_file_that_holds_no_rows_is_named_before_the_checkpoint_is_read_and_left_as_it_is(results: Path, monkeypatch, held: str):
+    monkeypatch.setattr(long_video, "load_networks", never)
+    (results / "drift.json").write_bytes(held.encode("latin-1"))
+    before, file = contents(results), re.escape(str(results / "drift.json"))
+    for more in ([], ["--replace"]):
+        with pytest.raises(SystemExit, match=rf"^error: [^\n]*{file}[^\n]*move it away or choose [^\n]*$"):
+            main(["drift", "--output_dir", str(results), *more])
+    assert contents(results) == before
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_checkpoint_is_read(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(long_video, "load_networks", never)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=f"^error: cannot write into the folder {re.escape(str(tmp_path / 'file' / 'sub'))} "):
+        main(["drift", "--output_dir", str(tmp_path / "file" / "sub")])
+
+
+@pytest.mark.parametrize("command", ["drift", "switch", "continue"])
+def test_the_published_rows_can_be_read(command: str):
+    assert "student" in read_rows(REPOSITORY / "results" / "long_video" / f"{command}.json", command)
+
+
+def test_a_row_that_exists_is_refused_before_the_checkpoint_is_read(drift: list[str], results: Path, monkeypatch):
+    monkeypatch.setattr(long_video, "load_networks", never)
+    before = contents(results)
+    for options, name in (([], "network"), (["--name", "other"], "other")):  # by default the checkpoint's
+        with pytest.raises(SystemExit, match=rf"^error: .*drift.json has a row '{name}' .* another --name, or .*--replace"):
+            main([*drift, *options])
+    assert contents(results) == before
+
+
+def test_replace_puts_the_new_row_in_the_old_ones_place_and_another_name_adds_one(drift: list[str], results: Path, monkeypatch):
+    monkeypatch.setattr(long_video, "measure_drift", lambda *_: {**ROW, "new": True})
+    main([*drift, "--replace"])
+    main([*drift, "--name", "third"])
+    rows = json.loads((results / "drift.json").read_text())
+    assert [(name, "new" in row) for name, row in rows.items()] == [("network", True), ("other", False), ("third", True)]
+    assert set(contents(results)) == {"drift.json", "drift.png"}
+
+
+def test_rows_that_other_calls_add_meanwhile_stay(drift: list[str], results: Path, monkeypatch, capsys):
+    def measure(*_):
+        (results / "drift.json").write_text(json.dumps({"late": ROW, "third": ROW}))
+        return {**ROW, "new": True}
+
+    monkeypatch.setattr(long_video, "measure_drift", measure)
+    main([*drift, "--name", "third"])
+    rows = json.loads((results / "drift.json").read_text())
+    assert [(name, "new" in row) for name, row in rows.items()] == [("late", False), ("third", False), ("third (2)", True)]
+    assert "row 'third (2)'" in capsys.readouterr().out
+
+
+def test_a_write_that_breaks_off_leaves_the_old_rows_and_a_plot_that_breaks_off_the_new_ones(drift: list[str], results: Path, monkeypatch):
+    monkeypatch.setattr(long_video, "measure_drift", lambda *_: dict(ROW))
+    before = contents(results)
+
+    def half(path: Path, text: str, **_) -> None:
+        path.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError("the disk is full")
+
+    def half_drawn(path: Path, _: dict) -> None:
+        half(path, "picture")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^error: the disk is full"):
+        patch.setattr(Path, "write_text", half)
+        main([*drift, "--name", "third"])
+    assert contents(results) == before
+    (results / "drift.png").write_bytes(b"an earlier plot")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^error: the disk is full"):
+        patch.setattr(long_video, "draw_drift", half_drawn)
+        main([*drift, "--name", "third"])
+    assert set(json.loads((results / "drift.json").read_text())) == {"network", "other", "third"}
+    assert contents(results).keys() == {"drift.json", "drift.png"} and (results / "drift.png").read_bytes() == b"an earlier plot"
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["drift", "--seed", "-1"], "--seed is -1: expected 0 to 9223372036854775807"),
+    (["continue", "--seed", str(2**63)], "--seed is 9223372036854775808: expected 0 to 9223372036854775807"),
+    (["switch", "--num_before", "3"], "--num_before is 3: expected at least 4, to fit a track"),
+    (["switch", "--num_before", "-3"], "--num_before is -3: expected at least 4"),
+    (["switch", "--num_streams", "0"], "--num_streams is 0: expected at least 1"),
+    (["continue", "--num_videos", "0"], "--num_videos is 0: expected at least 1"),
+    (["drift", "--batch_size", "0"], "--batch_size is 0: expected at least 1"),
+])
+def test_a_number_out_of_range_is_refused_before_the_checkpoint_is_read(tmp_path: Path, monkeypatch, options: list[str], words: str):
+    monkeypatch.setattr(long_video, "load_networks", never)
+    with pytest.raises(SystemExit, match=f"^error: {words}"):
+        main([*options, "--output_dir", str(tmp_path)])
+
+
+def test_frames_before_a_switch_are_whole_blocks_and_enough_for_a_track(tmp_path: Path, monkeypatch):
+    network = untrained(tmp_path, SelfForcingConfig())
+    monkeypatch.setattr(long_video, "measure_switch", never)
+    with pytest.raises(SystemExit, match="^error: --num_before is 4: expected a positive multiple of num_frames_per_block=3.* 3 or 6"):
+        main(["switch", "--num_before", "4", *network])
+    centres = MovingMNISTGenerator(DatasetConfig(), "test").sample(0, range(4), 8).track[:, :, 0]
+    classes, digits = torch.full((4, 8), 3), (torch.full((4,), 3), torch.full((4,), 7))
+    assert summarise_switch(classes, centres, digits, long_video.MIN_BEFORE, DatasetConfig())["num_streams"] == 4
+    with pytest.raises(ValueError, match="at least 3 to fit a track"):  # which is why fewer are refused
+        summarise_switch(classes, centres, digits, long_video.MIN_BEFORE - 1, DatasetConfig())
+
+
+def test_ctrl_c_is_one_line_and_130_and_loses_nothing(drift: list[str], results: Path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(long_video, "measure_drift", interrupted)
+    before = contents(results)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:  # the latter would end the whole suite
+        main([*drift, "--name", "third"])
+    errors = capsys.readouterr().err
+    assert isinstance(caught.value, SystemExit) and caught.value.code == 130
+    assert errors.startswith("interrupted: ") and errors.count("\n") == 1
+    assert contents(results) == before
