@@ -83,14 +83,14 @@ def free_paths(folder: Path, names: list[str]) -> list[Path]:
     return next(paths for paths in map(numbered, count(1)) if not any(path.exists() for path in paths))
 
 
-def require_writable(folder: Path) -> None:
-    """Create `folder` where it is missing. Raises OSError naming it if no file can be written there."""
+def require_writable(folder: Path, key: str = "output_dir") -> None:
+    """Create `folder` where it is missing. Raises OSError naming it, and the key to choose another by, if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"cannot write into the folder {folder} ({error.strerror}): choose another output_dir") from error
+        raise OSError(f"cannot write into the folder {folder} ({error.strerror}): choose another {key}") from error
 
 
 def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[int], suffix: str, facts: dict[str, Any]) -> list[Path]:
