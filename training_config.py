@@ -33,7 +33,7 @@ def check_num_frames(key: str, num_frames: int, num_frames_per_block: int, indep
     first = 1 if independent_first_frame else 0
     if num_frames < 1 or (num_frames - first) % num_frames_per_block:
         below = (num_frames - first) // num_frames_per_block * num_frames_per_block + first
-        nearest = [count for count in (below, below + num_frames_per_block) if count > 0]
+        nearest = [count for count in (below, below + num_frames_per_block) if count > 0] or [first or num_frames_per_block]
         expected = "one frame and a multiple" if first else "a positive multiple"
         raise ValueError(
             f"{key} is {num_frames}: expected {expected} of num_frames_per_block={num_frames_per_block}; "

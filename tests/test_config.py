@@ -156,11 +156,18 @@ def test_a_run_says_whether_it_sees_videos():
             assert (", on real videos" in training.summary, "without real videos" in training.summary) == (sees_videos, not sees_videos)
 
 
-@pytest.mark.parametrize("num_frames, nearest", [(10, "9 or 12"), (2, "nearest valid: 3"), (0, "nearest valid: 3"), (20, "18 or 21")])
-def test_frame_counts_name_their_neighbours(num_frames, nearest):
-    with pytest.raises(ValueError, match=f"frames is {num_frames}: .*{nearest}"):
+@pytest.mark.parametrize("num_frames, nearest, nearest_after_one", [
+    (10, "9 or 12", None), (2, "3", "1 or 4"), (0, "3", "1"), (20, "18 or 21", "19 or 22"), (-1, "3", "1"), (-3, "3", "1"), (-30, "3", "1"),
+])
+def test_frame_counts_name_their_neighbours(num_frames, nearest, nearest_after_one):
+    with pytest.raises(ValueError, match=f"frames is {num_frames}: .*nearest valid: {nearest}$"):
         check_num_frames("frames", num_frames, 3)
     check_num_frames("frames", 21, 3)
+    if nearest_after_one is None:
+        check_num_frames("frames", num_frames, 3, independent_first_frame=True)
+    else:
+        with pytest.raises(ValueError, match=f"frames is {num_frames}: .*nearest valid: {nearest_after_one}$"):
+            check_num_frames("frames", num_frames, 3, independent_first_frame=True)
 
 
 def test_denoising_steps_may_be_a_single_one():
