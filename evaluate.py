@@ -84,6 +84,8 @@ class EvaluateConfig:
         paths = [] if self.checkpoint is None else [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             raise ValueError(f"checkpoint is {self.checkpoint}: expected a path, or several as 'checkpoint=[PATH,PATH]'")
+        if "" in paths or self.output_dir == "":
+            raise ValueError(f"{'checkpoint' if '' in paths else 'output_dir'} is empty: expected a path")
         self.checkpoint = paths
         if self.output_dir is None:
             self.output_dir = "results" if self.sanity else "outputs/evaluation"

@@ -154,6 +154,7 @@ class PretrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.pretrained_checkpoint != "", "training.pretrained_checkpoint", "empty", "a path, or null for none")
         require(self.objective in OBJECTIVES, "training.objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
         for name in ("prompt_dropout", "clean_prefix_probability"):
             value = asdict(self)[name]
@@ -192,6 +193,7 @@ class FewStepConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.pretrained_checkpoint != "", "training.pretrained_checkpoint", "empty", "the path of a teacher's checkpoint")
         check_denoising_steps("training.denoising_steps", self.denoising_steps)
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
         require(
