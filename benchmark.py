@@ -25,7 +25,7 @@ import torch
 
 from checkpoint import CheckpointError, LoadedNetworks, load_networks
 from config import Config, check_parts_fit
-from generate import require_writable
+from output_folder import require_writable
 from runtime import Runtime, describe_machine, resolve_runtime
 from sampling import check_length
 from speed import (

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from checkpoint import LoadedNetworks, load_networks, merge_counts
 from config import DEVICES, PRECISIONS, explain_refusal
-from generate import free_paths, require_writable
 from moving_mnist import DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
+from output_folder import free_paths, require_writable
 from panel import Panel, judge_videos, make_panel, yardsticks
 from report import (
     COUNT_FIGURES,

@@ -22,13 +22,11 @@ import hashlib
 import json
 import re
 import sys
-import tempfile
 import time
 import unicodedata
 import warnings
 from dataclasses import asdict
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from torch import Tensor
 
 from checkpoint import LoadedNetworks, load_networks
 from config import DEVICES, PRECISIONS
+from output_folder import free_paths, require_writable
 from rollout import SWITCHES, RolloutPlan
 from runtime import Runtime, code_digest, resolve_runtime
 from sampling import BidirectionalPlan, SamplerSettings, check_length, generate, require_at_least_one
@@ -72,26 +71,6 @@ def slug(prompt: str) -> str:
     """A part of a file name, valid everywhere: a-z, 0-9 and single hyphens, at most `MAX_SLUG_LENGTH`, never empty."""
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain)[:MAX_SLUG_LENGTH].strip("-") or "untitled"
-
-
-def free_paths(folder: Path, names: list[str]) -> list[Path]:
-    """Paths for `names` of which none exists: as they are, or all with the first free number, such as `_2`."""
-
-    def numbered(number: int) -> list[Path]:
-        tag = "" if number == 1 else f"_{number}"
-        return [folder / f"{Path(name).stem}{tag}{Path(name).suffix}" for name in names]
-
-    return next(paths for paths in map(numbered, count(1)) if not any(path.exists() for path in paths))
-
-
-def require_writable(folder: Path, key: str = "output_dir") -> None:
-    """Create `folder` where it is missing. Raises OSError naming it, and the key to choose another by, if no file can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write into the folder {folder} ({error.strerror}): choose another {key}") from error
 
 
 def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[int], suffix: str, facts: dict[str, Any]) -> list[Path]:
