@@ -25,6 +25,7 @@ import torch
 
 from checkpoint import CheckpointError, LoadedNetworks, load_networks
 from config import Config, check_parts_fit
+from output_folder import require_writable
 from runtime import Runtime, describe_machine, resolve_runtime
 from sampling import check_length
 from speed import (
@@ -61,7 +62,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for what can be refused before a checkpoint is read."""
+    """Raise ValueError or OSError for what can be refused before a checkpoint is read."""
     for name, value in (
         ("repeats", arguments.repeats), ("batch_sizes", min(arguments.batch_sizes)), ("training_batch_size", arguments.training_batch_size)
     ):
@@ -70,6 +71,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     output = arguments.output
     if output is not None and (output.suffix != ".json" or output.is_dir() or not output.parent.is_dir()):
         raise ValueError(f"--output is {output}: expected a file name ending in .json, in a folder that exists")
+    if output is not None:
+        require_writable(output.parent, "--output")
 
 
 def training_run(teacher: LoadedNetworks, path: Path, num_frames: int, batch_size: int) -> Config:

@@ -45,7 +45,7 @@ def dmd_gradient(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> Tensor:
 
     All (B, ...). The difference of the two scores' denoised estimates points away from the teacher's distribution.
     """
-    return torch.nan_to_num((x_0_fake - x_0_real) / distance_to_teacher(x_0, x_0_real))
+    return (x_0_fake - x_0_real) / distance_to_teacher(x_0, x_0_real)
 
 
 def distance_to_teacher(x_0: Tensor, x_0_real: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def sid_loss(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor, alpha: float) -> T
     """
     difference = x_0_real - x_0_fake
     loss = difference * (x_0_real - x_0) - alpha * difference.square()
-    return torch.nan_to_num(loss / distance_to_teacher(x_0, x_0_real).detach())
+    return loss / distance_to_teacher(x_0, x_0_real).detach()
 
 
 def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:

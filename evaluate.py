@@ -33,8 +33,8 @@ from torch import Tensor
 
 from checkpoint import LoadedNetworks, load_networks, merge_counts
 from config import DEVICES, PRECISIONS, explain_refusal
-from generate import free_paths, require_writable
 from moving_mnist import DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
+from output_folder import free_paths, require_writable
 from panel import Panel, judge_videos, make_panel, yardsticks
 from report import (
     COUNT_FIGURES,
@@ -84,6 +84,8 @@ class EvaluateConfig:
         paths = [] if self.checkpoint is None else [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             raise ValueError(f"checkpoint is {self.checkpoint}: expected a path, or several as 'checkpoint=[PATH,PATH]'")
+        if "" in paths or self.output_dir == "":
+            raise ValueError(f"{'checkpoint' if '' in paths else 'output_dir'} is empty: expected a path")
         self.checkpoint = paths
         if self.output_dir is None:
             self.output_dir = "results" if self.sanity else "outputs/evaluation"

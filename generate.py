@@ -22,13 +22,11 @@ import hashlib
 import json
 import re
 import sys
-import tempfile
 import time
 import unicodedata
 import warnings
 from dataclasses import asdict
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from torch import Tensor
 
 from checkpoint import LoadedNetworks, load_networks
 from config import DEVICES, PRECISIONS
+from output_folder import free_paths, require_writable
 from rollout import SWITCHES, RolloutPlan
 from runtime import Runtime, code_digest, resolve_runtime
 from sampling import BidirectionalPlan, SamplerSettings, check_length, generate, require_at_least_one
@@ -58,6 +57,7 @@ DEFAULT_PROMPTS = {  # by the number of digits that the checkpoint's data show
 }
 FORMATS = ("gif", "mp4", "png", "npz")
 VERSIONED = ("torch", "numpy", "imageio", "imageio-ffmpeg", "pillow")  # packages that a file's bytes hang on
+DEFAULT_SWITCH = "recache"
 MAX_SEED = 2**63 - 1
 MAX_SLUG_LENGTH = 60  # characters of the prompt in a file name
 MAX_LABEL_LENGTH = 160  # characters of the prompt in the contact sheet
@@ -71,26 +71,6 @@ def slug(prompt: str) -> str:
     """A part of a file name, valid everywhere: a-z, 0-9 and single hyphens, at most `MAX_SLUG_LENGTH`, never empty."""
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain)[:MAX_SLUG_LENGTH].strip("-") or "untitled"
-
-
-def free_paths(folder: Path, names: list[str]) -> list[Path]:
-    """Paths for `names` of which none exists: as they are, or all with the first free number, such as `_2`."""
-
-    def numbered(number: int) -> list[Path]:
-        tag = "" if number == 1 else f"_{number}"
-        return [folder / f"{Path(name).stem}{tag}{Path(name).suffix}" for name in names]
-
-    return next(paths for paths in map(numbered, count(1)) if not any(path.exists() for path in paths))
-
-
-def require_writable(folder: Path) -> None:
-    """Create `folder` where it is missing. Raises OSError naming it if no file can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write into the folder {folder} ({error.strerror}): choose another output_dir") from error
 
 
 def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[int], suffix: str, facts: dict[str, Any]) -> list[Path]:
@@ -127,23 +107,28 @@ def _shortened(prompt: str) -> str:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
+def _path(text: str) -> Path | None:
+    """None for an empty one, which is refused: `Path("")` would be the current folder."""
+    return Path(text) if text else None
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Generate videos from prompts with a trained student or teacher.", allow_abbrev=False,
         epilog="Sample k of every prompt uses seed --seed + k. Existing files are never overwritten.",
     )
-    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="default: pretrained/student.pt of this repository")
+    parser.add_argument("--checkpoint", type=_path, default=DEFAULT_CHECKPOINT, help="default: pretrained/student.pt of this repository")
     parser.add_argument("--prompts", nargs="+", metavar="PROMPT", help="default: a few that show the grammar; \"\" is no prompt")
     parser.add_argument(
         "--schedule", nargs="+", metavar="FRAME:PROMPT", help="prompts that take turns in one video: \"0: a 3\" \"42: a 7 moving left\""
     )
-    parser.add_argument("--switch", choices=SWITCHES, default="recache", help="what becomes of the cache when the prompt changes")
+    parser.add_argument("--switch", choices=SWITCHES, help=f"the cache, when --schedule changes the prompt; default: {DEFAULT_SWITCH}")
     parser.add_argument("--init", type=Path, metavar="PATH", help="go on from this picture or clip: PNG (a strip too), GIF, MP4 or npz")
     parser.add_argument("--window_frames", type=int, help="a block sees so many frames, itself included; default: as trained")
     parser.add_argument("--sink_frames", type=int, help="of these so many first ones for ever; default: as trained")
     parser.add_argument("--samples_per_prompt", type=int, default=1)
     parser.add_argument("--num_frames", type=int, help="a multiple of the block; default: the longest video of the training")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"))
+    parser.add_argument("--output_dir", type=_path, default=Path("outputs"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
@@ -163,6 +148,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise ValueError for what can be refused before the checkpoint is read."""
     require_at_least_one("--samples_per_prompt", arguments.samples_per_prompt)
     require_at_least_one("--batch_size", arguments.batch_size)
+    for name, path in (("checkpoint", arguments.checkpoint), ("output_dir", arguments.output_dir)):
+        if path is None:
+            raise ValueError(f"--{name} is empty: expected a path")
+    if arguments.switch and not arguments.schedule:
+        raise ValueError(f"--switch is {arguments.switch}, but no prompt changes without --schedule: give that too, or leave --switch out")
     if arguments.prompts and arguments.schedule:
         raise ValueError("--prompts and --schedule exclude each other: the schedule names all prompts of its video")
     if not 0 <= arguments.seed <= MAX_SEED:
@@ -210,6 +200,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = SamplerSettings(None if steps is None else tuple(steps), arguments.num_steps, arguments.guidance, arguments.eta,
                                arguments.window_frames, arguments.sink_frames)
     schedule = None if arguments.schedule is None else PromptSchedule.parse(arguments.schedule)
+    switch = arguments.switch or DEFAULT_SWITCH
     runtime = resolve_runtime(arguments.device, arguments.precision)
     networks = load_networks(arguments.checkpoint, runtime.device)
     training = networks.config.training
@@ -221,7 +212,7 @@ def run(arguments: argparse.Namespace) -> None:
     require_writable(arguments.output_dir)
     facts = _facts(arguments.checkpoint, networks, settings, plan, num_frames, arguments.batch_size, runtime)
 
-    facts["schedule"] = None if schedule is None else {"entries": schedule.entries, "switch": arguments.switch}
+    facts["schedule"] = None if schedule is None else {"entries": schedule.entries, "switch": switch}
     facts["init"] = None if arguments.init is None else {"name": arguments.init.name, "num_frames": len(first_frames)}
     asked = arguments.prompts or (schedule and [schedule.entries[0][1]]) or DEFAULT_PROMPTS[networks.config.dataset.num_digits]
     prompts = [prompt for prompt in asked for _ in range(arguments.samples_per_prompt)]
@@ -229,7 +220,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.checkpoint.name}: {training.training_type}, step {networks.step}, {facts['sampler']['kind']}, on {runtime}")
     start = time.perf_counter()
     videos = generate(networks, prompts, seeds, num_frames, settings, runtime, arguments.batch_size, show_progress=True,
-                      schedule=schedule, switch=arguments.switch, first_frames=first_frames)
+                      schedule=schedule, switch=switch, first_frames=first_frames)
     seconds = time.perf_counter() - start
 
     titles = prompts if schedule is None else [str(schedule)] * len(prompts)

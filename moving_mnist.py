@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from mnist_digits import MNIST_SIDE, SPLITS, DigitSet, load_bundled_split, load_idx_split
 from mnist_digits import NUM_CLASSES as NUM_CLASSES  # for those who know digits only from videos
+from output_folder import free_paths
 from text_encoder import SPEEDS, MotionFacts, compose_caption
 
 NUM_OCTANTS = 8
@@ -316,7 +317,8 @@ def self_test(config: DatasetConfig, num_frames: int, seed: int) -> bool:
 
 
 def visualize(batch: MovingMNISTBatch, output_dir: Path, max_columns: int = 7) -> list[Path]:
-    """Write a GIF of every video and grid.png with some frames of each under its caption; returns the paths."""
+    """Write a GIF of every video and grid.png with some frames of each under its caption; returns the paths. Overwrites nothing:
+    beside the files of an earlier call these get a number."""
     import imageio.v3 as imageio  # both imported here: training needs neither
     from matplotlib.figure import Figure
 
@@ -327,11 +329,10 @@ def visualize(batch: MovingMNISTBatch, output_dir: Path, max_columns: int = 7) -
     pixels = ((batch.video + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2)  # (B, F, H, W, C)
     pixels = pixels.expand(-1, -1, -1, -1, 3)
     num_videos, num_frames, _, side, _ = pixels.shape
-    paths = []
-    for number, video in enumerate(pixels):
-        paths.append(output_dir / f"sample_{number:02d}.gif")
+    paths = free_paths(output_dir, [*(f"sample_{number:02d}.gif" for number in range(num_videos)), "grid.png"])
+    for path, video in zip(paths[:-1], pixels, strict=True):
         enlarged = video.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
-        imageio.imwrite(paths[-1], enlarged.numpy(), duration=125, loop=0)  # milliseconds a frame
+        imageio.imwrite(path, enlarged.numpy(), duration=125, loop=0)  # milliseconds a frame
 
     columns = np.unique(np.linspace(0, num_frames - 1, min(max_columns, num_frames)).round().astype(int))
     figure = Figure(figsize=(1.2 * len(columns) + 0.5, 1.6 * num_videos + 0.3), layout="constrained")
@@ -342,7 +343,6 @@ def visualize(batch: MovingMNISTBatch, output_dir: Path, max_columns: int = 7) -
         axis.set_xticks(np.arange(len(columns)) * (side + 2) + side / 2, [f"frame {column}" for column in columns])
         axis.tick_params(length=0, labelsize=7)
         axis.set_yticks([])
-    paths.append(output_dir / "grid.png")
     figure.savefig(paths[-1], dpi=120)
     return paths
 

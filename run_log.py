@@ -187,15 +187,15 @@ def draw_curves(csv_path: Path, picture_path: Path) -> None:
 
 def read_scalars(csv_path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Steps and values of every column of a scalars.csv that has any. Raises ValueError for a file that is none."""
-    with open(csv_path, newline="") as file:
-        rows = list(csv.DictReader(file))
     series = {}
     try:
+        with open(csv_path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
         for name in (name for name in (rows[0] if rows else {}) if name not in ("step", "seconds")):
             filled = [row for row in rows if row[name]]
             if filled:
                 series[name] = (np.array([int(row["step"]) for row in filled]), np.array([float(row[name]) for row in filled]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"{csv_path} is no table of a run's figures by step: give the folder of a run of train.py") from error
     return series
 

@@ -2,7 +2,7 @@
 
 Dimensions: B batch, F frames, C channels, H height, W width.
 
-The rollout and the bidirectional sampler themselves stand in `dynamic_video_sf`; here a caller's wishes and a
+The rollout and the bidirectional sampler themselves stand in `rollout`; here a caller's wishes and a
 checkpoint's configuration become a plan, and prompts become embeddings.
 """
 

@@ -33,7 +33,7 @@ def check_num_frames(key: str, num_frames: int, num_frames_per_block: int, indep
     first = 1 if independent_first_frame else 0
     if num_frames < 1 or (num_frames - first) % num_frames_per_block:
         below = (num_frames - first) // num_frames_per_block * num_frames_per_block + first
-        nearest = [count for count in (below, below + num_frames_per_block) if count > 0]
+        nearest = [count for count in (below, below + num_frames_per_block) if count > 0] or [first or num_frames_per_block]
         expected = "one frame and a multiple" if first else "a positive multiple"
         raise ValueError(
             f"{key} is {num_frames}: expected {expected} of num_frames_per_block={num_frames_per_block}; "
@@ -154,6 +154,7 @@ class PretrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.pretrained_checkpoint != "", "training.pretrained_checkpoint", "empty", "a path, or null for none")
         require(self.objective in OBJECTIVES, "training.objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
         for name in ("prompt_dropout", "clean_prefix_probability"):
             value = asdict(self)[name]
@@ -192,6 +193,7 @@ class FewStepConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.pretrained_checkpoint != "", "training.pretrained_checkpoint", "empty", "the path of a teacher's checkpoint")
         check_denoising_steps("training.denoising_steps", self.denoising_steps)
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
         require(

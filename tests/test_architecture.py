@@ -1,6 +1,7 @@
 """The rooms: imports go down the list, never up or in a circle, and the house rules that a parser can see hold."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     "flow_matching", "attention", "batch_share", "recomputation", "kv_cache", "tiny_causal_wan", "text_encoder", "mnist_digits",
-    "moving_mnist", "training_config", "comparison_config", "config", "objectives", "distribution_losses", "rollout",
+    "output_folder", "moving_mnist", "training_config", "comparison_config", "config", "objectives", "distribution_losses", "rollout",
     "dynamic_video_sf", "few_step", "runtime", "sharding", "distributed", "checkpoint", "resume", "interruption", "streaming",
     "sampling", "video_io", "video_input", "ink", "digit_judge", "tracking", "video_judge", "corruptions", "distribution", "metrics",
     "digit_count", "panel", "sanity", "report", "run_log", "health", "starting_networks", "stages", "few_step_stage", "compute",
@@ -30,9 +31,29 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
+def definitions(file: str) -> set[str]:
+    """The functions and classes that a top-level file defines, not those that it imports."""
+    body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    return {node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+
+
 def test_every_top_level_file_is_a_known_room():
     unknown = {path.stem for path in FILES} - set(ROOMS)
     assert not unknown, f"give {sorted(unknown)} a place in the list of rooms, here and in the README"
+
+
+def test_the_readmes_table_names_what_its_files_define():
+    rows = re.findall(r"^\| `(\w+\.py)` \|(.*)\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = [(file, name) for file, text in rows for name in re.findall(r"`([A-Z]\w+)`", text)]
+    assert len(named) > 5
+    for file, name in named:
+        assert name in definitions(file), f"README.md says that {name} lives in {file}"
+
+
+def test_the_samplers_stand_where_sampling_says():
+    docstring = ast.get_docstring(ast.parse((ROOT / "sampling.py").read_text(encoding="utf-8")))
+    (room,) = re.findall(r"themselves\s+stand\s+in\s+`(\w+)`", docstring)
+    assert {"rollout_blocks", "sample_bidirectional"} <= definitions(f"{room}.py"), room
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

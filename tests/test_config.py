@@ -100,6 +100,7 @@ def test_overrides_arrive_with_their_type():
     ("model=tiny_64", ["model.frame_size is 64", "dataset.frame_size=32"]),
     ("text.width=32", ["model.text_width is 64", "text.width=32"]),
     ("model.channels=3", ["model.channels is 3", "dataset.channels=1"]),
+    ("training.pretrained_checkpoint=", ["training.pretrained_checkpoint is empty"]),
     ("training.lr=nan", ["training.lr is nan"]), ("training.lr=inf", ["training.lr is inf"]), ("training.lr=0", ["training.lr is 0"]),
     ("training.critic_lr=inf", ["training.critic_lr is inf"]), ("training.guidance=inf", ["training.guidance is inf"]),
     ("training.guidance_interval=[0.8,0.2]", ["training.guidance_interval", "[0.8, 0.2]", "the lower one first"]),
@@ -120,7 +121,7 @@ def test_a_refused_override_is_one_line_that_names_it(override, words):
     ({"muon_lr": nan}, "training.muon_lr"), ({"weight_decay": -0.1}, "training.weight_decay"),
     ({"warmup_steps": -1}, "training.warmup_steps"),
     ({"prompt_dropout": 1.5}, "training.prompt_dropout"), ({"loss_time_floor": 0.0}, "training.loss_time_floor"),
-    ({"objective": "both"}, "training.objective"),
+    ({"objective": "both"}, "training.objective"), ({"pretrained_checkpoint": ""}, "training.pretrained_checkpoint"),
     ({"ema_decay": 1.0}, "training.ema_decay"), ({"keep_last": 0}, "training.keep_last"), ({"time_shift": inf}, "training.time_shift"),
 ])
 def test_impossible_pretraining_is_refused(changes, key):
@@ -156,11 +157,18 @@ def test_a_run_says_whether_it_sees_videos():
             assert (", on real videos" in training.summary, "without real videos" in training.summary) == (sees_videos, not sees_videos)
 
 
-@pytest.mark.parametrize("num_frames, nearest", [(10, "9 or 12"), (2, "nearest valid: 3"), (0, "nearest valid: 3"), (20, "18 or 21")])
-def test_frame_counts_name_their_neighbours(num_frames, nearest):
-    with pytest.raises(ValueError, match=f"frames is {num_frames}: .*{nearest}"):
+@pytest.mark.parametrize("num_frames, nearest, nearest_after_one", [
+    (10, "9 or 12", None), (2, "3", "1 or 4"), (0, "3", "1"), (20, "18 or 21", "19 or 22"), (-1, "3", "1"), (-3, "3", "1"), (-30, "3", "1"),
+])
+def test_frame_counts_name_their_neighbours(num_frames, nearest, nearest_after_one):
+    with pytest.raises(ValueError, match=f"frames is {num_frames}: .*nearest valid: {nearest}$"):
         check_num_frames("frames", num_frames, 3)
     check_num_frames("frames", 21, 3)
+    if nearest_after_one is None:
+        check_num_frames("frames", num_frames, 3, independent_first_frame=True)
+    else:
+        with pytest.raises(ValueError, match=f"frames is {num_frames}: .*nearest valid: {nearest_after_one}$"):
+            check_num_frames("frames", num_frames, 3, independent_first_frame=True)
 
 
 def test_denoising_steps_may_be_a_single_one():

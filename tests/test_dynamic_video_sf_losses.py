@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import dynamic_video_sf
 from config import SelfForcingConfig
-from distribution_losses import NORMALISER_FLOOR, dmd_gradient, dmd_loss
+from distribution_losses import NORMALISER_FLOOR, dmd_gradient, dmd_loss, sid_loss
 from dynamic_video_sf import ScorePrompts, SelfForcingEngine
 from flow_matching import x_0_from_velocity
 from tiny_causal_wan import PromptContext
@@ -119,6 +119,33 @@ def test_dmd_gradient_is_bounded_on_a_perfect_sample():
     x_0, x_0_fake = random_batch(2)
     torch.testing.assert_close(dmd_gradient(x_0, x_0_fake, x_0), (x_0_fake - x_0) / NORMALISER_FLOOR)
     assert not dmd_gradient(x_0, x_0, x_0).any()
+
+
+@pytest.mark.parametrize("loss", ["dmd", "sid"])
+def test_a_score_that_is_the_video_itself_gives_finite_gradients(loss):
+    x_0, x_0_fake = random_batch(2)
+    x_0.requires_grad_()
+    if loss == "dmd":
+        terms = dmd_loss(x_0, dmd_gradient(x_0.detach(), x_0_fake, x_0.detach()))
+    else:
+        terms = sid_loss(x_0, x_0_fake, x_0.detach(), 1.0)
+    (derivative,) = torch.autograd.grad(terms.mean(), x_0)
+    assert terms.isfinite().all() and derivative.isfinite().all() and derivative.any()
+
+
+@pytest.mark.parametrize("broken", ["fake_average", "real_score"])
+@pytest.mark.parametrize("loss", ["dmd", "sid"])
+def test_a_score_that_is_not_a_number_gives_a_loss_that_is_not_finite(loss, broken):
+    engine = build_engine(loss=loss)
+    x_0 = (0.3 * torch.randn(2, 6, 1, 8, 8)).requires_grad_()
+    assert engine.generator_loss(x_0, prompts_of(engine))[0].isfinite()
+    network = {"fake_average": engine.fake_average, "real_score": engine.real_score}[broken]
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(torch.nan)
+    value, verdict = engine.generator_loss(x_0, prompts_of(engine))
+    (derivative,) = torch.autograd.grad(value, x_0)
+    assert value.isnan() and verdict.terms.isnan().all() and derivative.isnan().any()
 
 
 def test_generator_loss_is_dmd_with_guided_teacher_and_bidirectional_scores():

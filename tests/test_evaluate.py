@@ -100,6 +100,7 @@ def test_the_yaml_composes_to_the_defaults():
     ("num_videos=0", "num_videos is 0: expected at least 1"),
     ("seed=abc", "seed"),
     ("checkpoint=absent.pt", "no checkpoint at absent.pt"),
+    ("checkpoint=", "checkpoint is empty: expected a path"),
 ])
 def test_bad_input_is_one_line(argument: str, words: str, tmp_path: Path):
     done = subprocess.run(
@@ -107,6 +108,14 @@ def test_bad_input_is_one_line(argument: str, words: str, tmp_path: Path):
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+@pytest.mark.parametrize(("wish", "name"), [
+    ({"checkpoint": ""}, "checkpoint"), ({"checkpoint": ["a.pt", ""]}, "checkpoint"), ({"output_dir": ""}, "output_dir"),
+])
+def test_an_empty_path_is_refused_by_its_keys_name(wish: dict[str, str | list[str]], name: str):
+    with pytest.raises(ValueError, match=f"^{name} is empty: expected a path$"):
+        EvaluateConfig(**wish)
 
 
 def test_a_second_evaluation_leaves_the_first_ones_files(tmp_path):

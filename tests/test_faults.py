@@ -24,7 +24,7 @@ import run_log
 import train
 from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, save_checkpoint
 from config import PretrainConfig, SelfForcingConfig, WandbConfig, config_to_dict
-from generate import require_writable
+from output_folder import require_writable
 from resume import find_start
 from run_log import RunLog, make_run_folder
 from train import SimplifiedTrainer, TrainingDiverged

@@ -383,6 +383,10 @@ def test_the_default_checkpoint_stands_in_the_repository(
     (["--denoising_steps", "1000", "0"], r"--denoising_steps is \[1000, 0\]"),
     (["--denoising_steps", "1000", "--num_steps", "4"], r"--denoising_steps .* and --num_steps .* exclude each other"),
     (["--prompts", "\udcff"], r"is not valid text"),
+    (["--checkpoint", ""], r"--checkpoint is empty: expected a path"),
+    (["--output_dir", ""], r"--output_dir is empty: expected a path"),
+    (["--switch", "keep"], r"--switch is keep, but no prompt changes without --schedule"),
+    (["--switch", "recache", "--prompts", "a 3"], r"--switch is recache, but no prompt changes without --schedule"),
 ])
 def test_bad_arguments_end_in_one_line(student_path: Path, tmp_path: Path, arguments: list[str], expected: str):
     message = refusal("--checkpoint", str(student_path), "--output_dir", str(tmp_path / "out"), *arguments)

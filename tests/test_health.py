@@ -328,6 +328,9 @@ def test_every_column_that_is_drawn_is_one_that_a_run_writes(teacher: Path):
     ("", "new.png", "scalars.csv has none of the panel's columns"),
     ("step,seconds,critic_lag\n0,0.1,much\n", "new.png", "scalars.csv is no table of a run's figures by step"),
     ("critic_lag\n1.0\n", "new.png", "scalars.csv is no table of a run's figures by step"),
+    (b"step,seconds,critic_lag\n0,0.1,\xff\n", "new.png", "scalars.csv is no table of a run's figures by step"),
+    (b"\x89PNG\r\n\xff\xfe", "new.png", "scalars.csv is no table of a run's figures by step"),
+    (b"step,seconds,critic_lag\n0,0.1," + 140_000 * b"1", "new.png", "scalars.csv is no table of a run's figures by step"),
     ("step,seconds,critic_lag\n0,0.1,2.0\n", "old.png", "old.png exists already: give --output the name of a new file"),
     ("step,seconds,critic_lag\n0,0.1,2.0\n", "new.pdf", "new.pdf: expected the name of a new .png file"),
 ])
@@ -335,7 +338,7 @@ def test_the_command_line_refuses_in_one_line_and_writes_nothing(content, output
     (tmp_path / "run").mkdir()
     (tmp_path / "old.png").write_bytes(b"old")
     if content is not None:
-        (tmp_path / "run" / "scalars.csv").write_text(content)
+        (tmp_path / "run" / "scalars.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.setattr(sys, "argv", ["health.py", str(tmp_path / "run"), "--output", str(tmp_path / output)])
     with pytest.raises(SystemExit, match=f"^error: .*{words}") as caught:

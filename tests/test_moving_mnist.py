@@ -275,6 +275,12 @@ def test_visualize_writes_animations_and_a_grid(tmp_path, capsys):
     batch = MovingMNISTGenerator(config).sample(0, [1], 3)
     np.testing.assert_allclose(frames[:, ::4, ::4, 0] / 127.5 - 1, batch.video[0, :, 0], atol=0.05)
     assert batch.captions[0] in capsys.readouterr().out
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert moving_mnist.main(["--visualize", *sizes, "--seed", "1", "--output_dir", str(tmp_path)]) == 0
+    second = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {name: second[name] for name in first} == first, "a second call overwrites nothing"
+    assert sorted(second.keys() - first) == ["grid_2.png", "sample_00_2.gif", "sample_01_2.gif"]
+    assert second["sample_00_2.gif"] != first["sample_00.gif"] and "grid_2.png: all samples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -166,6 +166,15 @@ def test_generation_goes_on_from_a_file_and_changes_its_prompt(student_path: Pat
     assert '"switch": "keep"' in (tmp_path / "out" / "generation.json").read_text()
 
 
+def test_a_schedule_makes_the_cache_anew_unless_told_otherwise(student_path: Path, tmp_path: Path):
+    for name, wish in (("default", []), ("recache", ["--switch", "recache"]), ("keep", ["--switch", "keep"])):
+        main(["--checkpoint", str(student_path), "--schedule", "0: a 7", "3: a 3", *wish, "--num_frames", "6", "--format", "npz",
+              "--output_dir", str(tmp_path / name), *COMMON])
+    files = {name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("default", "recache", "keep")}
+    assert files["default"] == files["recache"] and '"switch": "recache"' in files["default"]["generation.json"].decode()
+    assert any(files["keep"][name] != content for name, content in files["recache"].items() if name.endswith(".npz"))
+
+
 # Bad input
 
 
