@@ -34,9 +34,10 @@ from tqdm import tqdm  # noqa: E402
 from checkpoint import LoadedNetworks, load_networks  # noqa: E402
 from config import DEVICES, PRECISIONS  # noqa: E402
 from digit_judge import load_judge, read_videos  # noqa: E402
-from generate import MAX_SEED, require_writable  # noqa: E402
+from generate import MAX_SEED  # noqa: E402
 from metrics import bootstrap_interval, facts_of_prompts, read_classes, score_videos  # noqa: E402
 from moving_mnist import MovingMNISTGenerator, bounce  # noqa: E402
+from output_folder import require_writable  # noqa: E402
 from rollout import SWITCHES, RolloutPlan  # noqa: E402
 from runtime import Runtime, resolve_runtime  # noqa: E402
 from sampling import SamplerSettings, require_at_least_one, sample_few_step  # noqa: E402
