@@ -149,7 +149,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_checkpoint_is_read(
 
 @pytest.mark.parametrize("command", ["drift", "switch", "continue"])
 def test_the_published_rows_can_be_read(command: str):
-    assert "student" in read_rows(REPOSITORY / "results" / "long_video" / f"{command}.json", command)
+    assert any(name.startswith("student") for name in read_rows(REPOSITORY / "results" / "long_video" / f"{command}.json", command))
 
 
 def test_a_row_that_exists_is_refused_before_the_checkpoint_is_read(drift: list[str], results: Path, monkeypatch):
