@@ -35,8 +35,9 @@ def check_num_frames(key: str, num_frames: int, num_frames_per_block: int, indep
         below = (num_frames - first) // num_frames_per_block * num_frames_per_block + first
         nearest = [count for count in (below, below + num_frames_per_block) if count > 0] or [first or num_frames_per_block]
         expected = "one frame and a multiple" if first else "a positive multiple"
+        reason = " (independent_first_frame is true)" if first else ""
         raise ValueError(
-            f"{key} is {num_frames}: expected {expected} of num_frames_per_block={num_frames_per_block}; "
+            f"{key} is {num_frames}: expected {expected} of num_frames_per_block={num_frames_per_block}{reason}; "
             f"nearest valid: {' or '.join(map(str, nearest))}"
         )
 
