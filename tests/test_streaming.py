@@ -135,7 +135,7 @@ def test_a_model_with_a_first_frame_of_its_own_makes_and_trains_on_such_videos()
     assert rollout.x_0.shape[1] == 7 and rollout.scored.shape[1] == rollout.frame_exits.shape[1] == 3
     gradient = torch.autograd.grad(rollout.x_0[:, :4].sum(), engine.generator.head.weight, retain_graph=True)[0]
     assert not gradient.any() and torch.autograd.grad(rollout.scored.sum(), engine.generator.head.weight)[0].any()
-    with pytest.raises(ValueError, match="training.min_num_frames is 21: expected one frame and a multiple of .*independent_first_frame is true.*nearest valid: 19 or 22"):
+    with pytest.raises(ValueError, match="min_num_frames is 21: expected one frame and .*independent_first_frame is true.*: 19 or 22"):
         SelfForcingConfig(independent_first_frame=True)
 
 
