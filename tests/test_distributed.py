@@ -102,12 +102,18 @@ def test_activation_checkpointing_gives_the_same_gradients_from_less_memory(kind
     assert kept[1] < 0.7 * kept[0]
 
 
-def worker(rank: int, port: int, folder: Path, teacher_path: Path) -> None:
+def join_one_of_two(rank: int, port: int) -> Processes:
+    """This process as one of two that meet at the port, on one thread."""
     torch.set_num_threads(1)
     processes = processes_of_environment(
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     )
     processes.join(torch.device("cpu"))
+    return processes
+
+
+def worker(rank: int, port: int, folder: Path, teacher_path: Path) -> None:
+    processes = join_one_of_two(rank, port)
     results = {}
     for kind in KINDS:
         stage = build(kind, teacher_path, processes)
@@ -148,11 +154,7 @@ def test_two_processes_equal_one(teacher, tmp_path):  # noqa: F811
 
 
 def sharding_worker(rank: int, port: int, folder: Path, teacher_path: Path, kinds: list[str], changes: dict[str, object]) -> None:
-    torch.set_num_threads(1)
-    processes = processes_of_environment(
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    )
-    processes.join(torch.device("cpu"))
+    processes = join_one_of_two(rank, port)
     results = {}
     for kind in kinds:
         stage = build(kind, teacher_path, processes, sharding="fsdp2", **changes)
