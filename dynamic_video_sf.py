@@ -109,18 +109,26 @@ class SelfForcingEngine:
         self, prompt: PromptContext, num_frames: int, with_gradient: bool, x_real: Tensor | None = None,
         share: BatchShare | None = None, first_frame: int = 0,
     ) -> Rollout:
-        """The generator's videos by the configured inputs: a self-rollout, or real videos x_real, noised and denoised."""
-        if self.config.generator_inputs == "self_rollout":
+        """The generator's videos by the configured inputs: a self-rollout, one that goes on from the first block of real videos x_real
+        with the configured probability, or x_real noised and denoised."""
+        config = self.config
+        if config.generator_inputs == "self_rollout" and config.continuation_probability == 0:
             return self.rollout(prompt, num_frames, with_gradient, share, first_frame)
         if x_real is None:
-            raise ValueError(f"training.generator_inputs={self.config.generator_inputs} needs real videos: none were given")
-        return self.denoise_real(prompt, x_real, with_gradient, share)
+            raise ValueError(f"training.generator_inputs={config.generator_inputs} needs real videos here: none were given")
+        if config.generator_inputs != "self_rollout":
+            return self.denoise_real(prompt, x_real, with_gradient, share)
+        goes_on = torch.rand((), generator=self.random).item() < config.continuation_probability
+        given = x_real[:, : config.context.block_sizes(num_frames, config.num_frames_per_block)[0]] if goes_on else None
+        return self.rollout(prompt, num_frames, with_gradient, share, given=given)
 
     def rollout(
-        self, prompt: PromptContext, num_frames: int, with_gradient: bool, share: BatchShare | None = None, first_frame: int = 0
+        self, prompt: PromptContext, num_frames: int, with_gradient: bool, share: BatchShare | None = None, first_frame: int = 0,
+        given: Tensor | None = None,
     ) -> Rollout:
         """Generate from noise as inference does, stopping at a random exit step (Algorithm 1).
 
+        given: the first block (B, F_block, C, H, W), which is then not made but gone on from; it counts among num_frames.
         first_frame, whole blocks: the num_frames frames are a window that starts there, of a longer rollout that ends with it
         (the idea of Self-Forcing++, arXiv 2510.02283). The blocks before it carry no gradient and walk all steps, whatever the
         exit step: an early exit makes blurred frames, and what is to be corrected is what the window goes on from at
@@ -132,20 +140,22 @@ class SelfForcingEngine:
         num_earlier, rest = divmod(first_frame, config.num_frames_per_block)
         if first_frame < 0 or rest:
             raise ValueError(f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of {config.num_frames_per_block}")
-        num_blocks = num_earlier + len(sizes)
+        num_given = 0 if given is None else 1  # of the window's blocks
+        num_made = num_earlier + len(sizes) - num_given
         num_exits = 1 if config.same_exit_step else len(sizes)
         exits = torch.randint(len(self.plan.times), (num_exits,), generator=self.random).tolist()
         exit_steps = exits * len(sizes) if config.same_exit_step else exits
         share = share_or_whole(share, prompt.pooled.shape[0])
         seeds = share.draw(lambda total: torch.randint(2**62, (total,), generator=self.random)).tolist()
         first_scored = max(num_frames - config.gradient_frames, 0)
+        first_with_gradient = num_earlier + max(sum(end <= first_scored for end in accumulate(sizes)) - num_given, 0)
         blocks = rollout_blocks(
-            self.generator, prompt, make_noise_streams(seeds), num_blocks, self.plan,
-            exit_steps=[len(self.plan.times) - 1] * num_earlier + exit_steps,
-            gradient_blocks=range(num_earlier + sum(end <= first_scored for end in accumulate(sizes)), num_blocks if with_gradient else 0),
+            self.generator, prompt, make_noise_streams(seeds), num_made, self.plan,
+            exit_steps=[len(self.plan.times) - 1] * num_earlier + exit_steps[num_given:],
+            gradient_blocks=range(first_with_gradient, num_made if with_gradient else 0), first_frames=given,
         )
         with torch.set_grad_enabled(with_gradient):
-            x_0 = torch.cat(list(islice(blocks, num_earlier, None)), dim=1)
+            x_0 = torch.cat([*([] if given is None else [given]), *islice(blocks, num_earlier, None)], dim=1)
             frame_exits = torch.tensor([exit_steps] * len(x_0)).repeat_interleave(torch.tensor(sizes), 1)
             return Rollout(x_0, x_0[:, first_scored:], exit_steps, frame_exits[:, first_scored:])
 

@@ -238,6 +238,8 @@ class SelfForcingConfig(FewStepConfig):
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
     # Score a window of min_num_frames to max_num_frames frames somewhere in a rollout of up to so many; that of the start if not given.
     rollout_frames: int | None = None
+    # Of a step: that its videos go on from the first block of real ones, so that a student learns to keep the style of what it is given.
+    continuation_probability: float = 0.0
     same_exit_step: bool = True  # one exit step for all blocks of a rollout; false draws one per block
     dfake_gen_update_ratio: int = 4
     critic_warmup_steps: int = 16  # critic updates before the generator's first
@@ -268,6 +270,7 @@ class SelfForcingConfig(FewStepConfig):
         )
         if self.rollout_frames is not None:
             self._check_rollout_frames(self.rollout_frames)
+        self._check_continuation()
         require(self.dfake_gen_update_ratio >= 1, "training.dfake_gen_update_ratio", self.dfake_gen_update_ratio, "at least 1")
         require(self.critic_warmup_steps >= 0, "training.critic_warmup_steps", self.critic_warmup_steps, "0 or more")
         require(self.critic_lr > 0, "training.critic_lr", self.critic_lr, "a positive number")
@@ -297,6 +300,17 @@ class SelfForcingConfig(FewStepConfig):
         for name in ("hide_first_chunk", "independent_first_frame"):
             require(not asdict(self)[name], f"training.{name}", True, f"false with {key}, whose windows start anywhere")
 
+    def _check_continuation(self) -> None:
+        key, value = "training.continuation_probability", self.continuation_probability
+        require(0 <= value <= 1, key, value, "a number in [0, 1]")
+        if value == 0:
+            return
+        require(self.generator_inputs == "self_rollout", key, value, f"0 with training.generator_inputs={self.generator_inputs}")
+        require(self.rollout_frames is None, key, value, "0 with training.rollout_frames, whose windows start anywhere")
+        require(not self.hide_first_chunk, key, value, "0 with training.hide_first_chunk, which hides what is gone on from")
+        first = self.context.block_sizes(self.min_num_frames, self.num_frames_per_block)[0]
+        require(self.min_num_frames > first, "training.min_num_frames", self.min_num_frames, f"more than the first block, with {key}")
+
     @property
     def context_time(self) -> float:
         return self.context_noise / NUM_TRAIN_TIMESTEPS
@@ -304,13 +318,15 @@ class SelfForcingConfig(FewStepConfig):
     @property
     def uses_videos(self) -> bool:
         """Does training see videos of the data set, not their captions alone?"""
-        return self.generator_inputs != "self_rollout" or self.loss == "gan"
+        return self.generator_inputs != "self_rollout" or self.loss == "gan" or self.continuation_probability > 0
 
     @property
     def summary(self) -> str:
         inputs = f"{self.generator_inputs} inputs"
         if self.rollout_frames is not None:
             inputs = f"windows of self-rollouts of up to {self.rollout_frames} frames"
+        if self.continuation_probability > 0:
+            inputs += f", of which {self.continuation_probability:g} go on from a real block"
         return f"{self.loss} loss on {inputs}, {'on' if self.uses_videos else 'without'} real videos"
 
 

@@ -41,6 +41,7 @@ PARADIGMS = {
     "gan": ["training=self_forcing", "training.loss=gan", *SELF_FORCING],
     "long": ["training=long_self_forcing", "training.generator_checkpoint=null", "training.window_frames=6",
              "training.rollout_frames=15", *SELF_FORCING],
+    "continuation": ["training=continuation", "training.generator_checkpoint=null", *SELF_FORCING],
 }
 register_schemas()
 
@@ -175,7 +176,9 @@ def test_forcing_takes_causal_steps_only(name, calls, teacher, monkeypatch):
     assert [method for method, _ in seen] == calls and all((t > 0).all() for _, t in seen)  # no clean prefix
 
 
-@pytest.mark.parametrize(("name", "sees_videos"), [("sid", False), ("gan", True), ("causvid", True), ("causal_ode", False)])
+@pytest.mark.parametrize(
+    ("name", "sees_videos"), [("sid", False), ("gan", True), ("causvid", True), ("causal_ode", False), ("continuation", True)]
+)
 def test_videos_are_drawn_only_where_the_run_says_so(name, sees_videos, teacher, monkeypatch):
     stage, drawn = build(name, teacher), []
     sample = stage.data.sample

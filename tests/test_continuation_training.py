@@ -1,0 +1,117 @@
+"""Rollouts that go on from the first block of real videos: how often, from what, and where gradient flows."""
+
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_small_model, random_prompt
+from test_stages import build_self_forcing, teacher  # noqa: F401 (a fixture)
+
+import dynamic_video_sf
+from config import SelfForcingConfig
+from dynamic_video_sf import SelfForcingEngine
+from rollout import make_noise_streams, rollout_blocks
+
+BLOCK, NUM_FRAMES = 3, 12
+
+
+def build_engine(**changes: object) -> SelfForcingEngine:
+    return SelfForcingEngine(SelfForcingConfig(**changes), build_small_model(), torch.Generator().manual_seed(0))
+
+
+def real_videos(num_videos: int = 2, num_frames: int = NUM_FRAMES) -> torch.Tensor:
+    return torch.rand(num_videos, num_frames, 1, 8, 8, generator=torch.Generator().manual_seed(7)) * 2 - 1
+
+
+@pytest.mark.parametrize("is_first_frame_alone", [False, True])
+def test_what_is_given_comes_first_and_the_rest_is_what_inference_makes_of_it(is_first_frame_alone: bool, monkeypatch):
+    lengths = {"min_num_frames": 10, "max_num_frames": 10} if is_first_frame_alone else {}
+    engine, seeds = build_engine(independent_first_frame=is_first_frame_alone, **lengths), []
+    monkeypatch.setattr(dynamic_video_sf, "make_noise_streams", lambda drawn: seeds.append(drawn) or make_noise_streams(drawn))
+    num_frames, first = (10, 1) if is_first_frame_alone else (NUM_FRAMES, BLOCK)
+    given, prompt, seen = real_videos()[:, :first], random_prompt(engine.generator, 2), set()
+    for _ in range(8):
+        rollout = engine.rollout(prompt, num_frames, with_gradient=True, given=given)
+        assert rollout.x_0.shape[1] == num_frames and torch.equal(rollout.x_0[:, :first], given)
+        assert rollout.exit_steps == rollout.exit_steps[:1] * 4 and rollout.frame_exits.shape == (2, num_frames)
+        with torch.no_grad():
+            expected = torch.cat(list(rollout_blocks(
+                engine.generator, prompt, make_noise_streams(seeds.pop()), 3, engine.plan, exit_steps=rollout.exit_steps[1:],
+                first_frames=given,
+            )), dim=1)
+        torch.testing.assert_close(rollout.x_0[:, first:].detach(), expected, atol=1e-5, rtol=1e-5)
+        seen |= set(rollout.exit_steps)
+    assert len(seen) > 1
+
+
+def test_exit_steps_of_their_own_stay_those_of_their_blocks(monkeypatch):
+    engine, asked = build_engine(same_exit_step=False), []
+    monkeypatch.setattr(
+        dynamic_video_sf, "rollout_blocks", lambda *args, **options: asked.append(options) or rollout_blocks(*args, **options)
+    )
+    prompt = random_prompt(engine.generator, 2)
+    while True:
+        rollout = engine.rollout(prompt, NUM_FRAMES, with_gradient=False, given=real_videos()[:, :BLOCK])
+        if len(set(rollout.exit_steps)) > 2:
+            break
+    assert asked[-1]["exit_steps"] == rollout.exit_steps[1:]
+    ends = list(accumulate([BLOCK] * 4))
+    assert rollout.frame_exits[0, [end - 1 for end in ends]].tolist() == rollout.exit_steps
+
+
+@pytest.mark.parametrize(("gradient_frames", "blocks_with_gradient"), [(21, 3), (9, 3), (6, 2), (3, 1)])
+def test_gradient_flows_in_the_last_frames_that_were_made(gradient_frames: int, blocks_with_gradient: int):
+    engine, passes = build_engine(gradient_frames=gradient_frames), []
+    engine.generator.head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
+    rollout = engine.rollout(random_prompt(engine.generator, 2), NUM_FRAMES, with_gradient=True, given=real_videos()[:, :BLOCK])
+    assert sum(passes) == blocks_with_gradient and rollout.scored.requires_grad
+    assert torch.equal(rollout.scored, rollout.x_0[:, -min(gradient_frames, NUM_FRAMES):])
+
+
+@pytest.mark.parametrize(("probability", "low", "high"), [(0.0, 0, 0), (0.3, 60 - 33, 60 + 33), (1.0, 200, 200)])
+def test_as_many_go_on_as_asked(probability: float, low: int, high: int, monkeypatch):
+    """200 times; five standard deviations around 60."""
+    engine, givens = build_engine(continuation_probability=probability), []
+    monkeypatch.setattr(engine, "rollout", lambda *args, given=None, **options: givens.append(given))
+    x_real = real_videos()
+    state = engine.random.get_state()
+    for _ in range(200):
+        engine.make_videos(random_prompt(engine.generator, 2), NUM_FRAMES, False, x_real)
+    going_on = [given for given in givens if given is not None]
+    assert low <= len(going_on) <= high and all(torch.equal(given, x_real[:, :BLOCK]) for given in going_on)
+    assert torch.equal(engine.random.get_state(), state) == (probability == 0)  # the default draws as if the option were not there
+
+
+def test_a_step_goes_on_from_the_videos_of_its_own_prompts(teacher: Path, monkeypatch):  # noqa: F811
+    stage = build_self_forcing(teacher, continuation_probability=1.0, min_num_frames=6, max_num_frames=6)
+    assert stage.config.uses_videos and "go on from a real block, on real videos" in stage.config.summary
+    criticised = []
+    critic_loss = stage.engine.critic_loss
+    monkeypatch.setattr(stage.engine, "critic_loss", lambda x_0, *args: criticised.append(x_0) or critic_loss(x_0, *args))
+    for step in range(2):
+        figures = stage.train_step(step)
+        indices = range(step * stage.config.batch_size, (step + 1) * stage.config.batch_size)
+        real = stage.data.sample(stage.seed, indices, figures["num_frames"])
+        assert torch.equal(criticised[-1][:, :BLOCK], real.video[:, :BLOCK])
+        assert not torch.equal(criticised[-1][:, BLOCK:], real.video[:, BLOCK:])
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"continuation_probability": 1.5}, "training.continuation_probability is 1.5: expected a number in"),
+    ({"continuation_probability": -0.1}, "training.continuation_probability is -0.1: expected a number in"),
+    ({"generator_inputs": "teacher_forced"}, "training.continuation_probability is 0.5: expected 0 with training.generator_inputs"),
+    ({"rollout_frames": 42, "window_frames": 21}, "training.continuation_probability is 0.5: expected 0 with training.rollout_frames"),
+    ({"hide_first_chunk": True}, "training.continuation_probability is 0.5: expected 0 with training.hide_first_chunk"),
+    ({"min_num_frames": 3}, "training.min_num_frames is 3: expected more than the first block"),
+])
+def test_impossible_continuations_are_refused_in_one_line(changes: dict[str, object], words: str):
+    with pytest.raises(ValueError, match=f"^{words}") as caught:
+        SelfForcingConfig(**({"continuation_probability": 0.5} | changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_real_videos_are_asked_for_where_none_are_given():
+    engine = build_engine(continuation_probability=0.5)
+    with pytest.raises(ValueError, match="needs real videos here: none were given"):
+        engine.make_videos(random_prompt(engine.generator, 2), NUM_FRAMES, False)
