@@ -1,4 +1,4 @@
-"""What a token may see and where it stands: windows, attention masks and 3-D RoPE. Pure functions, tables kept once made.
+"""Attention: what a token may see and where it stands. Windows, masks, 3-D RoPE, the product. Pure functions, tables kept once made.
 
 Dimensions: T, Y, X the patch grid, N = Y X tokens a patch row in time, S = T N tokens of a video, d the head size.
 """
@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flow_matching import NUM_TRAIN_TIMESTEPS
+
+Rope = tuple[Tensor, Tensor]  # cos and sin (S, d)
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,25 @@ def rope_angles(
     angle = torch.cat(angles, dim=1)
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat([cos, cos], dim=1).to(device), torch.cat([-sin, sin], dim=1).to(device)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, Eq. 1) over (B, h, S, d); mask is True where a query may look.
+
+    In bfloat16 on the CPU it is written out: at a few hundred tokens that can be 4 times as fast as the fused kernel's backward
+    pass. In float32 the fused kernel is the faster one.
+    """
+    if q.device.type != "cpu" or q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, h, S_q, S_k)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def rotated_attention(q: Tensor, k: Tensor, v: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
+    """`attention` of queries and keys that stand at the same positions."""
+    return attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mask)
 
 
 def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:

@@ -16,7 +16,7 @@ import copy
 import torch
 from torch import Tensor
 
-from attention import apply_rope, rope_angles
+from attention import Rope, apply_rope, attention, rope_angles
 
 
 class KVCache:
@@ -61,10 +61,36 @@ class KVCache:
         if self._end + num_rows > 2 * self._window_rows:  # so a row is moved at most twice while it is visible
             self._move_back()
 
+    def make_room_for_two(self, num_frames: int, num_next: int) -> bool:
+        """`make_room` for a block of num_frames and in the buffers for one of num_next behind it; False where one pass cannot serve
+        both, as the sink would have to stand in two places."""
+        num_rows = (num_frames + num_next) // self._frames_per_row
+        if self._sink_rows and self._window_rows is not None and self._end - self._first + num_rows > self._window_rows:
+            return False
+        self.make_room(num_frames)
+        if self._window_rows is not None and self._end + num_rows > 2 * self._window_rows:
+            self._move_back()
+        return True
+
     def forget_first(self, num_frames: int) -> None:
         """Forget the first num_frames frames of the video, where they are still visible; not for a cache with a sink."""
         num_forgotten = self.num_frames // self._frames_per_row - (self._end - self._first)
         self._first += max(num_frames // self._frames_per_row - num_forgotten, 0)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """Self-attention of one block, q, k and v (B, h, S, d) not rotated: to the visible past and to itself."""
+        return attention(apply_rope(q, *rope), *self.with_current(layer, k, v, *rope))
+
+    def attend_two(self, layer: int, num_tokens: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+        """`attend` of two blocks in a row, the first of num_tokens tokens, without gradient: the first does not see the second, and
+        the second no longer sees what has left its window."""
+        keys, values = self.with_current(layer, k, v, *rope)
+        num_seen, num_left = keys.shape[2] - (k.shape[2] - num_tokens), 0
+        if self._window_rows is not None:
+            num_left = max(keys.shape[2] - self._window_rows * self._tokens_per_row, 0)
+        q = apply_rope(q, *rope)
+        first = attention(q[:, :, :num_tokens], keys[:, :, :num_seen], values[:, :, :num_seen])
+        return torch.cat([first, attention(q[:, :, num_tokens:], keys[:, :, num_left:], values[:, :, num_left:])], dim=2)
 
     def with_current(self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, h, S, d) that a block may attend to: the visible past, then its own, whose k is rotated here."""

@@ -19,6 +19,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,7 +51,8 @@ REPOSITORY = Path(__file__).resolve().parent
 PROMPT_SEED = 4_000_000  # of the held-out captions, away from those of training and evaluation
 WINDOW = 21  # frames that are judged together
 SEGMENT = 630  # frames of one point of the drift curves
-TIMED_FRAMES = 1000  # at both ends of a stream, between which time and memory are compared
+COMPARED_FRAMES = 1000  # at both ends of a stream, between which memory is compared
+TIMED_BLOCKS = 100  # at most, behind the end of a stream, in turns with a stream that is new
 SHOWN_SHARE = 0.9  # of the streams, from which on a new digit counts as shown
 SMOOTH_PIXELS = 3.0  # from the extrapolated centre, below which a path goes on
 LEGEND_COLUMNS = 5
@@ -81,25 +83,23 @@ def held_out_captions(networks: LoadedNetworks, count: int) -> list[str]:
 def measure_drift(
     networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_frames: int, batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """One stream of batch_size videos, judged 21 frames at a time: figures of every segment, time and memory of every window."""
+    """One stream of batch_size videos, judged 21 frames at a time: figures of every segment, memory of its first windows and its
+    last, and seconds a block of a new stream whose window has just filled and of this one at its end, in turns."""
     judge, config = load_judge(), networks.config.dataset
     prompts = held_out_captions(networks, batch_size)
     digits, directions = facts_of_prompts(prompts)
     block_frames = plan.num_frames_per_block
-    stream = stream_video(
-        networks.generator, networks.text_encoder, prompts, list(range(seed, seed + batch_size)), plan, runtime,
-    )
+    streams = [
+        stream_video(networks.generator, networks.text_encoder, prompts, list(range(seed, seed + batch_size)), plan, runtime)
+        for _ in range(2)
+    ]
     windows: list[dict[str, float]] = []
     held: list[Tensor] = []
-    seconds: list[float] = []  # a block
     memory: list[float] = []  # after each window
     with tqdm(total=num_frames, unit="frame", dynamic_ncols=True) as bar:
         while len(windows) * WINDOW + WINDOW <= num_frames:
-            started = time.perf_counter()
-            block = next(stream).cpu()
-            seconds.append(time.perf_counter() - started)
-            held.append(block)
-            bar.update(block.shape[1])
+            held.append(next(streams[0]).cpu())
+            bar.update(held[-1].shape[1])
             if sum(part.shape[1] for part in held) >= WINDOW:
                 video = torch.cat(held, dim=1)
                 held = [video[:, WINDOW:]] if video.shape[1] > WINDOW else []
@@ -108,18 +108,31 @@ def measure_drift(
     per_segment = max(SEGMENT // WINDOW, 1)
     segments = [_mean(windows[first : first + per_segment]) for first in range(0, len(windows), per_segment)]
     filled = (plan.context.window_frames or 0) // block_frames  # blocks until the window is full
-    timed = max(min(TIMED_FRAMES // block_frames, (len(seconds) - filled) // 2), 1)
-    timed_windows = max(min(TIMED_FRAMES // WINDOW, len(memory) // 2), 1)
+    compared = max(min(COMPARED_FRAMES // WINDOW, len(memory) // 2), 1)
     first_window = min(-(-filled * block_frames // WINDOW), len(memory) - 1)
     ends = {
-        "seconds_per_block": [median(seconds[filled : filled + timed]), median(seconds[-timed:])],
-        "memory_mib": [median(memory[first_window : first_window + timed_windows]), median(memory[-timed_windows:])],
+        "memory_mib": [median(memory[first_window : first_window + compared]), median(memory[-compared:])],
+        "seconds_per_block": _time_in_turns([streams[1], streams[0]], filled, max(min(num_frames // block_frames // 10, TIMED_BLOCKS), 1)),
     }
     return {
         "first_21": windows[0], "segments": segments, "segment_frames": SEGMENT, "num_frames": len(windows) * WINDOW,
         "batch_size": batch_size, "first_and_last": ends,
         "change": {name: last / first - 1 for name, (first, last) in ends.items()},
     }
+
+
+def _time_in_turns(streams: list[Iterator[Tensor]], filled: int, num_blocks: int) -> list[float]:
+    """Median seconds a block of both streams, of num_blocks each in turns, once the first has made `filled` blocks. So a machine
+    that grows slower in between, or busier, slows both."""
+    for _ in range(filled):
+        next(streams[0])
+    seconds: list[list[float]] = [[], []]
+    for _ in range(num_blocks):
+        for stream, taken in zip(streams, seconds, strict=True):
+            started = time.perf_counter()
+            next(stream).cpu()
+            taken.append(time.perf_counter() - started)
+    return [median(taken) for taken in seconds]
 
 
 def _judge_window(judge: Any, video: Tensor, digits: Tensor, directions: Tensor, config: Any) -> dict[str, float]:

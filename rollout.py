@@ -113,11 +113,15 @@ class PromptSwitch:
 
 
 class _Past:
-    """What a rollout has made so far: the cache, and the frames in it, from which it can be made anew for another prompt."""
+    """What a rollout has made so far: the cache, and the frames in it, from which it can be made anew for another prompt.
+
+    The pass that writes a finished block waits for the next block's first pass and joins it, unless it is settled before.
+    """
 
     def __init__(self, model: TinyCausalWanModel, plan: RolloutPlan, streams: list[torch.Generator]):
         self.model, self.plan, self.streams = model, plan, streams
         self.cache = self._new_cache()
+        self._waiting: tuple[Tensor, Tensor, PromptContext] | None = None  # a finished block as the cache shall see it
         self._sink: list[Tensor] = []  # frames of the sink
         self._blocks: list[Tensor] = []  # blocks of which a frame is visible besides
 
@@ -125,8 +129,9 @@ class _Past:
         return self.model.new_cache(self.plan.context.window_frames, self.plan.context.sink_frames)
 
     def write(self, x_0: Tensor, prompt: PromptContext) -> None:
-        """Run a finished block once more at the context time: its keys and values join the cache."""
-        self._write(x_0, prompt)
+        """A finished block joins the past: its keys and values at the context time, the cache."""
+        self.settle()
+        self._waiting = self._as_context(x_0, prompt)
         window, sink = self.plan.context.window_frames, self.plan.context.sink_frames
         missing = sink - sum(frames.shape[1] for frames in self._sink)
         if missing > 0:
@@ -138,24 +143,37 @@ class _Past:
             while self._blocks and sum(block.shape[1] for block in self._blocks[1:]) >= visible:
                 del self._blocks[0]
 
+    def settle(self) -> None:
+        """Run the pass that waits."""
+        if self._waiting is not None:
+            (x, t, prompt), self._waiting = self._waiting, None
+            self.model.write_cache(x, t, prompt, self.cache)
+
+    def forward(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
+        """v (B, F_block, C, H, W) of the block at hand, seeing the past."""
+        if self._waiting is None or self._waiting[2] is not prompt:
+            self.settle()
+            return self.model.forward_cached(x_t, t, prompt, self.cache)
+        (x, t_x, _), self._waiting = self._waiting, None
+        return self.model.write_and_forward(x, t_x, x_t, t, prompt, self.cache)
+
     def recache(self, prompt: PromptContext) -> None:
         """Make the cache anew for another prompt, over the frames that the next block sees."""
-        self.cache = self._new_cache()
+        self.cache, self._waiting = self._new_cache(), None
         for x_0 in [*self._sink, *self._blocks]:
-            self._write(x_0, prompt)
+            self.settle()
+            self._waiting = self._as_context(x_0, prompt)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.cache, self._sink, self._blocks = self._new_cache(), [], []
+        self.cache, self._waiting, self._sink, self._blocks = self._new_cache(), None, [], []
 
-    def _write(self, x_0: Tensor, prompt: PromptContext) -> None:
+    def _as_context(self, x_0: Tensor, prompt: PromptContext) -> tuple[Tensor, Tensor, PromptContext]:
         t = torch.full(x_0.shape[:2], self.plan.context_time, device=x_0.device)
         x = x_0
         if self.plan.context_time != 0:
             x = add_noise(x_0, draw_noise(self.streams, tuple(x_0.shape[1:]), x_0.device), t)
-        if self.plan.guidance != 1.0:
-            x, t = torch.cat([x, x]), torch.cat([t, t])
-        self.model.write_cache(x, t, prompt, self.cache)
+        return (x, t, prompt) if self.plan.guidance == 1.0 else (torch.cat([x, x]), torch.cat([t, t]), prompt)
 
 
 def rollout_blocks(
@@ -178,6 +196,7 @@ def rollout_blocks(
         past.write(frames.to(device), prompt)
     for block in count() if num_blocks is None else range(num_blocks):
         if plan.context.hide_first_block and 0 < block == (num_blocks or 0) - 1:
+            past.settle()
             past.cache.forget_first(_block_frames(plan, 0, first_frames))
         exit_step = len(plan.times) - 1 if exit_steps is None else exit_steps[block]
         walk: list[Tensor] = []
@@ -202,17 +221,19 @@ def _denoise_block(
     past: _Past, prompt: PromptContext, num_frames: int, exit_step: int, carries_gradient: bool, walk: list[Tensor]
 ) -> Tensor:
     """x_0 of the next block, predicted at the exit step; walk collects its x_t on the way there."""
-    model, plan, config = past.model, past.plan, past.model.config
+    plan, config = past.plan, past.model.config
     draw = partial(
-        draw_noise, past.streams, (num_frames, config.channels, config.frame_size, config.frame_size), next(model.parameters()).device
+        draw_noise, past.streams, (num_frames, config.channels, config.frame_size, config.frame_size), next(past.model.parameters()).device
     )
     x_t = draw()
+    if exit_step == 0:
+        past.settle()  # in training the first pass is then one with gradient: inference that stops there must make the same bits
     for step in range(exit_step + 1):
         walk.append(x_t)
         t = torch.full(x_t.shape[:2], plan.times[step], device=x_t.device)
         # Only the exit step's pass builds a graph: the steps before it are inference, simulated.
         with torch.set_grad_enabled(carries_gradient and step == exit_step):
-            v = _guided_velocity(model, x_t, t, prompt, past.cache, plan.guidance)
+            v = _guided_velocity(past, x_t, t, prompt)
             x_0 = x_0_from_velocity(x_t, v, t)
             if plan.clamp_x_0:
                 x_0 = clamp_to_data(x_0)
@@ -248,13 +269,11 @@ def split_first_frames(frames: Tensor, plan: RolloutPlan) -> tuple[Tensor, ...]:
     return frames.split([1] * first + [block] * ((num_frames - first) // block), dim=1)
 
 
-def _guided_velocity(
-    model: TinyCausalWanModel, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache, guidance: float
-) -> Tensor:
-    if guidance == 1.0:
-        return model.forward_cached(x_t, t, prompt, cache)
-    cond, uncond = model.forward_cached(torch.cat([x_t, x_t]), torch.cat([t, t]), prompt, cache).chunk(2)
-    return classifier_free_guidance(cond, uncond, guidance)
+def _guided_velocity(past: _Past, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
+    if past.plan.guidance == 1.0:
+        return past.forward(x_t, t, prompt)
+    cond, uncond = past.forward(torch.cat([x_t, x_t]), torch.cat([t, t]), prompt).chunk(2)
+    return classifier_free_guidance(cond, uncond, past.plan.guidance)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from training_config import SelfForcingConfig
 from video_io import save_array, save_video, to_display
 
 PROMPT = "a handwritten 7 drifting up and to the left"
-TEXT, DENOISING, CACHE = "text", "denoising", "cache pass"  # phases of generation; then the rest: noise, re-noising
+# Phases of generation; then the rest: noise, re-noising. A block's cache pass is one with the next block's first step.
+TEXT, DENOISING, CACHE = "text", "denoising", "cache pass and first step"
 ROLLOUT, SCORES, CRITIC_LOSS, AVERAGES = "rollout", "scores", "critic: loss", "averages"  # of a training step, beside TEXT and
 BACKWARD, OPTIMIZER = "{}: backward", "{}: clipping, optimizer"  # these two of generator and critic
 ANCHOR_SIZES = {"width": 192, "num_layers": 6, "num_heads": 3, "patch_size": [1, 4, 4]}
@@ -95,7 +96,8 @@ def generate_in_phases(
     """`sample_few_step`, watched: the same videos (B, F, C, H, W)."""
     model, text_encoder = networks.generator, networks.text_encoder
     with phases.watch(
-        (text_encoder, "encode", TEXT), (model, "encode_prompt", TEXT), (model, "forward_cached", DENOISING), (model, "write_cache", CACHE)
+        (text_encoder, "encode", TEXT), (model, "encode_prompt", TEXT), (model, "forward_cached", DENOISING),
+        (model, "write_cache", CACHE), (model, "write_and_forward", CACHE),
     ):
         return sample_few_step(model, text_encoder, prompts, seeds, num_frames, plan, runtime)
 

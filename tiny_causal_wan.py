@@ -28,9 +28,12 @@ from attention import (
     WHOLE_PAST,
     ContextWindow,
     KeyLayout,
+    Rope,
     apply_rope,
+    attention,
     block_causal_layout,
     rope_angles,
+    rotated_attention,
     sinusoidal_embedding,
     teacher_forcing_layout,
 )
@@ -38,7 +41,6 @@ from flow_matching import expand_time, velocity_from_x_0, x_0_from_velocity
 from kv_cache import KVCache
 from recomputation import recomputed
 
-Rope = tuple[Tensor, Tensor]  # cos and sin (S, d)
 Attend = Callable[[Tensor, Tensor, Tensor, Rope], Tensor]  # self-attention of one layer: q, k, v (B, h, S, d), not rotated, to (B, h, S, d)
 
 
@@ -110,25 +112,6 @@ class PromptContext:
             [torch.cat(pair) for pair in zip(self.values, other.values, strict=True)],
             torch.cat([self.mask, other.mask]), torch.cat([self.pooled, other.pooled]),
         )
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, Eq. 1) over (B, h, S, d); mask is True where a query may look.
-
-    In bfloat16 on the CPU it is written out: at a few hundred tokens that can be 4 times as fast as the fused kernel's backward
-    pass. In float32 the fused kernel is the faster one.
-    """
-    if q.device.type != "cpu" or q.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, h, S_q, S_k)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1).to(v.dtype) @ v
-
-
-def rotated_attention(q: Tensor, k: Tensor, v: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
-    """`attention` of queries and keys that stand at the same positions."""
-    return attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mask)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -265,7 +248,7 @@ class TinyCausalWanModel(nn.Module):
         if self._recomputes and torch.is_grad_enabled():
             cache = cache.snapshot()  # the backward pass must attend to the past of this very moment
         first_frame = cache.next_row * self.config.patch_size[0]
-        attends: list[Attend] = [partial(self._attend_cached, cache, layer) for layer in range(self.config.num_layers)]
+        attends: list[Attend] = [partial(cache.attend, layer) for layer in range(self.config.num_layers)]
         return self._run(x_t, t, prompt, first_frame, attends)
 
     @torch.no_grad()  # the cache never carries gradient (Self-Forcing, Algorithm 1)
@@ -274,9 +257,23 @@ class TinyCausalWanModel(nn.Module):
         self.forward_cached(x, t, prompt, cache)
         cache.advance(x.shape[1])
 
-    @staticmethod
-    def _attend_cached(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        return attention(apply_rope(q, *rope), *cache.with_current(layer, k, v, *rope))
+    @torch.no_grad()
+    def write_and_forward(self, x: Tensor, t_x: Tensor, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> Tensor:
+        """`write_cache` of a finished block x at t_x, then `forward_cached` of the next, x_t at t, without gradient.
+
+        In one pass where the cache allows it: the finished block does not see the next one, so nothing is lost, and a larger pass is
+        the cheaper one where a network is small.
+        """
+        num_frames = x.shape[1]
+        if not cache.make_room_for_two(num_frames, x_t.shape[1]):
+            self.write_cache(x, t_x, prompt, cache)
+            return self.forward_cached(x_t, t, prompt, cache)
+        num_tokens = num_frames // self.config.patch_size[0] * self.config.tokens_per_patch_row
+        attends: list[Attend] = [partial(cache.attend_two, layer, num_tokens) for layer in range(self.config.num_layers)]
+        first_frame = cache.next_row * self.config.patch_size[0]
+        v = self._run(torch.cat([x, x_t], 1), torch.cat([t_x, t], 1), prompt, first_frame, attends)[:, num_frames:]
+        cache.advance(num_frames)
+        return v
 
     def _masked_attention(
         self, make_layout: Callable[..., KeyLayout], x_t: Tensor, num_frames_per_block: int, context: ContextWindow

@@ -46,6 +46,42 @@ def test_cached_blocks_equal_the_mask_for_every_window_and_sink(small_model, blo
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("block", "window", "sink"), [
+    *((block, window, sink) for block, window, sink in itertools.product((1, 3), (None, 3, 6, 9, 21), (0, 1, 3))
+      if window is None or sink <= window - block), (3, 8, 2), (1, 2, 1),
+])
+def test_a_joined_pass_is_the_cache_pass_and_then_the_first_step(small_model, block, window, sink):
+    """60 frames, so that the window moves back several times: as both ways one after the other, and reading writes nothing."""
+    blocks = [part.split(block, 1) for part in (*random_video(small_model, 2, 60), random_video(small_model, 2, 60)[0])]
+    prompt, zero = random_prompt(small_model, 2), torch.zeros(2, block)
+    apart, joined, num_passes = small_model.new_cache(window, sink), small_model.new_cache(window, sink), []
+    small_model.head.register_forward_hook(lambda *_: num_passes.append(1))
+    finished = None
+    for x_t, t, x_0 in zip(*blocks, strict=True):
+        expected = small_model.forward_cached(x_t, t, prompt, apart)
+        num_passes.clear()
+        if finished is None:
+            found = small_model.forward_cached(x_t, t, prompt, joined)
+        else:
+            found = small_model.write_and_forward(finished, zero, x_t, t, prompt, joined)
+        assert len(num_passes) == 1 or (sink and joined.num_frames + block > window)  # two where the sink has to move between them
+        assert_same_x_0(found, expected, t)
+        assert_same_x_0(small_model.forward_cached(x_t, t, prompt, joined), expected, t)  # a second step sees the same past
+        small_model.write_cache(x_0, zero, prompt, apart)
+        assert joined.num_frames == apart.num_frames - block
+        finished = x_0
+
+
+@torch.no_grad()
+def test_a_first_frame_of_its_own_and_a_block_in_one_pass(small_model):
+    (x_t, t), prompt = random_video(small_model, 2, 4), random_prompt(small_model, 2)
+    apart, joined = small_model.new_cache(6), small_model.new_cache(6)
+    small_model.write_cache(x_t[:, :1], t[:, :1], prompt, apart)
+    found = small_model.write_and_forward(x_t[:, :1], t[:, :1], x_t[:, 1:], t[:, 1:], prompt, joined)
+    assert_same_x_0(found, small_model.forward_cached(x_t[:, 1:], t[:, 1:], prompt, apart), t[:, 1:])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("block", "window", "sink"), [(3, 9, 3), (3, 6, 1), (1, 6, 3), (3, 8, 0), (3, 6, 3)])
 def test_a_block_is_what_a_short_video_of_its_visible_frames_makes_of_it(block, window, sink):
     """An oracle without cache or mask. One layer: keys of the past depend on the past frame alone."""

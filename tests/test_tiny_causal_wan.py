@@ -8,9 +8,17 @@ import torch.nn.functional as F
 from conftest import SMALL_SIZES, build_small_model, random_prompt, random_video
 from torch import Tensor
 
-from attention import ContextWindow, apply_rope, block_causal_layout, rope_angles, teacher_forcing_layout
+from attention import (
+    ContextWindow,
+    apply_rope,
+    attention,
+    block_causal_layout,
+    rope_angles,
+    sinusoidal_embedding,
+    teacher_forcing_layout,
+)
 from flow_matching import velocity_from_x_0, x_0_from_velocity
-from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel, attention, sinusoidal_embedding
+from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
 
 NUM_FRAMES = 12
 
