@@ -37,6 +37,7 @@ SCRIPTS = REPOSITORY  # where train.py and evaluate.py stand
 SECONDS_BETWEEN_LOOKS = 0.2
 NOT_OF_THE_RESULT = ("log_dir", "run_name", "wandb", "experiment", "training.pretrained_checkpoint", "training.checkpoint_interval",
                      "training.keep_last", "training.log_interval", "training.resume")  # keys of a run that change no weight
+NOT_OF_A_STEP = ("teacher", "seed", "training.num_steps", "device", "precision")  # settings of a training that change no FLOP of its steps
 
 
 class Comparison:
@@ -96,13 +97,17 @@ class Comparison:
         ]
 
     def _flops(self, paradigm: str, block: int) -> float:
-        """Of a training step; counted once and kept beside the table."""
+        """Of a training step: as an earlier table has it, or else counted once and kept beside the table."""
         path = self.output_dir / f"{self.config.name}_flops.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
         config = compose_run(self._overrides(paradigm, block))
         settings = settings_of_result(config)
-        for key in ("seed", "training.num_steps", "device", "precision"):
-            del settings[key]
+        for key in NOT_OF_A_STEP:
+            settings.pop(key, None)
+        for each in [] if self.earlier is None else self.earlier["trainings"]:
+            stored = {key: value for key, value in each["settings"].items() if key not in NOT_OF_A_STEP}
+            if (each["paradigm"], each["block"]) == (paradigm, block) and is_same_result(stored, settings, paradigm):
+                return each["gflops_per_step"] * 1e9
         name = f"{paradigm}-block{block}-{fingerprint(settings)}"
         if name not in kept:
             start = time.perf_counter()
@@ -142,7 +147,7 @@ class Comparison:
             is_same = self.earlier["settings"]["teacher_sha256"] == self.teacher_digest
         else:
             stored = [each for each in self.earlier["trainings"] if is_of(training, each)]
-            is_same = bool(stored) and is_same_result(stored[0]["settings"], training)
+            is_same = bool(stored) and is_same_result(stored[0]["settings"], training.settings, training.paradigm)
         return {"network": results[place], **({REAL: results[real]} if real in results else {})} if is_same else None
 
     def _own_folder(self, kind: str, name: str, settings: dict[str, Any]) -> Path:
@@ -321,11 +326,10 @@ def is_of(training: Training, description: dict[str, Any]) -> bool:
     return (description["paradigm"], description["block"], description["seed"]) == (training.paradigm, training.block, training.seed)
 
 
-def is_same_result(stored: dict[str, Any], training: Training) -> bool:
-    """Do the settings in a table lead to the same weights? Keys that came after it count as the same at their defaults."""
-    wanted = training.settings
+def is_same_result(stored: dict[str, Any], wanted: dict[str, Any], paradigm: str) -> bool:
+    """Do the settings in a table lead to the same weights as those wanted? Keys that came after it count as the same at their defaults."""
     later = wanted.keys() - stored.keys()
     if any(key not in wanted or wanted[key] != value for key, value in stored.items()):
         return False
-    defaults = settings_of_result(compose_run([*PARADIGMS[training.paradigm]])) if later else {}
+    defaults = settings_of_result(compose_run([*PARADIGMS[paradigm]])) if later else {}
     return all(wanted[key] == defaults[key] for key in later)

@@ -250,10 +250,32 @@ def test_a_key_that_came_later_counts_as_the_same_at_its_default_alone(ask, fake
     assert compare(ask("experiment.rows=[sf_dmd]")) == 0
     (training,) = Comparison(ask("experiment.rows=[sf_dmd]")).trainings
     before = {key: value for key, value in training.settings.items() if key != "training.clip_norm"}
-    assert comparison.is_same_result(before, training) and not comparison.is_same_result({**before, "training.lr": 1.0}, training)
-    assert not comparison.is_same_result({**before, "gone": 1}, training)
+
+    def is_same(stored: dict[str, object]) -> bool:
+        return comparison.is_same_result(stored, training.settings, training.paradigm)
+
+    assert is_same(before) and not is_same({**before, "training.lr": 1.0}) and not is_same({**before, "gone": 1})
     training.settings["training.clip_norm"] = 2.0
-    assert not comparison.is_same_result(before, training)
+    assert not is_same(before)
+
+
+def test_flops_are_taken_from_an_earlier_table_whose_steps_were_the_same(ask, fake, monkeypatch):
+    asked = ["experiment.rows=[sf_dmd]"]
+    assert compare(ask(*asked)) == 0
+    path, counts = fake / "results" / "table2.json", fake / "results" / "table2_flops.json"
+    table = json.loads(path.read_text())
+    (described,) = table["trainings"]
+    counted = described["gflops_per_step"]
+    described["gflops_per_step"] = 2 * counted  # so that it shows from where they are
+    del described["settings"]["training.clip_norm"]  # a key that came later
+    path.write_text(json.dumps(table))
+    counts.unlink()
+    for more in ([], ["experiment.seeds=[3]"], ["experiment.budget=40"]):  # neither seed nor length is one of a step
+        (training,) = Comparison(ask(*asked, *more)).trainings
+        assert training.flops_per_step == 2e9 * counted and not counts.exists()
+    monkeypatch.setattr(comparison, "flops_per_step", lambda config: 7.0)
+    (training,) = Comparison(ask(*asked, 'experiment.overrides.sf_dmd=["training.batch_size=3"]')).trainings
+    assert training.flops_per_step == 7.0 and counts.exists()
 
 
 def test_a_table_that_would_lose_results_stays(ask, fake, capsys):
