@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from itertools import count
 from pathlib import Path
@@ -46,9 +47,11 @@ def read_table(folder: Path, name: str) -> dict[str, Any] | None:
         table = json.loads(path.read_text()) if path.exists() else None
         if table is not None:
             kinds = [type(figures["options"]) is list for place, figures in results_of(table).items() if place[0] != REAL]
-            kinds += [type(training["settings"]) is dict for training in table["trainings"]]
+            for training in table["trainings"]:
+                kinds += [type(training["settings"]) is dict, {"paradigm", "block", "seed"} <= set(training)]
+                kinds += [type(training["gflops_per_step"]) in (int, float) and 0 < training["gflops_per_step"] < math.inf]
             if not all(kinds):
-                raise ValueError("options or settings of another kind")
+                raise ValueError("options, settings or FLOPs of another kind")
         return table
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no table of a comparison ({error!r}): move it away or choose another experiment.name") from error

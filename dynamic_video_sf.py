@@ -49,8 +49,8 @@ class Rollout:
 
     x_0: Tensor
     scored: Tensor  # (B, min(F, gradient_frames), C, H, W): what the losses see
-    exit_steps: list[int]  # of the first video, where each has its own
-    frame_exits: Tensor  # (B, min(F, gradient_frames)): the exit step of every scored frame
+    exit_steps: list[int]  # of the blocks that were made; those of the first video, where each has its own
+    frame_exits: Tensor  # (B, min(F, gradient_frames)): the exit step of every scored frame, -1 of one that was given
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class SelfForcingEngine:
         if config.generator_inputs == "self_rollout" and config.continuation_probability == 0:
             return self.rollout(prompt, num_frames, with_gradient, share, first_frame)
         if x_real is None:
-            raise ValueError(f"training.generator_inputs={config.generator_inputs} needs real videos here: none were given")
+            key = "generator_inputs" if config.generator_inputs != "self_rollout" else "continuation_probability"
+            raise ValueError(f"training.{key}={vars(config)[key]} needs real videos: none were given")
         if config.generator_inputs != "self_rollout":
             return self.denoise_real(prompt, x_real, with_gradient, share)
         goes_on = torch.rand((), generator=self.random).item() < config.continuation_probability
@@ -140,23 +141,25 @@ class SelfForcingEngine:
         num_earlier, rest = divmod(first_frame, config.num_frames_per_block)
         if first_frame < 0 or rest:
             raise ValueError(f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of {config.num_frames_per_block}")
+        if given is not None and (first_frame or given.shape[1] != sizes[0] or len(sizes) == 1):
+            raise ValueError(f"{given.shape[1]} frames given: expected a first block of {sizes[0]}, first_frame 0 and a block behind it")
         num_given = 0 if given is None else 1  # of the window's blocks
         num_made = num_earlier + len(sizes) - num_given
         num_exits = 1 if config.same_exit_step else len(sizes)
         exits = torch.randint(len(self.plan.times), (num_exits,), generator=self.random).tolist()
-        exit_steps = exits * len(sizes) if config.same_exit_step else exits
+        exit_steps = (exits * len(sizes) if config.same_exit_step else exits)[num_given:]
         share = share_or_whole(share, prompt.pooled.shape[0])
         seeds = share.draw(lambda total: torch.randint(2**62, (total,), generator=self.random)).tolist()
         first_scored = max(num_frames - config.gradient_frames, 0)
         first_with_gradient = num_earlier + max(sum(end <= first_scored for end in accumulate(sizes)) - num_given, 0)
         blocks = rollout_blocks(
             self.generator, prompt, make_noise_streams(seeds), num_made, self.plan,
-            exit_steps=[len(self.plan.times) - 1] * num_earlier + exit_steps[num_given:],
+            exit_steps=[len(self.plan.times) - 1] * num_earlier + exit_steps,
             gradient_blocks=range(first_with_gradient, num_made if with_gradient else 0), first_frames=given,
         )
         with torch.set_grad_enabled(with_gradient):
             x_0 = torch.cat([*([] if given is None else [given]), *islice(blocks, num_earlier, None)], dim=1)
-            frame_exits = torch.tensor([exit_steps] * len(x_0)).repeat_interleave(torch.tensor(sizes), 1)
+            frame_exits = torch.tensor([[-1] * num_given + exit_steps] * len(x_0)).repeat_interleave(torch.tensor(sizes), 1)
             return Rollout(x_0, x_0[:, first_scored:], exit_steps, frame_exits[:, first_scored:])
 
     def stream(

@@ -58,15 +58,16 @@ def mean_by_exit_step(terms: Tensor, frame_exits: Tensor, denoising_steps: list[
     """Mean of a loss's terms over the frames that left their walk at each denoising step; a step that none took is left out.
 
     terms: (B, F, ...), or (B,) of a loss that judges whole videos, which says nothing of one step where a video's blocks
-    have different ones: then the result is empty. frame_exits: (B, F), indices into denoising_steps.
+    have different ones: then the result is empty. frame_exits: (B, F), indices into denoising_steps, -1 of frames that were given.
     """
     frame_exits = frame_exits.to(terms.device)
     if terms.ndim == 1:
-        if (frame_exits != frame_exits[:, :1]).any():
+        of_videos = frame_exits.amax(dim=1)
+        if ((frame_exits != of_videos[:, None]) & (frame_exits >= 0)).any():
             return {}
-        frame_exits = frame_exits[:, 0]
+        frame_exits = of_videos
     columns = exit_columns(denoising_steps)
-    return {columns[index]: terms[frame_exits == index].mean().item() for index in frame_exits.unique().tolist()}
+    return {columns[index]: terms[frame_exits == index].mean().item() for index in frame_exits.unique().tolist() if index >= 0}
 
 
 def critic_lag(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> float:

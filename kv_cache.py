@@ -152,7 +152,7 @@ class KVCache:
         old, num_rows = self._tokens(self._first, self._end), self._end - self._first
         new = self._tokens(0, num_rows)
         self._keys[..., new, :] = self._shifted(self._keys[..., old, :], -self._first)
-        self._values[..., new, :] = self._values[..., old, :]  # no overlap: the past is at least a window away from row 0
+        self._values[..., new, :] = self._values[..., old, :].clone()  # old and new may overlap where the next block is the larger one
         self._first, self._end = 0, num_rows
         self._place_sink()
 

@@ -209,8 +209,8 @@ def measure_continuation(
 ) -> dict[str, Any]:
     """The first block of real held-out videos, gone on from for num_frames frames; the real videos themselves beside it.
 
-    stroke_mass_by_fifth: that of the frames made over that of the frames given, from the fifth of the videos with the thinnest
-    strokes to that with the boldest.
+    stroke_mass_by_fifth: that of the frames made over that of the frames given, from the fifth of the videos with the least ink to
+    that with the most.
     """
     judge, block = load_judge(), plan.num_frames_per_block
     generator, parts = MovingMNISTGenerator(networks.config.dataset, "test"), {"continued": [], "real": []}

@@ -103,7 +103,8 @@ def generate_in_phases(
 
 
 def block_ends(phases: Phases) -> list[float]:
-    """When each block was there, in seconds from the call: the cache pass follows at once, and the last block ends the video."""
+    """When each block was there, in seconds from the call: its cache pass follows, once the next block's noise is drawn, and the last block
+    ends the video."""
     return [begin - phases.begin for phase, begin, _ in phases.calls if phase == CACHE] + [phases.whole]
 
 

@@ -241,9 +241,7 @@ class TinyCausalWanModel(nn.Module):
 
     def forward_cached(self, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> Tensor:
         """v of one block x_t (B, F_block, C, H, W) that follows the cached frames, which stay as they are."""
-        self._check_frames(block=x_t.shape[1])
-        if cache.window_frames is not None and x_t.shape[1] > cache.window_frames:
-            raise ValueError(f"a block of {x_t.shape[1]} frames: expected at most the cache's window of {cache.window_frames}")
+        self._check_block(x_t, cache)
         cache.make_room(x_t.shape[1])
         if self._recomputes and torch.is_grad_enabled():
             cache = cache.snapshot()  # the backward pass must attend to the past of this very moment
@@ -259,11 +257,9 @@ class TinyCausalWanModel(nn.Module):
 
     @torch.no_grad()
     def write_and_forward(self, x: Tensor, t_x: Tensor, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> Tensor:
-        """`write_cache` of a finished block x at t_x, then `forward_cached` of the next, x_t at t, without gradient.
-
-        In one pass where the cache allows it: the finished block does not see the next one, so nothing is lost, and a larger pass is
-        the cheaper one where a network is small.
-        """
+        """`write_cache` of a finished block x at t_x, then `forward_cached` of the next, x_t at t, without gradient. In one pass where
+        the cache allows it: a finished block does not see the next one, and where a network is small a larger pass is the cheaper."""
+        self._check_block(x, cache), self._check_block(x_t, cache)
         num_frames = x.shape[1]
         if not cache.make_room_for_two(num_frames, x_t.shape[1]):
             self.write_cache(x, t_x, prompt, cache)
@@ -302,6 +298,11 @@ class TinyCausalWanModel(nn.Module):
         for name, count in counts.items():
             if count is not None and (count < 1 or count % patch):
                 raise ValueError(f"a {name} of {count} frames: expected a positive multiple of the temporal patch {patch}")
+
+    def _check_block(self, block: Tensor, cache: KVCache) -> None:
+        self._check_frames(block=block.shape[1])
+        if cache.window_frames is not None and block.shape[1] > cache.window_frames:
+            raise ValueError(f"a block of {block.shape[1]} frames: expected at most the cache's window of {cache.window_frames}")
 
     def _run(
         self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int, attends: list[Attend], num_copies: int = 1

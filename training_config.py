@@ -213,8 +213,8 @@ class SelfForcingConfig(FewStepConfig):
     """Self-Forcing with distribution matching. A step is one critic update; every `dfake_gen_update_ratio`-th step also
     updates the generator.
 
-    generator_inputs: "self_rollout" is Self-Forcing, which needs no videos; "diffusion_forced" (CausVid, arXiv 2412.07772)
-    and "teacher_forced" denoise real videos in one pass instead. loss: "gan" compares with real videos.
+    generator_inputs: "self_rollout" is Self-Forcing, which needs no videos where it continues none; "diffusion_forced" (CausVid, arXiv
+    2412.07772) and "teacher_forced" denoise real videos in one pass instead. loss: "gan" compares with real videos.
     """
 
     training_type: str = "dmd2"

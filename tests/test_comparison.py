@@ -288,7 +288,12 @@ def test_a_table_that_would_lose_results_stays(ask, fake, capsys):
     assert "stays as table2-2.json" in capsys.readouterr().out and (fake / "results" / "table2-1.json").read_text() == before
 
 
-@pytest.mark.parametrize("text", ["{}", "not json", '{"rows": {"tf": {"3": {"0": {"frames_right": 1.0}}}}, "trainings": []}'])
+@pytest.mark.parametrize("text", [
+    "{}", "not json", '{"rows": {"tf": {"3": {"0": {"frames_right": 1.0}}}}, "trainings": []}',
+    *('{"rows": {}, "trainings": [{"settings": {}, "paradigm": "tf", "block": 3, %s}]}' % rest for rest in (
+        '"seed": 0', '"gflops_per_step": 1', '"seed": 0, "gflops_per_step": "1"', '"seed": 0, "gflops_per_step": 0',
+        '"seed": 0, "gflops_per_step": NaN')),
+])
 def test_a_file_that_is_no_table_is_not_written_over(ask, fake, text: str):
     (fake / "results").mkdir()
     (fake / "results" / "table2.json").write_text(text)

@@ -1,19 +1,21 @@
 """Rollouts that go on from the first block of real videos: how often, from what, and where gradient flows."""
 
-from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_small_model, random_prompt
-from test_stages import build_self_forcing, teacher  # noqa: F401 (a fixture)
+from test_stages import build_self_forcing, run_config, self_forcing_config, teacher  # noqa: F401 (a fixture)
 
 import dynamic_video_sf
+from compute import flops_per_step
 from config import SelfForcingConfig
 from dynamic_video_sf import SelfForcingEngine
+from health import mean_by_exit_step
 from rollout import make_noise_streams, rollout_blocks
 
 BLOCK, NUM_FRAMES = 3, 12
+STEPS = [1000, 750, 500, 250]
 
 
 def build_engine(**changes: object) -> SelfForcingEngine:
@@ -34,10 +36,11 @@ def test_what_is_given_comes_first_and_the_rest_is_what_inference_makes_of_it(is
     for _ in range(8):
         rollout = engine.rollout(prompt, num_frames, with_gradient=True, given=given)
         assert rollout.x_0.shape[1] == num_frames and torch.equal(rollout.x_0[:, :first], given)
-        assert rollout.exit_steps == rollout.exit_steps[:1] * 4 and rollout.frame_exits.shape == (2, num_frames)
+        assert rollout.exit_steps == rollout.exit_steps[:1] * 3
+        assert rollout.frame_exits.tolist() == [[-1] * first + rollout.exit_steps[:1] * 9] * 2
         with torch.no_grad():
             expected = torch.cat(list(rollout_blocks(
-                engine.generator, prompt, make_noise_streams(seeds.pop()), 3, engine.plan, exit_steps=rollout.exit_steps[1:],
+                engine.generator, prompt, make_noise_streams(seeds.pop()), 3, engine.plan, exit_steps=rollout.exit_steps,
                 first_frames=given,
             )), dim=1)
         torch.testing.assert_close(rollout.x_0[:, first:].detach(), expected, atol=1e-5, rtol=1e-5)
@@ -55,9 +58,8 @@ def test_exit_steps_of_their_own_stay_those_of_their_blocks(monkeypatch):
         rollout = engine.rollout(prompt, NUM_FRAMES, with_gradient=False, given=real_videos()[:, :BLOCK])
         if len(set(rollout.exit_steps)) > 2:
             break
-    assert asked[-1]["exit_steps"] == rollout.exit_steps[1:]
-    ends = list(accumulate([BLOCK] * 4))
-    assert rollout.frame_exits[0, [end - 1 for end in ends]].tolist() == rollout.exit_steps
+    assert asked[-1]["exit_steps"] == rollout.exit_steps
+    assert rollout.frame_exits[0].tolist() == [-1] * BLOCK + [exit_step for exit_step in rollout.exit_steps for _ in range(BLOCK)]
 
 
 @pytest.mark.parametrize(("gradient_frames", "blocks_with_gradient"), [(21, 3), (9, 3), (6, 2), (3, 1)])
@@ -111,7 +113,32 @@ def test_impossible_continuations_are_refused_in_one_line(changes: dict[str, obj
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_given_says_nothing_of_an_exit_step():
+    terms, exits = torch.tensor([[5.0, 1.0, 2.0]]), torch.tensor([[-1, 2, 2]])
+    assert mean_by_exit_step(terms, exits, STEPS) == {"loss_exit_500": 1.5}
+    assert mean_by_exit_step(torch.tensor([3.0]), exits, STEPS) == {"loss_exit_500": 3.0}  # a loss of whole videos
+    assert mean_by_exit_step(torch.tensor([3.0]), torch.tensor([[-1, 2, 1]]), STEPS) == {}
+
+
+@pytest.mark.parametrize(("given", "first_frame", "num_frames"), [(6, 0, 12), (3, 3, 12), (1, 0, 12), (3, 0, 3)])
+def test_what_is_no_first_block_is_not_gone_on_from(given: int, first_frame: int, num_frames: int):
+    engine = build_engine()
+    with pytest.raises(ValueError, match=f"^{given} frames given: expected a first block of 3, first_frame 0 and a block behind it"):
+        engine.rollout(
+            random_prompt(engine.generator, 2), num_frames, with_gradient=False, first_frame=first_frame, given=real_videos()[:, :given]
+        )
+
+
+def test_flops_are_those_of_both_kinds_of_steps_in_their_shares(teacher: Path):  # noqa: F811
+    short = {"denoising_steps": [1000, 500], "min_num_frames": 6, "max_num_frames": 6}
+    never, always, some = (
+        flops_per_step(run_config(self_forcing_config(teacher, **short, continuation_probability=probability)))
+        for probability in (0.0, 1.0, 0.3)
+    )
+    assert always < never and some == pytest.approx(0.7 * never + 0.3 * always, rel=1e-12)
+
+
 def test_real_videos_are_asked_for_where_none_are_given():
     engine = build_engine(continuation_probability=0.5)
-    with pytest.raises(ValueError, match="needs real videos here: none were given"):
+    with pytest.raises(ValueError, match="training.continuation_probability=0.5 needs real videos: none were given"):
         engine.make_videos(random_prompt(engine.generator, 2), NUM_FRAMES, False)

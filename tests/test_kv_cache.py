@@ -73,12 +73,23 @@ def test_a_joined_pass_is_the_cache_pass_and_then_the_first_step(small_model, bl
 
 
 @torch.no_grad()
-def test_a_first_frame_of_its_own_and_a_block_in_one_pass(small_model):
+@pytest.mark.parametrize("window", [4, 6])
+def test_a_first_frame_of_its_own_and_a_block_in_one_pass(small_model, window):
     (x_t, t), prompt = random_video(small_model, 2, 4), random_prompt(small_model, 2)
-    apart, joined = small_model.new_cache(6), small_model.new_cache(6)
+    apart, joined = small_model.new_cache(window), small_model.new_cache(window)
     small_model.write_cache(x_t[:, :1], t[:, :1], prompt, apart)
     found = small_model.write_and_forward(x_t[:, :1], t[:, :1], x_t[:, 1:], t[:, 1:], prompt, joined)
     assert_same_x_0(found, small_model.forward_cached(x_t[:, 1:], t[:, 1:], prompt, apart), t[:, 1:])
+
+
+def test_a_joined_pass_refuses_what_either_pass_does():
+    model = build_small_model(patch_size=[2, 4, 4])
+    (x, t), prompt = random_video(model, 1, 6), random_prompt(model, 1)
+    for sizes, window, words in (((1, 3), None, "a block of 1 frames: expected a positive multiple of the temporal patch 2"),
+                                 ((2, 4), 2, "a block of 4 frames: expected at most the cache's window of 2")):
+        (past, block), (t_past, t_block) = (each[:, : sum(sizes)].split(sizes, 1) for each in (x, t))
+        with pytest.raises(ValueError, match=words):
+            model.write_and_forward(past, t_past, block, t_block, prompt, model.new_cache(window))
 
 
 @torch.no_grad()
