@@ -290,7 +290,7 @@ def test_a_table_that_would_lose_results_stays(ask, fake, capsys):
 
 @pytest.mark.parametrize("text", [
     "{}", "not json", '{"rows": {"tf": {"3": {"0": {"frames_right": 1.0}}}}, "trainings": []}',
-    *('{"rows": {}, "trainings": [{"settings": {}, "paradigm": "tf", "block": 3, %s}]}' % rest for rest in (
+    *('{"rows": {}, "trainings": [{"settings": {}, "paradigm": "tf", "block": 3, ' + rest + "}]}" for rest in (
         '"seed": 0', '"gflops_per_step": 1', '"seed": 0, "gflops_per_step": "1"', '"seed": 0, "gflops_per_step": 0',
         '"seed": 0, "gflops_per_step": NaN')),
 ])
