@@ -34,6 +34,7 @@ from training_config import (
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
+GROUPS = ("model", "dataset", "training", "experiment")  # of configs/, chosen by the name of a file
 
 
 @dataclass
@@ -181,9 +182,21 @@ def explain_command_line(error: Exception, overrides: list[str]) -> str:
         return f"{_shortened(longest)}: the number is too large"
     reason = explain_refusal(error)
     if reason.startswith("Config group override must be"):
-        groups = [override for override in overrides if override.partition("=")[0] in ("model", "dataset", "training", "experiment")]
+        groups = [override for override in overrides if override.partition("=")[0] in GROUPS]
         return f"{', '.join(groups)}: {reason}"
-    return reason
+    interpolated = [override for override in overrides if "${" in override and override.partition("=")[0] not in reason]
+    return f"{_shortened(', '.join(interpolated))}: {reason}" if interpolated else reason
+
+
+def check_choices(overrides: list[str]) -> None:
+    """Raise ValueError for a choice of a group that Hydra would fail on: an interpolation, or a list of something else than names."""
+    name = r"(?!(?:null|true|false)\b)[a-z_][\w./-]*"
+    for override in overrides:
+        group, _, value = override.partition("=")
+        is_list = value.lstrip().startswith("[")
+        is_list_of_names = re.fullmatch(rf"\s*\[\s*{name}(\s*,\s*{name})*\s*\]\s*", value, re.IGNORECASE)
+        if group.lstrip("+~") in GROUPS and ("${" in value or (is_list and not is_list_of_names)):
+            raise ValueError(f"{_shortened(override)}: expected the name of a file in configs/{group.lstrip('+~')}/, without .yaml")
 
 
 def _shortened(text: str) -> str:

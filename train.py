@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, remove_leftovers, save_checkpoint
 from comparison import compare
-from config import Config, build_config, config_to_dict, explain_command_line, explain_refusal, register_schemas
+from config import Config, build_config, check_choices, config_to_dict, explain_command_line, explain_refusal, register_schemas
 from digit_judge import JUDGE_PATH, DigitJudge, load_judge
 from distributed import ONE_PROCESS, Processes, losses_named, mean_figures, processes_of_environment
 from few_step_stage import FewStepStage
@@ -370,7 +370,7 @@ def main(composed: DictConfig) -> None:
             print(f"{interrupted}; go on with: {command_to_go_on(list(HydraConfig.get().overrides.task))}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except (TrainingDiverged, ValueError, OSError, ImportError, OmegaConfBaseException) as error:
-        reason = explain_refusal(error) if isinstance(error, OmegaConfBaseException) else error
+        reason = explain_command_line(error, sys.argv[1:]) if isinstance(error, OmegaConfBaseException) else error
         sys.exit(f"error: {reason}" if processes.may_speak() else 1)
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "interrupted; training.resume=auto goes on from the newest checkpoint, where there is one", file=sys.stderr)
@@ -386,6 +386,7 @@ def run_command_line() -> None:
     if chosen and all(argument.startswith("experiment.") for argument in chosen):  # Hydra would fail with an assertion
         sys.exit(f"error: {chosen[0]} has no experiment: choose one too, such as experiment=table2")
     try:
+        check_choices(sys.argv[1:])
         main()
     except (HydraException, OmegaConfBaseException, OverflowError, ValueError) as error:  # Hydra lets bare ones of Python through
         sys.exit(f"error: {explain_command_line(error, sys.argv[1:])}")

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from test_generate import COMMON, STUDENT, write_networks
 
 from checkpoint import CheckpointError, checkpoint_config
-from config import Config, build_config, config_to_dict, explain_command_line, flatten, register_schemas
+from config import Config, build_config, check_choices, config_to_dict, explain_command_line, flatten, register_schemas
 from generate import main
 from training_config import TRAINING_KINDS
 
@@ -54,6 +54,7 @@ def as_override(key: str, value: object) -> str:
 def compose_or_refuse(overrides: list[str]) -> str | None:
     """None where it composes, else the one line that train.py would print."""
     try:
+        check_choices(overrides)
         config = build_config(compose("train", overrides))
     except (HydraException, OmegaConfBaseException, OverflowError, ValueError) as error:  # what train.py makes a line of, no others
         return explain_command_line(error, overrides)
@@ -69,7 +70,9 @@ def hydra_is_set_up():
 
 
 @pytest.mark.parametrize("override", [
-    "training.lr=1" + "0" * 400, "training=null", "experiment=3", "training.lr={a:1", "training.lr=${no.such}", "training.lr=${",
+    "training.lr=1" + "0" * 400, "training=null", "experiment=3", "experiment=${0}",
+    *(f"experiment=[{item}]" for item in ("null", "3", "table2,null", "{}", "true", "")),
+    "training.lr={a:1", "training.lr=${no.such}", "training.lr=${", "training.adam_betas=${seed}",
     "seed=1e999", "model.frame_size=1" + "0" * 30, "training.adam_betas=[0.9,null]", "training.denoising_steps=[[1000]]",
     "training.num_steps=null", "run_name=\x00", "wandb=null",
     "training.num_frames_per_block=0", "training.decay_fraction=-nan", "training.resume=\'\'",
