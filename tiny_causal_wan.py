@@ -259,7 +259,8 @@ class TinyCausalWanModel(nn.Module):
     def write_and_forward(self, x: Tensor, t_x: Tensor, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> Tensor:
         """`write_cache` of a finished block x at t_x, then `forward_cached` of the next, x_t at t, without gradient. In one pass where
         the cache allows it: a finished block does not see the next one, and where a network is small a larger pass is the cheaper."""
-        self._check_block(x, cache), self._check_block(x_t, cache)
+        for block in (x, x_t):
+            self._check_block(block, cache)
         num_frames = x.shape[1]
         if not cache.make_room_for_two(num_frames, x_t.shape[1]):
             self.write_cache(x, t_x, prompt, cache)
