@@ -8,6 +8,7 @@ complete in its `state_dict`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,6 +59,11 @@ def rate_factor(config: TrainingConfig, step: int, warmup_steps: int = 0) -> flo
     return min((step + 1) / max(warmup_steps, 1), (config.num_steps - step) / decay_steps, 1.0)
 
 
+def is_chosen(step: int, share: float) -> bool:
+    """Whether this step is among a share in [0, 1] of all steps, evenly spread: 0.5 chooses every even step."""
+    return math.ceil((step + 1) * share) > math.ceil(step * share)
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Let every group of the optimizer learn at this rate."""
     for group in optimizer.param_groups:
@@ -73,8 +79,8 @@ def update_average(average: nn.Module, live: nn.Module, decay: float, num_update
 
 
 class PretrainStage:
-    """Training on the videos of Moving MNIST (see `objectives`): even steps bidirectional, odd steps block-causal, or with
-    teacher or diffusion forcing every step causal."""
+    """Training on the videos of Moving MNIST (see `objectives`): a share of the steps bidirectional, the others block-causal,
+    or with teacher or diffusion forcing every step causal."""
 
     columns = ("loss_bidirectional", "loss_causal", "gradient_norm", "lr_factor")
 
@@ -147,7 +153,7 @@ class PretrainStage:
         config, common = self.config, (self.config.time_shift, self.config.loss_time_floor, self.random)
         if config.objective == "teacher_forcing":
             return "loss_causal", teacher_forcing_loss(self.model, x_0, prompt, config.num_frames_per_block, *common, config.context, share)
-        if config.objective == "mixed" and step % 2 == 0:
+        if config.objective == "mixed" and is_chosen(step, config.bidirectional_share):
             return "loss_bidirectional", bidirectional_loss(self.model, x_0, prompt, *common, share)
         return "loss_causal", block_causal_loss(
             self.model, x_0, prompt, config.num_frames_per_block, config.clean_prefix_probability, *common, config.context, share

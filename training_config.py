@@ -132,11 +132,12 @@ class PretrainConfig(TrainingConfig):
     """Training on the videos of Moving MNIST, on short clips first if asked.
 
     objective: "mixed" makes one network that is bidirectional teacher and causal starting point (the two kinds of steps
-    in turn); "teacher_forcing" and "diffusion_forcing" train a causal one alone.
+    in turn, a bidirectional_share of them of the first kind); "teacher_forcing" and "diffusion_forcing" train a causal one alone.
     """
 
     training_type: str = "pretrain"
     objective: str = "mixed"
+    bidirectional_share: float = 0.5  # of the steps of the mixed objective, evenly spread
     pretrained_checkpoint: str | None = None  # start from its network; its text encoder is kept as it is
     num_steps: int = 6000
     batch_size: int = 24
@@ -157,7 +158,7 @@ class PretrainConfig(TrainingConfig):
         super().__post_init__()
         require(self.pretrained_checkpoint != "", "training.pretrained_checkpoint", "empty", "a path, or null for none")
         require(self.objective in OBJECTIVES, "training.objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
-        for name in ("prompt_dropout", "clean_prefix_probability"):
+        for name in ("prompt_dropout", "clean_prefix_probability", "bidirectional_share"):
             value = asdict(self)[name]
             require(0 <= value <= 1, f"training.{name}", value, "a number in [0, 1]")
         require(self.clip_steps >= 0, "training.clip_steps", self.clip_steps, "0 (none) or more")

@@ -197,6 +197,12 @@ def test_pretraining_alternates_its_two_losses():
     assert stage.num_videos_seen == 8
 
 
+@pytest.mark.parametrize(("share", "bidirectional"), [(0.0, []), (0.25, [0, 4]), (0.75, [0, 1, 2, 4, 5, 6]), (1.0, list(range(8)))])
+def test_the_share_of_bidirectional_steps_is_kept(share: float, bidirectional: list[int]):
+    stage = build_pretrain(bidirectional_share=share)
+    assert [step for step in range(8) if "loss_bidirectional" in stage.train_step(step)] == bidirectional
+
+
 def test_pretraining_trains_network_and_text_encoder_and_averages_both():
     stage = build_pretrain(lr=1e-2)
     for network in stage.networks().values():  # past the zero-initialised head, which lets no gradient through at first
