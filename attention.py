@@ -124,12 +124,14 @@ def teacher_forcing_layout(
     return KeyLayout(torch.cat([to_clean, to_noisy, copies.repeat(2, 1)], dim=1), layout.sink_rows, layout.copy_rows)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotate x (..., S, d) by `rope_angles`: the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i.
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (..., S, d) by `rope_angles`: the pair (x_i, x_{i + d/2}) turns by the angle of token and frequency i."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
 
-    out: where the result goes, in passes without gradient.
-    """
-    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype), out=out)
+
+def shifted(keys: Tensor, num_rows: int, theta: float) -> Tensor:
+    """Rotated keys (..., S, d) as they would be num_rows patch rows later: rotations add up, and only the angle of time changes."""
+    return apply_rope(keys, *rope_angles((1, 1), keys.shape[-1], theta, num_rows, 1, keys.device))
 
 
 @lru_cache(maxsize=256)
@@ -168,11 +170,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1).to(v.dtype) @ v
-
-
-def rotated_attention(q: Tensor, k: Tensor, v: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
-    """`attention` of queries and keys that stand at the same positions."""
-    return attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mask)
 
 
 def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:

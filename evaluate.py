@@ -47,7 +47,7 @@ from report import (
     format_titles,
 )
 from runtime import resolve_runtime
-from sampling import NAIVE_STEPS, SamplerSettings, check_length, describe_sampler, generate
+from sampling import NAIVE_STEPS, SamplerSettings, check_length, describe_sampler, generate, prepared
 from sanity import check_sanity
 from video_io import comparison_gif, comparison_sheet, to_display
 
@@ -61,8 +61,8 @@ FIGURES = PROMPT_FIGURES | LOOK_FIGURES  # of videos of one digit
 
 @dataclass
 class EvaluateConfig:
-    """What to score. checkpoint: paths, or one path; none for what ships. num_steps, denoising_steps, guidance, eta: as in
-    generate.py, for every checkpoint named, or for the student that ships. seed: names both the held-out prompts and the videos' noise.
+    """What to score. checkpoint: paths, or one path; none for what ships. num_steps, denoising_steps, guidance, eta, compile: as
+    in generate.py, for every checkpoint named, or for the student that ships. seed: names both the held-out prompts and the videos' noise.
     sanity: try the figures on real videos made worse, instead of scoring a network. output_dir: outputs/evaluation where none is
     named, results for sanity."""
 
@@ -77,6 +77,7 @@ class EvaluateConfig:
     eta: float | None = None
     device: str = "auto"
     precision: str = "auto"
+    compile: bool = False
     sanity: bool = False
     output_dir: str | None = None
 
@@ -124,8 +125,8 @@ def make_rows(config: EvaluateConfig) -> list[Row]:
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     """Sample and score every row; returns the figures by row and leaves files in output_dir. Raises ValueError, OSError."""
     runtime = resolve_runtime(config.device, config.precision)
-    rows = make_rows(config)
-    loaded: dict[Path, LoadedNetworks] = {row.path: load_networks(row.path, runtime.device) for row in rows}
+    rows, compiling = make_rows(config), "compile" if config.compile else None
+    loaded: dict[Path, LoadedNetworks] = {row.path: prepared(load_networks(row.path, runtime.device), runtime, compiling) for row in rows}
     dataset = loaded[rows[0].path].config.dataset
     for row in rows:  # whatever does not fit is refused before any sampling
         training = loaded[row.path].config.training

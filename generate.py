@@ -38,7 +38,7 @@ from config import DEVICES, PRECISIONS
 from output_folder import free_paths, require_writable
 from rollout import SWITCHES, RolloutPlan
 from runtime import Runtime, code_digest, resolve_runtime
-from sampling import BidirectionalPlan, SamplerSettings, check_length, generate, require_at_least_one
+from sampling import BidirectionalPlan, SamplerSettings, check_length, generate, prepared, require_at_least_one
 from streaming import PromptSchedule
 from training_config import TrainingConfig
 from video_input import load_frames
@@ -140,6 +140,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--eta", type=float, help="fresh noise in a teacher's steps: 0 is Euler's method, 1 ancestral sampling")
     parser.add_argument("--guidance", type=float, help="1 is none; default: none block by block, else as in the teacher's training")
     parser.add_argument("--batch_size", type=int, default=8, help="videos a forward pass")
+    parser.add_argument("--compile", action="store_true", help="compile the network first: pays in long videos; needs a C++ compiler")
     parser.add_argument("--format", choices=FORMATS, default="gif", help="png is a strip of frames, npz the raw array in [-1, 1]")
     return parser.parse_args(argv)
 
@@ -202,7 +203,7 @@ def run(arguments: argparse.Namespace) -> None:
     schedule = None if arguments.schedule is None else PromptSchedule.parse(arguments.schedule)
     switch = arguments.switch or DEFAULT_SWITCH
     runtime = resolve_runtime(arguments.device, arguments.precision)
-    networks = load_networks(arguments.checkpoint, runtime.device)
+    networks = prepared(load_networks(arguments.checkpoint, runtime.device), runtime, "--compile" if arguments.compile else None)
     training = networks.config.training
     plan = settings.make_plan(training)
     model = networks.config.model
@@ -212,6 +213,7 @@ def run(arguments: argparse.Namespace) -> None:
     require_writable(arguments.output_dir)
     facts = _facts(arguments.checkpoint, networks, settings, plan, num_frames, arguments.batch_size, runtime)
 
+    facts["compiled"] = arguments.compile
     facts["schedule"] = None if schedule is None else {"entries": schedule.entries, "switch": switch}
     facts["init"] = None if arguments.init is None else {"name": arguments.init.name, "num_frames": len(first_frames)}
     asked = arguments.prompts or (schedule and [schedule.entries[0][1]]) or DEFAULT_PROMPTS[networks.config.dataset.num_digits]

@@ -16,7 +16,7 @@ import copy
 import torch
 from torch import Tensor
 
-from attention import Rope, apply_rope, attention, rope_angles
+from attention import attention, shifted
 
 
 class KVCache:
@@ -77,26 +77,24 @@ class KVCache:
         num_forgotten = self.num_frames // self._frames_per_row - (self._end - self._first)
         self._first += max(num_frames // self._frames_per_row - num_forgotten, 0)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-        """Self-attention of one block, q, k and v (B, h, S, d) not rotated: to the visible past and to itself."""
-        return attention(apply_rope(q, *rope), *self.with_current(layer, k, v, *rope))
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Self-attention of one block, q, k and v (B, h, S, d) at its positions: to the visible past and to itself."""
+        return attention(q, *self.with_current(layer, k, v))
 
-    def attend_two(self, layer: int, num_tokens: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
+    def attend_two(self, layer: int, num_tokens: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`attend` of two blocks in a row, the first of num_tokens tokens, without gradient: the first does not see the second, and
         the second no longer sees what has left its window."""
-        keys, values = self.with_current(layer, k, v, *rope)
+        keys, values = self.with_current(layer, k, v)
         num_seen, num_left = keys.shape[2] - (k.shape[2] - num_tokens), 0
         if self._window_rows is not None:
             num_left = max(keys.shape[2] - self._window_rows * self._tokens_per_row, 0)
-        q = apply_rope(q, *rope)
         first = attention(q[:, :, :num_tokens], keys[:, :, :num_seen], values[:, :, :num_seen])
         return torch.cat([first, attention(q[:, :, num_tokens:], keys[:, :, num_left:], values[:, :, num_left:])], dim=2)
 
-    def with_current(self, layer: int, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, h, S, d) that a block may attend to: the visible past, then its own, whose k is rotated here."""
+    def with_current(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, h, S, d) that a block may attend to: the visible past, then its own."""
         past = self._tokens(self._first, self._end)
         if torch.is_grad_enabled():
-            k = apply_rope(k, cos, sin)
             if self._capacity == 0:
                 return k.contiguous(), v.contiguous()
             return torch.cat([self._keys[layer][:, :, past], k], dim=2), torch.cat([self._values[layer][:, :, past], v], dim=2)
@@ -104,8 +102,7 @@ class KVCache:
         if self._end + num_rows > self._capacity:
             self._grow(num_rows, k)
         own, visible = self._tokens(self._end, self._end + num_rows), self._tokens(self._first, self._end + num_rows)
-        apply_rope(k, cos, sin, out=self._keys[layer][:, :, own])
-        self._values[layer][:, :, own] = v
+        self._keys[layer][:, :, own], self._values[layer][:, :, own] = k, v
         return self._keys[layer][:, :, visible], self._values[layer][:, :, visible]
 
     def advance(self, num_frames: int) -> None:
@@ -144,18 +141,14 @@ class KVCache:
     def _place_sink(self) -> None:
         if self._sink is not None:
             place = self._tokens(self._first, self._first + self._sink_rows)
-            self._keys[..., place, :] = self._shifted(self._sink[0], self._first)
+            self._keys[..., place, :] = shifted(self._sink[0], self._first, self._rope_theta)
             self._values[..., place, :] = self._sink[1]
 
     def _move_back(self) -> None:
         """The visible past moves to row 0, in place."""
         old, num_rows = self._tokens(self._first, self._end), self._end - self._first
         new = self._tokens(0, num_rows)
-        self._keys[..., new, :] = self._shifted(self._keys[..., old, :], -self._first)
+        self._keys[..., new, :] = shifted(self._keys[..., old, :], -self._first, self._rope_theta)
         self._values[..., new, :] = self._values[..., old, :].clone()  # old and new may overlap where the next block is the larger one
         self._first, self._end = 0, num_rows
         self._place_sink()
-
-    def _shifted(self, keys: Tensor, num_rows: int) -> Tensor:
-        """Keys (..., S, d) as they would be num_rows later: rotations add up, and only the angle of time changes."""
-        return apply_rope(keys, *rope_angles((1, 1), self._head_size, self._rope_theta, num_rows, 1, keys.device))

@@ -41,7 +41,7 @@ from moving_mnist import MovingMNISTGenerator, bounce  # noqa: E402
 from output_folder import require_writable  # noqa: E402
 from rollout import SWITCHES, RolloutPlan  # noqa: E402
 from runtime import Runtime, resolve_runtime  # noqa: E402
-from sampling import SamplerSettings, require_at_least_one, sample_few_step  # noqa: E402
+from sampling import SamplerSettings, prepared, require_at_least_one, sample_few_step  # noqa: E402
 from streaming import stream_video  # noqa: E402
 from tracking import fit_bouncing_track  # noqa: E402
 from training_config import check_num_frames  # noqa: E402
@@ -367,7 +367,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         steps, arguments.num_steps, arguments.guidance, window_frames=arguments.window_frames, sink_frames=arguments.sink_frames
     )
     runtime = resolve_runtime(arguments.device, arguments.precision)
-    networks = load_networks(arguments.checkpoint, runtime.device)
+    networks = prepared(load_networks(arguments.checkpoint, runtime.device), runtime)
     plan = settings.make_plan(networks.config.training)
     if not isinstance(plan, RolloutPlan):
         raise ValueError(f"{arguments.checkpoint} makes all frames at once: give --denoising_steps to roll it out")

@@ -8,6 +8,7 @@ checkpoint's configuration become a plan, and prompts become embeddings.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from rollout import (
     split_first_frames,
     warp_steps,
 )
-from runtime import Runtime
+from runtime import Runtime, require_compiler
 from streaming import PromptSchedule, stream_video
 from text_encoder import NULL_PROMPT, TextEncoder
 from tiny_causal_wan import TinyCausalWanModel
@@ -187,6 +188,19 @@ def check_length(
             f"num_frames is {num_frames}: the bidirectional teacher makes at most the {training.max_num_frames} frames it was "
             f"trained on; lower it, use a student, or roll the teacher out with --denoising_steps {' '.join(map(str, NAIVE_STEPS))}"
         )
+
+
+def prepared(networks: LoadedNetworks, runtime: Runtime, compile_option: str | None = None) -> LoadedNetworks:
+    """A copy of the networks for generation alone, whose weights no pass has to cast; compiled where the name of an option asks for it.
+
+    Raises ValueError naming the option where there is no compiler.
+    """
+    generator = copy.deepcopy(networks.generator)
+    generator.cast_products(runtime.dtype)
+    if compile_option is not None:
+        require_compiler(compile_option, runtime.device)
+        generator.compile_passes()
+    return replace(networks, generator=generator)
 
 
 def generate(

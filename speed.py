@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -23,7 +23,7 @@ from config import Config
 from flow_matching import add_noise, x_0_from_velocity
 from rollout import BidirectionalPlan, RolloutPlan, clamp_to_data, draw_noise, make_noise_streams
 from runtime import Runtime
-from sampling import SamplerSettings, sample_few_step, sample_many_step
+from sampling import SamplerSettings, prepared, sample_few_step, sample_many_step
 from stages import SelfForcingStage
 from timing import MATRIX_SIZES, PRODUCT_FLOPS, Phases, clock, flop_counter, matrix_products, medians, time_in_turns
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
@@ -122,7 +122,7 @@ class GenerationSpeed:
     frames_per_second counts the frames of all videos of the batch, sampling only. gif_seconds, npz_seconds: to write them all.
     """
 
-    sampler: str  # "student", "no cache" or "teacher"
+    sampler: str  # "student", "compiled", "no cache" or "teacher"
     precision: str
     batch_size: int
     num_frames: int
@@ -138,11 +138,13 @@ class GenerationSpeed:
 
 @dataclass(frozen=True)
 class Samplers:
-    """The networks that are compared; teacher and the rollout without cache only where asked for."""
+    """The networks that are compared; teacher, the rollout without cache and the compiled student only where asked for."""
 
     student: LoadedNetworks
     teacher: LoadedNetworks | None
     without_cache: bool
+    compiled: bool = False
+    _prepared: dict[tuple[str, Runtime], LoadedNetworks] = field(default_factory=dict)
 
     @property
     def plan(self) -> RolloutPlan:
@@ -161,26 +163,40 @@ class Samplers:
             raise ValueError("--teacher is no bidirectional teacher: expected a checkpoint of training=pretrain")
         return plan
 
+    def prepared(self, name: str, runtime: Runtime) -> LoadedNetworks:
+        """The networks of a sampler, as generate.py runs them; made once."""
+        if (name, runtime) not in self._prepared:
+            networks = self.teacher if name == "teacher" else self.student
+            assert networks is not None
+            self._prepared[name, runtime] = prepared(networks, runtime, "--compile" if name == "compiled" else None)
+        return self._prepared[name, runtime]
+
     def calls(self, batch_size: int, num_frames: int, runtime: Runtime) -> dict[str, Callable[[], Tensor]]:
         """By sampler, what makes its videos."""
         common = ([PROMPT] * batch_size, list(range(batch_size)), num_frames)
-        student, teacher = self.student, self.teacher
-        calls = {"student": partial(sample_few_step, student.generator, student.text_encoder, *common, self.plan, runtime)}
+        calls: dict[str, Callable[[], Tensor]] = {}
+        for name in ("student", "compiled") if self.compiled else ("student",):
+            student = self.prepared(name, runtime)
+            calls[name] = partial(sample_few_step, student.generator, student.text_encoder, *common, self.plan, runtime)
         if self.without_cache:
-            calls["no cache"] = partial(sample_without_cache, student, *common, self.plan, runtime)
-        if teacher is not None:
+            calls["no cache"] = partial(sample_without_cache, self.prepared("student", runtime), *common, self.plan, runtime)
+        if self.teacher is not None:
+            teacher = self.prepared("teacher", runtime)
             calls["teacher"] = partial(sample_many_step, teacher.generator, teacher.text_encoder, *common, self.teacher_plan, runtime)
         return calls
 
     def watched(self, batch_size: int, num_frames: int, runtime: Runtime, phases: Phases) -> Tensor:
         """The student's videos, in phases."""
         common = ([PROMPT] * batch_size, list(range(batch_size)), num_frames)
-        return generate_in_phases(self.student, *common, self.plan, runtime, phases)
+        return generate_in_phases(self.prepared("student", runtime), *common, self.plan, runtime, phases)
 
     def count(self, num_frames: int, runtime: Runtime) -> tuple[dict[str, float], dict[str, float]]:
         """FLOPs of one video: by sampler, and by phase of the student."""
-        totals = {}
+        totals: dict[str, float] = {}
         for name, call in self.calls(1, num_frames, runtime).items():
+            if name == "compiled":  # the student's, and a compiled pass hides what it does
+                totals[name] = totals["student"]
+                continue
             with flop_counter() as counter:
                 call()
             totals[name] = counter.get_total_flops()
@@ -248,11 +264,11 @@ def time_output(videos: Tensor, repeats: int) -> tuple[float, float]:
     return seconds["gif"], seconds["npz"]
 
 
-def anchor_samplers(student: LoadedNetworks, device: torch.device) -> Samplers:
+def anchor_samplers(student: LoadedNetworks, device: torch.device, compiled: bool) -> Samplers:
     """An untrained network of `ANCHOR_SIZES`, sampled as the student is."""
     config = ModelConfig(**{**asdict(student.config.model), **ANCHOR_SIZES})
     network = TinyCausalWanModel(config).to(device).eval().requires_grad_(False)
-    return Samplers(replace(student, generator=network), None, without_cache=False)
+    return Samplers(replace(student, generator=network), None, without_cache=False, compiled=compiled)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

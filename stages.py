@@ -25,7 +25,7 @@ from health import STEP_COLUMNS, exit_columns, generator_figures
 from moving_mnist import MovingMNISTGenerator
 from objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
 from rollout import RolloutPlan, many_step_plan, warp_steps
-from runtime import Runtime
+from runtime import Runtime, require_compiler
 from sampling import NAIVE_STEPS, sample_few_step, sample_many_step, teacher_plan
 from sharding import load_optimizer, shard_blocks, whole
 from starting_networks import check_is_bidirectional, load_modules, load_start, load_teacher
@@ -109,6 +109,7 @@ class PretrainStage:
         if self.config.sharding == "fsdp2":
             shard_blocks((self.model, self.average["generator"]), processes.count, runtime.device)
         if self.config.compile:
+            require_compiler("training.compile", runtime.device)
             for block in self.model.blocks:
                 block.compile(dynamic=False)
         matrices = [p for n, p in self.model.blocks.named_parameters() if p.ndim == 2 and n.endswith(".weight")]

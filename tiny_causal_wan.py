@@ -29,19 +29,17 @@ from attention import (
     ContextWindow,
     KeyLayout,
     Rope,
-    apply_rope,
     attention,
     block_causal_layout,
     rope_angles,
-    rotated_attention,
+    shifted,
     sinusoidal_embedding,
     teacher_forcing_layout,
 )
 from flow_matching import expand_time, velocity_from_x_0, x_0_from_velocity
 from kv_cache import KVCache
 from recomputation import recomputed
-
-Attend = Callable[[Tensor, Tensor, Tensor, Rope], Tensor]  # self-attention of one layer: q, k, v (B, h, S, d), not rotated, to (B, h, S, d)
+from wan_block import Attend, WanBlock
 
 
 @dataclass
@@ -113,52 +111,11 @@ class PromptContext:
             torch.cat([self.mask, other.mask]), torch.cat([self.pooled, other.pooled]),
         )
 
-
-class RMSNorm(nn.RMSNorm):
-    """RMS normalisation (arXiv 1910.07467) in the format of its input, so that autocast keeps the fused kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-class WanBlock(nn.Module):
-    """One transformer block. Input and output tokens (B, T, N, D); six modulation parameters per patch row."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        width = config.width
-        self.num_heads = config.num_heads
-        self.modulation = nn.Parameter(torch.zeros(6, width))
-        self.norm_self = nn.LayerNorm(width, elementwise_affine=False)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(width, eps=1e-6), RMSNorm(width, eps=1e-6)
-        self.norm_cross = nn.LayerNorm(width)
-        self.cross_q, self.cross_k, self.cross_v, self.cross_o = (nn.Linear(width, width) for _ in range(4))
-        self.norm_cross_q, self.norm_cross_k = RMSNorm(width, eps=1e-6), RMSNorm(width, eps=1e-6)
-        self.norm_ffn = nn.LayerNorm(width, elementwise_affine=False)
-        self.ffn_in, self.ffn_out = nn.Linear(width, config.ffn_ratio * width), nn.Linear(config.ffn_ratio * width, width)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0], -1, self.num_heads, x.shape[-1] // self.num_heads).transpose(1, 2)  # (B, h, S, d)
-
-    def prompt_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-attention keys and values (B, h, L, d) of prompt tokens (B, L, D)."""
-        return self._heads(self.norm_cross_k(self.cross_k(text))), self._heads(self.cross_v(text))
-
-    def forward(
-        self, x: Tensor, modulation: Tensor, rope: Rope, prompt_key: Tensor, prompt_value: Tensor, prompt_mask: Tensor, attend: Attend
-    ) -> Tensor:
-        """modulation (B, T, 6, D), the layer's own too; rope: cos and sin (S, d); prompt key and value (B, h, L, d), mask (B, 1, 1, L)."""
-        shift_a, factor_a, gate_a, shift_f, factor_f, gate_f = modulation.unsqueeze(3).unbind(2)  # (B, T, 1, D)
-        y = torch.addcmul(shift_a, self.norm_self(x), factor_a)
-        q, k = self._heads(self.norm_q(self.q(y))), self._heads(self.norm_k(self.k(y)))
-        y = attend(q, k, self._heads(self.v(y)), rope)  # (B, h, S, d)
-        x = torch.addcmul(x, gate_a, self.o(y.transpose(1, 2).reshape(x.shape)))
-        q = self._heads(self.norm_cross_q(self.cross_q(self.norm_cross(x))))
-        y = attention(q, prompt_key, prompt_value, prompt_mask)
-        x = x + self.cross_o(y.transpose(1, 2).reshape(x.shape))
-        y = torch.addcmul(shift_f, self.norm_ffn(x), factor_f)
-        return torch.addcmul(x, gate_f, self.ffn_out(F.gelu(self.ffn_in(y))))
+    def serve_every_length(self) -> None:
+        """Let a pass that is compiled with this prompt serve prompts of other lengths too."""
+        for tensor in (*self.keys, *self.values):
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        torch._dynamo.maybe_mark_dynamic(self.mask, 3)
 
 
 class TinyCausalWanModel(nn.Module):
@@ -172,11 +129,11 @@ class TinyCausalWanModel(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(config.text_width, width), nn.GELU(), nn.Linear(width, width))
         self.time_embedding = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(WanBlock(width, config.num_heads, config.ffn_ratio) for _ in range(config.num_layers))
         self.head_norm = nn.LayerNorm(width, elementwise_affine=False)
         self.head_modulation = nn.Parameter(torch.zeros(2, width))
         self.head = nn.Linear(width, config.patch_values)
-        self._recomputes = False
+        self._recomputes = self._is_compiled = False
         self._initialise()
 
     def _initialise(self) -> None:
@@ -194,6 +151,20 @@ class TinyCausalWanModel(nn.Module):
     def recompute_activations(self) -> None:
         """From now on keep no activations of the blocks for the backward pass, but make them again there."""
         self._recomputes = True
+
+    def compile_passes(self) -> None:
+        """From now on run all but self-attention compiled, once for every size of batch and block. Outputs move by rounding."""
+        self._is_compiled = True
+        for block in self.blocks:
+            block.compile_around_attention()
+
+    def cast_products(self, dtype: torch.dtype) -> None:
+        """Keep the weights of matrix products in the format in which autocast multiplies them: no pass casts them again, and videos stay
+        the same, bit for bit. For generation alone: training needs what is lost."""
+        for part in (self.text_embedding, self.blocks, self.head):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(dtype)
 
     def new_cache(self, window_frames: int | None = None, sink_frames: int = 0) -> KVCache:
         """An empty cache for this network. Raises ValueError where a window or a sink splits a temporal patch."""
@@ -213,7 +184,7 @@ class TinyCausalWanModel(nn.Module):
 
     def forward_bidirectional(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
         """v (B, F, C, H, W) where every frame sees every frame. t (B, F) in [0, 1]."""
-        return self._run(x_t, t, prompt, 0, [rotated_attention] * self.config.num_layers)
+        return self._run(x_t, t, prompt, 0, [attention] * self.config.num_layers)
 
     def forward_block_causal(
         self, x_t: Tensor, t: Tensor, prompt: PromptContext, num_frames_per_block: int, context: ContextWindow = WHOLE_PAST
@@ -237,7 +208,7 @@ class TinyCausalWanModel(nn.Module):
 
     def forward_features(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
         """Tokens (B, T, N, D) after the last block, where every frame sees every frame: what a discriminator reads."""
-        return self._features(x_t, t, prompt, 0, [rotated_attention] * self.config.num_layers)[0]
+        return self._features(x_t, t, prompt, 0, [attention] * self.config.num_layers)[0]
 
     def forward_cached(self, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> Tensor:
         """v of one block x_t (B, F_block, C, H, W) that follows the cached frames, which stay as they are."""
@@ -281,15 +252,13 @@ class TinyCausalWanModel(nn.Module):
         patch, tokens = self.config.patch_size[0], self.config.tokens_per_patch_row
         layout = make_layout(x_t.shape[1], num_frames_per_block, context, patch, tokens, x_t.device)
         if not layout.copy_rows:
-            return [partial(rotated_attention, mask=layout.mask)] * self.config.num_layers
-        tables = [self._rope(row, layout.sink_rows, x_t.device) for row in layout.copy_rows]
-        cos, sin = (torch.cat(table) for table in zip(*tables, strict=True))
+            return [partial(attention, mask=layout.mask)] * self.config.num_layers
         num_tokens = layout.sink_rows * tokens
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, rope: Rope) -> Tensor:
-            sink_k, sink_v = (x[:, :, :num_tokens].repeat(1, 1, len(tables), 1) for x in (k, v))
-            keys = torch.cat([apply_rope(k, *rope), apply_rope(sink_k, cos, sin)], dim=2)
-            return attention(apply_rope(q, *rope), keys, torch.cat([v, sink_v], dim=2), layout.mask)
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            sink_k, sink_v = k[:, :, :num_tokens], v[:, :, :num_tokens]  # at the rows 0, 1, ...
+            keys = torch.cat([k, *(shifted(sink_k, row, self.config.rope_theta) for row in layout.copy_rows)], dim=2)
+            return attention(q, keys, torch.cat([v, *[sink_v] * len(layout.copy_rows)], dim=2), layout.mask)
 
         return [attend] * self.config.num_layers
 
@@ -335,6 +304,8 @@ class TinyCausalWanModel(nn.Module):
             own = torch.stack([block.modulation for block in self.blocks])  # (layers, 6, D)
             own[:, 1::3] += 1  # the 1 of both 1 + scale
             modulations = (modulation + own).unbind(2)  # all layers in one sum: (B, T, 6, D) each
+        if self._is_compiled:
+            prompt.serve_every_length()
         rope = self._rope(first_frame // temporal_patch, x.shape[1] // num_copies, x_t.device)
         if num_copies > 1:
             rope = (rope[0].repeat(num_copies, 1), rope[1].repeat(num_copies, 1))

@@ -25,6 +25,7 @@ from speed import (
     DENOISING,
     TEXT,
     GenerationSpeed,
+    Samplers,
     block_ends,
     cost,
     count_training,
@@ -68,6 +69,18 @@ def files(tmp_path: Path) -> dict[str, Path]:
             "text_encoder_state_dict": TextEncoder(config.text).state_dict(), "optimizer_state_dict": {},
         })
     return paths
+
+
+def test_the_compiled_student_counts_as_the_student_and_stands_beside_it(networks: LoadedNetworks, monkeypatch: pytest.MonkeyPatch):
+    compiled: list[TinyCausalWanModel] = []
+    monkeypatch.setattr(TinyCausalWanModel, "compile_passes", lambda model: compiled.append(model))
+    samplers = Samplers(networks, None, without_cache=False, compiled=True)
+    calls = samplers.calls(1, 6, CPU)
+    assert list(calls) == ["student", "compiled"] and len(compiled) == 1
+    assert compiled[0] is samplers.prepared("compiled", CPU).generator is not samplers.prepared("student", CPU).generator
+    totals, _ = samplers.count(6, CPU)
+    assert totals["compiled"] == totals["student"] > 0 and len(compiled) == 1
+    assert torch.equal(calls["compiled"](), calls["student"]())  # nothing was compiled here
 
 
 @pytest.fixture

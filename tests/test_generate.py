@@ -30,7 +30,8 @@ from generate import BidirectionalPlan, SamplerSettings, generate, main, slug
 from moving_mnist import DatasetConfig
 from rollout import RolloutPlan, make_noise_streams, rollout_blocks
 from runtime import Runtime
-from stages import sample_many_step
+from sampling import prepared
+from stages import PretrainStage, sample_many_step
 from text_encoder import TextEncoder, TextEncoderConfig, parse_caption
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 from video_io import load_array
@@ -263,6 +264,27 @@ def test_the_same_call_writes_the_same_files_in_every_format(student_path: Path,
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     closing = capsys.readouterr().out.splitlines()[-1]
     assert re.search(r"4 videos of 6 frames in [\d.]+ s \([\d.]+ frames/s, sampling only\)", closing)
+
+
+def test_what_is_prepared_for_generation_is_a_copy_that_makes_the_same_bits(student: LoadedNetworks):
+    runtime = Runtime(torch.device("cpu"), torch.bfloat16)
+    ready = prepared(student, runtime)
+    assert ready.generator.head.weight.dtype == torch.bfloat16 and student.generator.head.weight.dtype == torch.float32
+    videos = [generate(networks, PROMPTS[:2], [0, 1], 6, OWN_SETTINGS, runtime, 2) for networks in (student, ready)]
+    assert torch.equal(*videos)
+
+
+@pytest.mark.parametrize("command", ["generate", "train"])
+def test_a_missing_compiler_ends_in_one_line(command: str, student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    if command == "generate":
+        with pytest.raises(SystemExit, match="^error: --compile needs a C.. compiler, and no-such-compiler is not there"):
+            main(["--checkpoint", str(student_path), *COMMON, "--compile", "--output_dir", str(tmp_path)])
+    else:
+        config = Config(training=PretrainConfig(compile=True))
+        with pytest.raises(ValueError, match="^training.compile needs a C.. compiler, and no-such-compiler is not there"):
+            PretrainStage(config, CPU, torch.Generator())
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_prompts_and_samples_leave_a_video_alone(student_path: Path, tmp_path: Path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import runtime
-from runtime import Runtime, resolve_runtime
+from runtime import Runtime, require_compiler, resolve_runtime
 
 
 def only(monkeypatch, *, cuda: bool = False, mps: bool = False) -> None:
@@ -69,3 +69,12 @@ def test_the_codes_digest_changes_with_any_file_and_not_with_the_place(tmp_path,
         monkeypatch.setattr(runtime, "__file__", str(tmp_path / place / "runtime.py"))
         digests.append(runtime.code_digest())
     assert digests[0] == digests[1] != digests[2] and len(digests[0]) == 64
+
+
+def test_a_missing_compiler_is_named_before_it_is_needed(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="^--compile needs a C.. compiler, and no-such-compiler is not there"):
+        require_compiler("--compile", torch.device("cpu"))
+    require_compiler("--compile", torch.device("cuda"))  # which has its own
+    monkeypatch.setenv("CXX", "sh")
+    require_compiler("--compile", torch.device("cpu"))

@@ -18,6 +18,7 @@ from attention import (
     teacher_forcing_layout,
 )
 from flow_matching import velocity_from_x_0, x_0_from_velocity
+from runtime import require_compiler
 from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
 
 NUM_FRAMES = 12
@@ -398,3 +399,49 @@ def test_the_network_is_a_function_of_its_seed_and_its_input():
     assert torch.equal(v, first.forward_block_causal(x_t, t, random_prompt(first, 1), 3))
     assert torch.equal(v, again.forward_block_causal(x_t, t, random_prompt(again, 1), 3))
     assert not torch.equal(v, other.forward_block_causal(x_t, t, random_prompt(other, 1), 3))
+
+
+# Generation alone: weights kept in the format of the products, compiled passes
+
+
+def cached_and_whole(model: TinyCausalWanModel, length: int, dtype: torch.dtype) -> list[Tensor]:
+    """A pass over all frames, and one block after another through the cache in the joined pass, for a prompt of so many words."""
+    generator = torch.Generator().manual_seed(length)
+    text = torch.randn(2, length, model.config.text_width, generator=generator)
+    x_t, t = torch.randn(2, 9, 1, 8, 8, generator=generator), torch.full((2, 9), 0.6)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+        prompt, cache = model.encode_prompt(text, torch.ones(2, length, dtype=torch.bool)), model.new_cache(6)
+        parts = [model.forward_cached(x_t[:, :3], t[:, :3], prompt, cache)]
+        for first in (3, 6):
+            now, past = slice(first, first + 3), slice(first - 3, first)
+            parts.append(model.write_and_forward(x_t[:, past], t[:, past], x_t[:, now], t[:, now], prompt, cache))
+        return [model.forward_bidirectional(x_t, t, prompt), torch.cat(parts, 1)]
+
+
+def test_weights_that_are_cast_once_make_the_same_bits(small_config: ModelConfig):
+    model, cast = build_small_model(), build_small_model()
+    cast.cast_products(torch.bfloat16)
+    is_cast = [linear.weight.dtype == torch.bfloat16 for linear in cast.modules() if isinstance(linear, torch.nn.Linear)]
+    assert sum(is_cast) == 10 * small_config.num_layers + 3 and len(is_cast) - sum(is_cast) == 3  # those of time stay in float32
+    for expected, found in zip(*(cached_and_whole(network, 5, torch.bfloat16) for network in (model, cast)), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_compiled_passes_differ_by_rounding_and_serve_every_prompt():
+    try:
+        require_compiler("this test", torch.device("cpu"))
+    except ValueError as error:
+        pytest.skip(str(error))
+    model, compiled = build_small_model(), build_small_model()
+    compiled.compile_passes()
+    num_graphs = []
+    for length in (5, 3):
+        text, mask = torch.randn(2, length, model.config.text_width), torch.ones(2, length, dtype=torch.bool)
+        x_t, t = torch.randn(2, 3, 1, 8, 8), torch.full((2, 3), 0.6)
+        with torch.no_grad():
+            expected, found = (
+                network.forward_cached(x_t, t, network.encode_prompt(text, mask), network.new_cache()) for network in (model, compiled)
+            )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < num_graphs[0] == num_graphs[1]
