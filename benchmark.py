@@ -25,6 +25,7 @@ import torch
 
 from checkpoint import CheckpointError, LoadedNetworks, load_networks
 from config import Config, check_parts_fit
+from interruption import EXIT_CTRL_C
 from output_folder import require_writable
 from runtime import Runtime, describe_machine, resolve_runtime
 from sampling import check_length
@@ -200,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     except (CheckpointError, ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written")
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(EXIT_CTRL_C)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from checkpoint import LoadedNetworks, load_networks, merge_counts
 from config import DEVICES, PRECISIONS, explain_refusal
+from interruption import EXIT_CTRL_C
 from moving_mnist import DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
 from output_folder import free_paths, require_writable
 from panel import Panel, judge_videos, make_panel, yardsticks
@@ -215,6 +216,9 @@ def main(composed: DictConfig) -> None:
             evaluate(config)
     except (ValueError, OSError, ImportError) as error:  # CheckpointError is a ValueError
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(EXIT_CTRL_C)
 
 
 def run_command_line() -> None:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from checkpoint import LoadedNetworks, load_networks
 from config import DEVICES, PRECISIONS
+from interruption import EXIT_CTRL_C
 from output_folder import free_paths, require_writable
 from rollout import SWITCHES, RolloutPlan
 from runtime import Runtime, code_digest, resolve_runtime
@@ -241,7 +242,7 @@ def _print_warning(message: Warning | str, *_: object) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exits with status 1 and one line where something does not fit, 2 where the command line cannot be read."""
+    """Exits with status 1 and one line where something does not fit, 2 where the command line cannot be read, 130 on Ctrl-C."""
     arguments = parse_arguments(argv)
     with warnings.catch_warnings():
         warnings.showwarning = _print_warning  # one line without source code; put back by catch_warnings
@@ -252,7 +253,8 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError, ImportError) as error:  # CheckpointError is a ValueError
             sys.exit(f"error: {' '.join(str(error).split())}")
         except KeyboardInterrupt:
-            sys.exit("interrupted: videos are written once all are sampled, so some or all of this call's are missing")
+            print("interrupted: videos are written once all are sampled, so some or all of this call's are missing", file=sys.stderr)
+            sys.exit(EXIT_CTRL_C)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h, "try again later": no crash (1), no bad command line (2), no signal's 128 + N
+EXIT_CTRL_C = 130  # 128 + SIGINT, as shells say it: of what is no training, and so has nothing to go on with
 
 
 class RunInterrupted(Exception):

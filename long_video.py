@@ -36,6 +36,7 @@ from checkpoint import LoadedNetworks, load_networks  # noqa: E402
 from config import DEVICES, PRECISIONS  # noqa: E402
 from digit_judge import load_judge, read_videos  # noqa: E402
 from generate import MAX_SEED  # noqa: E402
+from interruption import EXIT_CTRL_C  # noqa: E402
 from metrics import bootstrap_interval, facts_of_prompts, read_classes, score_videos  # noqa: E402
 from moving_mnist import MovingMNISTGenerator, bounce  # noqa: E402
 from output_folder import require_writable  # noqa: E402
@@ -55,14 +56,13 @@ COMPARED_FRAMES = 1000  # at both ends of a stream, between which memory is comp
 TIMED_BLOCKS = 100  # at most, behind the end of a stream, in turns with a stream that is new
 SHOWN_SHARE = 0.9  # of the streams, from which on a new digit counts as shown
 SMOOTH_PIXELS = 3.0  # from the extrapolated centre, below which a path goes on
-LEGEND_COLUMNS = 5
-LINE_STYLES = ("-", "--", ":")
+LINES_A_STRIP = 8
+LEGEND_COLUMNS = 4
 KEPT_MASS = 0.25  # relative change of the stroke mass, up to which it counts as kept
 MIN_BEFORE = 4  # frames before a switch: the track one frame earlier is fitted to all but the last, at least three
 ROW_KEYS = {  # without which a row is none of its command's
     "drift": ("first_21", "segments", "segment_frames", "num_frames"), "switch": SWITCHES, "continue": ("continued", "real"),
 }
-EXIT_CTRL_C = 130  # 128 + SIGINT, as shells say it; unlike a training there is nothing to go on with
 
 
 def memory_in_use(device: torch.device) -> float:
@@ -278,22 +278,27 @@ def add_row(path: Path, command: str, name: str, row: dict[str, Any], replace: b
 
 
 def draw_drift(path: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """The segments' figures over the frame, on a logarithmic axis as rows differ in length, a line a row; one legend below."""
+    """The segments' figures over the frame, on a logarithmic axis as rows differ in length: `LINES_A_STRIP` rows in a strip of panels
+    with a legend of its own, all strips on the same axes."""
     names = {"frames_right": "frames right", "stroke_mass_ratio": "stroke mass over real", "mean_speed": "speed, pixels a frame",
              "track_within_1px": "windows within 1 px of a track"}
-    num_lines = -(-len(rows) // LEGEND_COLUMNS)
-    figure, axes = plt.subplots(1, len(names), figsize=(4.4 * len(names), 3.2 + 0.2 * num_lines), layout="constrained")
-    styles = [(f"C{index % 10}", LINE_STYLES[index // 10 % len(LINE_STYLES)]) for index in range(len(rows))]
-    for axis, (name, title) in zip(axes, names.items(), strict=True):
-        for (row, found), (color, line) in zip(rows.items(), styles, strict=True):
-            starts = range(0, found["num_frames"], found["segment_frames"])
-            frames = [WINDOW / 2, *((start + min(start + found["segment_frames"], found["num_frames"])) / 2 for start in starts)]
-            values = [found["first_21"][name], *(segment[name] for segment in found["segments"])]
-            axis.plot(frames, values, color=color, linestyle=line, marker=".", label=row)
-        axis.set(title=title, xlabel="frame", xscale="log")
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(rows), LEGEND_COLUMNS), fontsize=9)
-    figure.savefig(path, dpi=110)
+    strips = [list(rows.items())[first:first + LINES_A_STRIP] for first in range(0, len(rows), LINES_A_STRIP)]
+    figure = plt.figure(figsize=(4.4 * len(names), 3.6 * len(strips)), layout="constrained")
+    panels = [part.subplots(1, len(names)) for part in figure.subfigures(len(strips), 1, squeeze=False)[:, 0]]
+    for strip, axes in zip(strips, panels, strict=True):
+        for axis, above, (name, title) in zip(axes, panels[0], names.items(), strict=True):
+            for row, found in strip:
+                starts = range(0, found["num_frames"], found["segment_frames"])
+                frames = [WINDOW / 2, *((start + min(start + found["segment_frames"], found["num_frames"])) / 2 for start in starts)]
+                axis.plot(frames, [found["first_21"][name], *(segment[name] for segment in found["segments"])], marker=".", label=row)
+            axis.set(title=title, xlabel="frame", xscale="log")
+            axis.grid(alpha=0.3)
+            if axis is not above:
+                axis.sharex(above)
+                axis.sharey(above)
+                above.autoscale()
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=9)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

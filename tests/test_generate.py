@@ -7,6 +7,7 @@ matters.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import re
 import time
@@ -285,6 +286,20 @@ def test_a_missing_compiler_ends_in_one_line(command: str, student_path: Path, t
         with pytest.raises(ValueError, match="^training.compile needs a C.. compiler, and no-such-compiler is not there"):
             PretrainStage(config, CPU, torch.Generator())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["generate", "benchmark"])
+def test_ctrl_c_ends_in_one_line_and_130(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    program = importlib.import_module(module)
+    monkeypatch.setattr(program, "run", interrupted)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:  # the latter would end the whole suite
+        program.main([])
+    errors = capsys.readouterr().err
+    assert isinstance(caught.value, SystemExit) and caught.value.code == 130
+    assert errors.startswith("interrupted: ") and errors.count("\n") == 1
 
 
 def test_other_prompts_and_samples_leave_a_video_alone(student_path: Path, tmp_path: Path):

@@ -78,12 +78,17 @@ def test_a_plot_of_many_rows_tells_them_apart_and_keeps_its_legend_off_the_curve
         f"row {index}": {"first_21": point, "segments": [point] * 3, "segment_frames": 630, "num_frames": 1512} for index in range(13)
     }
     draw_drift(tmp_path / "drift.png", rows)
-    (figure,), axis = figures, figures[0].axes[0]
-    assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 13
-    assert axis.lines[0].get_xdata().tolist() == [10.5, 315, 945, 1386]  # the last stretch is short
-    assert axis.get_xscale() == "log" and axis.get_legend() is None and len(figure.legends[0].get_texts()) == 13
+    (figure,), axes = figures, figures[0].axes
+    assert [len(axis.lines) for axis in axes] == [8] * 4 + [5] * 4  # two strips
+    assert all(len({line.get_color() for line in axis.lines}) == len(axis.lines) for axis in axes)
+    assert axes[0].lines[0].get_xdata().tolist() == [10.5, 315, 945, 1386]  # the last stretch is short
+    assert axes[0].get_xlim() == axes[4].get_xlim() and axes[0].get_ylim() == axes[4].get_ylim()
+    assert all(axis.get_xscale() == "log" and axis.get_legend() is None for axis in axes)
     figure.canvas.draw()
-    assert figure.legends[0].get_window_extent().y1 < min(each.get_window_extent().y0 for each in figure.axes)
+    for strip, names, panels in zip(figure.subfigs, (range(8), range(8, 13)), (axes[:4], axes[4:]), strict=True):
+        (legend,) = strip.legends
+        assert [text.get_text() for text in legend.get_texts()] == [f"row {index}" for index in names]
+        assert legend.get_window_extent().y1 < min(axis.get_window_extent().y0 for axis in panels)
 
 
 def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path: Path):
