@@ -95,6 +95,17 @@ def classifier_free_guidance(cond: Tensor, uncond: Tensor, weight: float | Tenso
     return uncond + weight * (cond - uncond)
 
 
+def projected_guidance(cond: Tensor, uncond: Tensor, weight: float, direction: Tensor, kept: float) -> Tensor:
+    """`classifier_free_guidance` that keeps a share, 0 to 1, of what it adds along a direction, of each video on its own (projected
+    guidance, arXiv 2410.02416, section 4; 1 is classifier-free guidance). All (B, F, C, H, W).
+
+    Along the predicted ink, x_0 + 1, guidance makes strokes bolder; across it, it makes them obey the prompt.
+    """
+    added = cond - uncond
+    share = (added * direction).sum((1, 2, 3, 4), keepdim=True) / direction.square().sum((1, 2, 3, 4), keepdim=True).clamp(min=1e-6)
+    return cond + (weight - 1) * (added - (1 - kept) * share * direction)
+
+
 def interval_weight(t: Tensor, weight: float, interval: list[float]) -> Tensor:
     """w where low <= t <= high, else 1 (Kynkaanniemi et al., arXiv 2404.07724, Eq. 6): guidance in some noise levels only."""
     low, high = interval

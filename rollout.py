@@ -24,6 +24,7 @@ from flow_matching import (
     classifier_free_guidance,
     eps_from_velocity,
     euler_sampler,
+    projected_guidance,
     sampling_times,
     shift_time,
     timestep_to_time,
@@ -279,12 +280,14 @@ def _guided_velocity(past: _Past, x_t: Tensor, t: Tensor, prompt: PromptContext)
 @dataclass(frozen=True)
 class BidirectionalPlan:
     """How the teacher is sampled: all frames at once, in num_steps guided steps. guidance: 1 for none. eta: how much of a
-    step's noise is fresh, see `fresh_share`: 0 is Euler's method, 1 ancestral sampling."""
+    step's noise is fresh, see `fresh_share`: 0 is Euler's method, 1 ancestral sampling. ink_kept: of what guidance adds along the
+    predicted ink, the share that is kept, see `projected_guidance`: 1 is classifier-free guidance."""
 
     num_steps: int
     time_shift: float
     guidance: float
     eta: float = 0.0
+    ink_kept: float = 1.0
 
 
 @torch.no_grad()
@@ -301,7 +304,9 @@ def sample_bidirectional(
         if plan.guidance == 1.0:
             return model.forward_bidirectional(x, t, prompt)
         cond, uncond = model.forward_bidirectional(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return classifier_free_guidance(cond, uncond, plan.guidance)
+        if plan.ink_kept == 1.0:
+            return classifier_free_guidance(cond, uncond, plan.guidance)
+        return projected_guidance(cond, uncond, plan.guidance, x_0_from_velocity(x, cond, t) + 1, plan.ink_kept)
 
     config = model.config
     shape = (num_frames, config.channels, config.frame_size, config.frame_size)

@@ -89,7 +89,9 @@ def sample_many_step(
 
 def teacher_plan(training: TrainingConfig) -> BidirectionalPlan:
     """How a run samples its teacher."""
-    return BidirectionalPlan(training.teacher_steps, training.time_shift, training.guidance, training.teacher_eta)
+    return BidirectionalPlan(
+        training.teacher_steps, training.time_shift, training.teacher_guidance, training.teacher_eta, training.teacher_ink_kept
+    )
 
 
 @dataclass(frozen=True)
@@ -131,15 +133,17 @@ class SamplerSettings:
         """
         context, is_student = self._context(training), isinstance(training, FewStepConfig)
         if self.num_steps is not None or (not is_student and self.denoising_steps is None):
-            wishes = {"num_steps": self.num_steps, "guidance": 1.0 if is_student and self.guidance is None else self.guidance}
-            many = replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
             if isinstance(training, PretrainConfig) and training.objective == "mixed":
                 if self.window_frames is not None or self.sink_frames is not None:
                     raise ValueError("--window_frames and --sink_frames are for a rollout block by block: leave them out")
-                return many if self.eta is None else replace(many, eta=self.eta)
+                wishes = {"num_steps": self.num_steps, "guidance": self.guidance, "eta": self.eta}
+                return replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
             self._refuse_eta()
+            num_steps = training.teacher_steps if self.num_steps is None else self.num_steps
+            own_guidance = 1.0 if is_student else training.guidance
+            guidance = own_guidance if self.guidance is None else self.guidance
             context_time = training.context_time if isinstance(training, FewStepConfig) else 0.0
-            return many_step_plan(many.num_steps, many.time_shift, training.num_frames_per_block, many.guidance, context, context_time)
+            return many_step_plan(num_steps, training.time_shift, training.num_frames_per_block, guidance, context, context_time)
         self._refuse_eta()
         plan = RolloutPlan((1.0,), training.num_frames_per_block, context=context)
         if isinstance(training, FewStepConfig):

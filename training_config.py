@@ -78,7 +78,9 @@ class TrainingConfig(ABC):
     eval_videos: int = 64  # videos read by the judge at the end; 0 switches it off
     teacher_steps: int = 50  # steps of the many-step samples that are shown
     teacher_eta: float = 1.0  # fresh noise in those steps: 0 is Euler's method, 1 ancestral sampling
-    guidance: float = 2.5  # of those samples, and of the teacher in distribution matching; 1 is none
+    teacher_guidance: float = 4.0  # weight of guidance in those of the bidirectional teacher; 1 is none
+    teacher_ink_kept: float = 0.2  # of what that guidance adds along the predicted ink: 1 is classifier-free guidance, bolder strokes
+    guidance: float = 2.5  # of many-step samples block by block, and of the teacher in distribution matching; 1 is none
     accumulation_steps: int = 1  # micro-batches that a step's batch is cut into: less memory, the same gradient
     activation_checkpointing: bool = False  # make activations of the blocks again in the backward pass: less memory, more time
     sharding: str = "none"  # fsdp2 splits the blocks of every network over the processes: less memory, more messages
@@ -98,9 +100,13 @@ class TrainingConfig(ABC):
             require(0 < value < float("inf"), f"training.{name}", value, "a positive number")
         require(self.sharding in SHARDINGS, "training.sharding", self.sharding, f"one of {', '.join(SHARDINGS)}")
         require(0 <= self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "a number in [0, 1]")
-        require(0 <= self.teacher_eta <= 1, "training.teacher_eta", self.teacher_eta, "a number in [0, 1]")
+        for name in ("teacher_eta", "teacher_ink_kept"):
+            value = asdict(self)[name]
+            require(0 <= value <= 1, f"training.{name}", value, "a number in [0, 1]")
         require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
-        require(self.guidance >= 0, "training.guidance", self.guidance, "0 or more (1 is no guidance)")
+        for name in ("guidance", "teacher_guidance"):
+            value = asdict(self)[name]
+            require(value >= 0, f"training.{name}", value, "0 or more (1 is no guidance)")
         if self.resume is None:  # as earlier versions stored it
             self.resume = "never"
         require(self.resume != "", "training.resume", "empty", "never, auto or the path of a checkpoint")

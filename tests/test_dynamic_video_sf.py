@@ -199,6 +199,21 @@ def test_one_guided_block_is_the_bidirectional_sampler(small_model):
         torch.testing.assert_close(block, whole, atol=1e-3, rtol=1e-3)
 
 
+def test_the_bidirectional_sampler_projects_its_guidance_off_the_ink(small_model):
+    prompt, null = random_prompt(small_model, 2), random_prompt(small_model, 2, seed=9)
+
+    def sampled(guidance: float, ink_kept: float) -> Tensor:
+        plan = BidirectionalPlan(1, 3.0, guidance, ink_kept=ink_kept)
+        return sample_bidirectional(small_model, prompt, null, make_noise_streams([1, 2]), BLOCK, plan)
+
+    over = (1, 2, 3, 4)
+    cond, plain, projected = sampled(1.0, 1.0), sampled(3.0, 1.0), sampled(3.0, 0.0)  # one step from t = 1 ends at the guided x_0
+    ink = cond + 1
+    assert ((plain - cond) * ink).sum(over).abs().min() > 0.1
+    torch.testing.assert_close(((projected - cond) * ink).sum(over), torch.zeros(2), atol=1e-2, rtol=0)
+    torch.testing.assert_close(sampled(3.0, 0.5), (plain + projected) / 2, atol=1e-3, rtol=1e-3)
+
+
 def test_guidance_weights_one_and_zero(small_model, plan):
     prompt, null = random_prompt(small_model, 2), random_prompt(small_model, 2, seed=9)
     conditional, unconditional = run(small_model, prompt, [1, 2], 3, plan), run(small_model, null, [1, 2], 3, plan)

@@ -16,6 +16,7 @@ from flow_matching import (
     expand_time,
     fresh_share,
     interval_weight,
+    projected_guidance,
     sample_time,
     sampling_times,
     shift_time,
@@ -153,6 +154,26 @@ def test_guidance_is_the_same_for_velocity_and_x_0(path):
     of_v = x_0_from_velocity(x_t, classifier_free_guidance(v_cond, v_uncond, 4.0), t)
     of_x_0 = classifier_free_guidance(x_0_from_velocity(x_t, v_cond, t), x_0_from_velocity(x_t, v_uncond, t), 4.0)
     torch.testing.assert_close(of_v, of_x_0)
+
+
+def test_projected_guidance_keeps_a_share_of_what_it_adds_along_a_direction():
+    cond, uncond, direction = torch.randn(3, 2, 4, 1, 5, 5, dtype=torch.float64).unbind()
+    dot = lambda a, b: (a * b).sum((1, 2, 3, 4))  # noqa: E731
+    whole = classifier_free_guidance(cond, uncond, 3.0)
+    torch.testing.assert_close(projected_guidance(cond, uncond, 3.0, direction, 1.0), whole)
+    for kept in (0.0, 0.4):
+        found = projected_guidance(cond, uncond, 3.0, direction, kept)
+        torch.testing.assert_close(dot(found - cond, direction), kept * dot(whole - cond, direction))  # of each video on its own
+        torch.testing.assert_close(dot(found - cond, cond - uncond - _along(cond - uncond, direction)),
+                                   dot(whole - cond, cond - uncond - _along(cond - uncond, direction)))
+    torch.testing.assert_close(projected_guidance(cond, uncond, 1.0, direction, 0.0), cond)
+    blank = torch.zeros_like(cond)
+    torch.testing.assert_close(projected_guidance(cond, uncond, 3.0, blank, 0.0), whole)  # no direction: nothing to take away
+
+
+def _along(x: Tensor, direction: Tensor) -> Tensor:
+    over = (1, 2, 3, 4)
+    return (x * direction).sum(over, keepdim=True) / direction.square().sum(over, keepdim=True) * direction
 
 
 def test_euler_is_exact_for_a_constant_velocity(path):
