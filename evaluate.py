@@ -115,10 +115,10 @@ def make_rows(config: EvaluateConfig) -> list[Row]:
     settings = SamplerSettings(steps, config.num_steps, config.guidance, config.eta)
     if config.checkpoint:
         return [Row(Path(path).stem, Path(path), settings) for path in config.checkpoint]
-    teacher, student = (REPOSITORY / "pretrained" / name for name in ("teacher.pt", "student.pt"))
+    long, start, student = (REPOSITORY / "pretrained" / name for name in ("teacher_long.pt", "teacher.pt", "student.pt"))
     return [
-        Row("teacher", teacher, SamplerSettings()),
-        Row("naive", teacher, SamplerSettings(denoising_steps=tuple(NAIVE_STEPS))),
+        Row("teacher", long, SamplerSettings()),
+        Row("naive", start, SamplerSettings(denoising_steps=tuple(NAIVE_STEPS))),
         Row("student", student, settings),
     ]
 

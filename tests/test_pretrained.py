@@ -24,7 +24,9 @@ def score(name: str, settings: SamplerSettings, num_videos: int) -> dict[str, ob
     return summarise(score_videos(load_judge(), video, *facts_of_prompts(prompts), dataset))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("teacher.pt", PretrainConfig), ("student.pt", SelfForcingConfig)])
+@pytest.mark.parametrize(("name", "kind"), [
+    ("teacher.pt", PretrainConfig), ("teacher_long.pt", PretrainConfig), ("student.pt", SelfForcingConfig),
+])
 def test_files_are_small_and_say_what_they_are(name: str, kind: type):
     assert (PRETRAINED / name).stat().st_size < 9e6
     assert isinstance(load_networks(PRETRAINED / name, RUNTIME.device).config.training, kind)
@@ -51,5 +53,6 @@ def test_the_same_steps_without_self_forcing_fall_far_behind():
 
 @pytest.mark.slow
 def test_the_teacher_makes_what_the_prompts_ask_in_many_steps():
-    figures = score("teacher.pt", SamplerSettings(num_steps=25), 32)
-    assert figures["frames_right"] > 0.85 and figures["videos_right"] > 0.9
+    figures = score("teacher_long.pt", SamplerSettings(num_steps=25), 32)
+    assert figures["frames_right"] > 0.95 and figures["videos_right"] > 0.95 and figures["one_class"] > 0.8
+    assert figures["track_within_1px"] > 0.75 and figures["direction_obeyed"] > 0.85 and 0.85 < figures["stroke_mass_ratio"] < 1.15
