@@ -28,7 +28,6 @@ from flow_matching import (
     sampling_times,
     shift_time,
     timestep_to_time,
-    velocity_from_x_0,
     x_0_from_velocity,
 )
 from kv_cache import KVCache
@@ -282,15 +281,13 @@ def _guided_velocity(past: _Past, x_t: Tensor, t: Tensor, prompt: PromptContext)
 class BidirectionalPlan:
     """How the teacher is sampled: all frames at once, in num_steps guided steps. guidance: 1 for none. eta: how much of a
     step's noise is fresh, see `fresh_share`: 0 is Euler's method, 1 ancestral sampling. ink_kept: of what guidance adds along the
-    predicted ink, the share that is kept, see `projected_guidance`: 1 is classifier-free guidance. clamp_x_0: keep every predicted
-    x_0 in [-1, 1], see `clamp_to_data`."""
+    predicted ink, the share that is kept, see `projected_guidance`: 1 is classifier-free guidance."""
 
     num_steps: int
     time_shift: float
     guidance: float
     eta: float = 0.0
     ink_kept: float = 1.0
-    clamp_x_0: bool = False
 
 
 @torch.no_grad()
@@ -304,10 +301,6 @@ def sample_bidirectional(
     def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
         if trace is not None:
             trace.append(x)
-        v = guided_velocity(x, t)
-        return velocity_from_x_0(x, clamp_to_data(x_0_from_velocity(x, v, t)), t) if plan.clamp_x_0 else v
-
-    def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
         if plan.guidance == 1.0:
             return model.forward_bidirectional(x, t, prompt)
         cond, uncond = model.forward_bidirectional(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)

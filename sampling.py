@@ -90,8 +90,7 @@ def sample_many_step(
 def teacher_plan(training: TrainingConfig) -> BidirectionalPlan:
     """How a run samples its teacher."""
     return BidirectionalPlan(
-        training.teacher_steps, training.time_shift, training.teacher_guidance, training.teacher_eta, training.teacher_ink_kept,
-        training.teacher_clamp_x_0,
+        training.teacher_steps, training.time_shift, training.teacher_guidance, training.teacher_eta, training.teacher_ink_kept
     )
 
 

@@ -80,7 +80,6 @@ class TrainingConfig(ABC):
     teacher_eta: float = 1.0  # fresh noise in those steps: 0 is Euler's method, 1 ancestral sampling
     teacher_guidance: float = 4.0  # weight of guidance in those of the bidirectional teacher; 1 is none
     teacher_ink_kept: float = 0.2  # of what that guidance adds along the predicted ink: 1 is classifier-free guidance, bolder strokes
-    teacher_clamp_x_0: bool = True  # keep every x_0 of those samples in [-1, 1]
     guidance: float = 2.5  # of many-step samples block by block, and of the teacher in distribution matching; 1 is none
     accumulation_steps: int = 1  # micro-batches that a step's batch is cut into: less memory, the same gradient
     activation_checkpointing: bool = False  # make activations of the blocks again in the backward pass: less memory, more time

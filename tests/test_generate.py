@@ -177,9 +177,9 @@ def test_many_steps_on_a_student_are_a_causal_euler_rollout():
 
 
 def test_a_teacher_is_sampled_bidirectionally_and_naively_on_request():
-    assert SamplerSettings().make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0, 0.4, 0.3, True)
-    assert SamplerSettings(num_steps=7, guidance=1.0).make_plan(TEACHER) == BidirectionalPlan(7, 3.0, 1.0, 0.4, 0.3, True)
-    assert SamplerSettings(eta=0.0).make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0, 0.0, 0.3, True)
+    assert SamplerSettings().make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0, 0.4, 0.3)
+    assert SamplerSettings(num_steps=7, guidance=1.0).make_plan(TEACHER) == BidirectionalPlan(7, 3.0, 1.0, 0.4, 0.3)
+    assert SamplerSettings(eta=0.0).make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0, 0.0, 0.3)
     for settings, training in ((SamplerSettings(eta=1.0), STUDENT), (SamplerSettings(denoising_steps=(1000,), eta=0.5), TEACHER)):
         with pytest.raises(ValueError, match="--eta is for a bidirectional teacher"):
             settings.make_plan(training)
@@ -191,7 +191,7 @@ def test_a_teacher_is_sampled_bidirectionally_and_naively_on_request():
 
 
 def test_the_teacher_gives_the_video_of_its_own_sampler(teacher: LoadedNetworks):
-    plan = BidirectionalPlan(3, 3.0, 2.0, 0.4, 0.3, True)
+    plan = BidirectionalPlan(3, 3.0, 2.0, 0.4, 0.3)
     expected = sample_many_step(teacher.generator, teacher.text_encoder, PROMPTS, [0, 1, 2, 3], 9, plan, CPU)
     assert torch.equal(sample(teacher), expected)
     naive = sample(teacher, settings=SamplerSettings(denoising_steps=(1000, 500)))
