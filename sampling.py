@@ -249,7 +249,7 @@ def _sample(
 
 
 def describe_sampler(settings: SamplerSettings, training: TrainingConfig) -> str:
-    """A few words on how a network trained with `training` is sampled, such as "4 steps" or "50 steps, guidance 2.5, eta 1"."""
+    """A few words on how a network trained with `training` is sampled, such as "4 steps" or "50 steps, guidance 4, eta 1"."""
     plan = settings.make_plan(training)
     guidance = "" if plan.guidance == 1 else f", guidance {plan.guidance:g}"
     if isinstance(plan, BidirectionalPlan):

@@ -41,8 +41,8 @@ def teacher(tmp_path: Path) -> Path:
 def test_real_videos_score_high_an_untrained_network_low_and_files_are_left(teacher: Path, tmp_path: Path, capsys):
     config = EvaluateConfig(checkpoint=str(teacher), num_videos=24, num_frames=6, precision="float32", output_dir=str(tmp_path / "out"))
     results = evaluate(config)
-    assert list(results) == ["real", "teacher, 2 steps, guidance 2.5, eta 1"]
-    untrained = results["teacher, 2 steps, guidance 2.5, eta 1"]
+    assert list(results) == ["real", "teacher, 2 steps, guidance 4, eta 1"]
+    untrained = results["teacher, 2 steps, guidance 4, eta 1"]
     assert results["real"]["frames_right"] > 0.9 and results["real"]["track_within_1px"] == 1
     assert untrained["frames_right"] < 0.5 and untrained["frames_per_second"] > 0
     for key in FIGURES:
@@ -63,7 +63,7 @@ def test_videos_of_two_digits_are_counted(tmp_path: Path):
     dataset = DatasetConfig(frame_size=64, digit_size=28, num_digits=2, min_speed=2.4, max_speed=4.4)
     pair = save_untrained(tmp_path / "pair.pt", Config(model=model, dataset=dataset, training=PretrainConfig(teacher_steps=1)))
     results = evaluate(EvaluateConfig(checkpoint=str(pair), num_videos=8, num_frames=9, precision="float32", output_dir=str(tmp_path)))
-    untrained = results["pair, 1 steps, guidance 2.5, eta 1"]
+    untrained = results["pair, 1 steps, guidance 4, eta 1"]
     assert results["real"]["count_right"] > 0.6 and untrained["count_right"] < 0.4
     assert "frechet_distance" not in results["real"] and (tmp_path / "per_frame.png").exists()
 
