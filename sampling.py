@@ -126,9 +126,9 @@ class SamplerSettings:
     def make_plan(self, training: TrainingConfig) -> RolloutPlan | BidirectionalPlan:
         """The plan for a network trained with `training`, whose kind says whether it is a student or a teacher.
 
-        Left open, a few-step student takes its own denoising steps and a teacher `teacher_steps` Euler steps: all frames at
-        once, or block by block where teacher or diffusion forcing made it causal. Guidance left open is the checkpoint's
-        for a teacher's Euler steps and none otherwise. The window of a causal rollout left open is that of the training, and
+        Left open, a few-step student takes its own denoising steps and a teacher `teacher_steps` steps: all frames at once as
+        `teacher_plan` says, or Euler's block by block where teacher or diffusion forcing made it causal. Guidance left open is
+        the checkpoint's for a teacher's many steps and none otherwise. The window of a causal rollout left open is that of the training, and
         where that had none the length of its videos, so it can go on for any length.
         """
         context, is_student = self._context(training), isinstance(training, FewStepConfig)
