@@ -128,8 +128,8 @@ class SamplerSettings:
 
         Left open, a few-step student takes its own denoising steps and a teacher `teacher_steps` steps: all frames at once as
         `teacher_plan` says, or Euler's block by block where teacher or diffusion forcing made it causal. Guidance left open is
-        the checkpoint's for a teacher's many steps and none otherwise. The window of a causal rollout left open is that of the training, and
-        where that had none the length of its videos, so it can go on for any length.
+        the checkpoint's for a teacher's many steps and none otherwise. The window of a causal rollout left open is that of the
+        training, and where that had none the length of its videos, so it can go on for any length.
         """
         context, is_student = self._context(training), isinstance(training, FewStepConfig)
         if self.num_steps is not None or (not is_student and self.denoising_steps is None):
