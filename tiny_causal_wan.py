@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ from attention import (
 from flow_matching import expand_time, velocity_from_x_0, x_0_from_velocity
 from kv_cache import KVCache
 from recomputation import recomputed
-from wan_block import Attend, WanBlock
+from wan_block import Attend, WanBlock, between_attentions
 
 
 @dataclass
@@ -134,6 +134,7 @@ class TinyCausalWanModel(nn.Module):
         self.head_modulation = nn.Parameter(torch.zeros(2, width))
         self.head = nn.Linear(width, config.patch_values)
         self._recomputes = self._is_compiled = False
+        self._between = between_attentions
         self._initialise()
 
     def _initialise(self) -> None:
@@ -155,8 +156,10 @@ class TinyCausalWanModel(nn.Module):
     def compile_passes(self) -> None:
         """From now on run all but self-attention compiled, once for every size of batch and block. Outputs move by rounding."""
         self._is_compiled = True
-        for block in self.blocks:
-            block.compile_around_attention()
+        compiled = partial(torch.compile, dynamic=False)
+        self._embed, self._between, self._read_out = compiled(self._embed), compiled(between_attentions), compiled(self._read_out)
+        self.blocks[0].before_attention = compiled(self.blocks[0].before_attention)
+        self.blocks[-1].after_attention = compiled(self.blocks[-1].after_attention)
 
     def cast_products(self, dtype: torch.dtype) -> None:
         """Keep the weights of matrix products in the format in which autocast multiplies them: no pass casts them again, and videos stay
@@ -278,9 +281,7 @@ class TinyCausalWanModel(nn.Module):
         self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int, attends: list[Attend], num_copies: int = 1
     ) -> Tensor:
         x, embedded_time = self._features(x_t, t, prompt, first_frame, attends, num_copies)
-        shift, scale = (embedded_time[:, :, None] + self.head_modulation).unsqueeze(3).unbind(2)  # (B, T, 1, D)
-        x_0 = self.unpatchify(self.head(self.head_norm(x) * (1 + scale) + shift).float())
-        return velocity_from_x_0(x_t.float(), x_0, t)
+        return self._read_out(x, embedded_time, x_t, t)
 
     def _features(
         self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int, attends: list[Attend], num_copies: int = 1
@@ -295,24 +296,46 @@ class TinyCausalWanModel(nn.Module):
         if prompt.pooled.shape[0] != x_t.shape[0]:
             raise ValueError(f"{prompt.pooled.shape[0]} prompts for {x_t.shape[0]} videos: expected one each")
         expand_time(t, x_t)  # refuses a t that is not (B, F); frames that share a temporal patch share its first frame's t
-        temporal_patch = self.config.patch_size[0]
-        x = self.patchify(x_t)  # (B, T, N, D)
-        with torch.autocast(x_t.device.type, enabled=False):  # times and modulation stay in float32
-            embedded_time = self.time_embedding(sinusoidal_embedding(t[:, ::temporal_patch], self.config.width))  # (B, T, D)
-            embedded_time = embedded_time + prompt.pooled.float()[:, None]
-            modulation = self.time_projection(embedded_time).unflatten(-1, (1, 6, self.config.width))  # (B, T, 1, 6, D)
-            own = torch.stack([block.modulation for block in self.blocks])  # (layers, 6, D)
-            own[:, 1::3] += 1  # the 1 of both 1 + scale
-            modulations = (modulation + own).unbind(2)  # all layers in one sum: (B, T, 6, D) each
-        if self._is_compiled:
-            prompt.serve_every_length()
-        rope = self._rope(first_frame // temporal_patch, x.shape[1] // num_copies, x_t.device)
+        x, embedded_time, modulations = self._embed(x_t, t, prompt.pooled)
+        rope = self._rope(first_frame // self.config.patch_size[0], x.shape[1] // num_copies, x_t.device)
         if num_copies > 1:
             rope = (rope[0].repeat(num_copies, 1), rope[1].repeat(num_copies, 1))
+        if self._is_compiled:
+            return self._compiled_blocks(x, modulations, rope, prompt, attends), embedded_time
         for layer, block in enumerate(self.blocks):
             inputs = (x, modulations[layer], rope, prompt.keys[layer], prompt.values[layer], prompt.mask, attends[layer])
             x = recomputed(block, *inputs) if self._recomputes and torch.is_grad_enabled() else block(*inputs)
         return x, embedded_time
+
+    def _compiled_blocks(
+        self, x: Tensor, modulations: tuple[Tensor, ...], rope: Rope, prompt: PromptContext, attends: list[Attend]
+    ) -> Tensor:
+        """All blocks, compiled from one self-attention to the next: the fewer pieces, the less each pass waits for Python."""
+        prompt.serve_every_length()
+        q, k, v = self.blocks[0].before_attention(x, modulations[0], rope)
+        for layer, (block, following) in enumerate(pairwise(self.blocks)):
+            y = attends[layer](q, k, v)
+            of_prompt = (prompt.keys[layer], prompt.values[layer], prompt.mask)
+            x, q, k, v = self._between(block, following, x, y, modulations[layer], modulations[layer + 1], rope, *of_prompt)
+        y = attends[-1](q, k, v)
+        return self.blocks[-1].after_attention(x, y, modulations[-1], prompt.keys[-1], prompt.values[-1], prompt.mask)
+
+    def _embed(self, x_t: Tensor, t: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Tokens (B, T, N, D), time embedding (B, T, D) and each layer's modulation (B, T, 6, D)."""
+        x = self.patchify(x_t)
+        with torch.autocast(x_t.device.type, enabled=False):  # times and modulation stay in float32
+            embedded_time = self.time_embedding(sinusoidal_embedding(t[:, ::self.config.patch_size[0]], self.config.width))
+            embedded_time = embedded_time + pooled.float()[:, None]
+            modulation = self.time_projection(embedded_time).unflatten(-1, (1, 6, self.config.width))  # (B, T, 1, 6, D)
+            own = torch.stack([block.modulation for block in self.blocks])  # (layers, 6, D)
+            own[:, 1::3] += 1  # the 1 of both 1 + scale
+            return x, embedded_time, (modulation + own).unbind(2)  # all layers in one sum
+
+    def _read_out(self, x: Tensor, embedded_time: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """v (B, F, C, H, W) from the last block's tokens: the modulated head, which predicts x_0."""
+        shift, scale = (embedded_time[:, :, None] + self.head_modulation).unsqueeze(3).unbind(2)  # (B, T, 1, D)
+        x_0 = self.unpatchify(self.head(self.head_norm(x) * (1 + scale) + shift).float())
+        return velocity_from_x_0(x_t.float(), x_0, t)
 
     def patchify(self, video: Tensor) -> Tensor:
         """Video (B, F, C, H, W) to embedded tokens (B, T, N, D): the Conv3d, whose patches do not overlap, as one product."""

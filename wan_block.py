@@ -73,7 +73,11 @@ class WanBlock(nn.Module):
         y = torch.addcmul(shift_f, self.norm_ffn(x), factor_f)
         return torch.addcmul(x, gate_f, self.ffn_out(F.gelu(self.ffn_in(y))))
 
-    def compile_around_attention(self) -> None:
-        """From now on run what comes before and after self-attention compiled, once for every shape that occurs."""
-        self.before_attention = torch.compile(self.before_attention, dynamic=False)
-        self.after_attention = torch.compile(self.after_attention, dynamic=False)
+
+def between_attentions(
+    block: WanBlock, following: WanBlock, x: Tensor, y: Tensor, modulation: Tensor, next_modulation: Tensor, rope: Rope,
+    prompt_key: Tensor, prompt_value: Tensor, prompt_mask: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From one layer's self-attention, y (B, h, S, d), to the next's: tokens (B, T, N, D), then q, k and v (B, h, S, d)."""
+    x = block.after_attention(x, y, modulation, prompt_key, prompt_value, prompt_mask)
+    return x, *following.before_attention(x, next_modulation, rope)

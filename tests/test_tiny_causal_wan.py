@@ -436,12 +436,7 @@ def test_compiled_passes_differ_by_rounding_and_serve_every_prompt():
     compiled.compile_passes()
     num_graphs = []
     for length in (5, 3):
-        text, mask = torch.randn(2, length, model.config.text_width), torch.ones(2, length, dtype=torch.bool)
-        x_t, t = torch.randn(2, 3, 1, 8, 8), torch.full((2, 3), 0.6)
-        with torch.no_grad():
-            expected, found = (
-                network.forward_cached(x_t, t, network.encode_prompt(text, mask), network.new_cache()) for network in (model, compiled)
-            )
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        for expected, found in zip(*(cached_and_whole(network, length, torch.float32) for network in (model, compiled)), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert 0 < num_graphs[0] == num_graphs[1]
