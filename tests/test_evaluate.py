@@ -11,7 +11,6 @@ from conftest import randomise
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import evaluate as evaluate_module
 from checkpoint import load_networks, save_checkpoint
 from config import Config, PretrainConfig, config_to_dict
 from evaluate import FIGURES, REPOSITORY, EvaluateConfig, evaluate, held_out_videos, write_results
@@ -125,14 +124,3 @@ def test_a_second_evaluation_leaves_the_first_ones_files(tmp_path):
         write_results(tmp_path, {word: figures}, [("real", video)], ["a 3"])
     assert json.loads((tmp_path / "evaluation.json").read_text()) == {"first": figures}
     assert json.loads((tmp_path / "evaluation_2.json").read_text()) == {"second": figures}
-
-
-def test_ctrl_c_ends_in_one_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluate_module, "evaluate", interrupted)
-    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:  # the latter would end the whole suite
-        evaluate_module.main(OmegaConf.structured(EvaluateConfig))
-    assert isinstance(caught.value, SystemExit) and caught.value.code == 130
-    assert capsys.readouterr().err == "interrupted: nothing was written\n"

@@ -15,18 +15,21 @@ import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
 from conftest import randomise
+from omegaconf import OmegaConf
 
 import generate as entry
 from attention import ContextWindow
 from checkpoint import LoadedNetworks, load_networks, save_checkpoint
 from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
 from dynamic_video_sf import SelfForcingEngine
+from evaluate import EvaluateConfig
 from generate import BidirectionalPlan, SamplerSettings, generate, main, slug
 from moving_mnist import DatasetConfig
 from rollout import RolloutPlan, make_noise_streams, rollout_blocks
@@ -289,15 +292,17 @@ def test_a_missing_compiler_ends_in_one_line(command: str, student_path: Path, t
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("module", ["generate", "benchmark"])
-def test_ctrl_c_ends_in_one_line_and_130(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(("module", "work", "arguments"), [
+    ("generate", "run", []), ("benchmark", "run", []), ("evaluate", "evaluate", OmegaConf.structured(EvaluateConfig)),
+])
+def test_ctrl_c_ends_in_one_line_and_130(module: str, work: str, arguments: Any, monkeypatch: pytest.MonkeyPatch, capsys):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     program = importlib.import_module(module)
-    monkeypatch.setattr(program, "run", interrupted)
+    monkeypatch.setattr(program, work, interrupted)
     with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:  # the latter would end the whole suite
-        program.main([])
+        program.main(arguments)
     errors = capsys.readouterr().err
     assert isinstance(caught.value, SystemExit) and caught.value.code == 130
     assert errors.startswith("interrupted: ") and errors.count("\n") == 1
