@@ -29,6 +29,7 @@ from output_folder import free_paths
 from text_encoder import SPEEDS, MotionFacts, compose_caption
 
 NUM_OCTANTS = 8
+MAX_VARIATION = 0.4  # the determinant of a deformation is at least 1 - 2 * variation: from 0.5 on a digit could turn inside out
 
 
 @dataclass
@@ -133,6 +134,32 @@ def bilinear_weights(offset: Tensor, num_pixels: int, digit_size: int) -> Tensor
     return (1 - (pixel - row - offset[..., None, None]).abs()).clamp_min(0)
 
 
+def unit_ink(images: Tensor) -> Tensor:
+    """Ink as float32 in [0, 1] from uint8 images."""
+    return images.float() / 255
+
+
+def draw_deformations(seed: int, indices: Sequence[int], num_digits: int, variation: float) -> Tensor:
+    """Linear maps (B, N, 2, 2), the identity with U(-variation, variation) added to every entry: all of a video (seed, index).
+
+    To first order this is a turn (0.15 is up to 9 degrees), a slant and a stretch of either axis, drawn independently.
+    """
+    key = [np.array([seed, index], dtype=np.uint64) for index in indices]
+    # Another counter than that of `_draw`: the same video moves the same way with and without deformation.
+    streams = [np.random.Generator(np.random.Philox(key=pair, counter=[0, 0, 0, 1])) for pair in key]
+    moved = np.stack([stream.uniform(-variation, variation, size=(num_digits, 2, 2)) for stream in streams])
+    return torch.eye(2) + torch.from_numpy(moved).float()
+
+
+def deform(images: Tensor, deformations: Tensor, digit_size: int) -> Tensor:
+    """Sprites (B, N, D, D) of digits (B, N, S, S), ink in [0, 1], mapped by the inverse of the deformations (B, N, 2, 2) about
+    their centre and area-averaged to D = `digit_size`; ink mapped out of the box is lost."""
+    flat, maps = images.flatten(0, 1).unsqueeze(1), functional.pad(deformations.flatten(0, 1), (0, 1))  # without a shift
+    grid = functional.affine_grid(maps, flat.shape, align_corners=False)
+    deformed = functional.grid_sample(flat, grid, mode="bicubic", align_corners=False).clamp(0, 1)
+    return functional.interpolate(deformed, size=(digit_size, digit_size), mode="area").view(*images.shape[:2], digit_size, digit_size)
+
+
 @dataclass
 class _Draw:
     """The random numbers behind one video, as Python scalars; lists of N digits."""
@@ -148,18 +175,21 @@ class _Draw:
 class MovingMNISTGenerator:
     """Makes videos: (seed, index) names one video of the split, whatever else is in the batch.
 
-    Raises the errors of `load_digits`.
+    digit_variation, 0 to 0.4: every video deforms its digits by linear maps of its own (`draw_deformations`), so that no two show
+    the same glyph; captions and tracks are those of the undeformed video. Raises the errors of `load_digits`.
     """
 
-    def __init__(self, config: DatasetConfig, split: str = "train"):
+    def __init__(self, config: DatasetConfig, split: str = "train", digit_variation: float = 0.0):
+        if not 0 <= digit_variation <= MAX_VARIATION:
+            raise ValueError(f"digit_variation is {digit_variation}: expected 0 (none) to {MAX_VARIATION}")
         self.config = config
         self.split = split
+        self.digit_variation = digit_variation
         self.digit_set = load_digits(config, split)
         side = (config.digit_size, config.digit_size)
-        resized = [  # in parts, as float copies of all 60,000 original digits would fill memory
-            functional.interpolate(part.unsqueeze(1).float() / 255, size=side, mode="area").squeeze(1)
-            for part in self.digit_set.images.split(4096)
-        ]
+        # In parts, as float copies of all 60,000 original digits would fill memory.
+        resized = [functional.interpolate(unit_ink(part).unsqueeze(1), size=side, mode="area").squeeze(1)
+                   for part in self.digit_set.images.split(4096)]
         self.sprites = torch.cat(resized)  # (M, D, D) float32 in [0, 1]
         self._labels = self.digit_set.labels.tolist()
 
@@ -182,8 +212,12 @@ class MovingMNISTGenerator:
         start = torch.tensor([draw.start for draw in draws], dtype=torch.float32)  # (B, N, 2)
         velocity = torch.tensor([draw.velocity for draw in draws], dtype=torch.float32)  # (B, N, 2)
         track = self.motion_track(start, velocity, num_frames)
+        sprites = self.sprites[digit_index]
+        if self.digit_variation > 0:
+            deformations = draw_deformations(seed, indices, self.config.num_digits, self.digit_variation)
+            sprites = deform(unit_ink(self.digit_set.images[digit_index]), deformations, self.config.digit_size)
         return MovingMNISTBatch(
-            video=self.render(self.sprites[digit_index], track),
+            video=self.render(sprites, track),
             captions=[draw.caption for draw in draws],
             digits=self.digit_set.labels[digit_index],
             digit_index=digit_index,

@@ -91,7 +91,7 @@ class PretrainStage:
         self.parts.check_divides("training.batch_size", self.config.batch_size)
         if self.config.clip_steps:
             self.parts.check_divides("training.clip_batch_size", self.config.clip_batch_size)
-        self.data = MovingMNISTGenerator(config.dataset, "train")
+        self.data = MovingMNISTGenerator(config.dataset, "train", self.config.digit_variation)
         self.num_videos_seen = 0
         self.earlier_prompts: dict[int, int] = {}  # drawn by the runs that this one goes on from
         self.model = TinyCausalWanModel(config.model).to(runtime.device)

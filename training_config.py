@@ -13,6 +13,7 @@ from omegaconf import MISSING
 
 from attention import ContextWindow
 from flow_matching import NUM_TRAIN_TIMESTEPS
+from moving_mnist import MAX_VARIATION
 
 OBJECTIVES = ("mixed", "teacher_forcing", "diffusion_forcing")
 GENERATOR_INPUTS = ("self_rollout", "diffusion_forced", "teacher_forced")
@@ -150,6 +151,7 @@ class PretrainConfig(TrainingConfig):
     clip_steps: int = 0  # the first so many steps see clips of clip_frames, clip_batch_size at a time: digits are learned sooner
     clip_frames: int = 6
     clip_batch_size: int = 64
+    digit_variation: float = 0.0  # every video turns, slants and stretches its digits by about so much (`moving_mnist.draw_deformations`)
     lr: float = 1.5e-3  # AdamW: embeddings, biases, norms, head
     muon_lr: float = 3e-3  # Muon: matrices of the transformer blocks
     weight_decay: float = 0.01
@@ -172,6 +174,9 @@ class PretrainConfig(TrainingConfig):
         if self.clip_steps:
             check_num_frames("training.clip_frames", self.clip_frames, self.num_frames_per_block, self.independent_first_frame)
         require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "0 or more")
+        require(
+            0 <= self.digit_variation <= MAX_VARIATION, "training.digit_variation", self.digit_variation, f"0 (none) to {MAX_VARIATION}",
+        )
         require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
         require(self.muon_lr > 0, "training.muon_lr", self.muon_lr, "a positive number")
         require(not self.compile or self.sharding == "none", "training.compile", True, f"false with training.sharding={self.sharding}")
