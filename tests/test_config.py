@@ -122,6 +122,7 @@ def test_a_refused_override_is_one_line_that_names_it(override, words):
     ({"warmup_steps": -1}, "training.warmup_steps"),
     ({"prompt_dropout": 1.5}, "training.prompt_dropout"), ({"loss_time_floor": 0.0}, "training.loss_time_floor"),
     ({"objective": "both"}, "training.objective"), ({"pretrained_checkpoint": ""}, "training.pretrained_checkpoint"),
+    ({"digit_variation": 0.41}, "training.digit_variation"), ({"digit_variation": -0.1}, "training.digit_variation"),
     ({"ema_decay": 1.0}, "training.ema_decay"), ({"keep_last": 0}, "training.keep_last"), ({"time_shift": inf}, "training.time_shift"),
 ])
 def test_impossible_pretraining_is_refused(changes, key):
