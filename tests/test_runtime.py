@@ -41,6 +41,18 @@ def test_auto_precision_follows_the_processor_and_an_explicit_one_is_obeyed(monk
     assert resolve_runtime("cpu", "bfloat16").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("has_it, seconds, pays", [(True, 1.0, True), (True, 1.9, False), (True, 3.0, False), (False, 1.0, False)])
+def test_bfloat16_must_be_there_and_be_faster(monkeypatch, has_it, seconds, pays):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
+    monkeypatch.setattr(runtime, "_product_seconds", lambda dtype: seconds if dtype == torch.bfloat16 else 2.0)
+    assert resolve_runtime("cpu", "auto").dtype == (torch.bfloat16 if pays else torch.float32)
+
+
+def test_products_are_timed_once():
+    assert 0 < runtime._product_seconds(torch.float32) == runtime._product_seconds(torch.float32) < 1
+
+
 def test_mps_computes_in_float32(monkeypatch):
     only(monkeypatch, mps=True)
     assert resolve_runtime("mps", "auto") == Runtime(torch.device("mps"), torch.float32)
