@@ -1,7 +1,7 @@
 """Speed, as ratios and shares measured in one run: what generation and training take, and how much of it is arithmetic.
 
     python benchmark.py [--parts generation teacher training anchor] [--batch_sizes 1 4 16] [--precisions float32 bfloat16]
-                        [--num_frames 21] [--repeats 5] [--compile] [--output PATH.json]
+                        [--num_frames 21] [--repeats 5] [--compile] [--int8] [--output PATH.json]
     python benchmark.py --parts generation training --batch_sizes 1 --precisions float32 --repeats 2      # a quick run
 
 Parts: "generation", the student with its KV cache, split into phases, and the same rollout with the past recomputed; "teacher",
@@ -59,6 +59,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--compile", action="store_true", help="the student compiled, too, as by generate.py --compile")
+    parser.add_argument("--int8", action="store_true", help="and compiled with products in 8-bit integers, as by --compile --int8")
     parser.add_argument("--output", type=Path, metavar="PATH.json", help="write every figure there too; an older file is replaced")
     return parser.parse_args(argv)
 
@@ -160,7 +161,8 @@ def run(arguments: argparse.Namespace) -> None:
     runtimes: dict[str, Runtime] = {precision: resolve_runtime(arguments.device, precision) for precision in arguments.precisions}
     device = next(iter(runtimes.values())).device
     student, teacher = load_networks(arguments.student, device), load_networks(arguments.teacher, device)
-    samplers = Samplers(student, teacher if "teacher" in arguments.parts else None, "generation" in arguments.parts, arguments.compile)
+    variants = ("student", *(["compiled"] if arguments.compile else []), *(["int8"] if arguments.int8 else []))
+    samplers = Samplers(student, teacher if "teacher" in arguments.parts else None, "generation" in arguments.parts, variants)
     check_length(arguments.num_frames, samplers.plan, student.config.training)
     if samplers.teacher is not None:
         check_length(arguments.num_frames, samplers.teacher_plan, teacher.config.training)
@@ -176,7 +178,7 @@ def run(arguments: argparse.Namespace) -> None:
             report(generation_lines(speeds), speeds, results["generation"])
     if "anchor" in arguments.parts:
         results["anchor"] = []
-        anchor = anchor_samplers(student, device, arguments.compile)
+        anchor = anchor_samplers(student, device, variants)
         speeds = measure_generation(anchor, runtimes, 1, arguments.num_frames, arguments.repeats)
         report(anchor_lines(speeds), speeds, results["anchor"])
     if "training" in arguments.parts:

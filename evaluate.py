@@ -62,7 +62,7 @@ FIGURES = PROMPT_FIGURES | LOOK_FIGURES  # of videos of one digit
 
 @dataclass
 class EvaluateConfig:
-    """What to score. checkpoint: paths, or one path; none for what ships. num_steps, denoising_steps, guidance, eta, compile: as
+    """What to score. checkpoint: paths, or one path; none for what ships. num_steps, denoising_steps, guidance, eta, compile, int8: as
     in generate.py, for every checkpoint named, or for the student that ships. seed: names both the held-out prompts and the videos' noise.
     sanity: try the figures on real videos made worse, instead of scoring a network. output_dir: outputs/evaluation where none is
     named, results for sanity."""
@@ -79,6 +79,7 @@ class EvaluateConfig:
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
+    int8: bool = False
     sanity: bool = False
     output_dir: str | None = None
 
@@ -126,8 +127,8 @@ def make_rows(config: EvaluateConfig) -> list[Row]:
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     """Sample and score every row; returns the figures by row and leaves files in output_dir. Raises ValueError, OSError."""
     runtime = resolve_runtime(config.device, config.precision)
-    rows, compiling = make_rows(config), "compile" if config.compile else None
-    loaded: dict[Path, LoadedNetworks] = {row.path: prepared(load_networks(row.path, runtime.device), runtime, compiling) for row in rows}
+    rows, options = make_rows(config), ("compile" if config.compile else None, "int8" if config.int8 else None)
+    loaded: dict[Path, LoadedNetworks] = {row.path: prepared(load_networks(row.path, runtime.device), runtime, *options) for row in rows}
     dataset = loaded[rows[0].path].config.dataset
     for row in rows:  # whatever does not fit is refused before any sampling
         training = loaded[row.path].config.training

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from attention import ContextWindow
 from checkpoint import LoadedNetworks
+from int8_products import require_exact_int8
 from rollout import (
     BidirectionalPlan,
     RolloutPlan,
@@ -194,12 +195,18 @@ def check_length(
         )
 
 
-def prepared(networks: LoadedNetworks, runtime: Runtime, compile_option: str | None = None) -> LoadedNetworks:
-    """A copy of the networks for generation alone, whose weights no pass has to cast; compiled where the name of an option asks for it.
+def prepared(
+    networks: LoadedNetworks, runtime: Runtime, compile_option: str | None = None, int8_option: str | None = None
+) -> LoadedNetworks:
+    """A copy of the networks for generation alone, whose weights no pass has to cast; compiled, and with products in 8-bit integers,
+    where the name of an option asks for it.
 
-    Raises ValueError naming the option where there is no compiler.
+    Raises ValueError naming the option where there is no compiler, or where such products are not exact.
     """
     generator = copy.deepcopy(networks.generator)
+    if int8_option is not None:
+        require_exact_int8(int8_option, runtime.device)
+        generator.quantize_products(runtime.dtype)
     generator.cast_products(runtime.dtype)
     if compile_option is not None:
         require_compiler(compile_option, runtime.device)

@@ -35,6 +35,8 @@ PROMPT = "a handwritten 7 drifting up and to the left"
 TEXT, DENOISING, CACHE = "text", "denoising", "cache pass and first step"
 ROLLOUT, SCORES, CRITIC_LOSS, AVERAGES = "rollout", "scores", "critic: loss", "averages"  # of a training step, beside TEXT and
 BACKWARD, OPTIMIZER = "{}: backward", "{}: clipping, optimizer"  # these two of generator and critic
+# How the student is prepared (`sampling.prepared`), and the FLOPs counted as its own: a compiled pass hides what it does.
+VARIANTS = {"student": (), "compiled": ("--compile",), "int8": ("--compile", "--int8")}
 ANCHOR_SIZES = {"width": 192, "num_layers": 6, "num_heads": 3, "patch_size": [1, 4, 4]}
 ANCHOR_RATE = 21.8  # frames/s of the public Self-Forcing code at these sizes: batch 1, float32, 21 frames of 32 px, two quiet cores
 
@@ -122,7 +124,7 @@ class GenerationSpeed:
     frames_per_second counts the frames of all videos of the batch, sampling only. gif_seconds, npz_seconds: to write them all.
     """
 
-    sampler: str  # "student", "compiled", "no cache" or "teacher"
+    sampler: str  # one of `VARIANTS`, "no cache" or "teacher"
     precision: str
     batch_size: int
     num_frames: int
@@ -138,12 +140,13 @@ class GenerationSpeed:
 
 @dataclass(frozen=True)
 class Samplers:
-    """The networks that are compared; teacher, the rollout without cache and the compiled student only where asked for."""
+    """The networks that are compared: the student in some of its `VARIANTS`, "student" among them; teacher and the rollout without
+    cache only where asked for."""
 
     student: LoadedNetworks
     teacher: LoadedNetworks | None
     without_cache: bool
-    compiled: bool = False
+    variants: tuple[str, ...] = ("student",)
     _prepared: dict[tuple[str, Runtime], LoadedNetworks] = field(default_factory=dict)
 
     @property
@@ -168,14 +171,14 @@ class Samplers:
         if (name, runtime) not in self._prepared:
             networks = self.teacher if name == "teacher" else self.student
             assert networks is not None
-            self._prepared[name, runtime] = prepared(networks, runtime, "--compile" if name == "compiled" else None)
+            self._prepared[name, runtime] = prepared(networks, runtime, *VARIANTS.get(name, ()))
         return self._prepared[name, runtime]
 
     def calls(self, batch_size: int, num_frames: int, runtime: Runtime) -> dict[str, Callable[[], Tensor]]:
         """By sampler, what makes its videos."""
         common = ([PROMPT] * batch_size, list(range(batch_size)), num_frames)
         calls: dict[str, Callable[[], Tensor]] = {}
-        for name in ("student", "compiled") if self.compiled else ("student",):
+        for name in self.variants:
             student = self.prepared(name, runtime)
             calls[name] = partial(sample_few_step, student.generator, student.text_encoder, *common, self.plan, runtime)
         if self.without_cache:
@@ -194,7 +197,7 @@ class Samplers:
         """FLOPs of one video: by sampler, and by phase of the student."""
         totals: dict[str, float] = {}
         for name, call in self.calls(1, num_frames, runtime).items():
-            if name == "compiled":  # the student's, and a compiled pass hides what it does
+            if "--compile" in VARIANTS.get(name, ()):
                 totals[name] = totals["student"]
                 continue
             with flop_counter() as counter:
@@ -264,11 +267,11 @@ def time_output(videos: Tensor, repeats: int) -> tuple[float, float]:
     return seconds["gif"], seconds["npz"]
 
 
-def anchor_samplers(student: LoadedNetworks, device: torch.device, compiled: bool) -> Samplers:
+def anchor_samplers(student: LoadedNetworks, device: torch.device, variants: tuple[str, ...]) -> Samplers:
     """An untrained network of `ANCHOR_SIZES`, sampled as the student is."""
     config = ModelConfig(**{**asdict(student.config.model), **ANCHOR_SIZES})
     network = TinyCausalWanModel(config).to(device).eval().requires_grad_(False)
-    return Samplers(replace(student, generator=network), None, without_cache=False, compiled=compiled)
+    return Samplers(replace(student, generator=network), None, without_cache=False, variants=variants)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from attention import (
     teacher_forcing_layout,
 )
 from flow_matching import expand_time, velocity_from_x_0, x_0_from_velocity
+from int8_products import quantize_linears
 from kv_cache import KVCache
 from recomputation import recomputed
 from wan_block import Attend, WanBlock, between_attentions
@@ -168,6 +169,10 @@ class TinyCausalWanModel(nn.Module):
             for module in part.modules():
                 if isinstance(module, nn.Linear):
                     module.to(dtype)
+
+    def quantize_products(self, dtype: torch.dtype) -> None:
+        """Multiply in the blocks by 8-bit integers from now on, with results in dtype. For generation alone."""
+        quantize_linears(self.blocks, dtype)
 
     def new_cache(self, window_frames: int | None = None, sink_frames: int = 0) -> KVCache:
         """An empty cache for this network. Raises ValueError where a window or a sink splits a temporal patch."""

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
-    "flow_matching", "attention", "batch_share", "recomputation", "wan_block", "kv_cache", "tiny_causal_wan", "text_encoder",
-    "mnist_digits", "output_folder", "moving_mnist", "training_config", "comparison_config", "config", "objectives",
+    "flow_matching", "attention", "batch_share", "recomputation", "int8_products", "wan_block", "kv_cache", "tiny_causal_wan",
+    "text_encoder", "mnist_digits", "output_folder", "moving_mnist", "training_config", "comparison_config", "config", "objectives",
     "distribution_losses", "rollout", "dynamic_video_sf", "few_step", "runtime", "sharding", "distributed", "checkpoint", "resume",
     "interruption", "streaming", "sampling", "video_io", "video_input", "ink", "digit_judge", "tracking", "video_judge", "corruptions",
     "distribution", "metrics", "digit_count", "panel", "sanity", "report", "run_log", "health", "starting_networks", "stages",

@@ -74,13 +74,15 @@ def files(tmp_path: Path) -> dict[str, Path]:
 def test_the_compiled_student_counts_as_the_student_and_stands_beside_it(networks: LoadedNetworks, monkeypatch: pytest.MonkeyPatch):
     compiled: list[TinyCausalWanModel] = []
     monkeypatch.setattr(TinyCausalWanModel, "compile_passes", lambda model: compiled.append(model))
-    samplers = Samplers(networks, None, without_cache=False, compiled=True)
+    samplers = Samplers(networks, None, without_cache=False, variants=("student", "compiled", "int8"))
     calls = samplers.calls(1, 6, CPU)
-    assert list(calls) == ["student", "compiled"] and len(compiled) == 1
-    assert compiled[0] is samplers.prepared("compiled", CPU).generator is not samplers.prepared("student", CPU).generator
+    assert list(calls) == ["student", "compiled", "int8"] and len(compiled) == 2
+    assert compiled == [samplers.prepared(name, CPU).generator for name in ("compiled", "int8")]
+    assert samplers.prepared("student", CPU).generator not in compiled
     totals, _ = samplers.count(6, CPU)
-    assert totals["compiled"] == totals["student"] > 0 and len(compiled) == 1
+    assert totals["int8"] == totals["compiled"] == totals["student"] > 0 and len(compiled) == 2
     assert torch.equal(calls["compiled"](), calls["student"]())  # nothing was compiled here
+    assert not torch.equal(calls["int8"](), calls["student"]())
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from conftest import randomise
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from checkpoint import load_networks, save_checkpoint
+from checkpoint import LoadedNetworks, load_networks, save_checkpoint
 from config import Config, PretrainConfig, config_to_dict
 from evaluate import FIGURES, REPOSITORY, EvaluateConfig, evaluate, held_out_videos, write_results
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
+from runtime import Runtime
 from text_encoder import TextEncoder
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 
@@ -36,6 +37,22 @@ def teacher(tmp_path: Path) -> Path:
     """An untrained network for 32-pixel frames of one digit."""
     model = ModelConfig(width=24, num_layers=1, num_heads=2)
     return save_untrained(tmp_path / "teacher.pt", Config(model=model, training=PretrainConfig(teacher_steps=2)))
+
+
+@pytest.mark.parametrize(("changes", "options"), [
+    ({}, (None, None)), ({"int8": True}, (None, "int8")), ({"compile": True, "int8": True}, ("compile", "int8")),
+])
+def test_networks_are_prepared_as_asked(changes: dict, options: tuple, teacher: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple] = []
+
+    def prepare(networks: LoadedNetworks, runtime: Runtime, *found: str | None) -> None:
+        asked.append(found)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("evaluate.prepared", prepare)
+    with pytest.raises(ValueError, match="^enough"):
+        evaluate(EvaluateConfig(checkpoint=str(teacher), precision="float32", **changes))
+    assert asked == [options]
 
 
 def test_real_videos_score_high_an_untrained_network_low_and_files_are_left(teacher: Path, tmp_path: Path, capsys):

@@ -279,6 +279,25 @@ def test_what_is_prepared_for_generation_is_a_copy_that_makes_the_same_bits(stud
     assert torch.equal(*videos)
 
 
+def test_products_in_8_bit_integers_stay_near_and_are_told(student_path: Path, tmp_path: Path):
+    videos = {}
+    for name, options in (("plain", []), ("int8", ["--int8"])):
+        folder = tmp_path / name
+        main(["--checkpoint", str(student_path), "--prompts", "a 7", "--num_frames", "6", "--format", "npz", *COMMON, *options,
+              "--output_dir", str(folder)])
+        assert json.loads((folder / "generation.json").read_text())["int8"] == bool(options)
+        videos[name] = np.load(folder / "000_a-7_seed0.npz")["video"]
+    error = np.abs(videos["int8"] - videos["plain"])
+    assert 0 < error.mean() < 0.05, error.mean()
+
+
+def test_int8_where_it_is_not_exact_ends_in_one_line(student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: torch.zeros(len(a), b.shape[1], dtype=torch.int32))
+    with pytest.raises(SystemExit, match="^error: --int8 needs exact products of 8-bit integers"):
+        main(["--checkpoint", str(student_path), *COMMON, "--int8", "--output_dir", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["generate", "train"])
 def test_a_missing_compiler_ends_in_one_line(command: str, student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -18,6 +18,7 @@ from attention import (
     teacher_forcing_layout,
 )
 from flow_matching import velocity_from_x_0, x_0_from_velocity
+from int8_products import Int8Linear
 from runtime import require_compiler
 from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
 
@@ -427,17 +428,31 @@ def test_weights_that_are_cast_once_make_the_same_bits(small_config: ModelConfig
         assert torch.equal(expected, found)
 
 
-def test_compiled_passes_differ_by_rounding_and_serve_every_prompt():
+def test_products_in_8_bit_integers_stay_near(small_config: ModelConfig):
+    model, quantized = build_small_model(), build_small_model()
+    quantized.quantize_products(torch.float32)
+    assert sum(isinstance(module, Int8Linear) for module in quantized.modules()) == 10 * small_config.num_layers
+    for expected, found in zip(*(cached_and_whole(network, 5, torch.float32) for network in (model, quantized)), strict=True):
+        error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert 1e-4 < error < 0.05, error
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_compiled_passes_differ_by_rounding_and_serve_every_prompt(is_int8: bool):
     try:
         require_compiler("this test", torch.device("cpu"))
     except ValueError as error:
         pytest.skip(str(error))
     model, compiled = build_small_model(), build_small_model()
+    if is_int8:
+        model.quantize_products(torch.float32)
+        compiled.quantize_products(torch.float32)
     compiled.compile_passes()
-    num_graphs = []
+    torch._dynamo.utils.counters.clear()
+    num_graphs, atol = [], 1e-2 if is_int8 else 1e-5  # a number that rounding moves over the middle between two integers moves by one
     for length in (5, 3):
         pair = (cached_and_whole(network, length, torch.float32, 6) for network in (model, compiled))  # two sizes of passes
         for expected, found in zip(*pair, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
         num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert 0 < num_graphs[0] == num_graphs[1]

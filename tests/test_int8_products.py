@@ -1,0 +1,80 @@
+"""Products in 8-bit integers: rounding, exactness, and what a network made of them does."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from int8_products import LARGEST, Int8Linear, quantize_linears, quantize_rows, require_exact_int8
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    """Activations (2, 5, 48) whose tokens differ in size by four orders of magnitude."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 5, 48, generator=generator) * 10 ** torch.linspace(-2, 2, 10).view(2, 5, 1)
+
+
+@pytest.fixture
+def linear() -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(48, 40)
+
+
+def test_a_row_is_kept_to_half_a_step_and_its_negative_rounds_alike(x):
+    rows, scale = quantize_rows(x)
+    assert rows.dtype == torch.int8 and scale.shape == (2, 5, 1)
+    assert torch.equal(rows.abs().amax(-1), torch.full((2, 5), LARGEST, dtype=torch.int8))  # every token uses the whole range
+    assert ((rows * scale - x).abs() <= scale * 0.5001).all()
+    negative, same_scale = quantize_rows(-x)
+    assert torch.equal(negative, -rows) and torch.equal(same_scale, scale)
+
+
+def test_a_row_of_zeros_stays_zero_and_bfloat16_is_taken():
+    rows, scale = quantize_rows(torch.zeros(2, 8, dtype=torch.bfloat16))
+    assert not rows.any() and scale.dtype == torch.float32 and scale.isfinite().all() and (scale > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer_is_the_product_of_what_was_rounded(linear, x, dtype):
+    layer = Int8Linear(linear, dtype)
+    (rows, x_scale), (weight, scale) = quantize_rows(x), quantize_rows(linear.weight.detach())
+    expected = (rows * x_scale.double()) @ (weight * scale.double()).T + linear.bias.detach().double()
+    y = layer(x)
+    assert y.shape == (2, 5, 40) and y.dtype == dtype and not y.requires_grad
+    assert_close(y, expected.to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+def test_the_layer_is_near_the_one_that_it_was_made_from(linear, x):
+    expected, found = linear(x), Int8Linear(linear, torch.float32)(x)
+    error = (found - expected).norm(dim=-1) / (expected - linear.bias).norm(dim=-1)  # (2, 5): of every token, large or small
+    assert 1e-4 < error.max() < 0.02
+
+
+def test_a_token_does_not_depend_on_the_others(linear, x):
+    layer = Int8Linear(linear, torch.float32)
+    assert torch.equal(layer(x)[1:, 2:4], layer(x[1:, 2:4]))
+
+
+def test_all_linear_layers_inside_are_replaced_and_nothing_else(linear):
+    network = nn.ModuleDict({"inner": nn.Sequential(linear, nn.LayerNorm(40)), "outer": copy.deepcopy(linear)})
+    quantize_linears(network, torch.bfloat16)
+    assert [type(module) for module in network.modules() if not list(module.children())] == [Int8Linear, nn.LayerNorm, Int8Linear]
+    assert network["outer"].dtype == torch.bfloat16
+
+
+def test_exact_products_pass_and_saturating_ones_are_refused(monkeypatch):
+    require_exact_int8("--int8", CPU)
+    product = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: product(a, b).clamp(max=2**15 - 1))
+    with pytest.raises(ValueError, match="^--int8 needs exact products of 8-bit integers, which cpu does not offer here: leave --int8 out"):
+        require_exact_int8("--int8", CPU)
+
+
+def test_another_device_is_refused():
+    with pytest.raises(ValueError, match="^int8 needs .* which cuda does not"):
+        require_exact_int8("int8", torch.device("cuda"))
