@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from digit_deformation import MAX_VARIATION, deform, draw_deformations, unit_ink
 from mnist_digits import MNIST_SIDE, SPLITS, DigitSet, load_bundled_split, load_idx_split
 from mnist_digits import NUM_CLASSES as NUM_CLASSES  # for those who know digits only from videos
 from output_folder import free_paths
 from text_encoder import SPEEDS, MotionFacts, compose_caption
 
 NUM_OCTANTS = 8
-MAX_VARIATION = 0.4  # the determinant of a deformation is at least 1 - 2 * variation: from 0.5 on a digit could turn inside out
 
 
 @dataclass
@@ -134,32 +134,6 @@ def bilinear_weights(offset: Tensor, num_pixels: int, digit_size: int) -> Tensor
     return (1 - (pixel - row - offset[..., None, None]).abs()).clamp_min(0)
 
 
-def unit_ink(images: Tensor) -> Tensor:
-    """Ink as float32 in [0, 1] from uint8 images."""
-    return images.float() / 255
-
-
-def draw_deformations(seed: int, indices: Sequence[int], num_digits: int, variation: float) -> Tensor:
-    """Linear maps (B, N, 2, 2), the identity with U(-variation, variation) added to every entry: all of a video (seed, index).
-
-    To first order this is a turn (0.15 is up to 9 degrees), a slant and a stretch of either axis, drawn independently.
-    """
-    key = [np.array([seed, index], dtype=np.uint64) for index in indices]
-    # Another counter than that of `_draw`: the same video moves the same way with and without deformation.
-    streams = [np.random.Generator(np.random.Philox(key=pair, counter=[0, 0, 0, 1])) for pair in key]
-    moved = np.stack([stream.uniform(-variation, variation, size=(num_digits, 2, 2)) for stream in streams])
-    return torch.eye(2) + torch.from_numpy(moved).float()
-
-
-def deform(images: Tensor, deformations: Tensor, digit_size: int) -> Tensor:
-    """Sprites (B, N, D, D) of digits (B, N, S, S), ink in [0, 1], mapped by the inverse of the deformations (B, N, 2, 2) about
-    their centre and area-averaged to D = `digit_size`; ink mapped out of the box is lost."""
-    flat, maps = images.flatten(0, 1).unsqueeze(1), functional.pad(deformations.flatten(0, 1), (0, 1))  # without a shift
-    grid = functional.affine_grid(maps, flat.shape, align_corners=False)
-    deformed = functional.grid_sample(flat, grid, mode="bicubic", align_corners=False).clamp(0, 1)
-    return functional.interpolate(deformed, size=(digit_size, digit_size), mode="area").view(*images.shape[:2], digit_size, digit_size)
-
-
 @dataclass
 class _Draw:
     """The random numbers behind one video, as Python scalars; lists of N digits."""
@@ -175,7 +149,7 @@ class _Draw:
 class MovingMNISTGenerator:
     """Makes videos: (seed, index) names one video of the split, whatever else is in the batch.
 
-    digit_variation, 0 to 0.4: every video deforms its digits by linear maps of its own (`draw_deformations`), so that no two show
+    digit_variation, 0 to 0.4: every video deforms its digits by linear maps of its own (`digit_deformation`), so that no two show
     the same glyph; captions and tracks are those of the undeformed video. Raises the errors of `load_digits`.
     """
 
