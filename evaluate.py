@@ -62,10 +62,10 @@ FIGURES = PROMPT_FIGURES | LOOK_FIGURES  # of videos of one digit
 
 @dataclass
 class EvaluateConfig:
-    """What to score. checkpoint: paths, or one path; none for what ships. num_steps, denoising_steps, guidance, eta, compile, int8: as
-    in generate.py, for every checkpoint named, or for the student that ships. seed: names both the held-out prompts and the videos' noise.
-    sanity: try the figures on real videos made worse, instead of scoring a network. output_dir: outputs/evaluation where none is
-    named, results for sanity."""
+    """What to score. checkpoint: paths, or one path; none for what ships. num_steps, denoising_steps, guidance, eta, ink_kept,
+    compile, int8: as in generate.py, for every checkpoint named, or for the student that ships (compile, int8: for all). seed: names
+    both the held-out prompts and the videos' noise. sanity: try the figures on real videos made worse, instead of scoring a network.
+    output_dir: outputs/evaluation where none is named, results for sanity."""
 
     checkpoint: Any = None
     num_videos: int = 512
@@ -76,6 +76,7 @@ class EvaluateConfig:
     num_steps: int | None = None
     guidance: float | None = None
     eta: float | None = None
+    ink_kept: float | None = None
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
@@ -113,7 +114,7 @@ class Row:
 def make_rows(config: EvaluateConfig) -> list[Row]:
     """The rows asked for, or those of the networks that ship."""
     steps = None if config.denoising_steps is None else tuple(config.denoising_steps)
-    settings = SamplerSettings(steps, config.num_steps, config.guidance, config.eta)
+    settings = SamplerSettings(steps, config.num_steps, config.guidance, config.eta, config.ink_kept)
     if config.checkpoint:
         return [Row(Path(path).stem, Path(path), settings) for path in config.checkpoint]
     long, start, student = (REPOSITORY / "pretrained" / name for name in ("teacher_long.pt", "teacher.pt", "student.pt"))

@@ -139,6 +139,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--num_steps", type=int, help="many steps instead; default of a teacher: as in its training samples")
     parser.add_argument("--eta", type=float, help="fresh noise in a teacher's steps: 0 is Euler's method, 1 ancestral sampling")
+    parser.add_argument("--ink_kept", type=float, help="share kept of what a teacher's guidance adds along the ink; 1 is plain guidance")
     parser.add_argument("--guidance", type=float, help="1 is none; default: none block by block, else as in the teacher's training")
     parser.add_argument("--batch_size", type=int, default=8, help="videos a forward pass")
     parser.add_argument("--compile", action="store_true", help="compile the network first: pays in long videos; needs a C++ compiler")
@@ -201,7 +202,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
     steps = arguments.denoising_steps
     settings = SamplerSettings(None if steps is None else tuple(steps), arguments.num_steps, arguments.guidance, arguments.eta,
-                               arguments.window_frames, arguments.sink_frames)
+                               arguments.ink_kept, arguments.window_frames, arguments.sink_frames)
     schedule = None if arguments.schedule is None else PromptSchedule.parse(arguments.schedule)
     switch = arguments.switch or DEFAULT_SWITCH
     runtime = resolve_runtime(arguments.device, arguments.precision)

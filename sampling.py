@@ -101,20 +101,24 @@ class SamplerSettings:
 
     denoising_steps: timesteps 1..1000, descending from 1000: a causal rollout in few steps. num_steps: many steps, of Euler's
     method or, all frames at once, with fresh noise. At most one of the two. guidance: weight of classifier-free guidance, 1 for
-    none. eta: fresh noise in the steps of the bidirectional teacher, 0 (Euler) to 1 (ancestral). window_frames: how many frames
-    a block of a rollout sees, itself and the sink included. sink_frames: of these, so many first ones for ever. Raises ValueError.
+    none. eta: fresh noise in the steps of the bidirectional teacher, 0 (Euler) to 1 (ancestral). ink_kept: of what its guidance adds
+    along the predicted ink, 0 to 1 (classifier-free guidance). window_frames: how many frames a block of a rollout sees, itself and
+    the sink included. sink_frames: of these, so many first ones for ever. Raises ValueError.
     """
 
     denoising_steps: tuple[int, ...] | None = None
     num_steps: int | None = None
     guidance: float | None = None
     eta: float | None = None
+    ink_kept: float | None = None
     window_frames: int | None = None
     sink_frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise ValueError(f"--eta is {self.eta}: expected 0 (Euler's method) to 1 (ancestral sampling)")
+        if self.ink_kept is not None and not 0 <= self.ink_kept <= 1:
+            raise ValueError(f"--ink_kept is {self.ink_kept}: expected 0 (guidance off the ink) to 1 (classifier-free guidance)")
         if self.denoising_steps is not None and self.num_steps is not None:
             raise ValueError("--denoising_steps (few steps) and --num_steps (many steps) exclude each other: give one of them")
         if self.denoising_steps is not None:
@@ -137,15 +141,15 @@ class SamplerSettings:
             if isinstance(training, PretrainConfig) and training.objective == "mixed":
                 if self.window_frames is not None or self.sink_frames is not None:
                     raise ValueError("--window_frames and --sink_frames are for a rollout block by block: leave them out")
-                wishes = {"num_steps": self.num_steps, "guidance": self.guidance, "eta": self.eta}
+                wishes = {"num_steps": self.num_steps, "guidance": self.guidance, "eta": self.eta, "ink_kept": self.ink_kept}
                 return replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
-            self._refuse_eta()
+            self._refuse_teachers()
             num_steps = training.teacher_steps if self.num_steps is None else self.num_steps
             own_guidance = 1.0 if is_student else training.guidance
             guidance = own_guidance if self.guidance is None else self.guidance
             context_time = training.context_time if isinstance(training, FewStepConfig) else 0.0
             return many_step_plan(num_steps, training.time_shift, training.num_frames_per_block, guidance, context, context_time)
-        self._refuse_eta()
+        self._refuse_teachers()
         plan = RolloutPlan((1.0,), training.num_frames_per_block, context=context)
         if isinstance(training, FewStepConfig):
             plan = few_step_plan(training, context)
@@ -163,9 +167,12 @@ class SamplerSettings:
         context.check(training.num_frames_per_block, "--")
         return context
 
-    def _refuse_eta(self) -> None:
-        if self.eta is not None:
-            raise ValueError("--eta is for a bidirectional teacher in many steps, and this is a rollout block by block: leave it out")
+    def _refuse_teachers(self) -> None:
+        """Raise ValueError naming what only a bidirectional teacher has."""
+        for name, value in (("eta", self.eta), ("ink_kept", self.ink_kept)):
+            if value is not None:
+                raise ValueError(f"--{name} is for a bidirectional teacher in many steps, and this is a rollout block by block: "
+                                 "leave it out")
 
 
 def require_at_least_one(name: str, value: int) -> None:

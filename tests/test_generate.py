@@ -183,11 +183,13 @@ def test_a_teacher_is_sampled_bidirectionally_and_naively_on_request():
     assert SamplerSettings().make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0, 0.4, 0.3)
     assert SamplerSettings(num_steps=7, guidance=1.0).make_plan(TEACHER) == BidirectionalPlan(7, 3.0, 1.0, 0.4, 0.3)
     assert SamplerSettings(eta=0.0).make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0, 0.0, 0.3)
-    for settings, training in ((SamplerSettings(eta=1.0), STUDENT), (SamplerSettings(denoising_steps=(1000,), eta=0.5), TEACHER)):
-        with pytest.raises(ValueError, match="--eta is for a bidirectional teacher"):
-            settings.make_plan(training)
-    with pytest.raises(ValueError, match="--eta is 1.5: expected 0"):
-        SamplerSettings(eta=1.5)
+    assert SamplerSettings(ink_kept=1.0).make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0, 0.4, 1.0)
+    for name in ("eta", "ink_kept"):
+        for settings, training in (({}, STUDENT), ({"num_steps": 5}, STUDENT), ({"denoising_steps": (1000,)}, TEACHER)):
+            with pytest.raises(ValueError, match=f"^--{name} is for a bidirectional teacher"):
+                SamplerSettings(**settings, **{name: 0.5}).make_plan(training)
+        with pytest.raises(ValueError, match=f"^--{name} is 1.5: expected 0"):
+            SamplerSettings(**{name: 1.5})
     naive = SamplerSettings(denoising_steps=(1000, 500)).make_plan(TEACHER)
     assert isinstance(naive, RolloutPlan)
     assert (len(naive.times), naive.fresh_noise, naive.guidance, naive.context.window_frames) == (2, True, 1.0, 21)
@@ -387,7 +389,8 @@ def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: 
     digest = hashlib.sha256(student_path.read_bytes()).hexdigest()
     assert facts["checkpoint"] == {"name": "student.pt", "sha256": digest, "training_type": "dmd2", "step": 5}
     assert facts["sampler"]["requested"] == {
-        "denoising_steps": [1000, 500], "num_steps": None, "guidance": 1.5, "eta": None, "window_frames": None, "sink_frames": None
+        "denoising_steps": [1000, 500], "num_steps": None, "guidance": 1.5, "eta": None, "ink_kept": None,
+        "window_frames": None, "sink_frames": None
     }
     assert facts["sampler"]["kind"] == "causal" and facts["sampler"]["plan"]["times"] == [1.0, 0.75]
     assert (facts["device"], facts["precision"]) == ("cpu", "float32")
