@@ -9,7 +9,8 @@ its teacher beside it; "training", a step of Self-Forcing; "anchor", an untraine
 Self-Forcing code was measured.
 
 Machines are noisy: what is compared takes turns in one run, each figure is the median of its repeats, and the limit is measured in
-the same turns: the FLOPs a second of a large matrix product. Ratios and shares of the limit are what to quote.
+the same turns: the FLOPs a second of a large matrix product, of floats where the student multiplies integers too. Ratios and shares of
+the limit are what to quote.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     ):
         if value < 1:
             raise ValueError(f"--{name} is {value}: expected at least 1")
+    if arguments.int8 and not arguments.compile:
+        raise ValueError("--int8 is the compiled student once more, in 8-bit integers: give --compile too")
     output = arguments.output
     if output is not None and (output.suffix != ".json" or output.is_dir() or not output.parent.is_dir()):
         raise ValueError(f"--output is {output}: expected a file name ending in .json, in a folder that exists")

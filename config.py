@@ -54,7 +54,7 @@ class Config:
 
     seed: int = 0
     device: str = "auto"
-    precision: str = "auto"  # bfloat16 autocast where the processor multiplies it natively, else float32
+    precision: str = "auto"  # bfloat16 autocast where the processor multiplies it faster, else float32
     log_dir: str = "logs/training"
     run_name: str | None = None  # folder under log_dir; a date and time if not given
     model: ModelConfig = field(default_factory=ModelConfig)

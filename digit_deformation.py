@@ -17,15 +17,10 @@ from torch.nn import functional
 MAX_VARIATION = 0.4  # the determinant of a deformation is at least 1 - 2 * variation: from 0.5 on a digit could turn inside out
 
 
-def unit_ink(images: Tensor) -> Tensor:
-    """Ink as float32 in [0, 1] from uint8 images."""
-    return images.float() / 255
-
-
 def draw_deformations(seed: int, indices: Sequence[int], num_digits: int, variation: float) -> Tensor:
     """Linear maps (B, N, 2, 2): the identity with U(-variation, variation) added to every entry, of the videos (seed, index).
 
-    To first order this is a turn (0.15 is up to 9 degrees), a slant and a stretch of either axis, drawn independently.
+    To first order this is a turn (0.15 is up to 9 degrees), a slant and a stretch of either axis.
     """
     keys = [np.array([seed, index], dtype=np.uint64) for index in indices]
     # Another counter than where a video's other draws start: it moves the same way with and without deformation.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ink import display_intensity, edge_sharpness, intensity_centres, intensity_sharpness
+from mnist_digits import unit_ink
 from moving_mnist import NUM_CLASSES, DatasetConfig, MovingMNISTGenerator
 
 JUDGE_PATH = Path(__file__).parent / "pretrained" / "judge.pt"
@@ -192,7 +193,7 @@ def augmented_frames(generator: MovingMNISTGenerator, num_frames: int, rng: torc
         return low + (high - low) * torch.rand(num_frames, *shape, generator=rng)
 
     rows = torch.randint(len(generator.digit_set.labels), (num_frames,), generator=rng)
-    images = generator.digit_set.images[rows].unsqueeze(1).float() / 255  # (N, 1, 28, 28)
+    images = unit_ink(generator.digit_set.images[rows]).unsqueeze(1)  # (N, 1, 28, 28)
     angle = uniform(-0.22, 0.22)
     stretch = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=1).view(-1, 2, 2)
     shear = torch.eye(2).repeat(num_frames, 1, 1)

@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import reduce
 from itertools import count
 from pathlib import Path
@@ -114,7 +114,7 @@ class Row:
 def make_rows(config: EvaluateConfig) -> list[Row]:
     """The rows asked for, or those of the networks that ship."""
     steps = None if config.denoising_steps is None else tuple(config.denoising_steps)
-    settings = SamplerSettings(steps, config.num_steps, config.guidance, config.eta, config.ink_kept)
+    settings = SamplerSettings(steps, num_steps=config.num_steps, guidance=config.guidance, eta=config.eta, ink_kept=config.ink_kept)
     if config.checkpoint:
         return [Row(Path(path).stem, Path(path), settings) for path in config.checkpoint]
     long, start, student = (REPOSITORY / "pretrained" / name for name in ("teacher_long.pt", "teacher.pt", "student.pt"))
@@ -158,7 +158,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
         start = time.perf_counter()
         video = generate(networks, real.captions, seeds, config.num_frames, row.settings, runtime, config.batch_size, True)
         seconds = time.perf_counter() - start
-        score(name, video, {"checkpoint": row.path.name, "frames_per_second": config.num_videos * config.num_frames / seconds})
+        score(name, video, {
+            "checkpoint": row.path.name, "plan": asdict(row.settings.make_plan(networks.config.training)),
+            "precision": str(runtime.dtype).removeprefix("torch."), "compiled": config.compile, "int8": config.int8,
+            "frames_per_second": config.num_videos * config.num_frames / seconds,
+        })
     print_rest(panel, results, yardsticks(panel, real.video, config.seed))
     write_results(Path(config.output_dir), results, shown, real.captions[:NUM_SHOWN])
     return results

@@ -12,7 +12,8 @@ or block by block where teacher or diffusion forcing made it causal.
 Beside every video stands a JSON of the same name that says how it was made; the same call writes the same files, byte for byte.
 
 Sample k of a prompt uses seed `--seed` + k, whichever prompt it is, so a video is a function of (prompt, seed,
-checkpoint, settings): other prompts, other samples and the batch size change it by float rounding at most.
+checkpoint, settings): other prompts, other samples and the batch size change it by rounding at most, of floats or, with --int8,
+of 8-bit integers.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, help="1 is none; default: none block by block, else as in the teacher's training")
     parser.add_argument("--batch_size", type=int, default=8, help="videos a forward pass")
     parser.add_argument("--compile", action="store_true", help="compile the network first: pays in long videos; needs a C++ compiler")
-    parser.add_argument("--int8", action="store_true", help="matrix products in 8-bit integers: faster on a CPU, together with --compile")
+    parser.add_argument("--int8", action="store_true", help="matrix products in 8-bit integers, on a CPU: faster with --compile")
     parser.add_argument("--format", choices=FORMATS, default="gif", help="png is a strip of frames, npz the raw array in [-1, 1]")
     return parser.parse_args(argv)
 
@@ -201,8 +202,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, sample, write, report. Raises CheckpointError, ValueError and OSError, each with one line."""
     check_arguments(arguments)
     steps = arguments.denoising_steps
-    settings = SamplerSettings(None if steps is None else tuple(steps), arguments.num_steps, arguments.guidance, arguments.eta,
-                               arguments.ink_kept, arguments.window_frames, arguments.sink_frames)
+    wishes = ("num_steps", "guidance", "eta", "ink_kept", "window_frames", "sink_frames")
+    settings = SamplerSettings(None if steps is None else tuple(steps), **{name: vars(arguments)[name] for name in wishes})
     schedule = None if arguments.schedule is None else PromptSchedule.parse(arguments.schedule)
     switch = arguments.switch or DEFAULT_SWITCH
     runtime = resolve_runtime(arguments.device, arguments.precision)

@@ -23,8 +23,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 class Int8Linear(nn.Module):
     """A linear layer (..., K) to (..., N) for inference: int8 products, summed exactly in int32, and results in `dtype`.
 
-    Made from a trained layer with a bias. Compiled, it is faster than float32 and bfloat16; as it stands, scales and rounding cost more
-    than the product saves.
+    Made from a trained layer with a bias. It pays where it is compiled: else finding scales and rounding cost more than the product saves.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
@@ -49,8 +48,10 @@ def quantize_linears(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def require_exact_int8(name: str, device: torch.device) -> None:
-    """Raise ValueError naming the option that needs it where int8 products are not exact: off the CPU, or on one that saturates."""
+    """Raise ValueError naming the option that needs them where int8 products are not made, off the CPU, or saturate."""
+    if device.type != "cpu":
+        raise ValueError(f"{name} is for the CPU, and this runs on {device}: leave {name} out")
     largest = torch.full((32, 64), LARGEST, dtype=torch.int8)
     expected = largest.double() @ largest.double().T
-    if device.type != "cpu" or not torch.equal(torch._int_mm(largest, largest.t()).double(), expected):
-        raise ValueError(f"{name} needs exact products of 8-bit integers, which {device} does not offer here: leave {name} out")
+    if not torch.equal(torch._int_mm(largest, largest.t()).double(), expected):
+        raise ValueError(f"{name} needs exact products of 8-bit integers, and this processor saturates: leave {name} out")

@@ -43,6 +43,11 @@ class DigitSet:
     labels: Tensor
 
 
+def unit_ink(images: Tensor) -> Tensor:
+    """Ink as float32 in [0, 1] of uint8 images of any shape."""
+    return images.float() / 255
+
+
 def load_bundled_split(test_fraction: float, split: str) -> DigitSet:
     """One split, "train" or "test", of the bundled digits; `test_fraction` of every class is held out.
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from digit_deformation import MAX_VARIATION, deform, draw_deformations, unit_ink
-from mnist_digits import MNIST_SIDE, SPLITS, DigitSet, load_bundled_split, load_idx_split
+from digit_deformation import MAX_VARIATION, deform, draw_deformations
+from mnist_digits import MNIST_SIDE, SPLITS, DigitSet, load_bundled_split, load_idx_split, unit_ink
 from mnist_digits import NUM_CLASSES as NUM_CLASSES  # for those who know digits only from videos
 from output_folder import free_paths
 from text_encoder import SPEEDS, MotionFacts, compose_caption
@@ -150,7 +150,8 @@ class MovingMNISTGenerator:
     """Makes videos: (seed, index) names one video of the split, whatever else is in the batch.
 
     digit_variation, 0 to 0.4: every video deforms its digits by linear maps of its own (`digit_deformation`), so that no two show
-    the same glyph; captions and tracks are those of the undeformed video. Raises the errors of `load_digits`.
+    the same glyph; captions and tracks are those of the undeformed video. Raises the errors of `load_digits`,
+    and ValueError for a variation out of range.
     """
 
     def __init__(self, config: DatasetConfig, split: str = "train", digit_variation: float = 0.0):

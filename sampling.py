@@ -38,6 +38,7 @@ from tiny_causal_wan import TinyCausalWanModel
 from training_config import FewStepConfig, PretrainConfig, TrainingConfig, check_denoising_steps, check_num_frames
 
 NAIVE_STEPS = [1000, 750, 500, 250]  # what the pretrained network is shown with before Self-Forcing
+MAX_GRAPHS = 256  # of one compiled function: all networks, sizes and formats of a process share them
 
 
 def sample_few_step(
@@ -143,13 +144,13 @@ class SamplerSettings:
                     raise ValueError("--window_frames and --sink_frames are for a rollout block by block: leave them out")
                 wishes = {"num_steps": self.num_steps, "guidance": self.guidance, "eta": self.eta, "ink_kept": self.ink_kept}
                 return replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
-            self._refuse_teachers()
+            self._refuse_teacher_options()
             num_steps = training.teacher_steps if self.num_steps is None else self.num_steps
             own_guidance = 1.0 if is_student else training.guidance
             guidance = own_guidance if self.guidance is None else self.guidance
             context_time = training.context_time if isinstance(training, FewStepConfig) else 0.0
             return many_step_plan(num_steps, training.time_shift, training.num_frames_per_block, guidance, context, context_time)
-        self._refuse_teachers()
+        self._refuse_teacher_options()
         plan = RolloutPlan((1.0,), training.num_frames_per_block, context=context)
         if isinstance(training, FewStepConfig):
             plan = few_step_plan(training, context)
@@ -167,7 +168,7 @@ class SamplerSettings:
         context.check(training.num_frames_per_block, "--")
         return context
 
-    def _refuse_teachers(self) -> None:
+    def _refuse_teacher_options(self) -> None:
         """Raise ValueError naming what only a bidirectional teacher has."""
         for name, value in (("eta", self.eta), ("ink_kept", self.ink_kept)):
             if value is not None:
@@ -208,7 +209,7 @@ def prepared(
     """A copy of the networks for generation alone, whose weights no pass has to cast; compiled, and with products in 8-bit integers,
     where the name of an option asks for it.
 
-    Raises ValueError naming the option where there is no compiler, or where such products are not exact.
+    Raises ValueError naming the option where there is no compiler, or where such products are not made.
     """
     generator = copy.deepcopy(networks.generator)
     if int8_option is not None:
@@ -217,6 +218,7 @@ def prepared(
     generator.cast_products(runtime.dtype)
     if compile_option is not None:
         require_compiler(compile_option, runtime.device)
+        torch._dynamo.config.recompile_limit = MAX_GRAPHS
         generator.compile_passes()
     return replace(networks, generator=generator)
 

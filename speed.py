@@ -35,7 +35,7 @@ PROMPT = "a handwritten 7 drifting up and to the left"
 TEXT, DENOISING, CACHE = "text", "denoising", "cache pass and first step"
 ROLLOUT, SCORES, CRITIC_LOSS, AVERAGES = "rollout", "scores", "critic: loss", "averages"  # of a training step, beside TEXT and
 BACKWARD, OPTIMIZER = "{}: backward", "{}: clipping, optimizer"  # these two of generator and critic
-# How the student is prepared (`sampling.prepared`), and the FLOPs counted as its own: a compiled pass hides what it does.
+# How the student is prepared (`sampling.prepared`). Where it is compiled the plain student's FLOPs count: a compiled pass hides its own.
 VARIANTS = {"student": (), "compiled": ("--compile",), "int8": ("--compile", "--int8")}
 ANCHOR_SIZES = {"width": 192, "num_layers": 6, "num_heads": 3, "patch_size": [1, 4, 4]}
 ANCHOR_RATE = 21.8  # frames/s of the public Self-Forcing code at these sizes: batch 1, float32, 21 frames of 32 px, two quiet cores

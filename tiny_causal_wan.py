@@ -157,7 +157,7 @@ class TinyCausalWanModel(nn.Module):
     def compile_passes(self) -> None:
         """From now on run all but self-attention compiled, once for every size of batch and block. Outputs move by rounding."""
         self._is_compiled = True
-        compiled = partial(torch.compile, dynamic=False)
+        compiled = partial(torch.compile, dynamic=False, fullgraph=True)  # past Dynamo's limit an error, not Python again
         self._embed, self._between, self._read_out = compiled(self._embed), compiled(between_attentions), compiled(self._read_out)
         self.blocks[0].before_attention = compiled(self.blocks[0].before_attention)
         self.blocks[-1].after_attention = compiled(self.blocks[-1].after_attention)

@@ -83,6 +83,7 @@ class SimplifiedTrainer:
         runtime = resolve_runtime(config.device, config.precision)
         self.runtime = replace(runtime, device=processes.own_device(runtime.device))
         processes.join(self.runtime.device)
+        self.runtime = replace(self.runtime, dtype=processes.from_first(lambda: runtime.dtype))  # auto may read several processors
         start = find_common_start(config, processes)
         self.claim = RunClaim()
         self._interval_checkpoints = [] if start is None or not processes.is_first else self._claim_attempts(start)

@@ -151,7 +151,7 @@ class PretrainConfig(TrainingConfig):
     clip_steps: int = 0  # the first so many steps see clips of clip_frames, clip_batch_size at a time: digits are learned sooner
     clip_frames: int = 6
     clip_batch_size: int = 64
-    digit_variation: float = 0.0  # every video turns, slants and stretches its digits by about so much (`digit_deformation`)
+    digit_variation: float = 0.0  # every video turns, slants and stretches its digits by up to so much (`digit_deformation`)
     lr: float = 1.5e-3  # AdamW: embeddings, biases, norms, head
     muon_lr: float = 3e-3  # Muon: matrices of the transformer blocks
     weight_decay: float = 0.01

@@ -273,6 +273,7 @@ def test_every_part_reaches_the_terminal_and_the_file(files, tmp_path, monkeypat
     (["--repeats", "0"], "--repeats is 0: expected at least 1"),
     (["--batch_sizes", "4", "0"], "--batch_sizes is 0: expected at least 1"),
     (["--training_batch_size", "-1"], "--training_batch_size is -1: expected at least 1"),
+    (["--int8"], "--int8 is the compiled student once more, in 8-bit integers: give --compile too"),
     (["--num_frames", "7"], "num_frames is 7: expected a positive multiple of num_frames_per_block=3"),
     (["--num_frames", "0"], "num_frames is 0"),
     (["--num_frames", "24"], "num_frames is 24: the bidirectional teacher makes at most the 21 frames"),

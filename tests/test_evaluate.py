@@ -13,9 +13,10 @@ from omegaconf import OmegaConf
 
 from checkpoint import LoadedNetworks, load_networks, save_checkpoint
 from config import Config, PretrainConfig, config_to_dict
-from evaluate import FIGURES, REPOSITORY, EvaluateConfig, evaluate, held_out_videos, write_results
+from evaluate import FIGURES, REPOSITORY, EvaluateConfig, evaluate, held_out_videos, make_rows, write_results
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from runtime import Runtime
+from sampling import SamplerSettings
 from text_encoder import TextEncoder
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 
@@ -37,6 +38,12 @@ def teacher(tmp_path: Path) -> Path:
     """An untrained network for 32-pixel frames of one digit."""
     model = ModelConfig(width=24, num_layers=1, num_heads=2)
     return save_untrained(tmp_path / "teacher.pt", Config(model=model, training=PretrainConfig(teacher_steps=2)))
+
+
+def test_the_wishes_of_a_configuration_reach_the_sampler(teacher: Path):
+    wishes = {"num_steps": 7, "guidance": 1.5, "eta": 0.25, "ink_kept": 0.75}
+    (row,) = make_rows(EvaluateConfig(checkpoint=str(teacher), **wishes))
+    assert row.settings == SamplerSettings(**wishes)
 
 
 @pytest.mark.parametrize(("changes", "options"), [
@@ -62,6 +69,8 @@ def test_real_videos_score_high_an_untrained_network_low_and_files_are_left(teac
     untrained = results["teacher, 2 steps, guidance 4, eta 1"]
     assert results["real"]["frames_right"] > 0.9 and results["real"]["track_within_1px"] == 1
     assert untrained["frames_right"] < 0.5 and untrained["frames_per_second"] > 0
+    assert (untrained["precision"], untrained["compiled"], untrained["int8"]) == ("float32", False, False)
+    assert (untrained["plan"]["num_steps"], untrained["plan"]["ink_kept"]) == (2, 0.2)
     for key in FIGURES:
         low, high = results["real"][f"{key}_ci"]
         assert low <= results["real"][key] <= high

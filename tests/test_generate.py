@@ -14,6 +14,7 @@ import time
 import warnings
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,16 @@ def test_int8_where_it_is_not_exact_ends_in_one_line(student_path: Path, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_every_size_is_compiled_however_many_there_are(student: LoadedNetworks, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs are found and kept, and not compiled
+    ready, graphs = prepared(student, CPU, "--compile"), []
+    for batch_size in range(1, 11):  # Dynamo by itself keeps eight, and runs Python from then on
+        torch._dynamo.utils.counters.clear()
+        generate(ready, PROMPTS[:1] * batch_size, [0] * batch_size, 3, OWN_SETTINGS, CPU, batch_size)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1] > 0, graphs
+
+
 @pytest.mark.parametrize("command", ["generate", "train"])
 def test_a_missing_compiler_ends_in_one_line(command: str, student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -378,6 +389,13 @@ def test_existing_files_are_never_overwritten(student_path: Path, tmp_path: Path
     }
     listed = json.loads((tmp_path / "generation_3.json").read_text())
     assert listed["videos"][0]["file"] == "000_a-7_seed0_3.gif" and listed["contact_sheet"] == "contact_sheet_3.png"
+
+
+def test_the_wishes_of_the_command_line_reach_the_sampler(teacher_path: Path, tmp_path: Path):
+    main(["--checkpoint", str(teacher_path), "--prompts", "a 7", "--num_frames", "3", "--num_steps", "2", "--guidance", "1.5", "--eta",
+          "0.25", "--ink_kept", "0.75", "--output_dir", str(tmp_path), *COMMON])
+    plan = json.loads((tmp_path / "generation.json").read_text())["sampler"]["plan"]
+    assert [plan[name] for name in ("num_steps", "guidance", "eta", "ink_kept")] == [2, 1.5, 0.25, 0.75]
 
 
 def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: Path):

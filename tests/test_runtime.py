@@ -41,16 +41,20 @@ def test_auto_precision_follows_the_processor_and_an_explicit_one_is_obeyed(monk
     assert resolve_runtime("cpu", "bfloat16").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("has_it, seconds, pays", [(True, 1.0, True), (True, 1.9, False), (True, 3.0, False), (False, 1.0, False)])
-def test_bfloat16_must_be_there_and_be_faster(monkeypatch, has_it, seconds, pays):
+@pytest.mark.parametrize("has_it, gain, pays", [(True, 2.0, True), (True, 1.1, False), (True, 0.5, False), (False, 2.0, False)])
+def test_bfloat16_must_be_there_and_be_faster(monkeypatch, has_it, gain, pays):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
-    monkeypatch.setattr(runtime, "_product_seconds", lambda dtype: seconds if dtype == torch.bfloat16 else 2.0)
+    monkeypatch.setattr(runtime, "_gain_of_bfloat16", lambda: gain)
     assert resolve_runtime("cpu", "auto").dtype == (torch.bfloat16 if pays else torch.float32)
 
 
-def test_products_are_timed_once():
-    assert 0 < runtime._product_seconds(torch.float32) == runtime._product_seconds(torch.float32) < 1
+def test_the_gain_is_a_ratio_of_times_measured_once(monkeypatch):
+    runtime._gain_of_bfloat16.cache_clear()
+    ticks = iter([tick for _ in range(10) for tick in (0.0, 3.0, 0.0, 2.0)])  # float32 takes 3, bfloat16 2
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(ticks))
+    assert runtime._gain_of_bfloat16() == runtime._gain_of_bfloat16() == 1.5
+    runtime._gain_of_bfloat16.cache_clear()
 
 
 def test_mps_computes_in_float32(monkeypatch):

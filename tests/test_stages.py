@@ -188,6 +188,12 @@ def test_sampling_does_not_disturb_training(teacher: Path):
 # Pretraining
 
 
+def test_pretraining_shows_deformed_digits_where_it_is_asked_to():
+    plain, varied = build_pretrain(), build_pretrain(digit_variation=0.3)
+    losses = [stage.train_step(0)["loss_bidirectional"] for stage in (plain, varied)]
+    assert (plain.data.digit_variation, varied.data.digit_variation) == (0.0, 0.3) and losses[0] != losses[1]
+
+
 def test_pretraining_alternates_its_two_losses():
     stage = build_pretrain()
     for step in range(4):

@@ -428,11 +428,13 @@ def test_weights_that_are_cast_once_make_the_same_bits(small_config: ModelConfig
         assert torch.equal(expected, found)
 
 
-def test_products_in_8_bit_integers_stay_near(small_config: ModelConfig):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_8_bit_integers_stay_near(small_config: ModelConfig, dtype: torch.dtype):
     model, quantized = build_small_model(), build_small_model()
-    quantized.quantize_products(torch.float32)
+    quantized.quantize_products(dtype)
+    quantized.cast_products(dtype)
     assert sum(isinstance(module, Int8Linear) for module in quantized.modules()) == 10 * small_config.num_layers
-    for expected, found in zip(*(cached_and_whole(network, 5, torch.float32) for network in (model, quantized)), strict=True):
+    for expected, found in zip(*(cached_and_whole(network, 5, dtype) for network in (model, quantized)), strict=True):
         error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert 1e-4 < error < 0.05, error
 
