@@ -160,7 +160,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
         seconds = time.perf_counter() - start
         score(name, video, {
             "checkpoint": row.path.name, "plan": asdict(row.settings.make_plan(networks.config.training)),
-            "precision": str(runtime.dtype).removeprefix("torch."), "compiled": config.compile, "int8": config.int8,
+            "precision": runtime.precision, "compiled": config.compile, "int8": config.int8,
             "frames_per_second": config.num_videos * config.num_frames / seconds,
         })
     print_rest(panel, results, yardsticks(panel, real.video, config.seed))

@@ -185,7 +185,7 @@ def _facts(
             "plan": asdict(plan), "time_shift": training.time_shift,
         },
         "num_frames": num_frames, "batch_size": batch_size, "device": runtime.device.type,
-        "precision": str(runtime.dtype).removeprefix("torch."),
+        "precision": runtime.precision,
         "versions": {**{name: version(name) for name in VERSIONED}, "code_sha256": code_digest()},
     }
 

@@ -33,8 +33,13 @@ class Runtime:
         """
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16, cache_enabled=False)
 
+    @property
+    def precision(self) -> str:
+        """The format as `resolve_runtime` takes it: float32 or bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
+
     def __str__(self) -> str:
-        return f"{self.device} in {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.device} in {self.precision}"
 
 
 def resolve_runtime(device: str, precision: str) -> Runtime:
