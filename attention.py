@@ -5,6 +5,7 @@ Dimensions: T, Y, X the patch grid, N = Y X tokens a patch row in time, S = T N 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from flow_matching import NUM_TRAIN_TIMESTEPS
 
 Rope = tuple[Tensor, Tensor]  # cos and sin (S, d)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # self-attention of a layer: q, k (at their positions), v (B, h, S, d) to (B, h, S, d)
 
 
 @dataclass(frozen=True)

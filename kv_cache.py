@@ -4,7 +4,7 @@ Dimensions: B batch, h heads, d head size, N tokens a patch row in time; rows ar
 
 One buffer holds the keys of all layers and one the values. The visible past is one contiguous piece of them, a sink first
 where there is one, and the block at hand stands right behind it, so a pass without gradient writes its keys and values in
-place and attends to a view. A row of the buffer is a position: as blocks are made the piece wanders to the right, what
+place and attends to a view. A row is a position: as blocks are made the piece wanders to the right, what
 falls out on the left is forgotten, the sink is put right before what is left, and once the buffer is full the piece moves
 back to row 0, rotated by as much. Attention sees differences of positions only, and these are never larger than the window.
 """
@@ -12,11 +12,13 @@ back to row 0, rotated by as much. Attention sees differences of positions only,
 from __future__ import annotations
 
 import copy
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from attention import attention, shifted
+from attention import Attend, attention, shifted
 
 
 class KVCache:
@@ -28,11 +30,12 @@ class KVCache:
     """
 
     def __init__(
-        self, num_layers: int, tokens_per_row: int, frames_per_row: int, head_size: int, rope_theta: float,
+        self, num_layers: int, num_heads: int, tokens_per_row: int, frames_per_row: int, head_size: int, rope_theta: float,
         window_frames: int | None = None, sink_frames: int = 0,
     ):
         self.num_frames = 0  # frames written so far
         self.window_frames = window_frames
+        self._num_layers, self._num_heads = num_layers, num_heads
         self._frames_per_row, self._tokens_per_row = frames_per_row, tokens_per_row
         self._head_size, self._rope_theta = head_size, rope_theta
         self._window_rows = None if window_frames is None else window_frames // frames_per_row
@@ -77,33 +80,38 @@ class KVCache:
         num_forgotten = self.num_frames // self._frames_per_row - (self._end - self._first)
         self._first += max(num_frames // self._frames_per_row - num_forgotten, 0)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Self-attention of one block, q, k and v (B, h, S, d) at its positions: to the visible past and to itself."""
-        return attention(q, *self.with_current(layer, k, v))
+    def attends(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device, num_frames: int, num_next: int | None = None
+    ) -> list[Attend]:
+        """Self-attention of every layer for a block of num_frames at its positions: it sees the visible past and itself. With num_next,
+        without gradient: for a finished block of num_frames that is to be written, and in a row with it the next one, of num_next frames
+        (0: none), which sees the finished one too, but nothing that has left its window. Of a finished block the last layer needs keys and
+        values alone: there the next one alone attends.
 
-    def attend_two(self, layer: int, num_tokens: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`attend` of two blocks in a row, the first of num_tokens tokens, without gradient: the first does not see the second, and
-        the second no longer sees what has left its window."""
-        keys, values = self.with_current(layer, k, v)
-        num_seen, num_left = keys.shape[2] - (k.shape[2] - num_tokens), 0
-        if self._window_rows is not None:
-            num_left = max(keys.shape[2] - self._window_rows * self._tokens_per_row, 0)
-        first = attention(q[:, :, :num_tokens], keys[:, :, :num_seen], values[:, :, :num_seen])
-        return torch.cat([first, attention(q[:, :, num_tokens:], keys[:, :, num_left:], values[:, :, num_left:])], dim=2)
-
-    def with_current(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, h, S, d) that a block may attend to: the visible past, then its own."""
-        past = self._tokens(self._first, self._end)
+        dtype, device: of the keys. Without gradient a pass writes its keys and values behind the past, in place; with gradient it leaves
+        the buffers as they are.
+        """
         if torch.is_grad_enabled():
-            if self._capacity == 0:
-                return k.contiguous(), v.contiguous()
-            return torch.cat([self._keys[layer][:, :, past], k], dim=2), torch.cat([self._values[layer][:, :, past], v], dim=2)
-        num_rows = k.shape[2] // self._tokens_per_row
-        if self._end + num_rows > self._capacity:
-            self._grow(num_rows, k)
-        own, visible = self._tokens(self._end, self._end + num_rows), self._tokens(self._first, self._end + num_rows)
-        self._keys[layer][:, :, own], self._values[layer][:, :, own] = k, v
-        return self._keys[layer][:, :, visible], self._values[layer][:, :, visible]
+            return [partial(_attend_to_copies, past) for past in self._views(self._first, self._end)]
+        end = self._end + (num_frames + (num_next or 0)) // self._frames_per_row
+        if end > self._capacity:
+            self._grow(end, batch_size, dtype, device)
+        views = self._views(self._first - 1, end)
+        for view in chain(*views):
+            torch._dynamo.maybe_mark_dynamic(view, 2)  # a compiled pass serves a past of every length
+        spare, block = self._tokens_per_row, num_frames // self._frames_per_row * self._tokens_per_row
+        if not num_next:
+            attends = [partial(_attend, *view, spare, block) for view in views]
+            return attends if num_next is None else [*attends[:-1], partial(_attend, *views[-1], spare, 0)]
+        num_left = 0 if self._window_rows is None else max(end - self._first - self._window_rows, 0)
+        hidden, following = spare + num_left * self._tokens_per_row, num_next // self._frames_per_row * self._tokens_per_row
+        both = [partial(_attend_both, *view, spare, block, hidden) for view in views[:-1]]
+        return [*both, partial(_attend, *views[-1], hidden, following)]
+
+    def _views(self, first_row: int, end_row: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (B, h, S, d) of each layer in these rows; before the first write none, as (0, 0, 0, 0)."""
+        tokens = self._tokens(first_row, end_row)
+        return [(keys[:, :, tokens], values[:, :, tokens]) for keys, values in zip(self._keys, self._values, strict=True)]
 
     def advance(self, num_frames: int) -> None:
         """The block of the pass that has just run, without gradient, is now part of the past."""
@@ -117,15 +125,17 @@ class KVCache:
         return twin
 
     def _tokens(self, first_row: int, end_row: int) -> slice:
-        return slice(first_row * self._tokens_per_row, end_row * self._tokens_per_row)
+        """Where rows stand in the buffers, which have a spare row in front and one behind: no view is then as long as a buffer or as the
+        block at hand, and one compiled graph serves all of them (`attends`)."""
+        return slice((1 + first_row) * self._tokens_per_row, (1 + end_row) * self._tokens_per_row)
 
-    def _grow(self, num_rows: int, k: Tensor) -> None:
-        """New buffers, at least twice as large, up to twice the window; what is stored moves over."""
-        capacity = max(2 * self._capacity, 4 * num_rows, self._end + num_rows)
+    def _grow(self, end: int, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """New buffers for so many rows, at least twice as large, up to twice the window; what is stored moves over."""
+        capacity = max(2 * self._capacity, 4 * (end - self._end), end)
         self._capacity = capacity if self._window_rows is None else min(capacity, 2 * self._window_rows)
-        shape = (self._keys.shape[0], *k.shape[:2], self._capacity * self._tokens_per_row, self._head_size)
+        shape = (self._num_layers, batch_size, self._num_heads, (self._capacity + 2) * self._tokens_per_row, self._head_size)
         stored = self._tokens(0, self._end)
-        keys, values = k.new_empty(shape), k.new_empty(shape)
+        keys, values = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
         if self._end:
             keys[..., stored, :], values[..., stored, :] = self._keys[..., stored, :], self._values[..., stored, :]
         self._keys, self._values = keys, values
@@ -152,3 +162,26 @@ class KVCache:
         self._values[..., new, :] = self._values[..., old, :].clone()  # old and new may overlap where the next block is the larger one
         self._first, self._end = 0, num_rows
         self._place_sink()
+
+
+def _attend(keys: Tensor, values: Tensor, num_hidden: int, num_last: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Write a pass's k and v (B, h, S, d) to the end of keys and values (B, h, hidden + seen, d), and attend for its last tokens."""
+    num_tokens = k.shape[2]
+    keys[:, :, -num_tokens:], values[:, :, -num_tokens:] = k, v
+    return attention(q[:, :, num_tokens - num_last:], keys[:, :, num_hidden:], values[:, :, num_hidden:])
+
+
+def _attend_both(
+    keys: Tensor, values: Tensor, num_spare: int, num_first: int, num_hidden: int, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """The same for two blocks in a row: the first, of num_first tokens, from which num_spare are hidden, does not see the next."""
+    num_next = k.shape[2] - num_first
+    following = _attend(keys, values, num_hidden, num_next, q, k, v)
+    first = attention(q[:, :, :num_first], keys[:, :, num_spare:-num_next], values[:, :, num_spare:-num_next])
+    return torch.cat([first, following], dim=2)
+
+
+def _attend_to_copies(past: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend from a block (B, h, S, d) to the past and itself, and write nothing."""
+    keys, values = (torch.cat([seen, own], dim=2) if seen.numel() else own.contiguous() for seen, own in zip(past, (k, v), strict=True))
+    return attention(q, keys, values)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from attention import (
     WHOLE_PAST,
+    Attend,
     ContextWindow,
     KeyLayout,
     Rope,
@@ -40,7 +41,7 @@ from flow_matching import expand_time, velocity_from_x_0, x_0_from_velocity
 from int8_products import quantize_linears
 from kv_cache import KVCache
 from recomputation import recomputed
-from wan_block import Attend, WanBlock, between_attentions
+from wan_block import WanBlock
 
 
 @dataclass
@@ -135,7 +136,6 @@ class TinyCausalWanModel(nn.Module):
         self.head_modulation = nn.Parameter(torch.zeros(2, width))
         self.head = nn.Linear(width, config.patch_values)
         self._recomputes = self._is_compiled = False
-        self._between = between_attentions
         self._initialise()
 
     def _initialise(self) -> None:
@@ -155,12 +155,11 @@ class TinyCausalWanModel(nn.Module):
         self._recomputes = True
 
     def compile_passes(self) -> None:
-        """From now on run all but self-attention compiled, once for every size of batch and block. Outputs move by rounding."""
+        """From now on run passes compiled, each in one piece, made once for every size of batch and block. Outputs move by rounding."""
         self._is_compiled = True
-        compiled = partial(torch.compile, dynamic=False, fullgraph=True)  # past Dynamo's limit an error, not Python again
-        self._embed, self._between, self._read_out = compiled(self._embed), compiled(between_attentions), compiled(self._read_out)
-        self.blocks[0].before_attention = compiled(self.blocks[0].before_attention)
-        self.blocks[-1].after_attention = compiled(self.blocks[-1].after_attention)
+        # fullgraph: past Dynamo's limit an error, not Python again. The threshold keeps results that are used twice, such as GELU's before
+        # products in integers, which look for the largest of a row and then round: by default both would compute it.
+        self._pass = torch.compile(self._pass, dynamic=False, fullgraph=True, options={"realize_opcount_threshold": 8})
 
     def cast_products(self, dtype: torch.dtype) -> None:
         """Keep the weights of matrix products in the format in which autocast multiplies them: no pass casts them again, and videos stay
@@ -179,7 +178,8 @@ class TinyCausalWanModel(nn.Module):
         config, patch = self.config, self.config.patch_size[0]
         self._check_frames(window=window_frames, sink=sink_frames or None)
         return KVCache(
-            config.num_layers, config.tokens_per_patch_row, patch, config.head_size, config.rope_theta, window_frames, sink_frames
+            config.num_layers, config.num_heads, config.tokens_per_patch_row, patch, config.head_size, config.rope_theta, window_frames,
+            sink_frames,
         )
 
     def encode_prompt(self, text: Tensor, text_mask: Tensor) -> PromptContext:
@@ -216,7 +216,8 @@ class TinyCausalWanModel(nn.Module):
 
     def forward_features(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
         """Tokens (B, T, N, D) after the last block, where every frame sees every frame: what a discriminator reads."""
-        return self._features(x_t, t, prompt, 0, [attention] * self.config.num_layers)[0]
+        rope = self._checked_rope(x_t, t, prompt)
+        return self._features(x_t, t, prompt, rope, [attention] * self.config.num_layers)[0]
 
     def forward_cached(self, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> Tensor:
         """v of one block x_t (B, F_block, C, H, W) that follows the cached frames, which stay as they are."""
@@ -225,13 +226,14 @@ class TinyCausalWanModel(nn.Module):
         if self._recomputes and torch.is_grad_enabled():
             cache = cache.snapshot()  # the backward pass must attend to the past of this very moment
         first_frame = cache.next_row * self.config.patch_size[0]
-        attends: list[Attend] = [partial(cache.attend, layer) for layer in range(self.config.num_layers)]
-        return self._run(x_t, t, prompt, first_frame, attends)
+        return self._run(x_t, t, prompt, first_frame, self._cached_attention(cache, x_t))
 
     @torch.no_grad()  # the cache never carries gradient (Self-Forcing, Algorithm 1)
     def write_cache(self, x: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> None:
         """Run one finished block (B, F_block, C, H, W) at time t (B, F_block) and keep its keys and values as part of the past."""
-        self.forward_cached(x, t, prompt, cache)
+        self._check_block(x, cache)
+        cache.make_room(x.shape[1])
+        self._run(x, t, prompt, cache.next_row * self.config.patch_size[0], self._cached_attention(cache, x, 0))
         cache.advance(x.shape[1])
 
     @torch.no_grad()
@@ -244,12 +246,17 @@ class TinyCausalWanModel(nn.Module):
         if not cache.make_room_for_two(num_frames, x_t.shape[1]):
             self.write_cache(x, t_x, prompt, cache)
             return self.forward_cached(x_t, t, prompt, cache)
-        num_tokens = num_frames // self.config.patch_size[0] * self.config.tokens_per_patch_row
-        attends: list[Attend] = [partial(cache.attend_two, layer, num_tokens) for layer in range(self.config.num_layers)]
+        attends = self._cached_attention(cache, x, x_t.shape[1])
         first_frame = cache.next_row * self.config.patch_size[0]
-        v = self._run(torch.cat([x, x_t], 1), torch.cat([t_x, t], 1), prompt, first_frame, attends)[:, num_frames:]
+        v = self._run(torch.cat([x, x_t], 1), torch.cat([t_x, t], 1), prompt, first_frame, attends)
         cache.advance(num_frames)
         return v
+
+    def _cached_attention(self, cache: KVCache, block: Tensor, num_next: int | None = None) -> list[Attend]:
+        """Attention of all layers through the cache, whose format is that of the products. num_next: see `KVCache.attends`."""
+        device = block.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.head_modulation.dtype
+        return cache.attends(block.shape[0], dtype, device, block.shape[1], num_next)
 
     def _masked_attention(
         self, make_layout: Callable[..., KeyLayout], x_t: Tensor, num_frames_per_block: int, context: ContextWindow
@@ -285,13 +292,21 @@ class TinyCausalWanModel(nn.Module):
     def _run(
         self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int, attends: list[Attend], num_copies: int = 1
     ) -> Tensor:
-        x, embedded_time = self._features(x_t, t, prompt, first_frame, attends, num_copies)
-        return self._read_out(x, embedded_time, x_t, t)
+        """v of x_t, which holds num_copies videos in a row, at the same positions each."""
+        rope = self._checked_rope(x_t, t, prompt, first_frame, num_copies)
+        if self._is_compiled:
+            prompt.serve_every_length()
+        return self._pass(x_t, t, prompt, rope, attends)
 
-    def _features(
-        self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int, attends: list[Attend], num_copies: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, N, D) and time embedding (B, T, D); x_t holds num_copies videos in a row, at the same positions each."""
+    def _pass(self, x_t: Tensor, t: Tensor, prompt: PromptContext, rope: Rope, attends: list[Attend]) -> Tensor:
+        """All of a pass, which `compile_passes` compiles in one piece."""
+        x, embedded_time = self._features(x_t, t, prompt, rope, attends)
+        first_row = embedded_time.shape[1] - x.shape[1]  # not 0 where the last layer attended for the last rows alone
+        first_frame = first_row * self.config.patch_size[0]
+        return self._read_out(x, embedded_time[:, first_row:], x_t[:, first_frame:], t[:, first_frame:])
+
+    def _checked_rope(self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int = 0, num_copies: int = 1) -> Rope:
+        """Rotations of the tokens of a pass. Raises ValueError where its inputs do not fit each other or the network."""
         expected = (self.config.channels, self.config.frame_size, self.config.frame_size)
         if x_t.ndim != 5 or tuple(x_t.shape[2:]) != expected or x_t.shape[1] % self.config.patch_size[0]:
             raise ValueError(
@@ -301,29 +316,19 @@ class TinyCausalWanModel(nn.Module):
         if prompt.pooled.shape[0] != x_t.shape[0]:
             raise ValueError(f"{prompt.pooled.shape[0]} prompts for {x_t.shape[0]} videos: expected one each")
         expand_time(t, x_t)  # refuses a t that is not (B, F); frames that share a temporal patch share its first frame's t
+        pt, ph, pw = self.config.patch_size
+        grid = (self.config.frame_size // ph, self.config.frame_size // pw)
+        num_rows = x_t.shape[1] // pt // num_copies
+        cos, sin = rope_angles(grid, self.config.head_size, self.config.rope_theta, first_frame // pt, num_rows, x_t.device)
+        return (cos, sin) if num_copies == 1 else (cos.repeat(num_copies, 1), sin.repeat(num_copies, 1))
+
+    def _features(self, x_t: Tensor, t: Tensor, prompt: PromptContext, rope: Rope, attends: list[Attend]) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T, N, D) after the last block and time embedding (B, T, D)."""
         x, embedded_time, modulations = self._embed(x_t, t, prompt.pooled)
-        rope = self._rope(first_frame // self.config.patch_size[0], x.shape[1] // num_copies, x_t.device)
-        if num_copies > 1:
-            rope = (rope[0].repeat(num_copies, 1), rope[1].repeat(num_copies, 1))
-        if self._is_compiled:
-            return self._compiled_blocks(x, modulations, rope, prompt, attends), embedded_time
         for layer, block in enumerate(self.blocks):
             inputs = (x, modulations[layer], rope, prompt.keys[layer], prompt.values[layer], prompt.mask, attends[layer])
             x = recomputed(block, *inputs) if self._recomputes and torch.is_grad_enabled() else block(*inputs)
         return x, embedded_time
-
-    def _compiled_blocks(
-        self, x: Tensor, modulations: tuple[Tensor, ...], rope: Rope, prompt: PromptContext, attends: list[Attend]
-    ) -> Tensor:
-        """All blocks, compiled from one self-attention to the next: the fewer pieces, the less each pass waits for Python."""
-        prompt.serve_every_length()
-        q, k, v = self.blocks[0].before_attention(x, modulations[0], rope)
-        for layer, (block, following) in enumerate(pairwise(self.blocks)):
-            y = attends[layer](q, k, v)
-            of_prompt = (prompt.keys[layer], prompt.values[layer], prompt.mask)
-            x, q, k, v = self._between(block, following, x, y, modulations[layer], modulations[layer + 1], rope, *of_prompt)
-        y = attends[-1](q, k, v)
-        return self.blocks[-1].after_attention(x, y, modulations[-1], prompt.keys[-1], prompt.values[-1], prompt.mask)
 
     def _embed(self, x_t: Tensor, t: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Tokens (B, T, N, D), time embedding (B, T, D) and each layer's modulation (B, T, 6, D)."""
@@ -355,11 +360,6 @@ class TinyCausalWanModel(nn.Module):
             tokens, "b t (y x) (c pt ph pw) -> b (t pt) c (y ph) (x pw)",
             y=self.config.frame_size // ph, c=self.config.channels, pt=pt, ph=ph, pw=pw,
         )
-
-    def _rope(self, first_row: int, num_rows: int, device: torch.device) -> Rope:
-        _, ph, pw = self.config.patch_size
-        grid = (self.config.frame_size // ph, self.config.frame_size // pw)
-        return rope_angles(grid, self.config.head_size, self.config.rope_theta, first_row, num_rows, device)
 
 
 def _time_blocks(model: TinyCausalWanModel, prompt: PromptContext, num_blocks: int, block: int, num_steps: int, is_cached: bool) -> float:

@@ -6,15 +6,11 @@ d = D / h, L prompt tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import Rope, apply_rope, attention
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # self-attention of a layer: q, k (at their positions), v (B, h, S, d) to (B, h, S, d)
+from attention import Attend, Rope, apply_rope, attention
 
 
 class RMSNorm(nn.RMSNorm):
@@ -50,21 +46,16 @@ class WanBlock(nn.Module):
     def forward(
         self, x: Tensor, modulation: Tensor, rope: Rope, prompt_key: Tensor, prompt_value: Tensor, prompt_mask: Tensor, attend: Attend
     ) -> Tensor:
-        """modulation (B, T, 6, D), the layer's own too; rope: cos and sin (S, d); prompt key and value (B, h, L, d), mask (B, 1, 1, L)."""
-        y = attend(*self.before_attention(x, modulation, rope))  # (B, h, S, d)
-        return self.after_attention(x, y, modulation, prompt_key, prompt_value, prompt_mask)
+        """modulation (B, T, 6, D), the layer's own too; rope: cos and sin (S, d); prompt key and value (B, h, L, d), mask (B, 1, 1, L).
 
-    def before_attention(self, x: Tensor, modulation: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, h, S, d) of self-attention, the first two rotated to their positions."""
+        Where attend answers for the last rows alone, these alone come out.
+        """
         shift, factor = modulation[:, :, :2].unsqueeze(3).unbind(2)  # (B, T, 1, D)
         y = torch.addcmul(shift, self.norm_self(x), factor)
         q, k = self._heads(self.norm_q(self.q(y))), self._heads(self.norm_k(self.k(y)))
-        return apply_rope(q, *rope), apply_rope(k, *rope), self._heads(self.v(y))
-
-    def after_attention(
-        self, x: Tensor, y: Tensor, modulation: Tensor, prompt_key: Tensor, prompt_value: Tensor, prompt_mask: Tensor
-    ) -> Tensor:
-        """Tokens (B, T, N, D) from those before self-attention, x, and its result y (B, h, S, d)."""
+        y = attend(apply_rope(q, *rope), apply_rope(k, *rope), self._heads(self.v(y)))  # (B, h, S, d)
+        first_row = x.shape[1] - y.shape[2] // x.shape[2]
+        x, modulation = x[:, first_row:], modulation[:, first_row:]
         gate_a, shift_f, factor_f, gate_f = modulation[:, :, 2:].unsqueeze(3).unbind(2)  # (B, T, 1, D)
         x = torch.addcmul(x, gate_a, self.o(y.transpose(1, 2).reshape(x.shape)))
         q = self._heads(self.norm_cross_q(self.cross_q(self.norm_cross(x))))
@@ -72,12 +63,3 @@ class WanBlock(nn.Module):
         x = x + self.cross_o(y.transpose(1, 2).reshape(x.shape))
         y = torch.addcmul(shift_f, self.norm_ffn(x), factor_f)
         return torch.addcmul(x, gate_f, self.ffn_out(F.gelu(self.ffn_in(y))))
-
-
-def between_attentions(
-    block: WanBlock, following: WanBlock, x: Tensor, y: Tensor, modulation: Tensor, next_modulation: Tensor, rope: Rope,
-    prompt_key: Tensor, prompt_value: Tensor, prompt_mask: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From one layer's self-attention, y (B, h, S, d), to the next's: tokens (B, T, N, D), then q, k and v (B, h, S, d)."""
-    x = block.after_attention(x, y, modulation, prompt_key, prompt_value, prompt_mask)
-    return x, *following.before_attention(x, next_modulation, rope)

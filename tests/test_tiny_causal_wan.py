@@ -1,6 +1,7 @@
 """The network: cache against mask, causality, window, gradient boundaries, patches, RoPE, times, prompts, refusals."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -458,3 +459,26 @@ def test_compiled_passes_differ_by_rounding_and_serve_every_prompt(is_int8: bool
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
         num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert 0 < num_graphs[0] == num_graphs[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("window", "sink"), [(None, 0), (9, 0), (9, 3)])
+def test_a_compiled_pass_serves_a_past_of_every_length(window: int | None, sink: int, monkeypatch: pytest.MonkeyPatch):
+    """60 frames, so that buffers grow and rows move back: never more graphs than kinds of passes: a block, a finished one and the next
+    (two where the window is full), and where the sink has to move in between a finished one alone."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # graphs are found, and not compiled
+    model, compiled = build_small_model(), build_small_model()
+    compiled.compile_passes()
+    torch._dynamo.reset()  # Dynamo's limit counts the graphs of all networks
+    torch._dynamo.utils.counters.clear()
+    outputs = []
+    for network in (model, compiled):
+        (x_t, t), prompt, cache = random_video(network, 2, 60), random_prompt(network, 2), network.new_cache(window, sink)
+        blocks = list(zip(x_t.split(3, 1), t.split(3, 1), strict=True))
+        parts = [network.forward_cached(*blocks[0], prompt, cache)]
+        for finished, block in itertools.pairwise(blocks):
+            parts.append(network.write_and_forward(*finished, *block, prompt, cache))
+            parts.append(network.forward_cached(*block, prompt, cache))
+        outputs.append(torch.cat(parts, 1))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (2 if window is None else 3)
