@@ -143,7 +143,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ink_kept", type=float, help="share kept of what a teacher's guidance adds along the ink; 1 is plain guidance")
     parser.add_argument("--guidance", type=float, help="1 is none; default: none block by block, else as in the teacher's training")
     parser.add_argument("--batch_size", type=int, default=8, help="videos a forward pass")
-    parser.add_argument("--compile", action="store_true", help="compile the network first: pays in long videos; needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="compile first: pays from some ten thousand frames on; needs a C++ compiler")
     parser.add_argument("--int8", action="store_true", help="matrix products in 8-bit integers, on a CPU: faster with --compile")
     parser.add_argument("--format", choices=FORMATS, default="gif", help="png is a strip of frames, npz the raw array in [-1, 1]")
     return parser.parse_args(argv)

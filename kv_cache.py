@@ -26,16 +26,16 @@ class KVCache:
 
     window_frames: how many frames a block may see, itself and the sink included; None for all. sink_frames: so many first
     frames stay visible for ever. Only `advance` makes a block part of the past. A pass with gradient gets copies: its graph
-    stays valid however the buffers are written later.
+    stays valid however the buffers are written later. is_compiled: passes are, by `torch.compile`.
     """
 
     def __init__(
         self, num_layers: int, num_heads: int, tokens_per_row: int, frames_per_row: int, head_size: int, rope_theta: float,
-        window_frames: int | None = None, sink_frames: int = 0,
+        window_frames: int | None = None, sink_frames: int = 0, is_compiled: bool = False,
     ):
         self.num_frames = 0  # frames written so far
         self.window_frames = window_frames
-        self._num_layers, self._num_heads = num_layers, num_heads
+        self._num_layers, self._num_heads, self._is_compiled = num_layers, num_heads, is_compiled
         self._frames_per_row, self._tokens_per_row = frames_per_row, tokens_per_row
         self._head_size, self._rope_theta = head_size, rope_theta
         self._window_rows = None if window_frames is None else window_frames // frames_per_row
@@ -97,8 +97,8 @@ class KVCache:
         if end > self._capacity:
             self._grow(end, batch_size, dtype, device)
         views = self._views(self._first - 1, end)
-        for view in chain(*views):
-            torch._dynamo.maybe_mark_dynamic(view, 2)  # a compiled pass serves a past of every length
+        for view in chain(*views) if self._is_compiled else ():
+            torch._dynamo.maybe_mark_dynamic(view, 2)  # one graph serves a past of every length
         spare, block = self._tokens_per_row, num_frames // self._frames_per_row * self._tokens_per_row
         if not num_next:
             attends = [partial(_attend, *view, spare, block) for view in views]

@@ -179,7 +179,7 @@ class TinyCausalWanModel(nn.Module):
         self._check_frames(window=window_frames, sink=sink_frames or None)
         return KVCache(
             config.num_layers, config.num_heads, config.tokens_per_patch_row, patch, config.head_size, config.rope_theta, window_frames,
-            sink_frames,
+            sink_frames, self._is_compiled,
         )
 
     def encode_prompt(self, text: Tensor, text_mask: Tensor) -> PromptContext:
