@@ -225,15 +225,14 @@ class TinyCausalWanModel(nn.Module):
         cache.make_room(x_t.shape[1])
         if self._recomputes and torch.is_grad_enabled():
             cache = cache.snapshot()  # the backward pass must attend to the past of this very moment
-        first_frame = cache.next_row * self.config.patch_size[0]
-        return self._run(x_t, t, prompt, first_frame, self._cached_attention(cache, x_t))
+        return self._run_cached(x_t, t, prompt, cache, x_t.shape[1])
 
     @torch.no_grad()  # the cache never carries gradient (Self-Forcing, Algorithm 1)
     def write_cache(self, x: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> None:
         """Run one finished block (B, F_block, C, H, W) at time t (B, F_block) and keep its keys and values as part of the past."""
         self._check_block(x, cache)
         cache.make_room(x.shape[1])
-        self._run(x, t, prompt, cache.next_row * self.config.patch_size[0], self._cached_attention(cache, x, 0))
+        self._run_cached(x, t, prompt, cache, x.shape[1], 0)
         cache.advance(x.shape[1])
 
     @torch.no_grad()
@@ -246,17 +245,18 @@ class TinyCausalWanModel(nn.Module):
         if not cache.make_room_for_two(num_frames, x_t.shape[1]):
             self.write_cache(x, t_x, prompt, cache)
             return self.forward_cached(x_t, t, prompt, cache)
-        attends = self._cached_attention(cache, x, x_t.shape[1])
-        first_frame = cache.next_row * self.config.patch_size[0]
-        v = self._run(torch.cat([x, x_t], 1), torch.cat([t_x, t], 1), prompt, first_frame, attends)
+        v = self._run_cached(torch.cat([x, x_t], 1), torch.cat([t_x, t], 1), prompt, cache, num_frames, x_t.shape[1])
         cache.advance(num_frames)
         return v
 
-    def _cached_attention(self, cache: KVCache, block: Tensor, num_next: int | None = None) -> list[Attend]:
-        """Attention of all layers through the cache, whose format is that of the products. num_next: see `KVCache.attends`."""
-        device = block.device
+    def _run_cached(
+        self, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache, num_frames: int, num_next: int | None = None
+    ) -> Tensor:
+        """A pass behind the cached frames, whose keys have the format of the products. num_frames, num_next: see `KVCache.attends`."""
+        device = x_t.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.head_modulation.dtype
-        return cache.attends(block.shape[0], dtype, device, block.shape[1], num_next)
+        attends = cache.attends(x_t.shape[0], dtype, device, num_frames, num_next)
+        return self._run(x_t, t, prompt, cache.next_row * self.config.patch_size[0], attends)
 
     def _masked_attention(
         self, make_layout: Callable[..., KeyLayout], x_t: Tensor, num_frames_per_block: int, context: ContextWindow
