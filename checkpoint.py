@@ -3,8 +3,9 @@
 A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts, so that `torch.load(weights_only=True)` reads
 it and no file can run code. Keys that users rely on: `generator_state_dict`, `optimizer_state_dict`, `step`,
 `training_type` ("pretrain", "dmd2", "causal_ode" or "causal_consistency"), `config` (the run's configuration as a plain
-dict). Beside them stand `text_encoder_state_dict` and `prompts_drawn` (seed: number of training captions drawn), and in
-the checkpoint of a run `generator_ema_state_dict` and all that resuming needs.
+dict). Beside them are `text_encoder_state_dict`, `prompts_drawn` (seed: number of training captions drawn), `digits_seen` (the splits
+whose digits the network or its teacher learned from), and in the checkpoint of a run `generator_ema_state_dict` and all that resuming
+needs.
 
     python checkpoint.py IN OUT           strip IN to its averaged weights in float16, which is what `pretrained/` ships
     python checkpoint.py IN IN ... OUT    the mean of several students of one teacher, stripped likewise
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor
 
 from config import Config, config_from_dict
+from mnist_digits import SPLITS
+from moving_mnist import DatasetConfig
 from sharding import placed_like
 from text_encoder import TextEncoder
 from tiny_causal_wan import TinyCausalWanModel
@@ -112,6 +115,10 @@ def load_checkpoint(path: Path, is_mapped: bool = False) -> dict[str, Any]:
     counts = [*drawn.keys(), *drawn.values()] if isinstance(drawn, dict) else [drawn]
     if not all(isinstance(number, int) and number >= 0 for number in [checkpoint["step"], *counts]):
         raise CheckpointError(f"{path}: step and prompts_drawn are {checkpoint['step']!r} and {drawn!r}: expected whole numbers")
+    if "digits_seen" in checkpoint and not (
+        isinstance(checkpoint["digits_seen"], list) and all(split in SPLITS for split in checkpoint["digits_seen"])
+    ):
+        raise CheckpointError(f"{path}: digits_seen is {checkpoint['digits_seen']!r}: expected a list of some of {', '.join(SPLITS)}")
     return checkpoint
 
 
@@ -124,6 +131,7 @@ class LoadedNetworks:
     config: Config
     step: int
     prompts_drawn: dict[int, int]  # seed: n says that training drew the captions (seed, 0..n - 1): these are not held out
+    digits_seen: tuple[str, ...]  # splits of `mnist_digits` that this network, or one that it learned from, has seen digits of
 
 
 def checkpoint_config(path: Path, checkpoint: dict[str, Any]) -> Config:
@@ -158,7 +166,7 @@ def load_networks(path: Path, device: torch.device) -> LoadedNetworks:
         check_state(module, checkpoint[key], f"{path}: {key}")
         module.load_state_dict({name: value.float() for name, value in checkpoint[key].items()}, assign=True)
         module.to(device).eval().requires_grad_(False)
-    return LoadedNetworks(generator, text_encoder, config, checkpoint["step"], checkpoint["prompts_drawn"])
+    return LoadedNetworks(generator, text_encoder, config, checkpoint["step"], checkpoint["prompts_drawn"], digits_seen(checkpoint))
 
 
 def check_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> None:
@@ -179,6 +187,21 @@ def load_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> 
     check_state(module, state, name)
     own = module.state_dict()
     module.load_state_dict({key: placed_like(value, own[key]) for key, value in state.items()})
+
+
+def digits_seen(checkpoint: dict[str, Any]) -> tuple[str, ...]:
+    """The splits that the networks of a checkpoint learned from; files from before digits were set aside for the judges saw these too."""
+    return tuple(checkpoint["digits_seen"]) if "digits_seen" in checkpoint else ("train", "judge")
+
+
+def splits_learned(dataset: DatasetConfig) -> tuple[str, ...]:
+    """The splits that a training on these data learns from: the judges' too where none are set aside for them."""
+    return ("train",) if dataset.judge_fraction > 0 else ("train", "judge")
+
+
+def merge_splits(*seen: Sequence[str]) -> tuple[str, ...]:
+    """The splits that several trainings have seen together, in the order of `SPLITS`."""
+    return tuple(split for split in SPLITS if any(split in one for one in seen))
 
 
 def merge_counts(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
@@ -205,6 +228,7 @@ def slim_checkpoint(sources: Sequence[Path], target: Path) -> None:
         "text_encoder_state_dict": {key: value.half() for key, value in checkpoint["text_encoder_state_dict"].items()},
         "optimizer_state_dict": {},
         "prompts_drawn": reduce(merge_counts, (item.prompts_drawn for item in networks)),
+        "digits_seen": list(merge_splits(*(item.digits_seen for item in networks))),
         **{key: checkpoint[key] for key in ("step", "training_type", "config")},
     }
     save_checkpoint(target, slim)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import Config
 from dynamic_video_sf import window_starts
 from runtime import Runtime
+from seeds import Purpose, torch_generator
 from stages import PretrainStage, SelfForcingStage
 from training_config import PretrainConfig, SelfForcingConfig, require
 
@@ -33,7 +34,7 @@ def flops_per_step(config: Config) -> float:
         training.min_num_frames == training.max_num_frames, "training.min_num_frames", training.min_num_frames,
         f"training.max_num_frames={training.max_num_frames}: compute is counted for videos of one length",
     )
-    random = torch.Generator().manual_seed(0)
+    random = torch_generator(0, Purpose.TRAINING)
     if isinstance(training, SelfForcingConfig):
         return training.batch_size * _self_forcing_flops(config, training, random)  # AdamW multiplies no matrices
     assert isinstance(training, PretrainConfig)

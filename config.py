@@ -210,7 +210,11 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def config_from_dict(plain: dict[str, Any]) -> Config:
-    """The inverse of `config_to_dict`. Raises ValueError naming a key that this version does not know."""
+    """The inverse of `config_to_dict`. Raises ValueError naming a key that this version does not know.
+
+    A configuration from before digits were set aside for the judges says so by dataset.judge_fraction = 0.
+    """
+    plain = {**plain, "dataset": {"judge_fraction": 0.0, **plain["dataset"]}} if "dataset" in plain else plain
     training_type = plain["training"]["training_type"]
     if training_type not in TRAINING_KINDS:
         raise ValueError(f"training_type is {training_type!r}: expected one of {', '.join(TRAINING_KINDS)}")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from seeds import Purpose, torch_generator
+
 GAIN = 1.5  # of "brightened"
 COPIES = 0.05  # share of the videos that "collapsed" leaves different
 
@@ -78,4 +80,4 @@ def corrupt(video: Tensor, how: str, seed: int = 0) -> Tensor:
     """Video (B, F, C, H, W) made worse in the way `how`, a key of `CORRUPTIONS`. Raises ValueError for another one."""
     if how not in CORRUPTIONS:
         raise ValueError(f"corruption is {how!r}: expected one of {', '.join(CORRUPTIONS)}")
-    return CORRUPTIONS[how](video, torch.Generator().manual_seed(seed))
+    return CORRUPTIONS[how](video, torch_generator(seed, Purpose.FAULT))

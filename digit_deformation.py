@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from seeds import Purpose, stream
+
 MAX_VARIATION = 0.4  # the determinant of a deformation is at least 1 - 2 * variation: from 0.5 on a digit could turn inside out
 
 
@@ -22,10 +24,9 @@ def draw_deformations(seed: int, indices: Sequence[int], num_digits: int, variat
 
     To first order this is a turn (0.15 is up to 9 degrees), a slant and a stretch of either axis.
     """
-    keys = [np.array([seed, index], dtype=np.uint64) for index in indices]
-    # Another counter than where a video's other draws start: it moves the same way with and without deformation.
-    streams = [np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, 1])) for key in keys]
-    moved = np.stack([stream.uniform(-variation, variation, size=(num_digits, 2, 2)) for stream in streams])
+    # Streams of their own: a video moves the same way with and without deformation.
+    streams = [stream(seed, index, Purpose.DEFORMATION) for index in indices]
+    moved = np.stack([each.uniform(-variation, variation, size=(num_digits, 2, 2)) for each in streams])
     return torch.eye(2) + torch.from_numpy(moved).float()
 
 

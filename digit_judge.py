@@ -2,7 +2,7 @@
 
 Dimensions: B videos, F frames, N frames of any video, C channels, H = W frame side, D digit side. Videos are
 (B, F, C, H, W) in [-1, 1]; intensities are grey values in [0, 1]. Positions are (x, y) in pixel indices, x to the right
-and y down. The judge is trained on the training digits only, so it can be held against held-out ones.
+and y down. The judge learns from digits of its own, which no network sees, and is examined on held-out ones, which neither saw.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional
 from ink import display_intensity, edge_sharpness, intensity_centres, intensity_sharpness
 from mnist_digits import unit_ink
 from moving_mnist import NUM_CLASSES, DatasetConfig, MovingMNISTGenerator
+from seeds import Purpose, seed_global_generators, torch_generator
 
 JUDGE_PATH = Path(__file__).parent / "pretrained" / "judge.pt"
 POOLING = 2  # side of the judge's last average pooling
@@ -32,16 +33,18 @@ Judging = TypeVar("Judging", bound=nn.Module)  # a network that the figures stan
 
 @dataclass
 class JudgeConfig:
-    """The frames that a judge reads and its size.
+    """The frames that a judge reads, the digits it learned from, and its size.
 
     frame_size, digit_size: as in `DatasetConfig`, pixels. widths: channels of its stages, each at half the side of the
-    one before. accuracy: share of held-out frames read right, measured when it was trained.
+    one before. accuracy: share of held-out frames read right, measured when it was trained. num_digits: how many digits of the
+    split "judge" it learned from.
     """
 
     frame_size: int = 32
     digit_size: int = 14
     widths: tuple[int, ...] = (32, 64, 128)
     accuracy: float = 0.0
+    num_digits: int = 0
 
     def __post_init__(self) -> None:
         self.widths = tuple(self.widths)
@@ -219,7 +222,7 @@ def augmented_frames(generator: MovingMNISTGenerator, num_frames: int, rng: torc
 
 
 def train_judge(config: DatasetConfig, num_steps: int, seed: int, batch_size: int = 128) -> DigitJudge:
-    """A judge trained on augmented frames of the training digits: AdamW, cosine decay, bf16 autocast.
+    """A judge trained on augmented frames of the judges' digits: AdamW, cosine decay, bf16 autocast.
 
     Raises ValueError for data of two digits or no step.
     """
@@ -227,10 +230,10 @@ def train_judge(config: DatasetConfig, num_steps: int, seed: int, batch_size: in
         raise ValueError(f"the judge's number of training steps is {num_steps}: expected at least 1")
     if config.num_digits != 1:
         raise ValueError(f"dataset.num_digits is {config.num_digits}: the judge reads frames of 1 digit")
-    torch.manual_seed(seed)
-    rng = torch.Generator().manual_seed(seed)
-    generator = MovingMNISTGenerator(config, "train")
-    judge = DigitJudge(JudgeConfig(frame_size=config.frame_size, digit_size=config.digit_size)).train()
+    seed_global_generators(seed, Purpose.JUDGE_TRAINING)
+    rng = torch_generator(seed, Purpose.JUDGE_TRAINING, index=2)
+    generator = MovingMNISTGenerator(config, "judge")
+    judge = DigitJudge(JudgeConfig(config.frame_size, config.digit_size, num_digits=len(generator.sprites))).train()
     judge = judge.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     measure_classes(judge, generator)
     peak_lr = 3e-3
@@ -247,7 +250,7 @@ def train_judge(config: DatasetConfig, num_steps: int, seed: int, batch_size: in
         if step % 100 == 99:
             print(f"judge: step {step + 1} of {num_steps}, loss {loss.item():.3f}", flush=True)
     judge.requires_grad_(False).eval()
-    judge.config.accuracy = held_out_accuracy(judge, MovingMNISTGenerator(config, "test"), rng)
+    judge.config.accuracy = held_out_accuracy(judge, MovingMNISTGenerator(config, "test"), torch_generator(seed, Purpose.EXAMINATION))
     return judge
 
 
@@ -258,7 +261,7 @@ def measure_classes(judge: DigitJudge, generator: MovingMNISTGenerator) -> None:
     """
     labels = generator.digit_set.labels
     mass = generator.sprites.sum(dim=(1, 2))
-    sharpness = edge_sharpness(render_in_places(generator, torch.Generator().manual_seed(0))).mean(dim=1)
+    sharpness = edge_sharpness(render_in_places(generator, torch_generator(0, Purpose.EXAMINATION))).mean(dim=1)
     for values, buffer in ((mass, judge.class_mass), (sharpness, judge.class_sharpness)):
         buffer.copy_(torch.stack([values[labels == digit].mean() for digit in range(NUM_CLASSES)]))
 

@@ -38,6 +38,7 @@ from flow_matching import (
 from objectives import x_0_prediction_loss
 from recomputation import frozen
 from rollout import PromptSwitch, clamp_to_data, few_step_plan, make_noise_streams, rollout_blocks
+from seeds import Purpose, torch_generator
 from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
 from training_config import SelfForcingConfig, check_num_frames
 
@@ -276,7 +277,7 @@ class SelfForcingEngine:
 
 def self_test() -> bool:
     """Check the rollout and the losses on a small network, print every finding, and say whether all is well."""
-    random = torch.Generator().manual_seed(0)
+    random = torch_generator(0, Purpose.SELF_TEST)
     teacher = TinyCausalWanModel(ModelConfig(frame_size=16, width=48, num_layers=2, num_heads=2, text_width=32))
     with torch.no_grad():
         for parameter in teacher.parameters():  # a fresh network's head and gates are 0, which would hide every error

@@ -18,9 +18,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
-from functools import reduce
-from itertools import count
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +29,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from checkpoint import LoadedNetworks, load_networks, merge_counts
+from checkpoint import LoadedNetworks, load_networks
 from config import DEVICES, PRECISIONS, explain_refusal
 from interruption import EXIT_CTRL_C
-from moving_mnist import DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
+from held_out import new_indices, who_saw_the_judges_digits
+from moving_mnist import MovingMNISTGenerator
 from output_folder import free_paths, require_writable
 from panel import Panel, judge_videos, make_panel, yardsticks
 from report import (
@@ -50,13 +49,12 @@ from report import (
 from runtime import resolve_runtime
 from sampling import NAIVE_STEPS, SamplerSettings, check_length, describe_sampler, generate, prepared
 from sanity import check_sanity
+from seeds import Purpose, video_seeds
 from video_io import comparison_gif, comparison_sheet, to_display
 
 REPOSITORY = Path(__file__).resolve().parent
 NUM_SHOWN = 6  # prompts in the pictures
-PROMPT_SEED = 2**40  # far from the seeds of training runs
-MAX_SEED = 2**20
-MAX_TRIES = 1000  # candidates a prompt, before the search for new ones gives up
+MAX_SEED = 2**63 - 1
 FIGURES = PROMPT_FIGURES | LOOK_FIGURES  # of videos of one digit
 
 
@@ -130,16 +128,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     runtime = resolve_runtime(config.device, config.precision)
     rows, options = make_rows(config), ("compile" if config.compile else None, "int8" if config.int8 else None)
     loaded: dict[Path, LoadedNetworks] = {row.path: prepared(load_networks(row.path, runtime.device), runtime, *options) for row in rows}
-    dataset = loaded[rows[0].path].config.dataset
+    dataset = max((networks.config.dataset for networks in loaded.values()), key=lambda each: each.judge_fraction)
     for row in rows:  # whatever does not fit is refused before any sampling
         training = loaded[row.path].config.training
         check_length(config.num_frames, row.settings.make_plan(training), training)
-        if loaded[row.path].config.dataset != dataset:
+        if replace(loaded[row.path].config.dataset, judge_fraction=dataset.judge_fraction) != dataset:
             raise ValueError(f"{row.path} was trained on other data than {rows[0].path}: evaluate them one by one")
     require_writable(Path(config.output_dir))
+    flattered = who_saw_the_judges_digits({row.path.name: loaded[row.path] for row in rows})
+    if flattered is not None:
+        print(f"note: {flattered}")
     panel = make_panel(dataset, config.num_videos, config.num_frames, config.seed)
-    real = held_out_videos(dataset, list(loaded.values()), config)
-    seeds = [PROMPT_SEED * (config.seed + 1) + index for index in range(config.num_videos)]
+    held_out = MovingMNISTGenerator(dataset, "test", purpose=Purpose.EVALUATION)
+    real = held_out.sample(config.seed, new_indices(held_out, list(loaded.values()), config.seed, config.num_videos), config.num_frames)
+    seeds = video_seeds(config.seed, range(config.num_videos), Purpose.EVALUATION_NOISE)
     results: dict[str, dict[str, object]] = {}
     shown: list[tuple[str, Tensor]] = []
 
@@ -176,25 +178,6 @@ def print_rest(panel: Panel, results: dict[str, dict[str, object]], measured_bes
         if not measured_beside:
             print("no Frechet distance, density and coverage: they need more videos")
     print("\n" + format_table("drift: change a block of 3 frames", results, DRIFT_FIGURES))
-
-
-def held_out_videos(dataset: DatasetConfig, networks: list[LoadedNetworks], config: EvaluateConfig) -> MovingMNISTBatch:
-    """Real videos of held-out digits whose prompts, word for word, none of the networks drew in training."""
-    trained_on = MovingMNISTGenerator(dataset, "train")
-    drawn: set[str] = set()
-    for seed, num_drawn in reduce(merge_counts, (item.prompts_drawn for item in networks)).items():
-        drawn.update(trained_on.captions(seed, range(num_drawn)))
-    held_out, seed = MovingMNISTGenerator(dataset, "test"), PROMPT_SEED + config.seed
-    indices: list[int] = []
-    for index in count():
-        if held_out.captions(seed, [index])[0] not in drawn:
-            indices.append(index)
-        if len(indices) == config.num_videos:
-            break
-        if index > MAX_TRIES * config.num_videos:
-            raise ValueError(f"only {len(indices)} of {config.num_videos} prompts are new to these networks: lower num_videos")
-    print(f"of {len(drawn)} different prompts drawn in training, none is among the {len(indices)} used here")
-    return held_out.sample(seed, indices, config.num_frames)
 
 
 def write_results(folder: Path, results: dict[str, dict[str, object]], shown: list[tuple[str, Tensor]], prompts: list[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ class Trajectory:
 
 @torch.no_grad()
 def ode_trajectory(
-    teacher: TinyCausalWanModel, prompt: PromptContext, null_prompt: PromptContext, streams: list[torch.Generator], num_frames: int,
+    teacher: TinyCausalWanModel, prompt: PromptContext, null_prompt: PromptContext, streams: list[np.random.Generator], num_frames: int,
     num_frames_per_block: int, num_steps: int, kept_steps: list[int], time_shift: float, guidance: float, is_causal: bool,
     context: ContextWindow = WHOLE_PAST,
 ) -> Trajectory:

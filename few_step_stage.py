@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batch_share import BatchShare
-from checkpoint import merge_counts
+from checkpoint import digits_seen, merge_counts, merge_splits, splits_learned
 from config import Config
 from distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
 from few_step import TeacherPrompts, consistency_loss, draw_step_orders, ode_regression_loss, ode_trajectory
@@ -44,6 +44,7 @@ class FewStepStage:
         if not self.is_causal:
             check_is_bidirectional(self.config.pretrained_checkpoint, loaded.config)
         self.teacher, self.text_encoder, self.earlier_prompts = loaded.generator, loaded.text_encoder, loaded.prompts_drawn
+        self.digits_seen = merge_splits(splits_learned(config.dataset), loaded.digits_seen)
         self.student = copy.deepcopy(self.teacher).train().requires_grad_(True)
         self.average = copy.deepcopy(self.teacher)
         if self.config.activation_checkpointing:
@@ -148,6 +149,7 @@ class FewStepStage:
             "random_state": self.random.get_state(),
             "num_prompts_seen": self.num_prompts_seen,
             "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_prompts_seen}),
+            "digits_seen": list(self.digits_seen),
         })
 
     def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
@@ -161,4 +163,4 @@ class FewStepStage:
             group.update(betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
         self.random.set_state(checkpoint["random_state"])
         self.num_prompts_seen = checkpoint["num_prompts_seen"]
-        self.earlier_prompts = checkpoint["prompts_drawn"]
+        self.earlier_prompts, self.digits_seen = checkpoint["prompts_drawn"], merge_splits(self.digits_seen, digits_seen(checkpoint))

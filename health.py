@@ -29,13 +29,14 @@ from distribution_losses import Verdict  # noqa: E402
 from metrics import facts_of_prompts, score_videos, summarise  # noqa: E402
 from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig  # noqa: E402
 from run_log import plot_series, read_scalars  # noqa: E402
+from seeds import Purpose, video_seeds  # noqa: E402
 from text_encoder import DIRECTION_PHRASES  # noqa: E402
 
 NOISE_LEVELS = {"low": (0.0, 1 / 3), "middle": (1 / 3, 2 / 3), "high": (2 / 3, 1.0)}  # of t; the lower bound is inside
 LEAST_PUSH = 1e-12  # mean square of x_0_fake - x_0_real below which a critic that equals the teacher has no lag
 NUM_PROMPTS = 16
 PROMPTS = tuple(f"a {index % NUM_CLASSES} moving {DIRECTION_PHRASES[index % NUM_OCTANTS][0]}" for index in range(NUM_PROMPTS))
-SEEDS = tuple(range(2**33, 2**33 + NUM_PROMPTS))  # far from the seeds of the samples that a run shows and reports
+SEEDS = tuple(video_seeds(0, range(NUM_PROMPTS), Purpose.FIXED_PROMPTS))
 JUDGED_COLUMNS = ("frames_right", "one_class", "track_within_1px", "stroke_mass_ratio")  # of `metrics.summarise`
 STEP_COLUMNS = ("critic_lag", *(f"score_distance_{name}" for name in NOISE_LEVELS))
 

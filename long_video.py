@@ -36,6 +36,7 @@ from checkpoint import LoadedNetworks, load_networks  # noqa: E402
 from config import DEVICES, PRECISIONS  # noqa: E402
 from digit_judge import load_judge, read_videos  # noqa: E402
 from generate import MAX_SEED  # noqa: E402
+from held_out import new_indices  # noqa: E402
 from interruption import EXIT_CTRL_C  # noqa: E402
 from metrics import bootstrap_interval, facts_of_prompts, read_classes, score_videos  # noqa: E402
 from moving_mnist import MovingMNISTGenerator, bounce  # noqa: E402
@@ -43,13 +44,13 @@ from output_folder import require_writable  # noqa: E402
 from rollout import SWITCHES, RolloutPlan  # noqa: E402
 from runtime import Runtime, resolve_runtime  # noqa: E402
 from sampling import SamplerSettings, prepared, require_at_least_one, sample_few_step  # noqa: E402
+from seeds import Purpose  # noqa: E402
 from streaming import stream_video  # noqa: E402
 from tracking import fit_bouncing_track  # noqa: E402
 from training_config import check_num_frames  # noqa: E402
 from video_io import replacing  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent
-PROMPT_SEED = 4_000_000  # of the held-out captions, away from those of training and evaluation
 WINDOW = 21  # frames that are judged together
 SEGMENT = 630  # frames of one point of the drift curves
 COMPARED_FRAMES = 1000  # at both ends of a stream, between which memory is compared
@@ -76,8 +77,9 @@ def memory_in_use(device: torch.device) -> float:
 
 
 def held_out_captions(networks: LoadedNetworks, count: int) -> list[str]:
-    """As many captions of the held-out split."""
-    return MovingMNISTGenerator(networks.config.dataset, "test").captions(PROMPT_SEED, range(count))
+    """As many captions of held-out videos, none of which the network drew in training."""
+    held_out = MovingMNISTGenerator(networks.config.dataset, "test", purpose=Purpose.LONG_VIDEO)
+    return held_out.captions(0, new_indices(held_out, [networks], 0, count))
 
 
 def measure_drift(
@@ -213,10 +215,10 @@ def measure_continuation(
     that with the most.
     """
     judge, block = load_judge(), plan.num_frames_per_block
-    generator, parts = MovingMNISTGenerator(networks.config.dataset, "test"), {"continued": [], "real": []}
-    digits = []
+    generator, parts = MovingMNISTGenerator(networks.config.dataset, "test", purpose=Purpose.LONG_VIDEO), {"continued": [], "real": []}
+    indices, digits = new_indices(generator, [networks], 0, num_videos), []
     for first in tqdm(range(0, num_videos, batch_size), unit="batch", dynamic_ncols=True):
-        real = generator.sample(PROMPT_SEED, range(first, min(first + batch_size, num_videos)), block + num_frames)
+        real = generator.sample(0, indices[first: first + batch_size], block + num_frames)
         seeds = list(range(seed + first, seed + first + len(real.video)))
         given = real.video[:, :block].to(runtime.device)
         video = sample_few_step(

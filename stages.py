@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from batch_share import BatchShare
-from checkpoint import CheckpointError, merge_counts
+from checkpoint import CheckpointError, digits_seen, merge_counts, merge_splits, splits_learned
 from config import Config, config_from_dict
 from distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
 from dynamic_video_sf import Rollout, ScorePrompts, SelfForcingEngine, draw_window_start
@@ -94,6 +94,7 @@ class PretrainStage:
         self.data = MovingMNISTGenerator(config.dataset, "train", self.config.digit_variation)
         self.num_videos_seen = 0
         self.earlier_prompts: dict[int, int] = {}  # drawn by the runs that this one goes on from
+        self.digits_seen = splits_learned(config.dataset)  # by this run and those
         self.model = TinyCausalWanModel(config.model).to(runtime.device)
         self.text_encoder = TextEncoder(config.text).to(runtime.device)
         if self.config.pretrained_checkpoint is not None:
@@ -102,6 +103,7 @@ class PretrainStage:
             self.text_encoder.load_state_dict(start.text_encoder.state_dict())
             self.text_encoder.requires_grad_(False)  # what is trained from one teacher stays fit to be combined
             self.earlier_prompts = start.prompts_drawn
+            self.digits_seen = merge_splits(self.digits_seen, start.digits_seen)
         if self.config.activation_checkpointing:
             self.model.recompute_activations()
         self.live = nn.ModuleDict({"generator": self.model, "text_encoder": self.text_encoder})
@@ -186,6 +188,7 @@ class PretrainStage:
             "random_state": self.random.get_state(),
             "num_videos_seen": self.num_videos_seen,
             "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_videos_seen}),
+            "digits_seen": list(self.digits_seen),
         })
 
     def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
@@ -200,7 +203,7 @@ class PretrainStage:
                 group["weight_decay"] = self.config.weight_decay
         self.random.set_state(checkpoint["random_state"])
         self.num_videos_seen = checkpoint["num_videos_seen"]
-        self.earlier_prompts = checkpoint["prompts_drawn"]
+        self.earlier_prompts, self.digits_seen = checkpoint["prompts_drawn"], merge_splits(self.digits_seen, digits_seen(checkpoint))
 
 
 class SelfForcingStage:
@@ -222,10 +225,12 @@ class SelfForcingStage:
         loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
         check_is_bidirectional(self.config.pretrained_checkpoint, loaded.config)
         self.text_encoder, self.earlier_prompts = loaded.text_encoder, loaded.prompts_drawn
+        self.digits_seen = merge_splits(splits_learned(config.dataset), loaded.digits_seen)
         start = None
         if self.config.generator_checkpoint is not None:
             start = load_start(Path(self.config.generator_checkpoint), config, loaded, runtime.device)
             self.earlier_prompts = merge_counts(self.earlier_prompts, start.prompts_drawn)
+            self.digits_seen = merge_splits(self.digits_seen, start.digits_seen)
         self.engine = SelfForcingEngine(self.config, loaded.generator, random, None if start is None else start.generator)
         self.average = copy.deepcopy(self.engine.generator).requires_grad_(False).eval()
         if self.config.sharding == "fsdp2":
@@ -345,6 +350,7 @@ class SelfForcingStage:
             "random_state": self.random.get_state(),
             "num_prompts_seen": self.num_prompts_seen,
             "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_prompts_seen}),
+            "digits_seen": list(self.digits_seen),
             "num_generator_updates": self.num_generator_updates,
         })
 
@@ -363,7 +369,7 @@ class SelfForcingStage:
                 group.update(betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
         self.random.set_state(checkpoint["random_state"])
         self.num_prompts_seen = checkpoint["num_prompts_seen"]
-        self.earlier_prompts = checkpoint["prompts_drawn"]
+        self.earlier_prompts, self.digits_seen = checkpoint["prompts_drawn"], merge_splits(self.digits_seen, digits_seen(checkpoint))
         self.num_generator_updates = checkpoint["num_generator_updates"]
 
     def _check_same_teacher(self, checkpoint: dict[str, Any], name: str) -> None:

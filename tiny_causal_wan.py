@@ -41,6 +41,7 @@ from flow_matching import expand_time, velocity_from_x_0, x_0_from_velocity
 from int8_products import quantize_linears
 from kv_cache import KVCache
 from recomputation import recomputed
+from seeds import Purpose, seed_global_generators
 from wan_block import WanBlock
 
 
@@ -402,7 +403,7 @@ def _cache_against_mask(model: TinyCausalWanModel) -> list[float]:
 @torch.no_grad()
 def self_test(seed: int = 0) -> bool:
     """Check a small network, time the default one, print every finding, and say whether all is well."""
-    torch.manual_seed(seed)
+    seed_global_generators(seed, Purpose.SELF_TEST)
     block, num_frames = 3, 12
     small = TinyCausalWanModel(ModelConfig(frame_size=8, width=16, num_layers=2, num_heads=2, patch_size=[1, 4, 4]))
     for parameter in small.parameters():

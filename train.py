@@ -42,10 +42,10 @@ from resume import (
     global_random_states,
     interval_checkpoints,
     restore_global_random_states,
-    seed_global_generators,
 )
 from run_log import RunLog, SilentLog, draw_curves, make_run_folder, point_to_latest
 from runtime import resolve_runtime
+from seeds import Purpose, seed_global_generators, torch_generator, video_seeds
 from sharding import whole
 from stages import PretrainStage, SelfForcingStage, Stage
 from starting_networks import check_same_networks
@@ -53,7 +53,6 @@ from training_config import SelfForcingConfig
 from video_io import comparison_gif, comparison_sheet, to_display
 
 NUM_SHOWN = 6  # prompts in the sample sheets
-SAMPLE_SEED = 2**31  # seeds of samples stand far from the indices that training draws
 EVAL_BATCH = 32
 MIN_JUDGED_FRAMES = 3  # a track needs as many
 REPORTED = {
@@ -88,7 +87,7 @@ class SimplifiedTrainer:
         self.claim = RunClaim()
         self._interval_checkpoints = [] if start is None or not processes.is_first else self._claim_attempts(start)
         seed_global_generators(config.seed)  # initial weights; everything later draws from `random`
-        random = torch.Generator().manual_seed(config.seed)
+        random = torch_generator(config.seed, Purpose.TRAINING)
         self.stage: Stage = STAGES[config.training.training_type](config, self.runtime, random, processes)
         self.first_step = 0
         self.last_checkpoint: Path | None = None
@@ -101,8 +100,8 @@ class SimplifiedTrainer:
         self.fixed_prompts: FixedPrompts | None = None
         if self.judge is not None and self.health_interval > 0 and isinstance(self.stage, SelfForcingStage):
             self.fixed_prompts = FixedPrompts(self.judge, config.dataset, config.training.max_num_frames, self.stage.sample_live)
-        held_out = MovingMNISTGenerator(config.dataset, "test")
-        self.shown = held_out.sample(SAMPLE_SEED, range(NUM_SHOWN), config.training.max_num_frames)
+        held_out = MovingMNISTGenerator(config.dataset, "test", purpose=Purpose.RUN_SAMPLE)
+        self.shown = held_out.sample(0, range(NUM_SHOWN), config.training.max_num_frames)
         self.folder = processes.from_first(lambda: make_run_folder(Path(config.log_dir), config.run_name))
         if processes.is_first:
             self.claim.add(self.folder)
@@ -284,7 +283,7 @@ class SimplifiedTrainer:
 
     def _show_samples(self, step: int) -> None:
         """Real videos and each sampler's, for the same held-out prompts: a sheet and an animation."""
-        seeds = [SAMPLE_SEED + index for index in range(NUM_SHOWN)]
+        seeds = video_seeds(0, range(NUM_SHOWN), Purpose.RUN_SAMPLE_NOISE)  # the same in every run, so that runs can be compared
         samples = self.stage.sample(self.shown.captions, seeds, self.config.training.max_num_frames)
         if not self.processes.is_first:
             return
@@ -299,12 +298,14 @@ class SimplifiedTrainer:
         if self.judge is None or self.config.training.eval_videos == 0:
             return
         training, dataset = self.config.training, self.config.dataset
-        prompts = MovingMNISTGenerator(dataset, "test").captions(SAMPLE_SEED + 1, range(training.eval_videos))
+        held_out = MovingMNISTGenerator(dataset, "test", purpose=Purpose.RUN_FIGURES)
+        prompts = held_out.captions(0, range(training.eval_videos))
+        seeds = video_seeds(0, range(training.eval_videos), Purpose.RUN_FIGURES_NOISE)
         digits, directions = facts_of_prompts(prompts)
         videos: dict[str, list[torch.Tensor]] = {}
         for first in range(0, len(prompts), EVAL_BATCH):
-            seeds = [SAMPLE_SEED + 1000 + index for index in range(first, min(first + EVAL_BATCH, len(prompts)))]
-            for name, video in self.stage.sample(prompts[first: first + EVAL_BATCH], seeds, training.max_num_frames).items():
+            part = slice(first, first + EVAL_BATCH)
+            for name, video in self.stage.sample(prompts[part], seeds[part], training.max_num_frames).items():
                 videos.setdefault(name, []).append(video)
         for name, parts in videos.items():
             summary = summarise(score_videos(self.judge, torch.cat(parts), digits, directions, dataset))

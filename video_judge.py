@@ -4,7 +4,7 @@ Dimensions: B videos, F frames, W features of a frame, E features of a video. Po
 
 A 3-D network trained from scratch for minutes does not learn to read digits, so its features would measure nothing. This
 one stands on the digit judge's frozen features and adds what single frames lack: where the ink is and how it moves. It is
-trained on real videos of the training digits to tell the digit, the direction, the speed and how the video looks.
+trained on real videos of the judges' digits to tell the digit, the direction, the speed and how the video looks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from digit_judge import DigitJudge, VideoReadings, load_judge, load_judging_network, read_videos, save_judging_network
 from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
+from seeds import Purpose, seed_global_generators, torch_generator
 from text_encoder import SPEEDS
 
 VIDEO_JUDGE_PATH = Path(__file__).parent / "pretrained" / "video_judge.pt"
@@ -116,7 +117,7 @@ def answers(batch: MovingMNISTBatch) -> dict[str, Tensor]:
 def train_video_judge(
     judge: DigitJudge, config: DatasetConfig, num_steps: int, num_videos: int, seed: int, num_frames: int = 21, batch_size: int = 64
 ) -> VideoJudge:
-    """A video judge trained on `num_videos` real videos of the training digits, read once: AdamW, cosine decay.
+    """A video judge trained on `num_videos` real videos of the judges' digits, read once: AdamW, cosine decay.
 
     Raises ValueError where the digit judge was not made for these videos, and for no step or too few videos.
     """
@@ -125,9 +126,9 @@ def train_video_judge(
         raise ValueError(
             f"steps {num_steps}, videos {num_videos}, frames {num_frames}: expected at least 1, {batch_size} and {MIN_TRAINED_FRAMES}"
         )
-    torch.manual_seed(seed)
-    rng = torch.Generator().manual_seed(seed)
-    readings, right = read_real_videos(judge, MovingMNISTGenerator(config, "train"), seed, num_videos, num_frames)
+    seed_global_generators(seed, Purpose.JUDGE_TRAINING)
+    rng = torch_generator(seed, Purpose.JUDGE_TRAINING, index=2)
+    readings, right = read_real_videos(judge, MovingMNISTGenerator(config, "judge"), seed, num_videos, num_frames)
     video_judge = VideoJudge(VideoJudgeConfig(config.frame_size, config.digit_size, judge.feature_width)).train()
     video_judge.mean_mass.copy_(readings.mass.mean())
     video_judge.mean_sharpness.copy_(readings.sharpness.mean())
@@ -150,9 +151,14 @@ def train_video_judge(
         if step % 250 == 249:
             print(f"video judge: step {step + 1} of {num_steps}, loss {loss.item():.3f}", flush=True)
     video_judge.requires_grad_(False).eval()
-    held_out = read_real_videos(judge, MovingMNISTGenerator(config, "test"), seed, HELD_OUT_VIDEOS, num_frames)
-    video_judge.config.accuracy = answered_right(video_judge, *held_out)
+    video_judge.config.accuracy = examine(video_judge, judge, config, seed, num_frames)
     return video_judge
+
+
+def examine(video_judge: VideoJudge, judge: DigitJudge, config: DatasetConfig, seed: int, num_frames: int = 21) -> dict[str, float]:
+    """Share of real videos of held-out digits whose digit, direction and speed the network tells."""
+    examination = MovingMNISTGenerator(config, "test", purpose=Purpose.EXAMINATION)
+    return answered_right(video_judge, *read_real_videos(judge, examination, seed, HELD_OUT_VIDEOS, num_frames))
 
 
 def read_real_videos(
@@ -199,8 +205,7 @@ def _train_or_examine(arguments: argparse.Namespace) -> dict[str, float]:
         return video_judge.config.accuracy
     video_judge = load_video_judge(arguments.output)
     video_judge.check_matches(judge)
-    held_out = read_real_videos(judge, MovingMNISTGenerator(config, "test"), arguments.seed + 1, HELD_OUT_VIDEOS, 21)
-    return answered_right(video_judge, *held_out)
+    return examine(video_judge, judge, config, arguments.seed + 1)
 
 
 def main() -> None:

@@ -13,10 +13,12 @@ from omegaconf import OmegaConf
 
 from checkpoint import LoadedNetworks, load_networks, save_checkpoint
 from config import Config, PretrainConfig, config_to_dict
-from evaluate import FIGURES, REPOSITORY, EvaluateConfig, evaluate, held_out_videos, make_rows, write_results
+from evaluate import FIGURES, REPOSITORY, EvaluateConfig, evaluate, make_rows, write_results
+from held_out import new_indices, who_saw_the_judges_digits
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from runtime import Runtime
 from sampling import SamplerSettings
+from seeds import Purpose
 from text_encoder import TextEncoder
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 
@@ -106,13 +108,13 @@ def test_sanity_has_its_own_folder():
 
 def test_prompts_are_held_out_word_for_word(teacher: Path):
     networks = load_networks(teacher, torch.device("cpu"))
-    config = EvaluateConfig(num_videos=50, num_frames=3)
-    videos = held_out_videos(DatasetConfig(), [networks], config)
+    held_out = MovingMNISTGenerator(DatasetConfig(), "test", purpose=Purpose.EVALUATION)
+    videos = held_out.sample(0, new_indices(held_out, [networks], 0, 50), 3)
     drawn = set(MovingMNISTGenerator(DatasetConfig(), "train").captions(0, range(NUM_DRAWN)))
     assert len(videos.captions) == 50 and drawn.isdisjoint(videos.captions)
-    again = held_out_videos(DatasetConfig(), [networks], config)
+    again = held_out.sample(0, new_indices(held_out, [networks], 0, 50), 3)
     assert again.captions == videos.captions
-    other = held_out_videos(DatasetConfig(), [networks], EvaluateConfig(num_videos=50, num_frames=3, seed=1))
+    other = held_out.sample(1, new_indices(held_out, [networks], 1, 50), 3)
     assert other.captions != videos.captions
 
 

@@ -27,12 +27,23 @@ def private_cache(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------- bundled digits
 
 
-def test_train_and_test_share_no_digit_and_lose_none():
-    train, test = (load_digits(DatasetConfig(), split) for split in ("train", "test"))
-    images = [{image.numpy().tobytes() for image in digits.images} for digits in (train, test)]
-    assert [len(found) for found in images] == [4500, 500]
-    assert not images[0] & images[1]
-    assert torch.bincount(test.labels).tolist() == [50] * 10 and torch.bincount(train.labels).tolist() == [450] * 10
+def test_the_splits_share_no_digit_and_lose_none():
+    train, judge, test = (load_digits(DatasetConfig(), split) for split in ("train", "judge", "test"))
+    images = [{image.numpy().tobytes() for image in digits.images} for digits in (train, judge, test)]
+    assert [len(found) for found in images] == [3500, 1000, 500]
+    assert len(set.union(*images)) == 5000
+    for digits, count in ((train, 350), (judge, 100), (test, 50)):
+        assert torch.bincount(digits.labels).tolist() == [count] * 10
+
+
+def test_networks_from_before_the_judges_digits_saw_these_too_and_the_test_digits_never_moved():
+    before = DatasetConfig(judge_fraction=0.0)
+    images = {image.numpy().tobytes() for image in load_digits(before, "train").images}
+    assert len(images) == 4500
+    assert {image.numpy().tobytes() for image in load_digits(DatasetConfig(), "judge").images} < images
+    assert torch.equal(load_digits(before, "test").images, load_digits(DatasetConfig(), "test").images)
+    with pytest.raises(ValueError, match="leave none for split 'judge' .*judge_fraction=0.0"):
+        load_digits(before, "judge")
 
 
 def test_a_larger_test_set_contains_the_smaller_one():
@@ -44,7 +55,7 @@ def test_a_larger_test_set_contains_the_smaller_one():
 
 
 def test_another_split_name_is_refused():
-    with pytest.raises(ValueError, match="split is 'val': expected one of train, test"):
+    with pytest.raises(ValueError, match="split is 'val': expected one of train, judge, test"):
         load_digits(DatasetConfig(), "val")
 
 
@@ -101,7 +112,14 @@ def write_files(root: Path, files: dict[str, bytes], is_plain: bool = False) -> 
     for name, content in files.items():
         path = root / (name.removesuffix(".gz") if is_plain else name)
         path.write_bytes(gzip.decompress(content) if is_plain else content)
-    return DatasetConfig(mnist_root=str(root))
+    return DatasetConfig(mnist_root=str(root), judge_fraction=0.0)
+
+
+def test_of_idx_files_too_the_judges_have_digits_of_their_own(tmp_path, mnist_files):
+    write_files(tmp_path, mnist_files)
+    config = DatasetConfig(mnist_root=str(tmp_path), judge_fraction=0.4)
+    images = [{image.numpy().tobytes() for image in load_digits(config, split).images} for split in ("train", "judge", "test")]
+    assert [len(found) for found in images] == [20, 10, 12] and len(set.union(*images)) == 42
 
 
 @pytest.mark.parametrize("is_plain", [False, True])
@@ -242,7 +260,7 @@ def test_download_only_where_the_configuration_asks_for_it(tmp_path, mnist_files
     monkeypatch.setattr(mnist_digits, "download_mnist", lambda root: write_files(root, mnist_files))
     with pytest.raises(FileNotFoundError):
         load_digits(DatasetConfig(mnist_root=str(tmp_path)), "train")
-    config = DatasetConfig(mnist_root=str(tmp_path), download=True)
+    config = DatasetConfig(mnist_root=str(tmp_path), download=True, judge_fraction=0.0)
     assert len(load_digits(config, "train").labels) == 30
 
 
