@@ -89,6 +89,10 @@ class DigitJudge(nn.Module):
         self.register_buffer("class_mass", torch.ones(NUM_CLASSES))
         self.register_buffer("class_sharpness", torch.ones(NUM_CLASSES))
 
+    def describe(self) -> str:
+        """How well it reads and what it learned from, in one line, to be printed beside its figures."""
+        return f"the judge learned from {self.config.num_digits} digits of its own and reads {self.config.accuracy:.1%} of held-out frames right"
+
     @property
     def feature_width(self) -> int:
         """Features that `read` gives of a frame."""

@@ -146,11 +146,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     shown: list[tuple[str, Tensor]] = []
 
     def score(name: str, video: Tensor, facts: dict[str, object]) -> None:
+        facts["judge_held_out_accuracy"] = panel.judge.config.accuracy
         results[name] = {**facts, **judge_videos(panel, video, real.captions, config.seed)}
         shown.append((name, to_display(video[:NUM_SHOWN])))
         print(format_row(name, results[name], titles), flush=True)
 
     print(f"{config.num_videos} videos of {config.num_frames} frames, held-out prompts, seed {config.seed}, {runtime}")
+    print(panel.judge.describe())
     titles = PROMPT_FIGURES if dataset.num_digits == 1 else COUNT_FIGURES
     print(format_titles("does what the prompt asks", titles), flush=True)
     score("real", real.video, {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import reduce
 from itertools import count
 
@@ -13,18 +12,10 @@ MAX_TRIES = 1000  # candidates a prompt, before the search for new ones gives up
 
 
 def prompts_drawn(networks: list[LoadedNetworks]) -> set[str]:
-    """All prompts, word for word, that the trainings of these networks drew.
-
-    Where a network comes from before digits were set aside for the judges, its prompts were drawn from all training digits.
-    """
+    """All prompts, word for word, that the trainings of these networks drew."""
+    trained_on = MovingMNISTGenerator(networks[0].config.dataset, "train")
     counts = reduce(merge_counts, (item.prompts_drawn for item in networks))
-    datasets = [item.config.dataset for item in networks]
-    datasets += [replace(item.config.dataset, judge_fraction=0.0) for item in networks if "judge" in item.digits_seen]
-    drawn: set[str] = set()
-    for trained_on in (MovingMNISTGenerator(dataset, "train") for number, dataset in enumerate(datasets) if dataset not in datasets[:number]):
-        for seed, num_drawn in counts.items():
-            drawn.update(trained_on.captions(seed, range(num_drawn)))
-    return drawn
+    return {caption for seed, num_drawn in counts.items() for caption in trained_on.captions(seed, range(num_drawn))}
 
 
 def new_indices(held_out: MovingMNISTGenerator, networks: list[LoadedNetworks], seed: int, num_videos: int) -> list[int]:

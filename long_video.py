@@ -392,7 +392,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         check_num_frames("--num_frames", arguments.num_frames, plan.num_frames_per_block)
         found = measure_continuation(*common, arguments.num_videos, arguments.num_frames, arguments.batch_size, arguments.seed)
     found |= {"window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames, "device": runtime.device.type}
-    found |= {"num_steps": len(plan.times), "guidance": plan.guidance}
+    found |= {"num_steps": len(plan.times), "guidance": plan.guidance, "judge_held_out_accuracy": load_judge().config.accuracy}
     print(json.dumps({key: value for key, value in found.items() if key != "segments"}, indent=2), flush=True)  # whatever the disk says
     rows = add_row(path, arguments.command, name, found, arguments.replace)
     print(f"written to {path}, row {next(row for row in rows if rows[row] is found)!r}")

@@ -128,8 +128,9 @@ def check_sanity(folder: Path, num_videos: int, num_frames: int, seed: int) -> N
     batch = MovingMNISTGenerator(config, "test", purpose=Purpose.EVALUATION).sample(seed, range(num_videos), num_frames)
     figures = judge_faults(panel, batch.video, batch.captions, list(MUST_MOVE), seed)
     print(as_text(figures))
+    print(panel.judge.describe())
     folder.mkdir(parents=True, exist_ok=True)
-    title = f"Which fault moves which figure ({num_videos} real videos of {num_frames} frames, held-out digits, seed {seed})"
+    title = f"Which fault moves which figure ({num_videos} real videos of {num_frames} frames, held-out digits, seed {seed}; {panel.judge.describe()})"
     (folder / "sanity.md").write_text(as_markdown(figures, title))
     kept = {fault: {name: value for name, value in row.items() if "_by_" not in name} for fault, row in figures.items()}
     (folder / "sanity.json").write_text(json.dumps(kept, indent=1) + "\n")

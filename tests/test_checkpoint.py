@@ -22,7 +22,7 @@ from checkpoint import (
     save_checkpoint,
     slim_checkpoint,
 )
-from config import Config, PretrainConfig, config_to_dict
+from config import Config, PretrainConfig, config_from_dict, config_to_dict
 from moving_mnist import DatasetConfig
 from text_encoder import TextEncoder, TextEncoderConfig
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
@@ -255,6 +255,23 @@ def test_several_sources_make_their_mean(path, tmp_path, whole):
     assert loaded.step == 50 and loaded.prompts_drawn == {0: 8, 3: 7}
     for key, value in loaded.generator.state_dict().items():
         torch.testing.assert_close(value, whole["generator_ema_state_dict"][key] + 0.25, rtol=1e-3, atol=1e-3)
+
+
+def test_what_digits_a_network_has_seen_is_kept_and_a_mean_has_seen_all_of_its_parts(path, tmp_path, whole):
+    assert load_networks(path, torch.device("cpu")).digits_seen == ("train", "judge")  # a file from before the judges had digits of their own
+    clean = changed(whole, tmp_path, "clean.pt", digits_seen=["train"])
+    assert load_networks(clean, torch.device("cpu")).digits_seen == ("train",)
+    for sources, seen in (([clean], ("train",)), ([clean, path], ("train", "judge"))):
+        target = tmp_path / f"{len(sources)}.pt"
+        slim_checkpoint(sources, target)
+        assert load_networks(target, torch.device("cpu")).digits_seen == seen
+    with pytest.raises(CheckpointError, match="digits_seen is .*expected a list of some of train, judge, test"):
+        load_checkpoint(changed(whole, tmp_path, "wrong.pt", digits_seen=["all"]))
+
+
+def test_a_configuration_from_before_the_judges_digits_says_so(whole):
+    before = {**whole["config"], "dataset": {key: value for key, value in whole["config"]["dataset"].items() if key != "judge_fraction"}}
+    assert config_from_dict(before).dataset.judge_fraction == 0 and config_from_dict(whole["config"]).dataset.judge_fraction > 0
 
 
 def test_networks_that_have_no_mean_are_refused(path, tmp_path, whole):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_real_videos_score_high_an_untrained_network_low_and_files_are_left(teac
     assert results["real"]["frechet_distance"] < results["real"]["frames_shuffled"]["frechet_distance"]
     assert set(results["real"]["training_digits"]) >= {"frechet_distance", "density", "coverage"}
     lines = capsys.readouterr().out.splitlines()
-    assert max(len(line) for line in lines if not line.startswith(("wrote", "of "))) <= 184
+    assert max(len(line) for line in lines if not line.startswith(("wrote", "of ", "note"))) <= 184
     assert sum(line.startswith("teacher, 2 steps") for line in lines) == 3  # in every table
 
 
@@ -116,6 +117,13 @@ def test_prompts_are_held_out_word_for_word(teacher: Path):
     assert again.captions == videos.captions
     other = held_out.sample(1, new_indices(held_out, [networks], 1, 50), 3)
     assert other.captions != videos.captions
+
+
+def test_a_network_that_saw_the_judges_digits_is_named(teacher: Path):
+    networks = load_networks(teacher, torch.device("cpu"))
+    clean = replace(networks, digits_seen=("train",))
+    assert who_saw_the_judges_digits({"a.pt": clean}) is None
+    assert who_saw_the_judges_digits({"a.pt": clean, "b.pt": networks}).startswith("b.pt learned from digits that the judges learned from")
 
 
 def test_the_yaml_composes_to_the_defaults():

@@ -345,6 +345,17 @@ def test_a_generator_can_start_from_another_network_than_the_teacher(teacher: Pa
     assert stage.earlier_prompts == {0: 8, 7: 5}
 
 
+def test_a_run_has_seen_the_digits_that_its_teacher_and_its_start_have_seen(teacher: Path, tmp_path: Path):
+    clean = {**load_checkpoint(teacher), "digits_seen": ["train"]}
+    save_checkpoint(tmp_path / "clean.pt", clean)
+    assert build_self_forcing(tmp_path / "clean.pt").state_dict()["digits_seen"] == ["train"]
+    assert build_self_forcing(teacher).state_dict()["digits_seen"] == ["train", "judge"]
+    stage = build_self_forcing(tmp_path / "clean.pt", generator_checkpoint=str(teacher))
+    assert stage.state_dict()["digits_seen"] == ["train", "judge"]
+    assert build_pretrain().state_dict()["digits_seen"] == ["train"]
+    assert build_pretrain(pretrained_checkpoint=str(teacher)).state_dict()["digits_seen"] == ["train", "judge"]
+
+
 def test_a_generator_of_another_text_encoder_is_refused(teacher: Path, tmp_path: Path):
     start = load_checkpoint(teacher)
     start["text_encoder_state_dict"] = {name: value + 0.1 for name, value in start["text_encoder_state_dict"].items()}
