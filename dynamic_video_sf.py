@@ -50,8 +50,8 @@ class Rollout:
 
     x_0: Tensor
     scored: Tensor  # (B, min(F, gradient_frames), C, H, W): what the losses see
-    exit_steps: list[int]  # of the blocks that were made; those of the first video, where each has its own
-    frame_exits: Tensor  # (B, min(F, gradient_frames)): the exit step of every scored frame, -1 of one that was given
+    exit_steps: list[int]  # of the blocks that were made; those of the first video, where each has its own; -1 of clean data
+    frame_exits: Tensor  # (B, min(F, gradient_frames)): the exit step of every scored frame, -1 of one that was given or is clean data
 
 
 @dataclass(frozen=True)
@@ -186,13 +186,19 @@ class SelfForcingEngine:
 
         What a block sees of the past is noised too ("diffusion_forced": CausVid, arXiv 2412.07772, section 4.2) or clean
         ("teacher_forced"): in both cases data, never what the generator made, which is what Self-Forcing changes.
+
+        A diffusion-forced block may also be left clean, as the published steps include 0: at that time inference writes finished blocks
+        into the cache. Its x_0 is x_real and carries no gradient, as x_0 = x_t - t v, and its exit step is -1.
         """
         block, num_frames = self.config.num_frames_per_block, x_real.shape[1]
         context, share, num_exits = self.config.context, share_or_whole(share, len(x_real)), len(self.plan.times)
         sizes = torch.tensor(context.block_sizes(num_frames, block))
-        exits = share.draw(lambda total: torch.randint(num_exits, (total, len(sizes)), generator=self.random))
-        frame_exits = exits.repeat_interleave(sizes, 1)  # (B, F)
-        t = torch.tensor(self.plan.times)[frame_exits].to(x_real.device)
+        clean = () if self.config.generator_inputs == "teacher_forced" else (self.plan.context_time,)  # 0: see training_config
+        times = torch.tensor([*self.plan.times, *clean])
+        exits = share.draw(lambda total: torch.randint(len(times), (total, len(sizes)), generator=self.random))
+        t = times[exits.repeat_interleave(sizes, 1)].to(x_real.device)  # (B, F)
+        exits = torch.where(exits < num_exits, exits, -1)
+        frame_exits = exits.repeat_interleave(sizes, 1)
         x_t = add_noise(x_real, share.draw_normal(tuple(x_real.shape[1:]), self.random).to(x_real.device), t)
         with torch.set_grad_enabled(with_gradient):
             if self.config.generator_inputs == "teacher_forced":

@@ -23,7 +23,10 @@ from tiny_causal_wan import PromptContext, TinyCausalWanModel
 
 @dataclass(frozen=True)
 class Trajectory:
-    """ODE trajectories of a teacher: x_t (S, B, F, C, H, W) at times (S,), and x_0 (B, F, C, H, W) where they end."""
+    """ODE trajectories of a teacher: x_t (S, B, F, C, H, W) at times (S,), and x_0 (B, F, C, H, W) where they end.
+
+    Those of a bidirectional teacher have their end, at time 0, among the S too, see `ode_regression_loss`.
+    """
 
     x_t: Tensor
     times: Tensor
@@ -51,8 +54,10 @@ def ode_trajectory(
         x_0 = sample_bidirectional(
             teacher, prompt, null_prompt, streams, num_frames, BidirectionalPlan(num_steps, time_shift, guidance), trace
         )
-    times = sampling_times(num_steps, time_shift)[kept_steps].to(x_0.device)
-    return Trajectory(torch.stack([trace[step] for step in kept_steps]), times, x_0)
+    times, x_t = sampling_times(num_steps, time_shift)[kept_steps], [trace[step] for step in kept_steps]
+    if not is_causal:
+        times, x_t = torch.cat([times, times.new_zeros(1)]), [*x_t, x_0]
+    return Trajectory(torch.stack(x_t), times.to(x_0.device), x_0)
 
 
 def draw_step_orders(num_steps: int, batch_size: int, num_blocks: int, generator: torch.Generator) -> Tensor:
@@ -67,8 +72,9 @@ def ode_regression_loss(
 ) -> Tensor:
     """mean |G(x_t, t) - x_0|^2 along the teacher's trajectories (CausVid, arXiv 2412.07772, section 4.3).
 
-    steps (B, K): which of the trajectory's times each block stands at. is_causal: the student sees the clean blocks from
-    which the teacher went on; otherwise, as the original, the earlier blocks at their own times.
+    steps (B, K): which of the trajectory's times each block is at. is_causal: the student sees the clean blocks from
+    which the teacher went on; otherwise, as the original, the earlier blocks at their own times. Among these is 0, at which inference
+    writes the cache: there x_0 = x_t - t v is the target itself, so that such a block is context and adds neither loss nor gradient.
     """
     sizes = torch.tensor(context.block_sizes(trajectory.x_0.shape[1], num_frames_per_block))
     frame_steps = steps.repeat_interleave(sizes, 1).to(trajectory.times.device)  # (B, F)

@@ -87,12 +87,12 @@ class FewStepStage:
             )
         total = 0.0
         num_blocks = len(config.context.block_sizes(num_frames, config.num_frames_per_block))
-        for steps in share.draw(lambda total: draw_step_orders(len(kept), total, num_blocks, self.random), dim=1):
+        for steps in share.draw(lambda total: draw_step_orders(len(trajectory.times), total, num_blocks, self.random), dim=1):
             with self.runtime.autocast():
                 loss = ode_regression_loss(
                     self.student, trajectory, steps, self.student.encode_prompt(*text), config.num_frames_per_block, self.is_causal,
                     config.context,
-                ) / len(kept)
+                ) / len(kept)  # every block counts once at each of them
             self.parts.backward(loss)  # row by row: the memory of one
             total += loss.item()
         return total
