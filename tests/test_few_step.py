@@ -36,8 +36,10 @@ def test_trajectories_end_where_the_sampler_ends_and_keep_the_points_between(is_
     trajectory = small_trajectory(is_causal)
     with torch.no_grad():
         assert torch.equal(trajectory.x_0, sampled(is_causal))
-    assert trajectory.x_t.shape == (3, 2, 9, 1, 8, 8) and not trajectory.x_t.requires_grad
-    torch.testing.assert_close(trajectory.times, sampling_times(STEPS, SHIFT)[KEPT])
+    num_ends = 0 if is_causal else 1  # the original is trained at time 0 too, at which inference writes the cache
+    assert trajectory.x_t.shape == (3 + num_ends, 2, 9, 1, 8, 8) and not trajectory.x_t.requires_grad
+    torch.testing.assert_close(trajectory.times, torch.cat([sampling_times(STEPS, SHIFT)[KEPT], torch.zeros(num_ends)]))
+    assert is_causal or torch.equal(trajectory.x_t[-1], trajectory.x_0)
     assert trajectory.x_t[0].std().item() == pytest.approx(1, abs=0.1)  # at t = 1 it is the noise
     # Euler's last step is straight: from x_t at the last time, the velocity leads to x_0 exactly.
     model, t = build_small_model(), trajectory.times[2].expand(2, 9)
@@ -93,6 +95,20 @@ def test_regression_stands_each_block_at_its_step_and_asks_for_the_end(is_causal
             assert (t[video, frames] == trajectory.times[step]).all()
     off = ode_regression_loss(Recorder(trajectory.x_0 + 0.5), trajectory, steps, None, BLOCK, is_causal)
     assert off.item() == pytest.approx(0.25, rel=1e-3)
+
+
+def test_a_block_at_time_0_is_context_alone():
+    """It adds no loss, whatever the network says of it, and what the others learn depends on its content."""
+    trajectory, model = small_trajectory(False), build_small_model()
+    prompt = random_prompt(model, 2)
+
+    def loss(first_step: int) -> Tensor:
+        steps = torch.tensor([[first_step, 1, 1]] * 2)
+        return ode_regression_loss(model, trajectory, steps, prompt, BLOCK, False)
+
+    with torch.no_grad():
+        only_context = ode_regression_loss(model, trajectory, torch.full((2, 3), 3), prompt, BLOCK, False)
+        assert only_context == 0 and loss(3) != loss(0)
 
 
 class LinearTeacher:
