@@ -14,8 +14,8 @@ from batch_share import BatchShare
 from checkpoint import merge_counts
 from config import Config
 from distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
-from few_step import TeacherPrompts, consistency_loss, draw_step_orders, ode_regression_loss, ode_trajectory
-from flow_matching import NUM_TRAIN_TIMESTEPS, sampling_times
+from few_step import TeacherPrompts, consistency_loss, draw_step_orders, nearest_steps, ode_regression_loss, ode_trajectory
+from flow_matching import sampling_times
 from moving_mnist import MovingMNISTGenerator
 from rollout import few_step_plan, make_noise_streams, many_step_plan
 from runtime import Runtime
@@ -78,7 +78,7 @@ class FewStepStage:
         """Make one batch of trajectories and let every block meet every denoising step on it; leaves the gradient."""
         text, prompts = self._encode(self.data.captions(self.seed, indices))
         streams = make_noise_streams(share.draw(lambda total: torch.randint(2**62, (total,), generator=self.random)).tolist())
-        kept = [config.trajectory_steps * (NUM_TRAIN_TIMESTEPS - step) // NUM_TRAIN_TIMESTEPS for step in config.denoising_steps]
+        kept = nearest_steps(config.trajectory_steps, config.time_shift, self.plan.times)
         with self.runtime.autocast():
             trajectory = ode_trajectory(
                 self.teacher, prompts.cond, prompts.null, streams, num_frames, config.num_frames_per_block, config.trajectory_steps,
