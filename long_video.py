@@ -37,7 +37,7 @@ from config import DEVICES, PRECISIONS  # noqa: E402
 from digit_judge import load_judge, read_videos  # noqa: E402
 from generate import MAX_SEED  # noqa: E402
 from interruption import EXIT_CTRL_C  # noqa: E402
-from metrics import bootstrap_interval, facts_of_prompts, read_classes, score_videos  # noqa: E402
+from metrics import facts_of_prompts, read_classes, score_videos, share_interval  # noqa: E402
 from moving_mnist import MovingMNISTGenerator, bounce  # noqa: E402
 from output_folder import require_writable  # noqa: E402
 from rollout import SWITCHES, RolloutPlan  # noqa: E402
@@ -241,7 +241,7 @@ def measure_continuation(
         results[name] = {"frames_right": right.float().mean().item(), "stroke_mass_change_median": change.median().item(),
                          "stroke_mass_by_fifth": [ratio[fifth].mean().item() for fifth in given.argsort().tensor_split(5) if len(fifth)]}
         for key, values in of_videos.items():
-            results[name] |= {key: values.float().mean().item(), f"{key}_ci": bootstrap_interval(values.float())}
+            results[name] |= {key: values.float().mean().item(), f"{key}_ci": share_interval(values)}
     return results
 
 
