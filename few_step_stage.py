@@ -19,7 +19,7 @@ from flow_matching import sampling_times
 from moving_mnist import MovingMNISTGenerator
 from rollout import few_step_plan, make_noise_streams, many_step_plan
 from runtime import Runtime
-from sampling import sample_few_step, sample_many_step, teacher_plan
+from sampling import baseline_plans, sample_few_step, sample_many_step, teacher_plan
 from sharding import load_optimizer, shard_blocks, whole
 from stages import draw_num_frames, rate_factor, set_rate, update_average
 from starting_networks import check_is_bidirectional, load_modules, load_teacher
@@ -121,7 +121,7 @@ class FewStepStage:
             return text, TeacherPrompts(self.teacher.encode_prompt(*text), self.teacher.encode_prompt(*null))
 
     def sample(self, prompts: list[str], seeds: list[int], num_frames: int) -> dict[str, Tensor]:
-        """The averaged student beside its teacher, in many steps and naively in the student's."""
+        """The averaged student beside its teacher, in many steps and block by block in few (`baseline_plans`)."""
         config, num_steps = self.config, self.config.teacher_steps
         common = (self.text_encoder, prompts, seeds, num_frames)
         if self.is_causal:
@@ -131,7 +131,7 @@ class FewStepStage:
             teacher = sample_many_step(self.teacher, *common, teacher_plan(config), self.runtime)
         return {
             f"teacher, {num_steps} steps": teacher,
-            f"naive, {len(self.plan.times)} steps": sample_few_step(self.teacher, *common, self.plan, self.runtime),
+            **{name: sample_few_step(self.teacher, *common, few, self.runtime) for name, few in baseline_plans(config).items()},
             f"student, {len(self.plan.times)} steps": sample_few_step(self.average, *common, self.plan, self.runtime),
         }
 
