@@ -109,7 +109,7 @@ def as_markdown(table: dict[str, Any]) -> str:
     num_seeds, cells = len(settings["seeds"]), [(row, block) for block in settings["blocks"] for row in table["rows"]]
     found = sum(len(seeds_of(table, row, block)) for row, block in cells)
     expected = sum(num_seeds if ROWS[row].paradigm else 1 for row, _ in cells)
-    interval = "95 % bootstrap interval over the videos" if num_seeds == 1 else f"the range over {num_seeds} trainings"
+    interval = "95 % interval over the videos" if num_seeds == 1 else f"the range over {num_seeds} trainings"
     lines = [f"# Comparison of paradigms: {settings['name']}", ""]
     if found != expected:
         lines += [f"**Not complete**: {found} of {expected} results are there; a dash stands for what is missing.", ""]

@@ -11,6 +11,7 @@ the ceiling (real against real with frames shuffled) of the same run. It grows a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -95,12 +96,12 @@ def compare_distributions(features: Tensor, reference: Tensor, seed: int = 0) ->
     return {
         "frechet_distance": _about(frechet_distance(features, reference), frechet_distance(features, reference, counts)),
         "density": _about(density(inside), resampled_density),
-        "coverage": _about(coverage(inside), resampled_coverage),
+        "coverage": _about(coverage(inside), resampled_coverage, most=1.0),
     }
 
 
-def _about(value: Tensor, resampled: Tensor) -> Estimate:
-    """The figure with the 95 % spread of its resamples (R,) about their mean; no figure here can be negative."""
+def _about(value: Tensor, resampled: Tensor, most: float = inf) -> Estimate:
+    """The figure with the 95 % spread of its resamples (R,) about their mean; no figure here can be negative, or above `most`."""
     spread = (resampled - resampled.mean()).quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype))
-    low, high = (value + spread).clamp_min(0).tolist()
+    low, high = (value + spread).clamp(0, most).tolist()
     return Estimate(value.item(), min(low, value.item()), max(high, value.item()))

@@ -33,6 +33,7 @@ from flow_matching import (
     classifier_free_guidance,
     expand_time,
     interval_weight,
+    sample_time,
     x_0_from_velocity,
 )
 from objectives import x_0_prediction_loss
@@ -272,11 +273,15 @@ class SelfForcingEngine:
         return (x_t, add_noise(real, eps, t)), t
 
     def _noised(self, x_0: Tensor, share: BatchShare | None = None) -> tuple[Tensor, Tensor]:
-        """x_t and t, one uniform time in [min_score_time, max_score_time] per video."""
+        """x_t and t, one time per video: uniform, shifted by score_time_shift, scaled into [min_score_time, max_score_time].
+
+        The public code draws a timestep of 1000 and shifts it by 5 for both scores and the critic (its timestep_shift), then clamps
+        it into the interval. The default here departs from it: no shift, and never a clamp, which would heap times at the ends.
+        """
         low, high = self.config.min_score_time, self.config.max_score_time
         share = share_or_whole(share, len(x_0))
-        t = low + (high - low) * share.draw(lambda total: torch.rand((total, 1), generator=self.random))
-        t = t.to(x_0.device).expand(x_0.shape[:2])
+        t = share.draw(lambda total: sample_time((total, 1), self.config.score_time_shift, self.random))
+        t = (low + (high - low) * t).to(x_0.device).expand(x_0.shape[:2])
         eps = share.draw_normal(tuple(x_0.shape[1:]), self.random).to(x_0.device)
         return add_noise(x_0, eps, t), t
 

@@ -4,10 +4,11 @@
     python evaluate.py 'checkpoint=[PATH,PATH]'     several
     python evaluate.py num_videos=128               fewer videos, wider intervals
 
-Without a checkpoint it scores what ships: the teacher, the teacher sampled naively in the student's steps, and the
-student, beside real videos of held-out digits with the same prompts. The figures are those of `panel`, each with its
-95 % bootstrap interval over the videos. Writes evaluation.json (every figure, by frame and by block too), per_frame.png,
-comparison.png and comparison.gif into `output_dir`.
+Without a checkpoint it scores what ships: the teacher; the network that the student starts from, block by block in few
+steps with guidance and without; and the student, beside real videos of held-out digits with the same prompts. The figures
+are those of `panel`, each with its 95 % interval over the videos, and the cost: frames/s, and evaluations of the network
+for a block, to denoise it + to write it into the cache. Writes evaluation.json (every figure, by frame and by block too),
+per_frame.png, comparison.png and comparison.gif into `output_dir`.
 
     python evaluate.py sanity=true num_videos=256   no network: which fault of real videos moves which figure, `sanity`
 """
@@ -37,6 +38,7 @@ from moving_mnist import MovingMNISTGenerator
 from output_folder import free_paths, require_writable
 from panel import Panel, judge_videos, make_panel, yardsticks
 from report import (
+    COST_FIGURES,
     COUNT_FIGURES,
     DRIFT_FIGURES,
     LOOK_FIGURES,
@@ -60,7 +62,7 @@ FIGURES = PROMPT_FIGURES | LOOK_FIGURES  # of videos of one digit
 
 @dataclass
 class EvaluateConfig:
-    """What to score. checkpoint: paths, or one path; none for what ships. num_steps, denoising_steps, guidance, eta, ink_kept,
+    """What to score. checkpoint: paths, or one path; none for what ships. num_steps, causal, denoising_steps, guidance, eta, ink_kept,
     compile, int8: as in generate.py, for every checkpoint named, or for the student that ships (compile, int8: for all). seed: names
     both the held-out prompts and the videos' noise. sanity: try the figures on real videos made worse, instead of scoring a network.
     output_dir: outputs/evaluation where none is named, results for sanity."""
@@ -72,6 +74,7 @@ class EvaluateConfig:
     batch_size: int = 32
     denoising_steps: list[int] | None = None
     num_steps: int | None = None
+    causal: bool = False
     guidance: float | None = None
     eta: float | None = None
     ink_kept: float | None = None
@@ -112,13 +115,15 @@ class Row:
 def make_rows(config: EvaluateConfig) -> list[Row]:
     """The rows asked for, or those of the networks that ship."""
     steps = None if config.denoising_steps is None else tuple(config.denoising_steps)
-    settings = SamplerSettings(steps, num_steps=config.num_steps, guidance=config.guidance, eta=config.eta, ink_kept=config.ink_kept)
+    settings = SamplerSettings(steps, config.num_steps, config.guidance, config.eta, config.ink_kept, causal=config.causal)
     if config.checkpoint:
         return [Row(Path(path).stem, Path(path), settings) for path in config.checkpoint]
     long, start, student = (REPOSITORY / "pretrained" / name for name in ("teacher_long.pt", "teacher.pt", "student.pt"))
     return [
         Row("teacher", long, SamplerSettings()),
-        Row("naive", start, SamplerSettings(denoising_steps=tuple(NAIVE_STEPS))),
+        Row("guided Euler", start, SamplerSettings(num_steps=len(NAIVE_STEPS), causal=True)),
+        Row("guided Euler", start, SamplerSettings(num_steps=len(NAIVE_STEPS) // 2, causal=True)),
+        Row("no guidance", start, SamplerSettings(denoising_steps=tuple(NAIVE_STEPS))),
         Row("student", student, settings),
     ]
 
@@ -153,7 +158,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
 
     print(f"{config.num_videos} videos of {config.num_frames} frames, held-out prompts, seed {config.seed}, {runtime}")
     print(panel.judge.describe())
-    titles = PROMPT_FIGURES if dataset.num_digits == 1 else COUNT_FIGURES
+    titles = (PROMPT_FIGURES if dataset.num_digits == 1 else COUNT_FIGURES) | COST_FIGURES
     print(format_titles("does what the prompt asks", titles), flush=True)
     score("real", real.video, {})
     for row in rows:
@@ -161,9 +166,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
         name = f"{row.name}, {describe_sampler(row.settings, networks.config.training)}"
         start = time.perf_counter()
         video = generate(networks, real.captions, seeds, config.num_frames, row.settings, runtime, config.batch_size, True)
-        seconds = time.perf_counter() - start
+        seconds, plan = time.perf_counter() - start, row.settings.make_plan(networks.config.training)
         score(name, video, {
-            "checkpoint": row.path.name, "plan": asdict(row.settings.make_plan(networks.config.training)),
+            "checkpoint": row.path.name, "plan": asdict(plan),
+            "evaluations_a_block": plan.evaluations, "cache_evaluations_a_block": plan.cache_evaluations,
             "precision": runtime.precision, "compiled": config.compile, "int8": config.int8,
             "frames_per_second": config.num_videos * config.num_frames / seconds,
         })
@@ -175,7 +181,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
 def print_rest(panel: Panel, results: dict[str, dict[str, object]], measured_beside: dict[str, dict[str, float | list]]) -> None:
     """The tables that need every row, and what stands beside the real videos' row: it is kept there too."""
     if panel.config.num_digits == 1:
-        print("\n" + format_table("looks like real video", results | measured_beside, LOOK_FIGURES))
+        print("\n" + format_table("looks like real video", results | measured_beside, LOOK_FIGURES | COST_FIGURES))
         results["real"].update({key.removeprefix("real, ").replace(" ", "_"): value for key, value in measured_beside.items()})
         if not measured_beside:
             print("no Frechet distance, density and coverage: they need more videos")

@@ -60,6 +60,13 @@ def ode_trajectory(
     return Trajectory(torch.stack(x_t), times.to(x_0.device), x_0)
 
 
+def nearest_steps(num_steps: int, time_shift: float, times: tuple[float, ...]) -> list[int]:
+    """Which of a trajectory's num_steps steps start nearest to these times: at them, unless the steps are so many that `sampling_times`
+    spreads them otherwise."""
+    grid = sampling_times(num_steps, time_shift)[:-1]
+    return [int((grid - time).abs().argmin()) for time in times]
+
+
 def draw_step_orders(num_steps: int, batch_size: int, num_blocks: int, generator: torch.Generator) -> Tensor:
     """(S, B, K): for every block an order of the S steps. Row i is one training input: each block at a step of its own,
     and over all rows each block meets each step once."""

@@ -14,12 +14,12 @@ from batch_share import BatchShare
 from checkpoint import digits_seen, merge_counts, merge_splits, splits_learned
 from config import Config
 from distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
-from few_step import TeacherPrompts, consistency_loss, draw_step_orders, ode_regression_loss, ode_trajectory
-from flow_matching import NUM_TRAIN_TIMESTEPS, sampling_times
+from few_step import TeacherPrompts, consistency_loss, draw_step_orders, nearest_steps, ode_regression_loss, ode_trajectory
+from flow_matching import sampling_times
 from moving_mnist import MovingMNISTGenerator
 from rollout import few_step_plan, make_noise_streams, many_step_plan
 from runtime import Runtime
-from sampling import sample_few_step, sample_many_step, teacher_plan
+from sampling import baseline_plans, sample_few_step, sample_many_step, teacher_plan
 from sharding import load_optimizer, shard_blocks, whole
 from stages import draw_num_frames, rate_factor, set_rate, update_average
 from starting_networks import check_is_bidirectional, load_modules, load_teacher
@@ -79,7 +79,7 @@ class FewStepStage:
         """Make one batch of trajectories and let every block meet every denoising step on it; leaves the gradient."""
         text, prompts = self._encode(self.data.captions(self.seed, indices))
         streams = make_noise_streams(share.draw(lambda total: torch.randint(2**62, (total,), generator=self.random)).tolist())
-        kept = [config.trajectory_steps * (NUM_TRAIN_TIMESTEPS - step) // NUM_TRAIN_TIMESTEPS for step in config.denoising_steps]
+        kept = nearest_steps(config.trajectory_steps, config.time_shift, self.plan.times)
         with self.runtime.autocast():
             trajectory = ode_trajectory(
                 self.teacher, prompts.cond, prompts.null, streams, num_frames, config.num_frames_per_block, config.trajectory_steps,
@@ -122,7 +122,7 @@ class FewStepStage:
             return text, TeacherPrompts(self.teacher.encode_prompt(*text), self.teacher.encode_prompt(*null))
 
     def sample(self, prompts: list[str], seeds: list[int], num_frames: int) -> dict[str, Tensor]:
-        """The averaged student beside its teacher, in many steps and naively in the student's."""
+        """The averaged student beside its teacher, in many steps and block by block in few (`baseline_plans`)."""
         config, num_steps = self.config, self.config.teacher_steps
         common = (self.text_encoder, prompts, seeds, num_frames)
         if self.is_causal:
@@ -132,7 +132,7 @@ class FewStepStage:
             teacher = sample_many_step(self.teacher, *common, teacher_plan(config), self.runtime)
         return {
             f"teacher, {num_steps} steps": teacher,
-            f"naive, {len(self.plan.times)} steps": sample_few_step(self.teacher, *common, self.plan, self.runtime),
+            **{name: sample_few_step(self.teacher, *common, few, self.runtime) for name, few in baseline_plans(config).items()},
             f"student, {len(self.plan.times)} steps": sample_few_step(self.average, *common, self.plan, self.runtime),
         }
 

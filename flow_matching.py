@@ -77,14 +77,19 @@ def sample_time(shape: tuple[int, ...], shift: float, generator: torch.Generator
 
 
 def sampling_times(num_steps: int, shift: float) -> Tensor:
-    """The num_steps + 1 times of a sampler, from 1 to 0, uniform before the shift. float32.
+    """The num_steps + 1 times of a sampler, from 1 to 0, distinct and uniform before the shift. float32.
 
-    None but the last is below VELOCITY_TIME_FLOOR: from there a velocity would no longer lead to x_0.
+    The last step leads to 0 from no less than VELOCITY_TIME_FLOOR: from below it a velocity would not lead to x_0. Where num_steps
+    are so many that the uniform grid goes below, the steps before the last are uniform between 1 and the floor.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}: expected at least 1")
     times = shift_time(torch.linspace(1, 0, num_steps + 1), shift)
-    return torch.cat([times[:-1].clamp(min=VELOCITY_TIME_FLOOR), times[-1:]])
+    if times[-2] >= VELOCITY_TIME_FLOOR:
+        return times
+    floor = unshift_time(torch.tensor(VELOCITY_TIME_FLOOR), shift).item()
+    times = shift_time(torch.linspace(1, floor, num_steps), shift).clamp(min=VELOCITY_TIME_FLOOR)  # against rounding
+    return torch.cat([times, torch.zeros(1)])
 
 
 def classifier_free_guidance(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:

@@ -7,7 +7,8 @@ block by block in its few denoising steps; a teacher ("pretrain") denoises all f
 or block by block where teacher or diffusion forcing made it causal.
 
     --num_steps N             on a student: Euler's method, N steps a block, still block by block
-    --denoising_steps ...     on a teacher: block by block in so few steps, which it was not trained for ("naive")
+    --causal --num_steps 4    on a teacher: Euler's method block by block with guidance, what a student must beat
+    --denoising_steps ...     on a teacher: block by block with fresh noise and without guidance, which it was not trained for
 
 Beside every video stands a JSON of the same name that says how it was made; the same call writes the same files, byte for byte.
 
@@ -139,9 +140,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="block by block in these few steps, such as 1000 750 500 250; default of a student: as it was trained",
     )
     parser.add_argument("--num_steps", type=int, help="many steps instead; default of a teacher: as in its training samples")
+    parser.add_argument("--causal", action="store_true", help="a teacher block by block, in num_steps of Euler's method with guidance")
     parser.add_argument("--eta", type=float, help="fresh noise in a teacher's steps: 0 is Euler's method, 1 ancestral sampling")
     parser.add_argument("--ink_kept", type=float, help="share kept of what a teacher's guidance adds along the ink; 1 is plain guidance")
-    parser.add_argument("--guidance", type=float, help="1 is none; default: none block by block, else as in the teacher's training")
+    parser.add_argument("--guidance", type=float, help="1 is none; default: none for a student or denoising steps, else the checkpoint's")
     parser.add_argument("--batch_size", type=int, default=8, help="videos a forward pass")
     parser.add_argument("--compile", action="store_true", help="compile first: pays from some ten thousand frames on; needs a C++ compiler")
     parser.add_argument("--int8", action="store_true", help="matrix products in 8-bit integers, on a CPU: faster with --compile")
@@ -183,6 +185,7 @@ def _facts(
         "sampler": {
             "kind": "bidirectional" if isinstance(plan, BidirectionalPlan) else "causal", "requested": asdict(settings),
             "plan": asdict(plan), "time_shift": training.time_shift,
+            "evaluations_a_block": plan.evaluations, "cache_evaluations_a_block": plan.cache_evaluations,
         },
         "num_frames": num_frames, "batch_size": batch_size, "device": runtime.device.type,
         "precision": runtime.precision,
@@ -202,7 +205,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, sample, write, report. Raises CheckpointError, ValueError and OSError, each with one line."""
     check_arguments(arguments)
     steps = arguments.denoising_steps
-    wishes = ("num_steps", "guidance", "eta", "ink_kept", "window_frames", "sink_frames")
+    wishes = ("num_steps", "guidance", "eta", "ink_kept", "window_frames", "sink_frames", "causal")
     settings = SamplerSettings(None if steps is None else tuple(steps), **{name: vars(arguments)[name] for name in wishes})
     schedule = None if arguments.schedule is None else PromptSchedule.parse(arguments.schedule)
     switch = arguments.switch or DEFAULT_SWITCH
@@ -224,7 +227,9 @@ def run(arguments: argparse.Namespace) -> None:
     asked = arguments.prompts or (schedule and [schedule.entries[0][1]]) or DEFAULT_PROMPTS[networks.config.dataset.num_digits]
     prompts = [prompt for prompt in asked for _ in range(arguments.samples_per_prompt)]
     seeds = [arguments.seed + sample for _ in asked for sample in range(arguments.samples_per_prompt)]
-    print(f"{arguments.checkpoint.name}: {training.training_type}, step {networks.step}, {facts['sampler']['kind']}, on {runtime}")
+    cost = f"{plan.evaluations} + {plan.cache_evaluations} evaluations a block"
+    kind = facts["sampler"]["kind"]
+    print(f"{arguments.checkpoint.name}: {training.training_type}, step {networks.step}, {kind}, {cost}, on {runtime}")
     start = time.perf_counter()
     videos = generate(networks, prompts, seeds, num_frames, settings, runtime, arguments.batch_size, show_progress=True,
                       schedule=schedule, switch=switch, first_frames=first_frames)

@@ -38,7 +38,7 @@ from digit_judge import load_judge, read_videos  # noqa: E402
 from generate import MAX_SEED  # noqa: E402
 from held_out import new_indices  # noqa: E402
 from interruption import EXIT_CTRL_C  # noqa: E402
-from metrics import bootstrap_interval, facts_of_prompts, read_classes, score_videos  # noqa: E402
+from metrics import facts_of_prompts, read_classes, score_videos, share_interval  # noqa: E402
 from moving_mnist import MovingMNISTGenerator, bounce  # noqa: E402
 from output_folder import require_writable  # noqa: E402
 from rollout import SWITCHES, RolloutPlan  # noqa: E402
@@ -243,7 +243,7 @@ def measure_continuation(
         results[name] = {"frames_right": right.float().mean().item(), "stroke_mass_change_median": change.median().item(),
                          "stroke_mass_by_fifth": [ratio[fifth].mean().item() for fifth in given.argsort().tensor_split(5) if len(fifth)]}
         for key, values in of_videos.items():
-            results[name] |= {key: values.float().mean().item(), f"{key}_ci": bootstrap_interval(values.float())}
+            results[name] |= {key: values.float().mean().item(), f"{key}_ci": share_interval(values)}
     return results
 
 
@@ -337,6 +337,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--sink_frames", type=int)
         command.add_argument("--denoising_steps", type=int, nargs="+", help="few steps for a checkpoint that is no student")
         command.add_argument("--num_steps", type=int, help="many steps a block, for a teacher- or diffusion-forced checkpoint")
+        command.add_argument("--causal", action="store_true", help="a bidirectional teacher block by block, in num_steps of Euler's method")
         command.add_argument("--guidance", type=float, help="weight of classifier-free guidance, 1 for none; default: the checkpoint's")
         command.add_argument("--batch_size", type=int, default=batch_size, help="videos at a time")
         command.add_argument("--seed", type=int, default=0)
@@ -371,13 +372,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check_arguments(arguments, path, name)
     steps = None if arguments.denoising_steps is None else tuple(arguments.denoising_steps)
     settings = SamplerSettings(
-        steps, arguments.num_steps, arguments.guidance, window_frames=arguments.window_frames, sink_frames=arguments.sink_frames
+        steps, arguments.num_steps, arguments.guidance, window_frames=arguments.window_frames, sink_frames=arguments.sink_frames,
+        causal=arguments.causal,
     )
     runtime = resolve_runtime(arguments.device, arguments.precision)
     networks = prepared(load_networks(arguments.checkpoint, runtime.device), runtime)
     plan = settings.make_plan(networks.config.training)
     if not isinstance(plan, RolloutPlan):
-        raise ValueError(f"{arguments.checkpoint} makes all frames at once: give --denoising_steps to roll it out")
+        raise ValueError(f"{arguments.checkpoint} makes all frames at once: give --causal to roll it out")
     if networks.config.dataset.num_digits != 1:
         raise ValueError(f"{arguments.checkpoint} shows {networks.config.dataset.num_digits} digits a video: expected 1")
     common = (networks, plan, runtime)
@@ -393,6 +395,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         found = measure_continuation(*common, arguments.num_videos, arguments.num_frames, arguments.batch_size, arguments.seed)
     found |= {"window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames, "device": runtime.device.type}
     found |= {"num_steps": len(plan.times), "guidance": plan.guidance, "judge_held_out_accuracy": load_judge().config.accuracy}
+    found |= {"evaluations_a_block": plan.evaluations, "cache_evaluations_a_block": plan.cache_evaluations}
     print(json.dumps({key: value for key, value in found.items() if key != "segments"}, indent=2), flush=True)  # whatever the disk says
     rows = add_row(path, arguments.command, name, found, arguments.replace)
     print(f"written to {path}, row {next(row for row in rows if rows[row] is found)!r}")

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from math import pi
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -107,6 +108,34 @@ def direction_obeyed(velocity: Tensor, moving: Tensor, directions: Tensor) -> tu
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
+
+
+def share_interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for the mean of values (N,) in [0, 1], one value a video: whether it has a property, or in how many of
+    its frames. Raises ValueError for no value and for values outside [0, 1].
+
+    (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n) (Wilson 1927), where a bootstrap would have no width at 0 and 1.
+    n is N for yes or no. A share of frames varies less over the videos, s^2 < p (1 - p), and counts as N p (1 - p) / s^2 videos: the
+    effective sample size, N over the design effect (Korn and Graubard 1998); N where s^2 is 0.
+    """
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"values have shape {tuple(values.shape)}: expected at least one value in one dimension")
+    low, high = share_intervals(values.unsqueeze(1), level)[0].tolist()
+    return low, high
+
+
+def share_intervals(values: Tensor, level: float = 0.95) -> Tensor:
+    """`share_interval` of every column of values (N, K), one row a video: (K, 2)."""
+    values = values.detach().cpu().double()
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"values are {values.min():g} to {values.max():g}: expected shares in [0, 1]")
+    p, z = values.mean(dim=0), NormalDist().inv_cdf((1 + level) / 2)
+    single, spread = p * (1 - p), values.var(dim=0, correction=0)  # without correction: equal for yes or no
+    n = len(values) * torch.where(spread > 1e-12, single / spread, 1.0)  # below it all values are equal, but for rounding
+    middle, scale = p + z**2 / (2 * n), 1 + z**2 / n
+    reach = z * (single / n + z**2 / (4 * n**2)).sqrt()
+    low, high = (middle - reach) / scale, (middle + reach) / scale
+    return torch.stack([low.minimum(p), high.maximum(p)], dim=1).clamp(0, 1)  # against rounding at 0 and 1
 
 
 def bootstrap_interval(values: Tensor, num: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
@@ -237,30 +266,31 @@ def summarise(scores: VideoScores, seed: int = 0) -> dict[str, float | list]:
 
 
 def summarise_measures(by_frame: dict[str, Tensor], of_videos: dict[str, Tensor], seed: int = 0) -> dict[str, float | list]:
-    """Means over videos of measures (B, F) and (B,), each with its 95 % bootstrap interval [low, high] over videos.
+    """Means over videos of measures (B, F) and (B,), each with its 95 % interval [low, high] over videos.
 
-    Keys, for a measure NAME: NAME and NAME_ci; and for one by frame NAME_by_frame, NAME_by_frame_ci (a pair a frame),
+    The interval is `share_interval` for a bool measure, a share of videos or of their frames, `bootstrap_interval` for others and for
+    slopes. Keys, for a measure NAME: NAME and NAME_ci; and for one by frame NAME_by_frame, NAME_by_frame_ci (a pair a frame),
     NAME_by_block (means of `FRAMES_PER_BLOCK` frames, in order), and, from two blocks on, NAME_slope and NAME_slope_ci: the
     drift, as change a block of the straight line through a video's blocks. A measure of no videos is left out.
     """
     summary: dict[str, float | list] = {}
 
-    def add(name: str, values: Tensor) -> None:
+    def add(name: str, values: Tensor, is_share: bool) -> None:
         if len(values) > 0:
             summary[name] = values.double().mean().item()
-            summary[f"{name}_ci"] = list(bootstrap_interval(values, seed=seed))
+            summary[f"{name}_ci"] = list(share_interval(values) if is_share else bootstrap_interval(values, seed=seed))
 
-    for name, values in by_frame.items():
-        values = values.double()
-        add(name, values.mean(dim=1))
+    for name, measure in by_frame.items():
+        values, is_share = measure.double(), measure.dtype == torch.bool
+        add(name, values.mean(dim=1), is_share)
         summary[f"{name}_by_frame"] = values.mean(dim=0).tolist()
-        summary[f"{name}_by_frame_ci"] = bootstrap_intervals(values, seed=seed).tolist()
+        summary[f"{name}_by_frame_ci"] = (share_intervals(values) if is_share else bootstrap_intervals(values, seed=seed)).tolist()
         blocks = torch.stack([block.mean(dim=1) for block in values.split(FRAMES_PER_BLOCK, dim=1)], dim=1)  # (B, K)
         summary[f"{name}_by_block"] = blocks.mean(dim=0).tolist()
         if blocks.shape[1] > 1:
-            add(f"{name}_slope", slope_per_block(blocks))
-    for name, values in of_videos.items():
-        add(name, values)
+            add(f"{name}_slope", slope_per_block(blocks), is_share=False)
+    for name, measure in of_videos.items():
+        add(name, measure, measure.dtype == torch.bool)
     return summary
 
 

@@ -1,6 +1,7 @@
 """Figures to read: tables for a terminal of 184 columns, and curves by frame.
 
-Figures are those of `panel.judge_videos`: under every name a number, and under NAME_ci its 95 % interval.
+Figures are those of `panel.judge_videos`: under every name a number, and under NAME_ci its 95 % interval; and those of
+`COST_FIGURES`, which a sampled row has. The table of slopes, which need more room, leaves these to the tables before it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-NAME_WIDTH = 40
-CELL_WIDTH = 24
+NAME_WIDTH = 37
+CELL_WIDTH = 21
+SLOPE_WIDTH = 24  # with signs
 PROMPT_FIGURES = {
     "frames_right": "frames right", "videos_right": "videos right", "one_class": "one class in all",
     "track_within_1px": "track within 1 px", "direction_obeyed": "direction obeyed", "mean_track_error": "off track, px",
@@ -31,6 +33,8 @@ DRIFT_FIGURES = {
     "frames_right_slope": "frames right", "class_kept_slope": "class kept", "frames_within_1px_slope": "within 1 px",
     "mean_track_error_slope": "off track, px", "stroke_mass_ratio_slope": "stroke mass", "sharpness_ratio_slope": "sharpness",
 }
+COST_FIGURES = {"evaluations_a_block": "evaluations", "frames_per_second": "frames/s"}  # the first as denoising + cache
+COST_WIDTHS = {"evaluations_a_block": 12, "frames_per_second": 9}
 CURVES = {
     "frames_right": "frames right", "frames_readable": "frames readable", "class_kept": "frames of the video's class",
     "frames_within_1px": "frames within 1 px of the track", "mean_track_error": "distance from the track, pixels",
@@ -40,18 +44,26 @@ CURVES = {
 
 def format_titles(first: str, titles: dict[str, str]) -> str:
     """The head of a table, over rows of `format_row`."""
-    return f"{first:<{NAME_WIDTH}}" + "".join(f"{title:>{CELL_WIDTH}}" for title in titles.values())
+    return f"{first:<{NAME_WIDTH}}" + "".join(f"{title:>{_width(key)}}" for key, title in titles.items())
 
 
 def format_row(name: str, figures: dict[str, Any], titles: dict[str, str]) -> str:
     """One line of a table: each figure with its interval, a dash where there is none."""
-    return f"{name:<{NAME_WIDTH}}" + "".join(f"{format_cell(figures, key):>{CELL_WIDTH}}" for key in titles)
+    return f"{name:<{NAME_WIDTH}}" + "".join(f"{format_cell(figures, key):>{_width(key)}}" for key in titles)
+
+
+def _width(key: str) -> int:
+    if key in COST_WIDTHS:
+        return COST_WIDTHS[key]
+    return SLOPE_WIDTH if key.endswith("_slope") else CELL_WIDTH
 
 
 def format_cell(figures: dict[str, Any], key: str) -> str:
     """A figure, with its interval where it has one; a dash where it is not there, such as the direction where no prompt names one."""
     if key not in figures:
         return "-"
+    if key == "evaluations_a_block":
+        return f"{figures[key]} + {figures['cache_evaluations_a_block']}"
     if f"{key}_ci" not in figures:
         return _short(figures[key])
     low, high = figures[f"{key}_ci"]
@@ -64,8 +76,9 @@ def _short(value: float) -> str:
 
 
 def format_table(first: str, rows: dict[str, dict[str, Any]], titles: dict[str, str]) -> str:
-    """A table of the rows that have any of these figures; empty where none has."""
-    lines = [format_row(name, figures, titles) for name, figures in rows.items() if any(key in figures for key in titles)]
+    """A table of the rows that have any of these figures, cost aside; empty where none has."""
+    wanted = titles.keys() - COST_FIGURES.keys()
+    lines = [format_row(name, figures, titles) for name, figures in rows.items() if wanted & figures.keys()]
     return "\n".join([format_titles(first, titles), *lines]) if lines else ""
 
 

@@ -58,6 +58,17 @@ class RolloutPlan:
     guidance: float = 1.0
     clamp_x_0: bool = False
 
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network that denoise one block: one at each time, two under guidance (prompt and null prompt)."""
+        return len(self.times) * self.cache_evaluations
+
+    @property
+    def cache_evaluations(self) -> int:
+        """Evaluations that write one finished block into the cache: 1, or 2 under guidance. They count in full although they may share
+        a pass with the next block's first; a video's last block needs none."""
+        return 1 if self.guidance == 1.0 else 2
+
 
 def few_step_plan(config: FewStepConfig, context: ContextWindow | None = None) -> RolloutPlan:
     """The plan of a few-step model: its denoising steps, warped by the time shift. context: that of its training if not given."""
@@ -290,6 +301,16 @@ class BidirectionalPlan:
     guidance: float
     eta: float = 0.0
     ink_kept: float = 1.0
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network in which one block is denoised, with all others: one a step, two under guidance."""
+        return self.num_steps * (1 if self.guidance == 1.0 else 2)
+
+    @property
+    def cache_evaluations(self) -> int:
+        """0: there is no cache."""
+        return 0
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from text_encoder import NULL_PROMPT, TextEncoder
 from tiny_causal_wan import TinyCausalWanModel
 from training_config import FewStepConfig, PretrainConfig, TrainingConfig, check_denoising_steps, check_num_frames
 
-NAIVE_STEPS = [1000, 750, 500, 250]  # what the pretrained network is shown with before Self-Forcing
+NAIVE_STEPS = [1000, 750, 500, 250]  # in which the pretrained network is shown without guidance
 MAX_GRAPHS = 256  # of one compiled function: all networks, sizes and formats of a process share them
 
 
@@ -96,15 +96,36 @@ def teacher_plan(training: TrainingConfig) -> BidirectionalPlan:
     )
 
 
+def baseline_plans(training: TrainingConfig) -> dict[str, RolloutPlan]:
+    """What a few-step student must beat, by name: rollouts of the network that it starts from.
+
+    Without guidance in the student's own steps with fresh noise; by Euler's method under `training.guidance` in as many steps and
+    in half of them. A pretraining has no student yet: as many as `NAIVE_STEPS`.
+    """
+    if isinstance(training, FewStepConfig):
+        unguided = few_step_plan(training)
+    else:
+        times = warp_steps(NAIVE_STEPS, training.time_shift)
+        unguided = RolloutPlan(times, training.num_frames_per_block, context=training.context)
+    num_steps = len(unguided.times)
+    name = "Euler" if training.guidance == 1 else "guided"
+    return {f"no guidance, {num_steps} steps": unguided} | {
+        f"{name}, {steps} steps":
+            many_step_plan(steps, training.time_shift, training.num_frames_per_block, training.guidance, training.context)
+        for steps in (num_steps, max(num_steps // 2, 1))
+    }
+
+
 @dataclass(frozen=True)
 class SamplerSettings:
     """What a caller asks of the sampler; None leaves it to the checkpoint (see `make_plan`).
 
-    denoising_steps: timesteps 1..1000, descending from 1000: a causal rollout in few steps. num_steps: many steps, of Euler's
-    method or, all frames at once, with fresh noise. At most one of the two. guidance: weight of classifier-free guidance, 1 for
-    none. eta: fresh noise in the steps of the bidirectional teacher, 0 (Euler) to 1 (ancestral). ink_kept: of what its guidance adds
-    along the predicted ink, 0 to 1 (classifier-free guidance). window_frames: how many frames a block of a rollout sees, itself and
-    the sink included. sink_frames: of these, so many first ones for ever. Raises ValueError.
+    denoising_steps: timesteps 1..1000, descending from 1000: a causal rollout in few steps, with fresh noise. num_steps: steps of
+    Euler's method block by block or, all frames at once, with fresh noise. At most one of the two. causal: block by block also where
+    the network is a bidirectional teacher too; not with denoising_steps, which always are. guidance: weight of classifier-free
+    guidance, 1 for none. eta: fresh noise in the steps of the bidirectional teacher, 0 (Euler) to 1 (ancestral). ink_kept: of what
+    its guidance adds along the predicted ink, 0 to 1 (classifier-free guidance). window_frames: how many frames a block of a rollout
+    sees, itself and the sink included. sink_frames: of these, so many first ones for ever. Raises ValueError.
     """
 
     denoising_steps: tuple[int, ...] | None = None
@@ -114,6 +135,7 @@ class SamplerSettings:
     ink_kept: float | None = None
     window_frames: int | None = None
     sink_frames: int | None = None
+    causal: bool = False
 
     def __post_init__(self) -> None:
         if self.eta is not None and not 0 <= self.eta <= 1:
@@ -122,6 +144,9 @@ class SamplerSettings:
             raise ValueError(f"--ink_kept is {self.ink_kept}: expected 0 (guidance off the ink) to 1 (classifier-free guidance)")
         if self.denoising_steps is not None and self.num_steps is not None:
             raise ValueError("--denoising_steps (few steps) and --num_steps (many steps) exclude each other: give one of them")
+        if self.denoising_steps is not None and self.causal:
+            raise ValueError("--denoising_steps (fresh noise) and --causal (Euler's method) exclude each other: both are block by block, "
+                             "give one of them")
         if self.denoising_steps is not None:
             check_denoising_steps("--denoising_steps", list(self.denoising_steps))
         if self.num_steps is not None:
@@ -133,15 +158,16 @@ class SamplerSettings:
         """The plan for a network trained with `training`, whose kind says whether it is a student or a teacher.
 
         Left open, a few-step student takes its own denoising steps and a teacher `teacher_steps` steps: all frames at once as
-        `teacher_plan` says, or Euler's block by block where teacher or diffusion forcing made it causal. Guidance left open is
-        the checkpoint's for a teacher's many steps and none otherwise. The window of a causal rollout left open is that of the
-        training, and where that had none the length of its videos, so it can go on for any length.
+        `teacher_plan` says, or Euler's block by block where it is asked for (`causal`) or teacher or diffusion forcing made it causal.
+        Guidance left open is the checkpoint's for a teacher's steps and none otherwise. The window of a causal rollout left open is
+        that of the training, and where that had none the length of its videos, so it can go on for any length.
         """
         context, is_student = self._context(training), isinstance(training, FewStepConfig)
         if self.num_steps is not None or (not is_student and self.denoising_steps is None):
-            if isinstance(training, PretrainConfig) and training.objective == "mixed":
+            if isinstance(training, PretrainConfig) and training.objective == "mixed" and not self.causal:
                 if self.window_frames is not None or self.sink_frames is not None:
-                    raise ValueError("--window_frames and --sink_frames are for a rollout block by block: leave them out")
+                    raise ValueError("--window_frames and --sink_frames are for a rollout block by block: leave them out, or give "
+                                     "--causal")
                 wishes = {"num_steps": self.num_steps, "guidance": self.guidance, "eta": self.eta, "ink_kept": self.ink_kept}
                 return replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
             self._refuse_teacher_options()
@@ -194,12 +220,12 @@ def check_length(
         return
     if schedule is not None or first_frames is not None:
         raise ValueError("--schedule and --init are for a rollout block by block, and the bidirectional teacher makes all frames at "
-                         "once: use a student, or give --denoising_steps")
+                         "once: use a student, or give --causal")
     check_num_frames("num_frames", num_frames, training.num_frames_per_block, training.independent_first_frame)
     if num_frames > training.max_num_frames:
         raise ValueError(
             f"num_frames is {num_frames}: the bidirectional teacher makes at most the {training.max_num_frames} frames it was "
-            f"trained on; lower it, use a student, or roll the teacher out with --denoising_steps {' '.join(map(str, NAIVE_STEPS))}"
+            "trained on; lower it, use a student, or roll the teacher out with --causal"
         )
 
 

@@ -24,9 +24,9 @@ from dynamic_video_sf import Rollout, ScorePrompts, SelfForcingEngine, draw_wind
 from health import STEP_COLUMNS, exit_columns, generator_figures
 from moving_mnist import MovingMNISTGenerator
 from objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
-from rollout import RolloutPlan, many_step_plan, warp_steps
+from rollout import many_step_plan
 from runtime import Runtime, require_compiler
-from sampling import NAIVE_STEPS, sample_few_step, sample_many_step, teacher_plan
+from sampling import baseline_plans, sample_few_step, sample_many_step, teacher_plan
 from sharding import load_optimizer, shard_blocks, whole
 from starting_networks import check_is_bidirectional, load_modules, load_start, load_teacher
 from text_encoder import NULL_PROMPT, TextEncoder, caption_of_any_stretch
@@ -163,7 +163,7 @@ class PretrainStage:
         )
 
     def sample(self, prompts: list[str], seeds: list[int], num_frames: int) -> dict[str, Tensor]:
-        """The averaged network in many steps, as the teacher or causally, and naively in four causal steps."""
+        """The averaged network in many steps, as the teacher or causally, and in few causal steps (`baseline_plans`)."""
         common = (self.average["generator"], self.average["text_encoder"], prompts, seeds, num_frames)
         config, num_steps = self.config, self.config.teacher_steps
         samples = {}
@@ -172,8 +172,8 @@ class PretrainStage:
         else:
             plan = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance, config.context)
             samples[f"causal, {num_steps} steps"] = sample_few_step(*common, plan, self.runtime)
-        naive = RolloutPlan(warp_steps(NAIVE_STEPS, config.time_shift), config.num_frames_per_block, context=config.context)
-        return {**samples, "naive, 4 steps": sample_few_step(*common, naive, self.runtime)}
+        few = {name: sample_few_step(*common, plan, self.runtime) for name, plan in baseline_plans(config).items()}
+        return samples | few
 
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": self.model, "text_encoder": self.text_encoder}
@@ -322,12 +322,12 @@ class SelfForcingStage:
         return norm
 
     def sample(self, prompts: list[str], seeds: list[int], num_frames: int) -> dict[str, Tensor]:
-        """The averaged student beside its teacher and beside the teacher sampled naively in the student's steps."""
-        config, plan = self.config, self.engine.plan
+        """The averaged student beside its teacher, in many steps and block by block in few (`baseline_plans`)."""
+        config, plan, teacher = self.config, self.engine.plan, self.engine.real_score
         common = (self.text_encoder, prompts, seeds, num_frames)
         return {
-            f"teacher, {config.teacher_steps} steps": sample_many_step(self.engine.real_score, *common, teacher_plan(config), self.runtime),
-            f"naive, {len(plan.times)} steps": sample_few_step(self.engine.real_score, *common, plan, self.runtime),
+            f"teacher, {config.teacher_steps} steps": sample_many_step(teacher, *common, teacher_plan(config), self.runtime),
+            **{name: sample_few_step(teacher, *common, few, self.runtime) for name, few in baseline_plans(config).items()},
             f"student, {len(plan.times)} steps": sample_few_step(self.average, *common, plan, self.runtime),
         }
 

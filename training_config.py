@@ -257,6 +257,8 @@ class SelfForcingConfig(FewStepConfig):
     critic_warmup_steps: int = 16  # critic updates before the generator's first
     min_score_time: float = 0.02
     max_score_time: float = 0.98
+    # Shift of the times of scores and critic, toward noise above 1. The default departs from the public code, which shifts by 5.
+    score_time_shift: float = 1.0
     loss_time_floor: float = 0.3
     health_interval: int = 70  # steps between two readings of the generator's videos of fixed prompts (`health`); 0 switches them off
 
@@ -288,6 +290,7 @@ class SelfForcingConfig(FewStepConfig):
         require(self.critic_lr > 0, "training.critic_lr", self.critic_lr, "a positive number")
         require(0 <= self.critic_ema_decay < 1, "training.critic_ema_decay", self.critic_ema_decay, "0 (none) to below 1")
         require(0 < self.loss_time_floor <= 1, "training.loss_time_floor", self.loss_time_floor, "a number in (0, 1]")
+        require(0 < self.score_time_shift < math.inf, "training.score_time_shift", self.score_time_shift, "a positive number")
         require(
             len(self.guidance_interval) == 2 and 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1,
             "training.guidance_interval", list(self.guidance_interval), "two times in [0, 1], the lower one first",

@@ -103,6 +103,7 @@ def test_overrides_arrive_with_their_type():
     ("training.pretrained_checkpoint=", ["training.pretrained_checkpoint is empty"]),
     ("training.lr=nan", ["training.lr is nan"]), ("training.lr=inf", ["training.lr is inf"]), ("training.lr=0", ["training.lr is 0"]),
     ("training.critic_lr=inf", ["training.critic_lr is inf"]), ("training.guidance=inf", ["training.guidance is inf"]),
+    ("training.score_time_shift=0", ["training.score_time_shift is 0", "a positive number"]),
     ("training.guidance_interval=[0.8,0.2]", ["training.guidance_interval", "[0.8, 0.2]", "the lower one first"]),
     ("training.decay_fraction=1.5", ["training.decay_fraction is 1.5", "[0, 1]"]),
     ("training.weight_decay=nan", ["training.weight_decay is nan"]), ("model.rope_theta=inf", ["model.rope_theta is inf"]),

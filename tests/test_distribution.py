@@ -82,6 +82,12 @@ def test_intervals_hold_the_figure_and_narrow_with_more_videos():
     assert many["frechet_distance"].low < truth < many["frechet_distance"].high
 
 
+def test_the_interval_of_coverage_ends_at_one():
+    real = normal(60, 2)
+    covered = compare_distributions(real + 0.01 * normal(60, 2, seed=1), real)["coverage"]
+    assert covered.value > 0.98 and covered.high <= 1 and covered.low < covered.value
+
+
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="expected at least 7"):
         compare_distributions(normal(6, 3), normal(40, 3))

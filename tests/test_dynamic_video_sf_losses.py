@@ -1,5 +1,7 @@
 """Self-Forcing's losses: whom each one reaches, and distribution matching against closed forms."""
 
+import math
+
 import pytest
 import torch
 from conftest import build_small_model, random_prompt
@@ -179,6 +181,21 @@ def test_score_times_are_uniform_between_their_bounds():
     assert t.mean().item() == pytest.approx(0.55, abs=0.01)
     assert (x_t[:, 0] / t[:, 0].view(-1, 1, 1, 1)).std().item() == pytest.approx(1, abs=0.05)
     assert not torch.equal(x_t[:, 0], x_t[:, 1])
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_score_times_are_shifted_as_asked_and_not_by_default(shift: float):
+    changes = {} if shift == 1 else {"score_time_shift": shift}
+    engine = build_engine(min_score_time=0.1, max_score_time=0.9, **changes)
+    state = engine.random.get_state()
+    _, t = engine._noised(torch.zeros(20_000, 1, 1, 1, 1))
+    engine.random.set_state(state)
+    u = torch.rand((20_000, 1), generator=engine.random)
+    if shift == 1:
+        assert torch.equal(t, 0.1 + (0.9 - 0.1) * u)
+    torch.testing.assert_close(t, 0.1 + 0.8 * shift * u / (1 + (shift - 1) * u))
+    mean = 0.5 if shift == 1 else shift / (shift - 1) - shift * math.log(shift) / (shift - 1) ** 2
+    assert t.mean().item() == pytest.approx(0.1 + 0.8 * mean, abs=0.008)  # five standard errors
 
 
 class GaussianScore(nn.Module):

@@ -17,8 +17,9 @@ from config import Config, PretrainConfig, config_to_dict
 from evaluate import FIGURES, REPOSITORY, EvaluateConfig, evaluate, make_rows, write_results
 from held_out import new_indices, who_saw_the_judges_digits
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
+from report import COST_FIGURES, PROMPT_FIGURES, format_table
 from runtime import Runtime
-from sampling import SamplerSettings
+from sampling import SamplerSettings, describe_sampler
 from seeds import Purpose
 from text_encoder import TextEncoder
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
@@ -47,6 +48,29 @@ def test_the_wishes_of_a_configuration_reach_the_sampler(teacher: Path):
     wishes = {"num_steps": 7, "guidance": 1.5, "eta": 0.25, "ink_kept": 0.75}
     (row,) = make_rows(EvaluateConfig(checkpoint=str(teacher), **wishes))
     assert row.settings == SamplerSettings(**wishes)
+    (row,) = make_rows(EvaluateConfig(checkpoint=str(teacher), num_steps=4, causal=True))
+    assert row.settings == SamplerSettings(num_steps=4, causal=True)
+
+
+def test_what_ships_is_scored_beside_its_start_in_few_guided_steps():
+    rows = make_rows(EvaluateConfig())
+    start = load_networks(rows[1].path, torch.device("cpu")).config.training
+    assert [f"{row.name}, {describe_sampler(row.settings, start)}" for row in rows[1:4]] == [
+        "guided Euler, 4 steps, guidance 2.5", "guided Euler, 2 steps, guidance 2.5", "no guidance, 4 steps",
+    ]
+    assert [row.path.name for row in rows] == ["teacher_long.pt", *["teacher.pt"] * 3, "student.pt"]
+    plans = [row.settings.make_plan(start) for row in rows[1:4]]
+    assert [(plan.evaluations, plan.cache_evaluations, plan.fresh_noise) for plan in plans] == [(8, 2, False), (4, 2, False), (4, 1, True)]
+    assert plans[0].times == plans[2].times
+
+
+def test_a_table_shows_what_a_block_costs():
+    titles = PROMPT_FIGURES | COST_FIGURES
+    cost = {"evaluations_a_block": 100, "cache_evaluations_a_block": 2, "frames_per_second": 61.25}
+    rows = {"sampled": {"frames_right": 0.5, "frames_right_ci": [0.4, 0.6], **cost}, "real": {"frames_right": 1.0}, "nothing": cost}
+    head, sampled, real = format_table("", rows, titles).splitlines()
+    assert head.endswith("evaluations frames/s") and len(head) == len(sampled) == 184
+    assert sampled.endswith("100 + 2     61.2") and "0.500 [0.400, 0.600]" in sampled and real.endswith("-        -")
 
 
 @pytest.mark.parametrize(("changes", "options"), [
@@ -74,6 +98,7 @@ def test_real_videos_score_high_an_untrained_network_low_and_files_are_left(teac
     assert untrained["frames_right"] < 0.5 and untrained["frames_per_second"] > 0
     assert (untrained["precision"], untrained["compiled"], untrained["int8"]) == ("float32", False, False)
     assert (untrained["plan"]["num_steps"], untrained["plan"]["ink_kept"]) == (2, 0.2)
+    assert (untrained["evaluations_a_block"], untrained["cache_evaluations_a_block"]) == (4, 0)
     for key in FIGURES:
         low, high = results["real"][f"{key}_ci"]
         assert low <= results["real"][key] <= high
@@ -85,6 +110,7 @@ def test_real_videos_score_high_an_untrained_network_low_and_files_are_left(teac
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if not line.startswith(("wrote", "of ", "note"))) <= 184
     assert sum(line.startswith("teacher, 2 steps") for line in lines) == 3  # in every table
+    assert sum("   4 + 0 " in line for line in lines) == 2  # but for that of slopes
 
 
 def test_videos_of_two_digits_are_counted(tmp_path: Path):

@@ -8,8 +8,8 @@ from conftest import build_small_model, random_prompt
 from torch import Tensor
 
 from attention import ContextWindow
-from few_step import TeacherPrompts, Trajectory, consistency_loss, draw_step_orders, ode_regression_loss, ode_trajectory
-from flow_matching import euler_sampler, sampling_times
+from few_step import TeacherPrompts, Trajectory, consistency_loss, draw_step_orders, nearest_steps, ode_regression_loss, ode_trajectory
+from flow_matching import euler_sampler, sampling_times, shift_time
 from rollout import BidirectionalPlan, make_noise_streams, many_step_plan, rollout_blocks, sample_bidirectional
 
 STEPS, KEPT, SHIFT, GUIDANCE, BLOCK = 4, [0, 1, 3], 3.0, 2.0, 3
@@ -29,6 +29,14 @@ def sampled(is_causal: bool) -> Tensor:
         plan = many_step_plan(STEPS, SHIFT, BLOCK, GUIDANCE)
         return torch.cat(list(rollout_blocks(model, prompt, make_noise_streams([1, 2]), 3, plan, null)), dim=1)
     return sample_bidirectional(model, prompt, null, make_noise_streams([1, 2]), 9, BidirectionalPlan(STEPS, SHIFT, GUIDANCE))
+
+
+def test_a_trajectory_meets_the_denoising_steps_unless_its_steps_are_too_many():
+    times = (1.0, 0.9, 0.75, 0.5)
+    assert nearest_steps(24, SHIFT, times) == [0, 6, 12, 18]
+    assert torch.equal(sampling_times(24, SHIFT), shift_time(torch.linspace(1, 0, 25), SHIFT))
+    fine = sampling_times(1000, SHIFT)[nearest_steps(1000, SHIFT, times)]
+    torch.testing.assert_close(fine, torch.tensor(times), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

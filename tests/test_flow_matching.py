@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flow_matching import (
     VELOCITY_TIME_FLOOR,
+    VELOCITY_TIME_FLOOR,
     add_noise,
     ancestral_sampler,
     classifier_free_guidance,
@@ -111,6 +112,23 @@ def test_the_default_denoising_steps_at_shift_three():
 def test_sampling_times_fall_from_one_to_zero(shift):
     times = sampling_times(7, shift)
     assert times.shape == (8,) and times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_many_sampling_times_are_distinct_and_end_at_the_floor(shift):
+    for num_steps in (2, 50, 51, 57, 58, 59, 100, 1000):
+        times = sampling_times(num_steps, shift)
+        assert len(times) == num_steps + 1 and times[0] == 1 and times[-1] == 0
+        assert (times.diff() < 0).all() and times[-2] >= VELOCITY_TIME_FLOOR
+        plain = shift_time(torch.linspace(1, 0, num_steps + 1), shift)
+        if plain[-2] >= VELOCITY_TIME_FLOOR:
+            assert torch.equal(times, plain)
+        else:
+            assert times[-2].item() == pytest.approx(VELOCITY_TIME_FLOOR, abs=1e-6)
+            steps = unshift_time(times[:-1].double(), shift).diff()
+            torch.testing.assert_close(steps, steps.mean().expand_as(steps), rtol=2e-3, atol=0)
+    kept = shift_time(torch.linspace(1, 0, 51), 3.0)
+    assert torch.equal(sampling_times(50, 3.0), kept)  # the default grid
 
 
 def test_no_sampling_steps_are_refused():
@@ -247,7 +265,7 @@ def test_many_steps_end_at_x_0_through_the_bounded_velocity(path):
     x_0, eps, _ = path
     for num_steps in (4, 50, 400):
         times = sampling_times(num_steps, 3.0)
-        assert len(times) == num_steps + 1 and times[0] == 1 and times[-1] == 0 and (times[1:] <= times[:-1]).all()
+        assert len(times) == num_steps + 1 and times[0] == 1 and times[-1] == 0 and (times[1:] < times[:-1]).all()
         sample = euler_sampler(lambda x, t: velocity_from_x_0(x, x_0, t), eps, times)
         torch.testing.assert_close(sample, x_0, rtol=0, atol=1e-6)
 

@@ -33,9 +33,9 @@ from dynamic_video_sf import SelfForcingEngine
 from evaluate import EvaluateConfig
 from generate import BidirectionalPlan, SamplerSettings, generate, main, slug
 from moving_mnist import DatasetConfig
-from rollout import RolloutPlan, make_noise_streams, rollout_blocks
+from rollout import RolloutPlan, few_step_plan, make_noise_streams, many_step_plan, rollout_blocks, warp_steps
 from runtime import Runtime
-from sampling import prepared
+from sampling import NAIVE_STEPS, baseline_plans, prepared
 from stages import PretrainStage, sample_many_step
 from text_encoder import TextEncoder, TextEncoderConfig, parse_caption
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
@@ -196,6 +196,57 @@ def test_a_teacher_is_sampled_bidirectionally_and_naively_on_request():
     assert (len(naive.times), naive.fresh_noise, naive.guidance, naive.context.window_frames) == (2, True, 1.0, 21)
 
 
+def test_a_teacher_is_rolled_out_by_guided_euler_steps_on_request():
+    plan = SamplerSettings(num_steps=4, causal=True).make_plan(TEACHER)
+    assert plan == many_step_plan(4, 3.0, 3, TEACHER.guidance, ContextWindow(21))
+    assert plan.times == warp_steps(NAIVE_STEPS, 3.0) and not plan.fresh_noise
+    assert len(SamplerSettings(causal=True).make_plan(TEACHER).times) == TEACHER.teacher_steps
+    other = SamplerSettings(num_steps=2, causal=True, guidance=1.0, window_frames=9, sink_frames=3).make_plan(TEACHER)
+    assert other == many_step_plan(2, 3.0, 3, 1.0, ContextWindow(9, 3))
+    for training in (STUDENT, PretrainConfig(objective="teacher_forcing"), PretrainConfig(objective="diffusion_forcing")):
+        for wishes in ({}, {"num_steps": 4}):
+            assert SamplerSettings(**wishes, causal=True).make_plan(training) == SamplerSettings(**wishes).make_plan(training)
+    for name in ("eta", "ink_kept"):
+        with pytest.raises(ValueError, match=f"^--{name} is for a bidirectional teacher"):
+            SamplerSettings(num_steps=4, causal=True, **{name: 0.5}).make_plan(TEACHER)
+    with pytest.raises(ValueError, match="^--denoising_steps .* and --causal .* exclude each other"):
+        SamplerSettings(denoising_steps=(1000,), causal=True)
+
+
+def test_the_baselines_are_the_start_of_a_student_in_its_steps_and_in_half_of_them():
+    student = SelfForcingConfig(denoising_steps=[1000, 600, 300], guidance=3.0, window_frames=9)
+    assert baseline_plans(student) == {
+        "no guidance, 3 steps": few_step_plan(student), "guided, 3 steps": many_step_plan(3, 3.0, 3, 3.0, ContextWindow(9)),
+        "guided, 1 steps": many_step_plan(1, 3.0, 3, 3.0, ContextWindow(9)),
+    }
+    assert list(baseline_plans(replace(student, denoising_steps=[1000]))) == ["no guidance, 1 steps", "guided, 1 steps"]
+    assert list(baseline_plans(replace(student, guidance=1.0)))[1:] == ["Euler, 3 steps", "Euler, 1 steps"]
+    naive = RolloutPlan(warp_steps(NAIVE_STEPS, 3.0), 3)
+    assert baseline_plans(TEACHER) == {
+        "no guidance, 4 steps": naive, **{f"guided, {steps} steps": many_step_plan(steps, 3.0, 3, 2.5) for steps in (4, 2)},
+    }
+
+
+@pytest.mark.parametrize(("settings", "cost"), [
+    ({"num_steps": 4, "causal": True}, (8, 2)), ({"num_steps": 4, "causal": True, "guidance": 1.0}, (4, 1)),
+    ({"denoising_steps": (1000, 500)}, (2, 1)), ({"num_steps": 3}, (6, 0)), ({"num_steps": 3, "guidance": 1.0}, (3, 0)),
+])
+def test_a_plan_counts_the_networks_evaluations(teacher: LoadedNetworks, monkeypatch, settings: dict, cost: tuple[int, int]):
+    plan = SamplerSettings(**settings).make_plan(teacher.config.training)
+    assert (plan.evaluations, plan.cache_evaluations) == cost
+    counted = [0, 0]  # videos that were denoised in a pass, and videos that were written
+    passes = {"forward_bidirectional": (1, 0), "forward_cached": (1, 0), "write_cache": (0, 1), "write_and_forward": (1, 1)}
+    for name, kinds in passes.items():
+        def count(model, x, *others, method=vars(TinyCausalWanModel)[name], kinds=kinds):
+            for place, kind in enumerate(kinds):
+                counted[place] += kind * len(x)
+            return method(model, x, *others)
+        monkeypatch.setattr(TinyCausalWanModel, name, count)
+    sample(teacher, PROMPTS[:1], settings=SamplerSettings(**settings))
+    num_blocks = 3 if isinstance(plan, RolloutPlan) else 1
+    assert counted == [num_blocks * plan.evaluations, (num_blocks - 1) * plan.cache_evaluations]
+
+
 def test_the_teacher_gives_the_video_of_its_own_sampler(teacher: LoadedNetworks):
     plan = BidirectionalPlan(3, 3.0, 2.0, 0.4, 0.3)
     expected = sample_many_step(teacher.generator, teacher.text_encoder, PROMPTS, [0, 1, 2, 3], 9, plan, CPU)
@@ -212,10 +263,11 @@ def test_guidance_reaches_the_few_step_rollout(student: LoadedNetworks):
 
 
 def test_the_teacher_goes_past_its_length_only_block_by_block(teacher: LoadedNetworks):
-    with pytest.raises(ValueError, match="at most the 21 frames"):
+    with pytest.raises(ValueError, match="at most the 21 frames.*--causal"):
         sample(teacher, PROMPTS[:1], num_frames=24)
     causal = sample(teacher, PROMPTS[:1], num_frames=24, settings=SamplerSettings(denoising_steps=(1000,)))
     assert causal.shape == (1, 24, 1, 8, 8)
+    assert sample(teacher, PROMPTS[:1], num_frames=24, settings=SamplerSettings(num_steps=2, causal=True)).shape == (1, 24, 1, 8, 8)
 
 
 def test_prompts_and_seeds_must_pair_up(student: LoadedNetworks):
@@ -398,6 +450,15 @@ def test_the_wishes_of_the_command_line_reach_the_sampler(teacher_path: Path, tm
     assert [plan[name] for name in ("num_steps", "guidance", "eta", "ink_kept")] == [2, 1.5, 0.25, 0.75]
 
 
+def test_a_teacher_is_rolled_out_from_the_command_line(teacher_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    main(["--checkpoint", str(teacher_path), "--prompts", "a 7", "--num_frames", "6", "--causal", "--num_steps", "4", "--output_dir",
+          str(tmp_path), *COMMON])
+    sampler = json.loads((tmp_path / "generation.json").read_text())["sampler"]
+    assert sampler["kind"] == "causal" and sampler["plan"]["guidance"] == TEACHER.guidance
+    assert sampler["plan"]["times"] == pytest.approx([1, 0.9, 0.75, 0.5])
+    assert "step 5, causal, 8 + 2 evaluations a block, on cpu" in capsys.readouterr().out
+
+
 def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: Path):
     main([
         "--checkpoint", str(student_path), "--prompts", "a 7", "a 7", "--num_frames", "3", "--denoising_steps", "1000", "500", "--guidance",
@@ -408,8 +469,9 @@ def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: 
     assert facts["checkpoint"] == {"name": "student.pt", "sha256": digest, "training_type": "dmd2", "step": 5}
     assert facts["sampler"]["requested"] == {
         "denoising_steps": [1000, 500], "num_steps": None, "guidance": 1.5, "eta": None, "ink_kept": None,
-        "window_frames": None, "sink_frames": None
+        "window_frames": None, "sink_frames": None, "causal": False
     }
+    assert (facts["sampler"]["evaluations_a_block"], facts["sampler"]["cache_evaluations_a_block"]) == (4, 2)
     assert facts["sampler"]["kind"] == "causal" and facts["sampler"]["plan"]["times"] == [1.0, 0.75]
     assert (facts["device"], facts["precision"]) == ("cpu", "float32")
     assert facts["versions"]["torch"] == str(torch.__version__) and facts["versions"]["numpy"] == np.__version__

@@ -70,6 +70,18 @@ def test_drift_of_a_network_that_is_no_student_in_many_guided_steps_with_the_rol
     assert all(row["num_frames"] == 42 and len(row["segments"]) == 1 for row in rows.values())
 
 
+@pytest.mark.parametrize("command", [
+    ["drift", "--num_frames", "42"], ["switch", "--num_streams", "2", "--num_before", "6", "--num_after", "3"],
+    ["continue", "--num_videos", "2", "--num_frames", "3"],
+])
+def test_a_bidirectional_teacher_is_measured_block_by_block_in_guided_steps(tmp_path: Path, command: list[str]):
+    network = untrained(tmp_path, PretrainConfig(guidance=1.5))
+    main([*command, "--batch_size", "2", "--causal", "--num_steps", "2", "--window_frames", "9", *network])
+    (row,) = json.loads((tmp_path / f"{command[0]}.json").read_text()).values()
+    keys = ("num_steps", "guidance", "window_frames", "evaluations_a_block", "cache_evaluations_a_block")
+    assert tuple(row[key] for key in keys) == (2, 1.5, 9, 4, 2)
+
+
 def test_a_plot_of_many_rows_tells_them_apart_and_keeps_its_legend_off_the_curves(tmp_path: Path, monkeypatch):
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
@@ -95,7 +107,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path: Path):
     with pytest.raises(SystemExit, match="error: --num_frames is 21: expected at least 42"):
         main(["drift", "--num_frames", "21"])
     for options, words in (
-        ([], "makes all frames at once: give --denoising_steps to roll it out"),
+        ([], "makes all frames at once: give --causal to roll it out"),
         (["--num_steps", "0"], "--num_steps is 0: expected at least 1"), (["--guidance", "-1"], "--guidance is -1.0: expected 0 or more"),
         (["--num_steps", "4", "--denoising_steps", "1000"], "--denoising_steps .* and --num_steps .* exclude each other"),
     ):

@@ -400,6 +400,42 @@ def test_bootstrap_interval_holds_the_mean_and_narrows():
         metrics.bootstrap_interval(torch.ones(0))
 
 
+def test_the_interval_of_yes_and_no_is_wilsons():
+    for hits, num, expected in ((512, 512, (0.9926, 1.0)), (0, 20, (0.0, 0.1611)), (8, 10, (0.4902, 0.9433)), (81, 263, (0.2553, 0.3662))):
+        low, high = metrics.share_interval(torch.arange(num) < hits)  # 81 of 263: Newcombe 1998, table I
+        assert (low, high) == pytest.approx(expected, abs=5e-5), (hits, num)
+    assert metrics.share_interval(torch.ones(512))[1] == 1 and metrics.share_interval(torch.zeros(9))[0] == 0
+    half = metrics.share_interval(torch.arange(263) < 81, level=0.5)
+    assert half[1] - half[0] < 0.5 * (0.3662 - 0.2553)
+    for values, words in ((torch.ones(0), "at least one value"), (torch.tensor([0.5, 1.5]), "0.5 to 1.5: expected shares")):
+        with pytest.raises(ValueError, match=words):
+            metrics.share_interval(values)
+
+
+def test_the_interval_of_shares_of_frames_holds_the_truth_and_narrows_with_the_frames():
+    """2000 sets of 60 videos of 21 frames: of each video some are right, a share that differs from video to video."""
+    rng = torch.Generator().manual_seed(0)
+    right = torch.rand(21, 60, 2000, generator=rng) < 0.95 * torch.rand(60, 2000, generator=rng).sqrt()  # mean 0.95 * 2/3
+    of_videos, of_frames = metrics.share_intervals(right.double().mean(dim=0)), metrics.share_intervals(right[0])
+    for intervals in (of_videos, of_frames):
+        held = (intervals[:, 0] <= 0.95 * 2 / 3) & (0.95 * 2 / 3 <= intervals[:, 1])
+        assert held.double().mean().item() == pytest.approx(0.95, abs=0.02)
+    assert (of_videos.diff(dim=1).mean() / of_frames.diff(dim=1).mean()).item() == pytest.approx(0.53, abs=0.05)
+    torch.testing.assert_close(of_videos[7], torch.tensor(metrics.share_interval(right[:, :, 7].double().mean(dim=0)), dtype=torch.float64))
+    equal = torch.full((40,), 20 / 21)  # as many right in every video: as wide as yes or no
+    low, high = metrics.share_interval(equal)
+    assert high - low > 0.1
+
+
+def test_a_bool_measure_has_the_interval_of_shares_and_others_the_bootstrap():
+    right = torch.ones(64, 6, dtype=torch.bool)
+    summary = metrics.summarise_measures({"right": right, "ink": right.float()}, {"whole": right[:, 0]})
+    low = 1 / (1 + 1.959964**2 / 64)
+    for interval in (summary["right_ci"], summary["whole_ci"], *summary["right_by_frame_ci"]):
+        assert interval == pytest.approx([low, 1])
+    assert summary["ink_ci"] == summary["ink_by_frame_ci"][0] == [1, 1] and summary["right_slope_ci"] == [0, 0]
+
+
 def test_by_frame_and_by_block_and_the_slope_of_the_drift():
     values = torch.tensor([[0.0, 1, 2, 3, 4, 5, 6], [1.0, 1, 1, 1, 1, 1, 1]])
     summary = metrics.summarise_measures({"ink": values}, {"none": torch.zeros(0)})

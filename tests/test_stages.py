@@ -13,7 +13,7 @@ from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, co
 from moving_mnist import DatasetConfig
 from rollout import make_noise_streams, rollout_blocks
 from runtime import Runtime
-from sampling import sample_few_step
+from sampling import baseline_plans, sample_few_step
 from stages import PretrainStage, SelfForcingStage, draw_num_frames, rate_factor, update_average
 from starting_networks import load_teacher
 from text_encoder import TextEncoder, TextEncoderConfig
@@ -167,14 +167,17 @@ def test_samples_show_the_averaged_student_by_the_one_rollout(teacher: Path):
         stage.train_step(step)
     prompts, seeds = ["a 3 moving up", "the digit 5"], [7, 8]
     samples = stage.sample(prompts, seeds, 6)
-    assert list(samples) == ["teacher, 2 steps", "naive, 4 steps", "student, 4 steps"]
+    few = ["no guidance, 4 steps", "guided, 4 steps", "guided, 2 steps"]
+    assert list(samples) == ["teacher, 2 steps", *few, "student, 4 steps"]
     with torch.no_grad():
-        for name, network in (("naive, 4 steps", stage.engine.real_score), ("student, 4 steps", stage.average)):
+        for name, network in ((few[0], stage.engine.real_score), ("student, 4 steps", stage.average)):
             prompt = network.encode_prompt(*stage.text_encoder.encode(prompts))
             expected = torch.cat(list(rollout_blocks(network, prompt, make_noise_streams(seeds), 2, stage.engine.plan)), dim=1)
             assert torch.equal(samples[name], expected)
             assert torch.equal(sample_few_step(network, stage.text_encoder, prompts, seeds, 6, stage.engine.plan, CPU), expected)
-    assert not torch.equal(samples["naive, 4 steps"], samples["student, 4 steps"])
+    for name, plan in baseline_plans(stage.config).items():
+        assert torch.equal(samples[name], sample_few_step(stage.engine.real_score, stage.text_encoder, prompts, seeds, 6, plan, CPU))
+    assert not torch.equal(samples[few[0]], samples["student, 4 steps"])
 
 
 def test_sampling_does_not_disturb_training(teacher: Path):
@@ -239,10 +242,11 @@ def test_rate_factor_warms_up_holds_and_decays():
     assert stage.optimizers["muon"].param_groups[0]["lr"] == pytest.approx(factors[99] * stage.config.muon_lr)
 
 
-def test_pretraining_samples_teacher_and_naive_student():
-    stage = build_pretrain()
+@pytest.mark.parametrize(("objective", "many"), [("mixed", "teacher, 2 steps"), ("teacher_forcing", "causal, 2 steps")])
+def test_pretraining_samples_many_steps_and_few(objective: str, many: str):
+    stage = build_pretrain(objective=objective)
     samples = stage.sample(["a 3", "a 4"], [1, 2], 6)
-    assert list(samples) == ["teacher, 2 steps", "naive, 4 steps"]
+    assert list(samples) == [many, "no guidance, 4 steps", "guided, 4 steps", "guided, 2 steps"]
     assert all(video.shape == (2, 6, 1, 16, 16) for video in samples.values())
 
 

@@ -16,10 +16,11 @@ from checkpoint import LoadedNetworks
 from config import SelfForcingConfig
 from dynamic_video_sf import SelfForcingEngine
 from generate import main
-from rollout import PromptSwitch, few_step_plan, make_noise_streams, rollout_blocks, split_first_frames
+from rollout import PromptSwitch, few_step_plan, make_noise_streams, many_step_plan, rollout_blocks, split_first_frames
 from runtime import Runtime
 from sampling import SamplerSettings, sample_few_step
 from streaming import PromptSchedule, stream_video
+from text_encoder import NULL_PROMPT
 from video_input import load_frames
 from video_io import load_array, save_array, save_video, to_display
 
@@ -77,6 +78,31 @@ def test_what_becomes_of_the_cache_at_a_switch(small_model, small_text_encoder, 
             if later is not None:
                 x_t = (1 - later) * x_0 + later * torch.randn((3, 1, 8, 8), generator=streams[0])[None]
     torch.testing.assert_close(blocks[5], x_0, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["recache", "keep", "reset"])
+def test_a_switch_under_guidance_is_one_of_both_branches(small_model, small_text_encoder, how):
+    """Against two rollouts' caches, of the prompt and of the null prompt, that each are treated as without guidance."""
+    plan = many_step_plan(2, 3.0, 3, 2.5, ContextWindow(9, 3))
+    blocks = take(small_model, small_text_encoder, [None] * 5 + [[NEW], None], plan=plan, switch=how)
+    old, new, null = (small_model.encode_prompt(*small_text_encoder.encode([text])) for text in (OLD, NEW, NULL_PROMPT))
+    caches = [small_model.new_cache(9, 3) for _ in range(2)]
+    streams = make_noise_streams([0])
+    for _ in range(5):  # one noise a block
+        torch.randn((3, 1, 8, 8), generator=streams[0])
+    with torch.no_grad():
+        for block in {"recache": [0, 4], "keep": range(5), "reset": []}[how]:
+            for prompt, cache in zip((new if how == "recache" else old, null), caches, strict=True):
+                small_model.write_cache(blocks[block], torch.zeros(1, 3), prompt, cache)
+        for block in (5, 6):
+            x = torch.randn((3, 1, 8, 8), generator=streams[0])[None]
+            for time, later in zip(plan.times, (*plan.times[1:], 0.0), strict=True):
+                t = torch.full((1, 3), time)
+                cond, uncond = (small_model.forward_cached(x, t, prompt, cache) for prompt, cache in zip((new, null), caches, strict=True))
+                x = x + (later - time) * (uncond + 2.5 * (cond - uncond))
+            torch.testing.assert_close(blocks[block], x, rtol=1e-3, atol=1e-3)
+            for prompt, cache in zip((new, null), caches, strict=True):
+                small_model.write_cache(x, torch.zeros(1, 3), prompt, cache)
 
 
 def test_recaching_the_same_prompt_changes_nothing_before_a_frame_has_left(small_model, small_text_encoder):
