@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from glyphs import recentre
 from ink import display_intensity, edge_sharpness, intensity_centres, intensity_sharpness
 from mnist_digits import unit_ink
 from moving_mnist import NUM_CLASSES, DatasetConfig, MovingMNISTGenerator
@@ -282,7 +283,8 @@ class VideoReadings:
     """What the judge sees in every frame of B videos, on the CPU: all that is scored is scored from here.
 
     probabilities: (B, F, 10) of the digit; a judge always names one, even in a blank frame. features: (B, F, width) of
-    `DigitJudge.read`. mass, sharpness: (B, F), `stroke_mass` and `edge_sharpness`. centres: (B, F, 2), `centres_of_mass`.
+    `DigitJudge.read`. mass, sharpness: (B, F), `stroke_mass` and `edge_sharpness`. centres: (B, F, 2), `centres_of_mass`. shapes:
+    (B, F, S, S), the ink of `glyphs.recentre`.
     """
 
     probabilities: Tensor
@@ -290,6 +292,7 @@ class VideoReadings:
     mass: Tensor
     centres: Tensor
     sharpness: Tensor
+    shapes: Tensor
 
     def take(self, videos: Tensor | slice = slice(None), frames: Tensor | slice = slice(None)) -> VideoReadings:
         """The readings of some of the videos and, in each of them, of some of the frames, in the order given."""
@@ -306,6 +309,7 @@ def read_videos(judge: DigitJudge, video: Tensor) -> VideoReadings:
         intensity = display_intensity(part.to(device))
         parts.append((
             logits.softmax(dim=-1), features, intensity.sum(dim=(-2, -1)), intensity_centres(intensity), intensity_sharpness(intensity),
+            recentre(intensity, judge.config.crop_size),
         ))
     return VideoReadings(*(torch.cat(values).unflatten(0, video.shape[:2]).cpu() for values in zip(*parts, strict=True)))
 

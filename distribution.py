@@ -16,6 +16,8 @@ from math import inf
 import torch
 from torch import Tensor
 
+from seeds import Purpose, torch_generator
+
 NEIGHBOURS = 5  # k of density and coverage, as in the paper's experiments
 LEAST_VIDEOS = NEIGHBOURS + 2  # for k neighbours beside oneself and a covariance
 RESAMPLES = 200
@@ -88,19 +90,23 @@ def compare_distributions(features: Tensor, reference: Tensor, seed: int = 0) ->
     if min(len(features), len(reference)) < LEAST_VIDEOS:
         raise ValueError(f"{len(features)} and {len(reference)} videos: expected at least {LEAST_VIDEOS} of each, set num_videos to more")
     inside = real_neighbourhoods(features, reference)
-    rng = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(features), (RESAMPLES, len(features)), generator=rng)
-    counts = torch.zeros(RESAMPLES, len(features), dtype=torch.float64).scatter_add_(1, rows, torch.ones(rows.shape, dtype=torch.float64))
+    counts = resampled_counts(len(features), RESAMPLES, torch_generator(seed, Purpose.BOOTSTRAP))
     resampled_density = counts @ inside.double().sum(dim=1) / (NEIGHBOURS * len(features))
     resampled_coverage = ((counts > 0).double() @ inside.double() > 0).double().mean(dim=1)
     return {
-        "frechet_distance": _about(frechet_distance(features, reference), frechet_distance(features, reference, counts)),
-        "density": _about(density(inside), resampled_density),
-        "coverage": _about(coverage(inside), resampled_coverage, most=1.0),
+        "frechet_distance": about(frechet_distance(features, reference), frechet_distance(features, reference, counts)),
+        "density": about(density(inside), resampled_density),
+        "coverage": about(coverage(inside), resampled_coverage, most=1.0),
     }
 
 
-def _about(value: Tensor, resampled: Tensor, most: float = inf) -> Estimate:
+def resampled_counts(num_videos: int, num_resamples: int, rng: torch.Generator) -> Tensor:
+    """Bootstrap resamples of videos: how often each one is drawn, (num_resamples, num_videos), float64."""
+    rows = torch.randint(num_videos, (num_resamples, num_videos), generator=rng)
+    return torch.zeros(rows.shape, dtype=torch.float64).scatter_add_(1, rows, torch.ones(rows.shape, dtype=torch.float64))
+
+
+def about(value: Tensor, resampled: Tensor, most: float = inf) -> Estimate:
     """The figure with the 95 % spread of its resamples (R,) about their mean; no figure here can be negative, or above `most`."""
     spread = (resampled - resampled.mean()).quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype))
     low, high = (value + spread).clamp(0, most).tolist()

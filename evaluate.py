@@ -173,7 +173,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
             "precision": runtime.precision, "compiled": config.compile, "int8": config.int8,
             "frames_per_second": config.num_videos * config.num_frames / seconds,
         })
-    print_rest(panel, results, yardsticks(panel, real.video, config.seed))
+    print_rest(panel, results, yardsticks(panel, real.video, real.captions, config.seed))
     write_results(Path(config.output_dir), results, shown, real.captions[:NUM_SHOWN])
     return results
 

@@ -19,16 +19,17 @@ from ink import intensity_centres
 from mnist_digits import NUM_CLASSES
 from seeds import Purpose, torch_generator
 
+LEAST_STROKE = 0.3  # intensity of a stroke: what is fainter must not move the window, or noise would look like variety
 LEAST_GLYPHS = 3  # of a class, for a spread
 NUM_COMPONENTS = 24  # of the code in which distances are taken
 
 
 def recentre(intensity: Tensor, side: int) -> Tensor:
-    """Windows (N, side, side) of intensities (N, H, W) with the centre of mass in the middle, by bilinear interpolation; zero outside the
-    frame."""
+    """Windows (N, side, side) of intensities (N, H, W) with the strokes' centre of mass in the middle, by bilinear interpolation; zero
+    outside the frame."""
     height, width = intensity.shape[-2:]
     offset = torch.arange(side, device=intensity.device) - (side - 1) / 2
-    centre = intensity_centres(intensity)  # (N, 2)
+    centre = intensity_centres(intensity, LEAST_STROKE)  # (N, 2)
     x = 2 * (centre[:, :1] + offset) / (width - 1) - 1  # (N, side), in [-1, 1] over the frame
     y = 2 * (centre[:, 1:] + offset) / (height - 1) - 1
     grid = torch.stack((x[:, None, :].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)), dim=-1)  # (N, side, side, 2)

@@ -24,9 +24,9 @@ def display_intensity(video: Tensor) -> Tensor:
     return (video.float().clamp(-1, 1).mean(dim=-3) + 1) / 2
 
 
-def intensity_centres(intensity: Tensor) -> Tensor:
-    """Centres (..., 2) of intensities (..., H, W), counting pixels of at least `HAZE`."""
-    weights = torch.where(intensity >= HAZE, intensity, 0.0)
+def intensity_centres(intensity: Tensor, haze: float = HAZE) -> Tensor:
+    """Centres (..., 2) of intensities (..., H, W), counting pixels of at least `haze`."""
+    weights = torch.where(intensity >= haze, intensity, 0.0)
     mass = weights.sum(dim=(-2, -1))
     height, width = intensity.shape[-2:]
     columns = torch.arange(width, dtype=weights.dtype, device=weights.device)

@@ -24,10 +24,11 @@ from torch.nn import functional
 from corruptions import corrupt as corrupt  # this name and the others said twice are for those who know them from here
 from digit_judge import JUDGE_PATH, DigitJudge, VideoReadings, load_judge, read_videos, save_judge, train_judge
 from digit_judge import read_digits as read_digits
+from distribution import resampled_counts
 from ink import centres_of_mass as centres_of_mass
 from ink import stroke_mass as stroke_mass
 from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTGenerator
-from seeds import Purpose
+from seeds import Purpose, torch_generator
 from text_encoder import parse_caption
 from tracking import FittedTrack as FittedTrack
 from tracking import fit_bouncing_track as fit_bouncing_track
@@ -151,9 +152,7 @@ def bootstrap_interval(values: Tensor, num: int = 1000, seed: int = 0, level: fl
 
 def bootstrap_intervals(values: Tensor, num: int = 1000, seed: int = 0, level: float = 0.95) -> Tensor:
     """`bootstrap_interval` of every column of values (N, K), one row a video: (K, 2)."""
-    rng = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(values), (num, len(values)), generator=rng)
-    counts = torch.zeros(num, len(values), dtype=torch.float64).scatter_add_(1, rows, torch.ones(rows.shape, dtype=torch.float64))
+    counts = resampled_counts(len(values), num, torch_generator(seed, Purpose.BOOTSTRAP))
     means = counts @ values.detach().cpu().double() / len(values)  # (num, K)
     return means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=0).T
 

@@ -23,7 +23,7 @@ PROMPT_FIGURES = {
 }
 LOOK_FIGURES = {
     "stroke_mass_ratio": "stroke mass", "sharpness_ratio": "sharpness", "frechet_distance": "Frechet (our net)",
-    "density": "density", "coverage": "coverage",
+    "coverage": "coverage", "glyph_diversity": "glyph diversity", "glyph_frechet": "glyph Frechet",
 }
 COUNT_FIGURES = {
     "count_right": "count right", "videos_right": "videos right", "frames_right": "frames right", "frames_readable": "frames readable",

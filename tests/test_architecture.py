@@ -12,8 +12,8 @@ ROOMS = (
     "flow_matching", "attention", "batch_share", "recomputation", "int8_products", "wan_block", "kv_cache", "tiny_causal_wan",
     "text_encoder", "mnist_digits", "digit_deformation", "output_folder", "moving_mnist", "training_config", "comparison_config",
     "config", "objectives", "distribution_losses", "rollout", "dynamic_video_sf", "few_step", "runtime", "sharding", "distributed",
-    "checkpoint", "resume", "interruption", "streaming", "sampling", "held_out", "video_io", "video_input", "ink", "digit_judge", "tracking",
-    "video_judge", "corruptions", "distribution", "metrics", "digit_count", "panel", "sanity", "report", "run_log", "health",
+    "checkpoint", "resume", "interruption", "streaming", "sampling", "held_out", "video_io", "video_input", "ink", "distribution", "glyphs", "digit_judge", "tracking",
+    "video_judge", "corruptions", "metrics", "digit_count", "panel", "sanity", "report", "run_log", "health",
     "starting_networks", "stages", "few_step_stage", "compute", "timing", "speed", "comparison_jobs", "comparison_report", "comparison",
     "train", "generate", "evaluate", "benchmark", "long_video", "demo",
 )

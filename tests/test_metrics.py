@@ -138,9 +138,9 @@ def test_judge_round_trip_and_strictness(judge, tmp_path):
         metrics.load_judge(tmp_path / "none.pt")
 
 
-def test_class_mass_is_that_of_the_training_digits(judge):
-    generator = MovingMNISTGenerator(CONFIG, "train")
-    mass = torch.stack([generator.sprites[generator.digit_set.labels == digit].sum() / 450 for digit in range(10)])
+def test_class_mass_is_that_of_the_digits_that_it_learned_from(judge):
+    generator = MovingMNISTGenerator(CONFIG, "judge")
+    mass = torch.stack([generator.sprites[generator.digit_set.labels == digit].mean(dim=0).sum() for digit in range(10)])
     torch.testing.assert_close(judge.class_mass, mass, rtol=1e-3, atol=0)
     again = DigitJudge(judge.config)
     measure_classes(again, generator)
@@ -373,7 +373,7 @@ def test_switched_videos_keep_no_class_and_fading_ones_drift(score, batch):
 
 
 def test_reversed_videos_move_the_other_way(score, batch):
-    assert score(batch.video.flip(1))["direction_obeyed"] < 0.4
+    assert score(batch.video.flip(1))["direction_obeyed"] < 0.5
 
 
 def test_unknown_corruption_is_refused(batch):

@@ -4,7 +4,7 @@ import pytest
 
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from panel import make_panel, yardsticks
-from sanity import MUST_MOVE, REAL_LIMITS, SMALLEST_CHANGE, as_markdown, as_text, check_sanity, find_failures, judge_faults, moved
+from sanity import MUST_MOVE, MUST_NOT_MOVE, REAL_LIMITS, SMALLEST_CHANGE, as_markdown, as_text, check_sanity, find_failures, judge_faults, moved
 
 CONFIG = DatasetConfig()
 NUM_VIDEOS, NUM_FRAMES = 96, 12
@@ -22,7 +22,7 @@ def panel():
 
 @pytest.fixture(scope="module")
 def figures(panel, batch):
-    return judge_faults(panel, batch.video, batch.captions, list(MUST_MOVE))
+    return judge_faults(panel, batch, list(MUST_MOVE))
 
 
 @pytest.mark.parametrize("fault", list(MUST_MOVE))
@@ -38,13 +38,15 @@ def test_faults_leave_alone_what_they_do_not_touch(figures):
         "shuffled": ("frames_right", "stroke_mass_ratio", "sharpness_ratio"),
         "softened": ("track_within_1px", "direction_obeyed", "stroke_mass_ratio"),
         "brightened": ("track_within_1px", "direction_obeyed"),
-        "collapsed": ("one_class", "track_within_1px", "stroke_mass_ratio"),
+        "collapsed": ("one_class", "track_within_1px"),
+        "one digit a class": ("track_within_1px", "frechet_distance", "coverage"),  # what the glyphs are for
+        "class means": ("track_within_1px", "frechet_distance", "coverage"),
     }.items():
         assert {name: moved(figures[fault], real, name) for name in untouched} == dict.fromkeys(untouched, 0), fault
 
 
 def test_real_videos_stand_at_the_floor_and_shuffled_ones_at_the_ceiling(panel, batch, figures):
-    beside = yardsticks(panel, batch.video)
+    beside = yardsticks(panel, batch.video, batch.captions)
     floor, ceiling = figures["real"]["frechet_distance"], beside["real, frames shuffled"]["frechet_distance"]
     assert max(floor, beside["real, training digits"]["frechet_distance"]) < 0.15 * ceiling
     for name in ("track_within_1px", "moving", "stroke_mass_ratio", "sharpness_ratio", "frames_right_slope"):
@@ -58,6 +60,13 @@ def test_failures_are_named(figures):
     assert "moving is 1.000 on frozen videos, 1.000 on real ones: expected a fall" in text
     assert "stroke_mass_ratio is 1.300 on real videos: expected 0.9 to 1.1" in text
     assert set(REAL_LIMITS) <= set(SMALLEST_CHANGE) and all(set(must) <= set(SMALLEST_CHANGE) for must in MUST_MOVE.values())
+
+
+def test_perfect_imitation_is_no_fault_and_is_named_where_it_moves_a_figure(figures):
+    for name in MUST_NOT_MOVE["imitation"]:
+        assert moved(figures["imitation"], figures["real"], name) == 0, name
+    copied = {**figures, "imitation": figures["one digit a class"]}
+    assert any(line.startswith("glyph_diversity is 0.0") and "on imitation" in line for line in find_failures(copied))
 
 
 def test_moved_needs_both_enough_and_intervals_apart():

@@ -1,0 +1,92 @@
+"""Glyphs see the style that the video judge's features forget: one digit a class is no variety, whatever moves exactly."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from digit_judge import load_judge, read_videos
+from glyphs import LEAST_GLYPHS, LEAST_STROKE, NUM_COMPONENTS, GlyphCode, glyph_diversity, glyph_frechet, recentre, relative_spread
+from ink import intensity_centres
+from moving_mnist import DatasetConfig, MovingMNISTGenerator
+
+SIDE, NUM_VIDEOS, NUM_FRAMES = 16, 300, 5
+
+
+def glyphs_of(split: str, rows: Tensor | None = None, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Glyphs (N, S, S) and digits (N,) of moving digits of the split; rows (N,) of its sprites, or those that the videos draw."""
+    generator = MovingMNISTGenerator(DatasetConfig(), split)
+    batch = generator.sample(0, range(NUM_VIDEOS), NUM_FRAMES)
+    rows = batch.digit_index[:, 0] if rows is None else rows
+    video = generator.render(generator.sprites[rows][:, None], batch.track)
+    video = video + noise * torch.randn(video.shape, generator=torch.Generator().manual_seed(1))
+    intensity = ((video.clamp(-1, 1) + 1) / 2).mean(dim=2).flatten(0, 1)
+    return recentre(intensity, SIDE).view(NUM_VIDEOS, NUM_FRAMES, SIDE, SIDE).mean(dim=1), generator.digit_set.labels[rows]
+
+
+def rows_of_a_few(split: str, kept: int) -> Tensor:
+    """A row for each video of the split: its class's first `kept` digits in turn."""
+    generator = MovingMNISTGenerator(DatasetConfig(), split)
+    labels = generator.digit_set.labels[generator.sample(0, range(NUM_VIDEOS), 1).digit_index[:, 0]]
+    return torch.stack([(generator.digit_set.labels == label).nonzero()[number % kept, 0] for number, label in enumerate(labels)])
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[Tensor, Tensor]:
+    return glyphs_of("test")
+
+
+def test_recentring_moves_the_centre_of_mass_to_the_middle_and_keeps_the_ink():
+    batch = MovingMNISTGenerator(DatasetConfig()).sample(0, range(32), 4)
+    intensity = ((batch.video + 1) / 2).mean(dim=2).flatten(0, 1)
+    window = recentre(intensity, 2 * SIDE)
+    assert (intensity_centres(window, LEAST_STROKE) - (2 * SIDE - 1) / 2).abs().max() < 0.25
+    torch.testing.assert_close(window.sum((1, 2)), intensity.sum((1, 2)), rtol=1e-3, atol=1e-3)
+
+
+def test_relative_spread_is_the_variance_over_the_squared_mean_and_a_factor_changes_nothing():
+    glyphs = torch.rand(7, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    ones = torch.ones(1, 7, dtype=torch.float64)
+    expected = glyphs.flatten(1).var(dim=0).sum() / glyphs.mean(dim=0).square().sum()
+    torch.testing.assert_close(relative_spread(glyphs, ones)[0], expected)
+    torch.testing.assert_close(relative_spread(3 * glyphs, ones)[0], expected)
+    twice = torch.tensor([[2.0, 0, 1, 1, 1, 1, 1]], dtype=torch.float64)
+    torch.testing.assert_close(relative_spread(glyphs, twice), relative_spread(glyphs[[0, 0, 2, 3, 4, 5, 6]], ones))
+
+
+def test_real_digits_are_as_varied_as_real_digits_whichever_they_are(real):
+    for split in ("test", "train", "judge"):
+        found = glyph_diversity(*glyphs_of(split), *real)
+        assert found.low <= found.value <= found.high and abs(found.value - 1) < 0.15, split
+
+
+def test_one_digit_a_class_has_no_variety_a_few_have_some_and_noise_adds_little(real):
+    one = glyph_diversity(*glyphs_of("train", rows_of_a_few("train", 1)), *real).value
+    noisy = glyph_diversity(*glyphs_of("train", rows_of_a_few("train", 1), noise=0.15), *real).value
+    three = glyph_diversity(*glyphs_of("train", rows_of_a_few("train", 3)), *real).value
+    assert one < 0.02 and noisy < 0.1 and 0.3 < three < 0.9
+
+
+def test_classes_with_too_few_glyphs_are_left_out(real):
+    glyphs, digits = real
+    few = torch.cat([(digits == digit).nonzero()[: LEAST_GLYPHS - 1, 0] for digit in range(10)])
+    assert glyph_diversity(glyphs[few], digits[few], *real) is None
+    more = torch.cat([few, (digits == 4).nonzero()[:, 0]])
+    assert glyph_diversity(glyphs[more], digits[more], *real).value > 0.5
+
+
+def test_the_distance_in_the_code_keeps_style(real):
+    code = GlyphCode.of(glyphs_of("judge")[0])
+    identity = torch.eye(NUM_COMPONENTS, dtype=torch.float64)
+    torch.testing.assert_close(code.components.T @ code.components, identity, rtol=0, atol=1e-9)
+    imitation = glyph_frechet(code, glyphs_of("train")[0], real[0])
+    one = glyph_frechet(code, glyphs_of("train", rows_of_a_few("train", 1))[0], real[0])
+    assert imitation.low <= imitation.value <= imitation.high and one.low > 5 * imitation.high
+
+
+def test_the_judge_reads_the_shapes_of_every_frame():
+    judge = load_judge()
+    video = MovingMNISTGenerator(DatasetConfig(), "test").sample(3, range(4), 6).video
+    readings = read_videos(judge, video)
+    assert readings.shapes.shape == (4, 6, SIDE, SIDE) and judge.config.crop_size == SIDE
+    chosen = readings.take(torch.tensor([2, 0]), torch.tensor([5, 1]))
+    torch.testing.assert_close(chosen.shapes, readings.shapes[[2, 0]][:, [5, 1]])
