@@ -4,8 +4,8 @@ A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts, so t
 it and no file can run code. Keys that users rely on: `generator_state_dict`, `optimizer_state_dict`, `step`,
 `training_type` ("pretrain", "dmd2", "causal_ode" or "causal_consistency"), `config` (the run's configuration as a plain
 dict). Beside them are `text_encoder_state_dict`, `prompts_drawn` (seed: number of training captions drawn), `digits_seen` (the splits
-whose digits the network or its teacher learned from), and in the checkpoint of a run `generator_ema_state_dict` and all that resuming
-needs.
+whose digits the network or its teacher learned from), `runtime` (device and number format), and in the checkpoint of a run
+`generator_ema_state_dict` and all that resuming needs.
 
     python checkpoint.py IN OUT           strip IN to its averaged weights in float16, which is what `pretrained/` ships
     python checkpoint.py IN IN ... OUT    the mean of several students of one teacher, stripped likewise
@@ -30,6 +30,7 @@ from torch import Tensor
 from config import Config, config_from_dict
 from mnist_digits import SPLITS
 from moving_mnist import DatasetConfig
+from runtime import PRECISIONS
 from sharding import placed_like
 from text_encoder import TextEncoder
 from tiny_causal_wan import TinyCausalWanModel
@@ -111,6 +112,8 @@ def load_checkpoint(path: Path, is_mapped: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED_KEYS):
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise CheckpointError(f"{path} is not a checkpoint of this project: found {found}, expected the keys {', '.join(REQUIRED_KEYS)}")
+    if "runtime" in checkpoint and not _is_runtime(checkpoint["runtime"]):
+        raise CheckpointError(f"{path}: runtime is {checkpoint['runtime']!r}: expected a device and a precision of {', '.join(PRECISIONS)}")
     drawn = checkpoint["prompts_drawn"]
     counts = [*drawn.keys(), *drawn.values()] if isinstance(drawn, dict) else [drawn]
     if not all(isinstance(number, int) and number >= 0 for number in [checkpoint["step"], *counts]):
@@ -120,6 +123,10 @@ def load_checkpoint(path: Path, is_mapped: bool = False) -> dict[str, Any]:
     ):
         raise CheckpointError(f"{path}: digits_seen is {checkpoint['digits_seen']!r}: expected a list of some of {', '.join(SPLITS)}")
     return checkpoint
+
+
+def _is_runtime(stored: object) -> bool:
+    return isinstance(stored, dict) and {"device", "precision"} <= stored.keys() and stored["precision"] in list(PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -229,7 +236,7 @@ def slim_checkpoint(sources: Sequence[Path], target: Path) -> None:
         "optimizer_state_dict": {},
         "prompts_drawn": reduce(merge_counts, (item.prompts_drawn for item in networks)),
         "digits_seen": list(merge_splits(*(item.digits_seen for item in networks))),
-        **{key: checkpoint[key] for key in ("step", "training_type", "config")},
+        **{key: checkpoint[key] for key in ("step", "training_type", "config", "runtime") if key in checkpoint},
     }
     save_checkpoint(target, slim)
 

@@ -8,7 +8,6 @@ in it with the same settings is done too, also where its folder is gone, so a pu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,49 +16,63 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from comparison_config import PARADIGMS, REAL, ROWS, TEACHER, YARDSTICK, Sampler
+from checkpoint import checkpoint_config, load_checkpoint
+from comparison_config import PARADIGMS, REAL, ROWS, YARDSTICK, ComparisonConfig, Sampler
 from comparison_jobs import UNFINISHED, Job, Score, Training, fingerprint, quote, stop
 from comparison_report import put_by, read_table, results_of, write_table
 from compute import flops_per_step
 from config import Config, build_config
+from held_out import JUDGED_CODE
 from resume import describe_difference, settings_without
-from runtime import describe_machine
+from runtime import code_digest, describe_machine, file_digest, resolve_runtime
+from sampling import SamplerSettings
+from training_config import PretrainConfig, TrainingConfig
 
 REPOSITORY = Path(__file__).resolve().parent
 SCRIPTS = REPOSITORY  # where train.py and evaluate.py stand
 SECONDS_BETWEEN_LOOKS = 0.2
 NOT_OF_THE_RESULT = ("log_dir", "run_name", "wandb", "experiment", "training.pretrained_checkpoint", "training.checkpoint_interval",
                      "training.keep_last", "training.log_interval", "training.resume")  # keys of a run that change no weight
-NOT_OF_A_STEP = ("teacher", "seed", "training.num_steps", "device", "precision")  # settings of a training that change no FLOP of its steps
+NOT_OF_A_STEP = (  # settings of a training that change no FLOP of its steps
+    "teacher", "seed", "training.num_steps", "training.lr", "training.muon_lr", "device", "precision",
+)
+TRAINED_CODE = ("stages", "few_step_stage")  # what makes a training's weights, with all that these import
 
 
 class Comparison:
-    """The jobs of one configuration and the table of what they have found so far. Raises ValueError and OSError."""
+    """The jobs of one configuration and the table of what they have found so far. Raises ValueError and OSError.
 
-    def __init__(self, run: Config):
+    factors: of the learning rates, by paradigm and block size; 1 where none is given.
+    """
+
+    def __init__(self, run: Config, factors: dict[tuple[str, int], float] | None = None):
         assert run.experiment is not None
-        self.run_config, self.config = run, run.experiment
+        runtime = resolve_runtime(run.device, run.precision)  # once, for all jobs: auto is decided by timing
+        self.run_config = replace(run, device=runtime.device.type, precision=runtime.precision)
+        self.config, self.factors = run.experiment, factors or {}
         self.folder, self.output_dir = Path(self.config.folder), Path(self.config.output_dir)
         self.teacher = Path(self.config.teacher)
         if not self.teacher.is_absolute() and not self.teacher.exists():
             self.teacher = REPOSITORY / self.teacher
         if not self.teacher.is_file():
             raise ValueError(f"experiment.teacher is {self.config.teacher}: no such checkpoint; expected a pretrained network")
-        self.teacher_digest = hashlib.sha256(self.teacher.read_bytes()).hexdigest()[:8]
+        self.teacher_digest = file_digest(self.teacher)
+        self.teacher_training = checkpoint_config(self.teacher, load_checkpoint(self.teacher, is_mapped=True)).training
+        self.code = {"training": code_digest(*TRAINED_CODE), "score": code_digest(*JUDGED_CODE)}
         self.num_threads = max((os.cpu_count() or 1) // self.config.processes, 1)
         self.machine = describe_machine(self.num_threads)
         for folder in (self.folder, self.output_dir):
             folder.mkdir(parents=True, exist_ok=True)
         self.earlier = read_table(self.output_dir, self.config.name)
         self.trainings = self._plan_trainings()
-        self.scores = [self._plan_score(TEACHER, None)] if TEACHER in self.config.rows else []
+        self.scores = [self._plan_score(row, None) for row in self.config.rows if row != REAL and ROWS[row].paradigm is None]
         self.scores += [self._plan_score(row, training) for row in self.config.rows for training in self.trainings
                         if training.paradigm == ROWS[row].paradigm]
         self.jobs = self._in_order()
@@ -79,7 +92,7 @@ class Comparison:
     def _plan_training(self, paradigm: str, block: int, seed: int, flops: float, budget: float) -> Training:
         overrides = [*self._overrides(paradigm, block), f"training.num_steps={num_steps(budget, flops)}", f"seed={seed}"]
         config = compose_run(overrides)
-        settings = {"teacher": self.teacher_digest, **settings_of_result(config)}
+        settings = {"teacher": self.teacher_digest, "code_sha256": self.code["training"], **settings_of_result(config)}
         return Training(
             f"training {paradigm}, {blocks_of(block)}, seed {seed}, {config.training.num_steps} steps", paradigm, block, seed, config,
             overrides, self.config.checkpoint_interval, self._own_folder("trainings", f"{paradigm}-block{block}-seed{seed}", settings),
@@ -89,24 +102,26 @@ class Comparison:
     def _overrides(self, paradigm: str, block: int) -> list[str]:
         """Of train.py, all but the seed and the number of steps; later ones win."""
         config, run = self.config, self.run_config
-        return [
+        overrides = [
             *PARADIGMS[paradigm], *config.overrides["all"], *config.overrides[paradigm],
             f"training.num_frames_per_block={block}", f"training.min_num_frames={config.num_frames}",
             f"training.max_num_frames={config.num_frames}", f"training.pretrained_checkpoint={quote(self.teacher)}",
             "training.sample_interval=0", "training.eval_videos=0", f"device={run.device}", f"precision={run.precision}",
         ]
+        factor = self.factors[paradigm, block] if (paradigm, block) in self.factors else 1.0
+        return overrides if factor == 1 else overrides + scaled_rates(compose_run(overrides).training, factor)
 
     def _flops(self, paradigm: str, block: int) -> float:
         """Of a training step: as an earlier table has it, or else counted once and kept beside the table."""
         path = self.output_dir / f"{self.config.name}_flops.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
         config = compose_run(self._overrides(paradigm, block))
-        settings = settings_of_result(config)
+        settings = {"code_sha256": self.code["training"], **settings_of_result(config)}
         for key in NOT_OF_A_STEP:
             settings.pop(key, None)
         for each in [] if self.earlier is None else self.earlier["trainings"]:
             stored = {key: value for key, value in each["settings"].items() if key not in NOT_OF_A_STEP}
-            if (each["paradigm"], each["block"]) == (paradigm, block) and is_same_result(stored, settings, paradigm):
+            if (each["paradigm"], each["block"]) == (paradigm, block) and stored == settings:
                 return each["gflops_per_step"] * 1e9
         name = f"{paradigm}-block{block}-{fingerprint(settings)}"
         if name not in kept:
@@ -119,36 +134,41 @@ class Comparison:
 
     def _plan_score(self, row: str, training: Training | None) -> Score:
         config, run = self.config, self.run_config
+        asked = settings_of_sampler(ROWS[row].sampler, config)
         options = [f"num_videos={config.num_videos}", f"num_frames={config.num_frames}", f"seed={config.score_seed}",
                    f"batch_size={config.batch_size}", f"device={run.device}", f"precision={run.precision}"]
-        if ROWS[row].sampler == Sampler.MANY:
-            options += [f"num_steps={config.many_steps}", *([] if config.guidance is None else [f"guidance={config.guidance}"])]
-        if ROWS[row].sampler == Sampler.NAIVE:
-            options.append(f"denoising_steps={config.naive_steps}".replace(" ", ""))
-        settings = {"options": options, "network": self.teacher_digest if training is None else training.settings}
+        options += [f"{key}={value}".replace(" ", "") for key, value in options_of_sampler(asked).items()]
+        settings = {
+            "plan": plain(asdict(asked.make_plan(self.teacher_training if training is None else training.config.training))),
+            "num_videos": config.num_videos, "num_frames": config.num_frames, "seed": config.score_seed, "batch_size": config.batch_size,
+            "device": run.device, "precision": run.precision, "code_sha256": self.code["score"],
+            "network": self.teacher_digest if training is None else training.settings,
+        }
         if training is None:
             folder = self._own_folder("scores", row, settings)
-            return Score(f"scoring {row}", row, 0, 0, self.teacher, options, folder, settings, self._kept(row, None, options))
+            return Score(f"scoring {row}", row, 0, 0, self.teacher, options, folder, settings, self._kept(row, None, settings))
         name = f"{row}-block{training.block}-seed{training.seed}"
         folder = self._own_folder("scores", name, settings)
         return Score(
             f"scoring {row}, {blocks_of(training.block)}, seed {training.seed}", row, training.block, training.seed, training.checkpoint,
-            options, folder, settings, self._kept(row, training, options), needs=training,
+            options, folder, settings, self._kept(row, training, settings), needs=training,
         )
 
-    def _kept(self, row: str, training: Training | None, options: list[str]) -> dict[str, dict[str, Any]] | None:
-        """The figures in the earlier table, if it has them with these settings."""
+    def _kept(self, row: str, training: Training | None, settings: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
+        """The figures in the earlier table, if they were made with these settings, of this very network; else one line says why not."""
         results, place, real = results_of(self.earlier), place_of(row, training), (REAL, "0", "0")
-        if self.earlier is None or place not in results or results[place]["options"] != options:
+        if place not in results or (REAL in self.config.rows and real not in results):
             return None
-        if REAL in self.config.rows and real not in results:
+        stored = results[place]
+        difference = describe_difference(stored["made_with"], settings) if "made_with" in stored else "what made it is not recorded"
+        checkpoint = self.teacher if training is None else training.checkpoint
+        if not difference and checkpoint.exists() and stored["checkpoint_sha256"] != file_digest(checkpoint):
+            difference = f"another {checkpoint}"
+        if difference:
+            print(f"{row}, {'the file itself' if training is None else blocks_of(training.block)}: not taken from the earlier table: "
+                  f"{difference[:200]}", flush=True)
             return None
-        if training is None:
-            is_same = self.earlier["settings"]["teacher_sha256"] == self.teacher_digest
-        else:
-            stored = [each for each in self.earlier["trainings"] if is_of(training, each)]
-            is_same = bool(stored) and is_same_result(stored[0]["settings"], training.settings, training.paradigm)
-        return {"network": results[place], **({REAL: results[real]} if real in results else {})} if is_same else None
+        return {"network": stored, **({REAL: results[real]} if real in results else {})}
 
     def _own_folder(self, kind: str, name: str, settings: dict[str, Any]) -> Path:
         return self.folder / kind / f"{name}-{fingerprint(settings)}"
@@ -270,7 +290,7 @@ class Comparison:
                     if "machine" in figures}
         settings = {key: value for key, value in asdict(self.config).items() if key != "folder"}
         return {
-            "settings": {**settings, "device": self.run_config.device, "precision": self.run_config.precision,
+            "settings": {**settings, "code_sha256": self.code, "device": self.run_config.device, "precision": self.run_config.precision,
                          "teacher_sha256": self.teacher_digest},
             "machines": sorted(machines), "failed": self.failed, "rows": rows,
             "trainings": [self._describe(training) for training in self.trainings],
@@ -284,7 +304,7 @@ class Comparison:
             "paradigm": training.paradigm, "block": training.block, "seed": training.seed, "is_done": training.is_done(),
             "num_steps": config.num_steps, "gflops_per_step": training.flops_per_step / 1e9,
             "total_tflops": config.num_steps * training.flops_per_step / 1e12, "minutes": training.minutes(),
-            "batch_size": config.batch_size, "lr": config.lr, "guidance": config.guidance,
+            "batch_size": config.batch_size, "lr": config.lr, "guidance": config.guidance, "precision": training.config.precision,
             "overrides": [*PARADIGMS[training.paradigm], *self.config.overrides["all"], *self.config.overrides[training.paradigm]],
             "settings": training.settings,
         }
@@ -292,7 +312,65 @@ class Comparison:
 
 def compare(run: Config) -> int:
     """The whole comparison of run.experiment; returns the number of jobs that failed. Raises as `Comparison` does."""
-    return Comparison(run).run()
+    assert run.experiment is not None
+    if run.experiment.candidates == [1.0]:
+        return Comparison(run).run()
+    factors, num_failed = choose_factors(run, run.experiment)
+    return num_failed + Comparison(run, factors).run()
+
+
+def choose_factors(run: Config, config: ComparisonConfig) -> tuple[dict[tuple[str, int], float], int]:
+    """Of the candidates the one whose row reads most frames right, by paradigm and block size, and the number of jobs that failed.
+
+    All paradigms are offered the same factors, on a seed and prompts that the table does not use. NAME_candidates.json keeps every figure.
+    """
+    rows = {paradigm: next(row for row in ROWS if ROWS[row].paradigm == paradigm) for paradigm in config.paradigms}
+    found: dict[str, dict[str, float]] = {}
+    num_failed = 0
+    for factor in config.candidates:
+        chosen = replace(config, name=f"{config.name}_candidate_{factor:g}", candidates=[1.0], rows=list(rows.values()),
+                         seeds=[config.selection_seed], score_seed=config.selection_seed, selection_seed=config.score_seed)
+        trial = Comparison(replace(run, experiment=chosen), {(paradigm, block): factor for paradigm in rows for block in config.blocks})
+        num_failed += trial.run()
+        for score in trial.scores:
+            if score.is_done() and score.needs is not None:
+                place = f"{score.needs.paradigm}, {blocks_of(score.needs.block)}"
+                found.setdefault(place, {})[f"{factor:g}"] = score.figures()["network"]["frames_right"]
+    path = Path(config.output_dir) / f"{config.name}_candidates.json"
+    path.write_text(json.dumps({"seed": config.selection_seed, "frames_right": found}, indent=1) + "\n")
+    print(f"candidates: frames right of each are in {path}", flush=True)
+    best = {place: float(max(figures, key=lambda factor: figures[factor])) for place, figures in found.items()}
+    places = {(paradigm, block): f"{paradigm}, {blocks_of(block)}" for paradigm in rows for block in config.blocks}
+    return {key: best[place] for key, place in places.items() if place in best}, num_failed
+
+
+def scaled_rates(training: TrainingConfig, factor: float) -> list[str]:
+    """Overrides that multiply the learning rates of the network that is trained; a critic keeps its own."""
+    rates = {"lr": training.lr, **({"muon_lr": training.muon_lr} if isinstance(training, PretrainConfig) else {})}
+    return [f"training.{name}={factor * rate:.6g}" for name, rate in rates.items()]
+
+
+def settings_of_sampler(sampler: Sampler, config: ComparisonConfig) -> SamplerSettings:
+    """What evaluate.py is asked for a row that is sampled so."""
+    num_few = len(config.denoising_steps)
+    num_steps = {Sampler.BIDIRECTIONAL: config.many_steps, Sampler.MANY: config.many_steps, Sampler.FEW: num_few,
+                 Sampler.HALF: max(num_few // 2, 1)}
+    if sampler == Sampler.OWN:
+        return SamplerSettings()
+    if sampler == Sampler.UNGUIDED:
+        return SamplerSettings(denoising_steps=tuple(config.denoising_steps))
+    return SamplerSettings(num_steps=num_steps[sampler], guidance=config.guidance, causal=sampler != Sampler.BIDIRECTIONAL)
+
+
+def options_of_sampler(settings: SamplerSettings) -> dict[str, Any]:
+    """The same as keys of evaluate.py."""
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
+    return {key: value for key, value in options.items() if value is not None and value is not False}
+
+
+def plain(value: Any) -> Any:
+    """As json gives it back."""
+    return json.loads(json.dumps(value))
 
 
 def num_steps(budget: float, flops: float) -> int:
@@ -324,12 +402,3 @@ def place_of(row: str, training: Training | None) -> tuple[str, str, str]:
 def is_of(training: Training, description: dict[str, Any]) -> bool:
     """Does a table's description speak of this training, whatever its settings?"""
     return (description["paradigm"], description["block"], description["seed"]) == (training.paradigm, training.block, training.seed)
-
-
-def is_same_result(stored: dict[str, Any], wanted: dict[str, Any], paradigm: str) -> bool:
-    """Do the settings in a table lead to the same weights as those wanted? Keys that came after it count as the same at their defaults."""
-    later = wanted.keys() - stored.keys()
-    if any(key not in wanted or wanted[key] != value for key, value in stored.items()):
-        return False
-    defaults = settings_of_result(compose_run([*PARADIGMS[paradigm]])) if later else {}
-    return all(wanted[key] == defaults[key] for key in later)

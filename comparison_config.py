@@ -31,16 +31,20 @@ OWN_KEYS = (  # of a training, which the comparison itself decides
 
 
 class Sampler(Enum):
-    """How a row's network is sampled: as it was trained for, in many guided steps, or in few steps it was not trained for."""
+    """How a row's network is sampled: as it was trained for, all frames at once in many guided steps, or block by block: by Euler's method
+    under guidance in many, few or half as few steps, or in few steps without guidance, with fresh noise."""
 
     OWN = "own"
+    BIDIRECTIONAL = "bidirectional"
     MANY = "many"
-    NAIVE = "naive"
+    FEW = "few"
+    HALF = "half"
+    UNGUIDED = "unguided"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. paradigm: a key of PARADIGMS; None for real videos and the teacher, which are not trained here."""
+    """A line of the table. paradigm: a key of PARADIGMS; None for real videos and for the teacher's file, which are not trained here."""
 
     title: str
     paradigm: str | None
@@ -49,11 +53,17 @@ class Row:
 
 ROWS = {
     REAL: Row("real video", None, Sampler.OWN),
-    TEACHER: Row("bidirectional teacher", None, Sampler.MANY),
+    TEACHER: Row("bidirectional teacher", None, Sampler.BIDIRECTIONAL),
+    "start": Row("start, no training", None, Sampler.MANY),  # the same file, block by block as it was pretrained: what every row starts from
+    "start_few": Row("start, guided", None, Sampler.FEW),
+    "start_half": Row("start, guided, half the steps", None, Sampler.HALF),
+    "start_unguided": Row("start, no guidance", None, Sampler.UNGUIDED),
     "tf": Row("TF", "tf", Sampler.MANY),
     "df": Row("DF", "df", Sampler.MANY),
-    "tf_naive": Row("TF, naive", "tf", Sampler.NAIVE),
-    "df_naive": Row("DF, naive", "df", Sampler.NAIVE),
+    "tf_few": Row("TF, guided", "tf", Sampler.FEW),
+    "df_few": Row("DF, guided", "df", Sampler.FEW),
+    "tf_unguided": Row("TF, no guidance", "tf", Sampler.UNGUIDED),
+    "df_unguided": Row("DF, no guidance", "df", Sampler.UNGUIDED),
     "tf_dmd": Row("TF + DMD", "tf_dmd", Sampler.OWN),
     "causvid": Row("DF + DMD (CausVid)", "causvid", Sampler.OWN),
     "sf_dmd": Row("Self-Forcing, DMD", "sf_dmd", Sampler.OWN),
@@ -68,7 +78,8 @@ class ComparisonConfig:
     at its block size. overrides: of train.py, for all trainings and by paradigm, such as `["training.lr=1e-4"]`."""
 
     name: str = "table2"  # of the files in output_dir
-    rows: list[str] = field(default_factory=lambda: list(ROWS))
+    # Of Self-Forcing with the GAN only where asked for: its budget leaves it a dozen updates against a fresh discriminator.
+    rows: list[str] = field(default_factory=lambda: [row for row in ROWS if row != "sf_gan"])
     blocks: list[int] = field(default_factory=lambda: [3, 1])  # frames a block
     seeds: list[int] = field(default_factory=lambda: [0])  # of the trainings
     budget: int = 160
@@ -79,8 +90,10 @@ class ComparisonConfig:
     num_videos: int = 256
     score_seed: int = 0  # of the held-out prompts and of the videos' noise
     many_steps: int = 50
-    naive_steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
-    guidance: float | None = None  # of the many steps; that of the network's training if not given
+    denoising_steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])  # of networks that were not trained for few steps
+    guidance: float | None = None  # of guided rows; that of the network's training if not given
+    candidates: list[float] = field(default_factory=lambda: [1.0])  # factors of the learning rates, tried for every paradigm alike
+    selection_seed: int = 1000  # of the trainings and prompts that choose among them
     batch_size: int = 64  # videos a forward pass in scoring
     processes: int = 1  # trainings or scorings at a time
     folder: str = "logs/table2"
@@ -101,7 +114,15 @@ class ComparisonConfig:
             require(len(set(values)) == len(values), f"experiment.{name}", values, "each one once")
         require(all(0 <= seed < 2**63 for seed in self.seeds), "experiment.seeds", self.seeds, "0 to 2**63 - 1")
         require(Path(self.name).name == self.name and self.name != "..", "experiment.name", self.name, "a file name without a path")
-        check_denoising_steps("experiment.naive_steps", self.naive_steps)
+        check_denoising_steps("experiment.denoising_steps", self.denoising_steps)
+        require(
+            bool(self.candidates) and all(factor > 0 for factor in self.candidates), "experiment.candidates", self.candidates,
+            "positive factors of the learning rates",
+        )
+        require(
+            0 <= self.selection_seed < 2**63 and self.selection_seed not in (*self.seeds, self.score_seed), "experiment.selection_seed",
+            self.selection_seed, "another seed than experiment.seeds and experiment.score_seed: no claim is made on what chose the settings",
+        )
         require(self.guidance is None or self.guidance >= 0, "experiment.guidance", self.guidance, "0 or more (1 is no guidance)")
         for name, overrides in self.overrides.items():
             require(name == "all" or name in PARADIGMS, "experiment.overrides", name, f"all or one of {', '.join(PARADIGMS)}")

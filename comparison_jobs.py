@@ -116,7 +116,8 @@ class Score:
         os.replace(self.unfinished, self.folder)
 
     def figures(self) -> dict[str, dict[str, Any]]:
-        """Those of real videos and those of the network, with its sampler and machine in words; by frame they stay in the file."""
+        """Those of real videos and those of the network, with its sampler and machine in words, and what they were made with; by frame
+        they stay in the file."""
         if not self.folder.exists():
             assert self.kept is not None
             return self.kept
@@ -124,7 +125,7 @@ class Score:
         real, network = ({key: value for key, value in row.items() if "_by_frame" not in key} for row in scored.values())
         started = json.loads((self.folder / "settings.json").read_text())
         sampler = list(scored)[1].partition(", ")[2]
-        about = {"sampler": sampler, "machine": started["machine"], "options": self.options}
+        about = {"sampler": sampler, "machine": started["machine"], "made_with": started["settings"]}
         return {REAL: real, "network": {**network, **about}}
 
 

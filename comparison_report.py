@@ -46,7 +46,7 @@ def read_table(folder: Path, name: str) -> dict[str, Any] | None:
     try:
         table = json.loads(path.read_text()) if path.exists() else None
         if table is not None:
-            kinds = [type(figures["options"]) is list for place, figures in results_of(table).items() if place[0] != REAL]
+            kinds = [type(figures) is dict and "sampler" in figures for place, figures in results_of(table).items() if place[0] != REAL]
             for training in table["trainings"]:
                 kinds += [type(training["settings"]) is dict, {"paradigm", "block", "seed"} <= set(training)]
                 kinds += [type(training["gflops_per_step"]) in (int, float) and 0 < training["gflops_per_step"] < math.inf]
@@ -120,26 +120,33 @@ def as_markdown(table: dict[str, Any]) -> str:
         f"{settings['num_videos']} videos of {settings['num_frames']} frames, held-out prompts, seed {settings['score_seed']}; in "
         f"brackets the {interval}. Frames/s: of sampling alone, in batches of {settings['batch_size']}, with {settings['processes']} jobs "
         f"at a time, on {'; '.join(table['machines']) or 'no machine yet'}; device {settings['device']}, precision "
-        f"{settings['precision']}. What the figures mean: README.md. Drift: change of frames right per 3 frames, whatever the blocks.",
+        f"{settings['precision']}. Evaluations a block: of the network, while denoising + to write the cache. What the figures mean: "
+        "README.md. Drift: change of frames right per 3 frames, whatever the blocks.",
         "", "## Trainings", "",
         f"All start from `{Path(settings['teacher']).name}` (sha256 {settings['teacher_sha256']}) and spend the FLOPs of "
         f"{settings['budget']} steps of Self-Forcing with DMD at their block size, counted over whole cycles of generator and critic "
-        "updates (matrix products alone; the critic's warm-up costs less and counts as the other steps). Minutes are of the training "
-        "steps; learning rate and guidance are the training's.", "",
+        "updates (matrix products and attention; the critic's warm-up costs less and counts as the other steps). Minutes are of the "
+        f"training steps; learning rate and guidance are the training's. Learning rates were chosen among {settings['candidates']} times "
+        f"those of configs/training/, the same for all{_on_selection_seed(settings)}.", "",
         *_trainings_table(table),
     ]
     return "\n".join(lines) + "\n"
 
 
+def _on_selection_seed(settings: dict[str, Any]) -> str:
+    return "" if settings["candidates"] == [1.0] else f", on seed {settings['selection_seed']}: {settings['name']}_candidates.json"
+
+
 def _figures_table(table: dict[str, Any], block: int) -> list[str]:
-    lines = ["| | steps a block | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines = ["| | sampled in | evaluations a block | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 3) + "|"]
     for row in table["rows"]:
         seeds = seeds_of(table, row, block)
         figures = over_seeds(seeds)
         sampler = seeds[0]["sampler"] if seeds and "sampler" in seeds[0] else "-"
+        evaluations = format_cell(seeds[0] if seeds else {}, "evaluations_a_block")
         num_seeds = len(table["settings"]["seeds"])
         partial = f" ({len(seeds)} of {num_seeds} seeds)" if ROWS[row].paradigm and 0 < len(seeds) < num_seeds else ""
-        lines.append(f"| {ROWS[row].title}{partial} | {sampler} | " + " | ".join(format_cell(figures, key) for key in COLUMNS) + " |")
+        lines.append(f"| {ROWS[row].title}{partial} | {sampler} | {evaluations} | " + " | ".join(format_cell(figures, key) for key in COLUMNS) + " |")
     return lines
 
 

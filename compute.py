@@ -1,4 +1,4 @@
-"""What a training step costs, counted in floating-point operations of matrix products and convolutions.
+"""What a training step costs, counted in floating-point operations of matrix products, convolutions and attention.
 
 FLOPs of a step are linear in the batch size, and Muon's, which multiplies matrices itself, are the constant part. In a
 Self-Forcing rollout they are linear in the exit step, as each step before it is one more forward pass of the same block. So
@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config
 from dynamic_video_sf import window_starts
 from runtime import Runtime
 from seeds import Purpose, torch_generator
 from stages import PretrainStage, SelfForcingStage
+from timing import flop_counter
 from training_config import PretrainConfig, SelfForcingConfig, require
 
 CPU = Runtime(torch.device("cpu"), torch.float32)  # counted here, wherever the training runs
@@ -70,7 +70,7 @@ def _cycle_flops(config: Config, training: SelfForcingConfig, random: torch.Gene
 
 def _count_step(stage: PretrainStage | SelfForcingStage, step: int, first_frame: int = 0) -> tuple[int, int]:
     """FLOPs of one step, and its exit step: 0 where there is none. first_frame: of the scored window, in its rollout."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         if isinstance(stage, SelfForcingStage):
             figures = stage.train_on_window(step, stage.config.max_num_frames, first_frame)
         else:

@@ -33,7 +33,7 @@ from torch import Tensor
 from checkpoint import LoadedNetworks, load_networks
 from config import DEVICES, PRECISIONS, explain_refusal
 from interruption import EXIT_CTRL_C
-from held_out import new_indices, who_saw_the_judges_digits
+from held_out import JUDGED_CODE, new_indices, who_saw_the_judges_digits
 from moving_mnist import MovingMNISTGenerator
 from output_folder import free_paths, require_writable
 from panel import Panel, judge_videos, make_panel, yardsticks
@@ -48,7 +48,7 @@ from report import (
     format_table,
     format_titles,
 )
-from runtime import resolve_runtime
+from runtime import Runtime, code_digest, file_digest, resolve_runtime
 from sampling import NAIVE_STEPS, SamplerSettings, check_length, describe_sampler, generate, prepared
 from sanity import check_sanity
 from seeds import Purpose, video_seeds
@@ -168,14 +168,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
         video = generate(networks, real.captions, seeds, config.num_frames, row.settings, runtime, config.batch_size, True)
         seconds, plan = time.perf_counter() - start, row.settings.make_plan(networks.config.training)
         score(name, video, {
-            "checkpoint": row.path.name, "plan": asdict(plan),
+            "checkpoint": row.path.name, "checkpoint_sha256": file_digest(row.path), "plan": asdict(plan), **facts_of_call(config, runtime),
             "evaluations_a_block": plan.evaluations, "cache_evaluations_a_block": plan.cache_evaluations,
-            "precision": runtime.precision, "compiled": config.compile, "int8": config.int8,
             "frames_per_second": config.num_videos * config.num_frames / seconds,
         })
     print_rest(panel, results, yardsticks(panel, real.video, real.captions, config.seed))
     write_results(Path(config.output_dir), results, shown, real.captions[:NUM_SHOWN])
     return results
+
+
+def facts_of_call(config: EvaluateConfig, runtime: Runtime) -> dict[str, object]:
+    """What every row's figures depend on beside its checkpoint and its plan."""
+    return {
+        "num_videos": config.num_videos, "num_frames": config.num_frames, "seed": config.seed, "batch_size": config.batch_size,
+        "device": runtime.device.type, "precision": runtime.precision, "compiled": config.compile, "int8": config.int8,
+        "code_sha256": code_digest(*JUDGED_CODE),
+    }
 
 
 def print_rest(panel: Panel, results: dict[str, dict[str, object]], measured_beside: dict[str, dict[str, float | list]]) -> None:

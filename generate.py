@@ -20,7 +20,6 @@ of 8-bit integers.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import sys
@@ -40,7 +39,7 @@ from config import DEVICES, PRECISIONS
 from interruption import EXIT_CTRL_C
 from output_folder import free_paths, require_writable
 from rollout import SWITCHES, RolloutPlan
-from runtime import Runtime, code_digest, resolve_runtime
+from runtime import Runtime, code_digest, file_digest, resolve_runtime
 from sampling import BidirectionalPlan, SamplerSettings, check_length, generate, prepared, require_at_least_one
 from streaming import PromptSchedule
 from training_config import TrainingConfig
@@ -178,10 +177,8 @@ def _facts(
     """What makes the videos of one call reproducible, as plain values: no time, no path, nothing of the machine but what its
     numbers hang on."""
     training = networks.config.training
-    with checkpoint.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "checkpoint": {"name": checkpoint.name, "sha256": digest, "training_type": training.training_type, "step": networks.step},
+        "checkpoint": {"name": checkpoint.name, "sha256": file_digest(checkpoint), "training_type": training.training_type, "step": networks.step},
         "sampler": {
             "kind": "bidirectional" if isinstance(plan, BidirectionalPlan) else "causal", "requested": asdict(settings),
             "plan": asdict(plan), "time_shift": training.time_shift,

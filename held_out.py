@@ -8,6 +8,7 @@ from itertools import count
 from checkpoint import LoadedNetworks, merge_counts
 from moving_mnist import MovingMNISTGenerator
 
+JUDGED_CODE = ("sampling", "panel", "held_out")  # the modules that make and judge the videos of a row, with all that these import
 MAX_TRIES = 1000  # candidates a prompt, before the search for new ones gives up
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEAST_GAIN = 1.2  # of bfloat16 over float32 in speed, for precision=auto to choose it
 
 
@@ -57,7 +59,7 @@ def resolve_runtime(device: str, precision: str) -> Runtime:
     resolved = torch.device(device)
     if precision == "auto":
         precision = "bfloat16" if _bfloat16_pays(resolved) else "float32"
-    return Runtime(resolved, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    return Runtime(resolved, PRECISIONS[precision])
 
 
 def _bfloat16_pays(device: torch.device) -> bool:
@@ -100,9 +102,22 @@ def describe_machine(num_threads: int) -> str:
     return f"{model}, {os.cpu_count()} cores, {num_threads} threads, torch {torch.__version__}"
 
 
-def code_digest() -> str:
-    """A name for this very version of the code, wherever it came from: SHA-256 over the names and text of its Python files."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).resolve().parent.glob("*.py")):
-        digest.update(f"{path.name}\n{path.read_text(encoding='utf-8')}\n".encode())
+def code_digest(*rooms: str) -> str:
+    """A name for this very version of the code, wherever it came from: SHA-256 over the names and text of its Python files. rooms: those
+    modules, and whatever they import, alone."""
+    files = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).resolve().parent.glob("*.py")}
+    waiting, counted, digest = list(rooms or files), set(), hashlib.sha256()
+    while waiting:
+        name = waiting.pop()
+        if name in files and name not in counted:
+            counted.add(name)
+            waiting += re.findall(r"^\s*(?:from|import) (\w+)", files[name], re.MULTILINE)
+    for name in sorted(counted):
+        digest.update(f"{name}.py\n{files[name]}\n".encode())
     return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

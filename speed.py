@@ -24,6 +24,7 @@ from flow_matching import add_noise, x_0_from_velocity
 from rollout import BidirectionalPlan, RolloutPlan, clamp_to_data, draw_noise, make_noise_streams
 from runtime import Runtime
 from sampling import SamplerSettings, prepared, sample_few_step, sample_many_step
+from seeds import Purpose, torch_generator
 from stages import SelfForcingStage
 from timing import MATRIX_SIZES, PRODUCT_FLOPS, Phases, clock, flop_counter, matrix_products, medians, time_in_turns
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
@@ -326,7 +327,7 @@ def count_training(config: Config, runtime: Runtime) -> dict[tuple[str, int], tu
     found: dict[tuple[str, int], tuple[int, dict[str, float]]] = {}
     for seed in count():
         for kind, (step, _) in kinds.items():
-            stage.random.manual_seed(seed)
+            stage.random.set_state(torch_generator(seed, Purpose.TRAINING).get_state())
             with flop_counter() as counter:
                 phases = Phases(counter.get_total_flops)
                 exit_step = int(train_in_phases(stage, step, phases)["exit_step"])
@@ -346,7 +347,7 @@ def measure_training(config: Config, runtimes: dict[str, Runtime], repeats: int)
     watched: dict[tuple[str, str, int], list[Phases]] = {}
 
     def watch(stage: SelfForcingStage, precision: str, kind: str, exit_step: int) -> None:
-        stage.random.manual_seed(found[kind, exit_step][0])
+        stage.random.set_state(torch_generator(found[kind, exit_step][0], Purpose.TRAINING).get_state())
         watched.setdefault((precision, kind, exit_step), []).append(Phases(clock(device)))
         train_in_phases(stage, kinds[kind][0], watched[precision, kind, exit_step][-1])
 

@@ -44,7 +44,7 @@ from resume import (
     restore_global_random_states,
 )
 from run_log import RunLog, SilentLog, draw_curves, make_run_folder, point_to_latest
-from runtime import resolve_runtime
+from runtime import PRECISIONS, Runtime, resolve_runtime
 from seeds import Purpose, seed_global_generators, torch_generator, video_seeds
 from sharding import whole
 from stages import PretrainStage, SelfForcingStage, Stage
@@ -82,8 +82,9 @@ class SimplifiedTrainer:
         runtime = resolve_runtime(config.device, config.precision)
         self.runtime = replace(runtime, device=processes.own_device(runtime.device))
         processes.join(self.runtime.device)
-        self.runtime = replace(self.runtime, dtype=processes.from_first(lambda: runtime.dtype))  # auto may read several processors
         start = find_common_start(config, processes)
+        dtype = processes.from_first(lambda: self._choose_format(runtime, start))  # auto may read several processors
+        self.runtime = replace(self.runtime, dtype=dtype)
         self.claim = RunClaim()
         self._interval_checkpoints = [] if start is None or not processes.is_first else self._claim_attempts(start)
         seed_global_generators(config.seed)  # initial weights; everything later draws from `random`
@@ -107,6 +108,18 @@ class SimplifiedTrainer:
             self.claim.add(self.folder)
         self.attempts = [*([] if start is None else [folder.name for folder in start.attempts]), self.folder.name]
         self.log = self._start_log(None if start is None else start.checkpoint.get("wandb_run_id"))
+
+    def _choose_format(self, runtime: Runtime, start: Start | None) -> torch.dtype:
+        """The format of this run: that of the run that it resumes where precision=auto, and said in one line where it changes."""
+        if start is None or "runtime" not in start.checkpoint:  # earlier versions stored none
+            return runtime.dtype
+        stored = start.checkpoint["runtime"]["precision"]
+        if stored != runtime.precision and self.config.precision == "auto":
+            print(f"resumes in {stored}, the format of {start.path}, where precision=auto would now choose {runtime.precision}")
+            return PRECISIONS[stored]
+        if stored != runtime.precision:
+            print(f"resumes in {runtime.precision}, as asked, where {start.path} was trained in {stored}: the run changes its format here")
+        return runtime.dtype
 
     def _load_judge(self) -> DigitJudge | None:
         """The judge that ships, or None, said in one line, where it cannot read this run's videos."""
@@ -138,7 +151,12 @@ class SimplifiedTrainer:
             return SilentLog()
         columns = (*self.stage.columns, *(() if self.fixed_prompts is None else JUDGED_COLUMNS))
         picture = ("health.png", draw_run) if isinstance(self.stage, SelfForcingStage) else ("curves.png", draw_curves)
-        return RunLog(self.folder, columns, config_to_dict(self.config), self.config.wandb, *picture, wandb_run_id)
+        facts = {**config_to_dict(self.config), "runtime": self._facts_of_runtime()}
+        return RunLog(self.folder, columns, facts, self.config.wandb, *picture, wandb_run_id)
+
+    def _facts_of_runtime(self) -> dict[str, str]:
+        """What device=auto and precision=auto were resolved to."""
+        return {"device": self.runtime.device.type, "precision": self.runtime.precision}
 
     def _resume(self, path: Path, checkpoint: dict[str, Any]) -> None:
         if checkpoint["training_type"] != self.config.training.training_type:
@@ -271,7 +289,7 @@ class SimplifiedTrainer:
         own_states = global_random_states()
         checkpoint = {
             "step": step, "training_type": self.config.training.training_type, "config": config_to_dict(self.config),
-            **self.stage.state_dict(), "global_random_states": own_states, "wandb_run_id": self.log.wandb_run_id,
+            **self.stage.state_dict(), "runtime": self._facts_of_runtime(), "global_random_states": own_states, "wandb_run_id": self.log.wandb_run_id,
             "attempts": self.attempts,
         }
         if self.processes.count > 1:

@@ -47,13 +47,19 @@ if "INTERRUPTS" in os.environ:
 folder.joinpath("checkpoint_final.pt").touch()
 """
 FAKE_EVALUATE = """
-import json, sys
+import hashlib, json, sys
 from pathlib import Path
 asked = dict(argument.split("=", 1) for argument in sys.argv[1:])
 folder = Path(asked["output_dir"].strip("'"))
 value = 0.5 if "seed1" in folder.name else 0.25
+checkpoint = Path(asked["checkpoint"].strip("'").replace(chr(92), ""))
+if "seed1000" in folder.name:  # of a selection: the best rate is the one nearest to 2e-4
+    trained = json.loads((folder.parent.parent / "trainings" / checkpoint.parent.name / "settings.json").read_text())["settings"]
+    value = 1 - 1000 * abs(trained["training.lr"] - 2e-4)
 figures = {"frames_right": value, "frames_right_ci": [0.2, 0.6], "frames_right_by_frame": [0.1], "frames_per_second": 30.0}
-sampler = "naive" if "denoising_steps" in asked else "guided" if "num_steps" in asked else "own"
+figures |= {"checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "evaluations_a_block": 8, "cache_evaluations_a_block": 2}
+sampler = "unguided" if "denoising_steps" in asked else "guided" if "num_steps" in asked else "own"
+sampler += " block by block" if "causal" in asked else ""
 rows = {"real": {**figures, "frames_right": 0.875}, f"x, {sampler}, guidance 2": figures}
 folder.joinpath("evaluation.json").write_text(json.dumps(rows))
 """
@@ -187,21 +193,26 @@ def test_a_comparison_end_to_end_and_a_second_time_nothing(ask, tmp_path, monkey
 
 
 def test_rows_are_sampled_as_they_are_called(ask, fake):
-    assert compare(ask("experiment.rows=[real,teacher,tf,tf_naive,sf_gan]", "experiment.guidance=1.5")) == 0
+    asked = "real,teacher,start,start_few,start_half,start_unguided,tf,tf_few,tf_unguided,sf_gan"
+    assert compare(ask(f"experiment.rows=[{asked}]", "experiment.guidance=1.5")) == 0
     text = markdown(fake)
-    samplers = {title: cells(text, title)[0][1] for title in ("bidirectional teacher", "TF", "TF, naive", "Self-Forcing, GAN")}
-    assert samplers == {
-        "bidirectional teacher": "guided, guidance 2", "TF": "guided, guidance 2", "TF, naive": "naive, guidance 2",
-        "Self-Forcing, GAN": "own, guidance 2",
-    }
-    assert cells(text, "real video")[0][1:3] == ["-", "0.875 [0.200, 0.600]"]
+    samplers = {title: cells(text, title)[0][1].removesuffix(", guidance 2") for title in (
+        "bidirectional teacher", "start, no training", "start, guided", "start, guided, half the steps", "start, no guidance", "TF",
+        "TF, guided", "TF, no guidance", "Self-Forcing, GAN")}
+    many = "guided block by block"
+    assert list(samplers.values()) == ["guided", many, many, many, "unguided", many, many, "unguided", "own"]
+    assert cells(text, "real video")[0][1:4] == ["-", "-", "0.875 [0.200, 0.600]"] and cells(text, "TF")[0][2] == "8 + 2"
+    plans = {path.parent.name.partition("-")[0]: json.loads(path.read_text())["settings"]["plan"]
+             for path in (fake / "logs" / "scores").glob("*/settings.json")}
+    assert len(plans["start"]["times"]) == 50 and plans["start_few"]["times"] == pytest.approx([1, 0.9, 0.75, 0.5])
+    assert plans["start_half"]["times"] == pytest.approx([1, 0.75]) and not plans["start_half"]["fresh_noise"]
+    assert plans["start_unguided"]["fresh_noise"] and plans["start_unguided"]["guidance"] == 1
     assert len(list((fake / "logs" / "trainings").iterdir())) == 2  # one training serves both rows of TF
     (asked,) = (fake / "logs" / "trainings").glob("tf-*/run-0/asked.txt")
     lines = asked.read_text().splitlines()
     assert {"training=teacher_forcing", "training.num_steps=4", "training.max_num_frames=6", "wandb.mode=disabled"} <= set(lines)
     assert f"threads={os.cpu_count()}" in lines  # budget 6 x 2.0 over 3.0 a step is 4 steps
-    settings = [json.loads(path.read_text())["settings"] for path in (fake / "logs" / "scores").glob("t*/settings.json")]
-    assert sum("guidance=1.5" in item["options"] for item in settings) == 2
+    assert [plans[name]["guidance"] for name in ("teacher", "start_few", "tf", "tf_few", "tf_unguided")] == [1.5, 1.5, 1.5, 1.5, 1]
 
 
 def test_an_interrupted_training_goes_on_from_its_newest_readable_checkpoint(ask, fake, monkeypatch, capsys):
@@ -234,29 +245,66 @@ def test_what_the_table_holds_is_done_where_its_folders_are_gone(ask, fake, monk
     assert compare(ask("experiment.rows=[real,sf_dmd]")) == 0
     before = (fake / "results" / "table2.md").read_text()
     shutil.rmtree(fake / "logs")
-    assert compare(ask("experiment.rows=[real,tf,tf_naive,sf_dmd]")) == 0
+    assert compare(ask("experiment.rows=[real,tf,tf_unguided,sf_dmd]")) == 0
     output = capsys.readouterr().out
-    assert [output.count(f"scoring {row}, blocks of 3, seed 0: starts") for row in ("sf_dmd", "tf", "tf_naive")] == [1, 1, 1]
+    assert [output.count(f"scoring {row}, blocks of 3, seed 0: starts") for row in ("sf_dmd", "tf", "tf_unguided")] == [1, 1, 1]
     for title in ("real video", "Self-Forcing, DMD", "sf_dmd"):
         assert cells(markdown(fake), title) == cells(before, title) != []
-    assert cells(markdown(fake), "TF, naive")[0][2] != "-" and "Not complete" not in markdown(fake)
+    assert cells(markdown(fake), "TF, no guidance")[0][3] != "-" and "Not complete" not in markdown(fake)
     assert not list((fake / "results").glob("table2-*.json"))  # nothing of the earlier table is missing in the new one
     shutil.rmtree(fake / "logs")
     monkeypatch.setattr(comparison.subprocess, "Popen", None)
-    assert compare(ask("experiment.rows=[real,tf,tf_naive,sf_dmd]")) == 0
+    assert compare(ask("experiment.rows=[real,tf,tf_unguided,sf_dmd]")) == 0
 
 
-def test_a_key_that_came_later_counts_as_the_same_at_its_default_alone(ask, fake):
+@pytest.mark.parametrize(("change", "words"), [
+    ({"code_sha256": "0" * 64}, "code_sha256 0000"), ({"plan.guidance": 9.0}, "plan.guidance 9.0, now 1.0"),
+    ({"precision": "bfloat16"}, "precision bfloat16, now float32"), ({"network.training.lr": 1.0}, "network.training.lr 1.0, now"),
+    ({"network.code_sha256": "0"}, "network.code_sha256 0, now"), (None, "what made it is not recorded"),
+])
+def test_a_row_of_an_earlier_table_counts_only_where_all_that_made_it_is_the_same(ask, fake, capsys, change, words):
+    """Options that read the same may resolve to other settings: the teacher's were 2.5 once and 4 later."""
     assert compare(ask("experiment.rows=[sf_dmd]")) == 0
-    (training,) = Comparison(ask("experiment.rows=[sf_dmd]")).trainings
-    before = {key: value for key, value in training.settings.items() if key != "training.clip_norm"}
+    shutil.rmtree(fake / "logs")
+    path = fake / "results" / "table2.json"
+    table = json.loads(path.read_text())
+    row = table["rows"]["sf_dmd"]["3"]["0"]
+    if change is None:
+        del row["made_with"]
+    for key, value in (change or {}).items():
+        group, _, name = key.partition(".")
+        if name:
+            row["made_with"][group][name] = value
+        else:
+            row["made_with"][group] = value
+    path.write_text(json.dumps(table))
+    capsys.readouterr()
+    assert all(score.kept is None for score in Comparison(ask("experiment.rows=[sf_dmd]")).scores)
+    assert f"not taken from the earlier table: {words}"[:60] in capsys.readouterr().out
 
-    def is_same(stored: dict[str, object]) -> bool:
-        return comparison.is_same_result(stored, training.settings, training.paradigm)
 
-    assert is_same(before) and not is_same({**before, "training.lr": 1.0}) and not is_same({**before, "gone": 1})
-    training.settings["training.clip_norm"] = 2.0
-    assert not is_same(before)
+def test_a_row_of_another_checkpoint_is_not_taken(ask, fake, capsys):
+    assert compare(ask("experiment.rows=[sf_dmd]")) == 0
+    shutil.rmtree(fake / "logs" / "scores")
+    (training,) = (fake / "logs" / "trainings").iterdir()
+    (training / "checkpoint_final.pt").write_bytes(b"trained anew")
+    assert all(score.kept is None for score in Comparison(ask("experiment.rows=[sf_dmd]")).scores)
+    assert "not taken from the earlier table: another " in capsys.readouterr().out
+
+
+def test_every_paradigm_is_offered_the_same_candidates_on_a_seed_that_the_table_does_not_use(ask, fake):
+    config = ask("experiment.rows=[tf,sf_dmd]", "experiment.candidates=[0.5,1,2]")
+    assert compare(config) == 0
+    chosen = json.loads((fake / "results" / "table2_candidates.json").read_text())
+    assert chosen["seed"] == 1000 and set(chosen["frames_right"]) == {"tf, blocks of 3", "sf_dmd, blocks of 3"}
+    assert all(set(figures) == {"0.5", "1", "2"} for figures in chosen["frames_right"].values())
+    table = json.loads((fake / "results" / "table2.json").read_text())
+    rates = {each["paradigm"]: (each["lr"], each["seed"]) for each in table["trainings"]}
+    assert rates == {"tf": (1.5e-4, 0), "sf_dmd": (1.5e-4, 0)}  # of 3e-4 and 1.5e-4 those nearest to 2e-4
+    (tf,) = [each for each in table["trainings"] if each["paradigm"] == "tf"]
+    assert tf["settings"]["training.muon_lr"] == 3e-4
+    with pytest.raises(ValueError, match="experiment.selection_seed is 0: expected another seed"):
+        ComparisonConfig(selection_seed=0)
 
 
 def test_flops_are_taken_from_an_earlier_table_whose_steps_were_the_same(ask, fake, monkeypatch):
@@ -267,7 +315,6 @@ def test_flops_are_taken_from_an_earlier_table_whose_steps_were_the_same(ask, fa
     (described,) = table["trainings"]
     counted = described["gflops_per_step"]
     described["gflops_per_step"] = 2 * counted  # so that it shows from where they are
-    del described["settings"]["training.clip_norm"]  # a key that came later
     path.write_text(json.dumps(table))
     counts.unlink()
     for more in ([], ["experiment.seeds=[3]"], ["experiment.budget=40"]):  # neither seed nor length is one of a step
@@ -304,12 +351,12 @@ def test_a_file_that_is_no_table_is_not_written_over(ask, fake, text: str):
 
 def test_a_failed_training_is_one_line_and_the_others_go_on(ask, fake, monkeypatch, capsys):
     monkeypatch.setenv("BREAKS", "teacher_forcing")
-    assert compare(ask("experiment.rows=[tf,tf_naive,sf_dmd]", "experiment.processes=2")) == 3
+    assert compare(ask("experiment.rows=[tf,tf_unguided,sf_dmd]", "experiment.processes=2")) == 3
     lines = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
     assert len(lines) == 1 and "error: it broke; log " in lines[0] and Path(lines[0].rpartition("log ")[2]).is_file()
     text = markdown(fake)
     assert "**Not complete**: 1 of 3 results" in text and "training tf, blocks of 3, seed 0, 4 steps failed: error: it broke" in text
-    assert cells(text, "TF")[0][1:] == ["-"] * (len(COLUMNS) + 1) and cells(text, "Self-Forcing, DMD")[0][2] == "0.250 [0.200, 0.600]"
+    assert cells(text, "TF")[0][1:] == ["-"] * (len(COLUMNS) + 2) and cells(text, "Self-Forcing, DMD")[0][3] == "0.250 [0.200, 0.600]"
 
 
 def test_an_interruption_stops_the_children_and_says_how_to_go_on(ask, fake, monkeypatch):
@@ -325,17 +372,17 @@ def test_an_interruption_stops_the_children_and_says_how_to_go_on(ask, fake, mon
 def test_several_seeds_are_a_mean_and_a_range_and_a_partial_one_says_so(ask, fake):
     config = ask("experiment.rows=[df]", "experiment.seeds=[0,1]")
     assert compare(config) == 0
-    assert cells(markdown(fake), "DF")[0][2] == "0.375 [0.250, 0.500]" and "the range over 2 trainings" in markdown(fake)
+    assert cells(markdown(fake), "DF")[0][3] == "0.375 [0.250, 0.500]" and "the range over 2 trainings" in markdown(fake)
     table = Comparison(config).table()
     del table["rows"]["df"]["3"]["0"]
-    assert cells(as_markdown(table), "DF (1 of 2 seeds)")[0][2] == "0.500 [0.200, 0.600]"
+    assert cells(as_markdown(table), "DF (1 of 2 seeds)")[0][3] == "0.500 [0.200, 0.600]"
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(("given", "words"), [
-    ({"rows": ["sf_dmd", "sf"]}, "experiment.rows is sf: expected any of real, teacher, tf"),
+    ({"rows": ["sf_dmd", "sf"]}, "experiment.rows is sf: expected any of real, teacher, start, "),
     ({"rows": ["real"]}, "experiment.rows is .*another row too"),
     ({"blocks": [3, 2]}, "experiment.blocks is 2: expected blocks that divide experiment.num_frames=21"),
     ({"blocks": []}, "experiment.blocks is .*at least one"),
@@ -344,7 +391,7 @@ def test_several_seeds_are_a_mean_and_a_range_and_a_partial_one_says_so(ask, fak
     ({"seeds": []}, "experiment.seeds is .*at least one"),
     ({"seeds": [1, 1]}, "experiment.seeds is .*each one once"),
     ({"overrides": {"all": ["training.num_steps=3"]}}, "experiment.overrides.all is training.num_steps=3: expected KEY=VALUE"),
-    ({"naive_steps": [500]}, "experiment.naive_steps is"),
+    ({"denoising_steps": [500]}, "experiment.denoising_steps is"),
 ])
 def test_what_cannot_be_compared_is_refused(given: dict[str, object], words: str):
     with pytest.raises(ValueError, match=words):

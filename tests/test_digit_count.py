@@ -32,7 +32,7 @@ def single():
 
 def test_real_videos_of_two_digits_show_two_and_the_right_ones(judge, pair):
     figures = count_digits(judge, pair.video, pair.captions, PAIR)
-    assert figures["count_right"] > 0.8 and figures["videos_right"] > 0.7
+    assert figures["count_right"] > 0.7 and figures["videos_right"] > 0.7
     assert 0.35 < figures["frames_right"] <= figures["frames_readable"] < 0.7  # half of the frames show digits that touch
     assert figures["frames_right"] > 0.85 * figures["frames_readable"]
     assert len(figures["frames_right_by_frame"]) == NUM_FRAMES and "frames_right_slope_ci" in figures
@@ -49,7 +49,7 @@ def test_a_digit_too_few_too_many_or_another_is_wrong(judge, pair, single):
     one_asked = count_digits(judge, pair.video, single.captions, PAIR)
     assert one_asked["count_right"] < 0.2 and one_asked["videos_right"] < 0.1
     others = count_digits(judge, pair.video, pair.captions[1:] + pair.captions[:1], PAIR)
-    assert others["count_right"] > 0.8 and others["videos_right"] < 0.2
+    assert others["count_right"] > 0.7 and others["videos_right"] < 0.2
 
 
 def test_pieces_are_counted_apart_and_what_is_too_large_too_small_or_saturated_is_no_digit(judge, single):

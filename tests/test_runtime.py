@@ -87,6 +87,20 @@ def test_the_codes_digest_changes_with_any_file_and_not_with_the_place(tmp_path,
     assert digests[0] == digests[1] != digests[2] and len(digests[0]) == 64
 
 
+def test_a_digest_of_some_rooms_covers_what_they_import_and_nothing_else(tmp_path, monkeypatch):
+    import runtime
+
+    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "runtime.py"))
+    files = {"sampler": "from deep import f\nimport torch\n", "deep": "def f():\n    import deeper\n", "deeper": "", "plots": "import sampler\n"}
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    before = runtime.code_digest("sampler")
+    (tmp_path / "plots.py").write_text("import sampler as s\n")
+    assert runtime.code_digest("sampler") == before
+    (tmp_path / "deeper.py").write_text("x = 1\n")
+    assert runtime.code_digest("sampler") != before
+
+
 def test_a_missing_compiler_is_named_before_it_is_needed(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match="^--compile needs a C.. compiler, and no-such-compiler is not there"):

@@ -81,7 +81,7 @@ def test_the_matrix_says_what_moved(figures):
     page = as_markdown(figures, "Title")
     frozen = next(line for line in page.splitlines() if line.startswith("| frozen"))
     assert "**0.000 ↓**" in frozen and page.startswith("# Title")
-    assert max(len(line) for line in as_text(figures).splitlines()) <= 160
+    assert max(len(line) for line in as_text(figures).splitlines()) <= 184
     assert "0.00-!" in as_text(figures)
 
 
