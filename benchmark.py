@@ -1,16 +1,19 @@
 """Speed, as ratios and shares measured in one run: what generation and training take, and how much of it is arithmetic.
 
-    python benchmark.py [--parts generation teacher training anchor] [--batch_sizes 1 4 16] [--precisions float32 bfloat16]
+    python benchmark.py [--parts generation teacher training] [--batch_sizes 1 4 16] [--precisions float32 bfloat16]
                         [--num_frames 21] [--repeats 5] [--compile] [--int8] [--output PATH.json]
     python benchmark.py --parts generation training --batch_sizes 1 --precisions float32 --repeats 2      # a quick run
 
 Parts: "generation", the student with its KV cache, split into phases, and the same rollout with the past recomputed; "teacher",
-its teacher beside it; "training", a step of Self-Forcing; "anchor", an untrained network of the sizes at which the public
-Self-Forcing code was measured.
+its teacher beside it; "training", a step of Self-Forcing; "public", an untrained network of ours beside that of the public Self-Forcing
+code at the same size, on the CPU in float32 at batch 1:
+
+    git clone https://github.com/guandeh17/Self-Forcing
+    python benchmark.py --parts public --public_code Self-Forcing [--patch_sizes 4 8] [--compile] [--repeats 5]
 
 Machines are noisy: what is compared takes turns in one run, each figure is the median of its repeats, and the limit is measured in
-the same turns: the FLOPs a second of a large matrix product, of floats where the student multiplies integers too. Ratios and shares of
-the limit are what to quote.
+the same turns: the FLOPs a second of a large matrix product, of floats where the student multiplies integers too. Ratios of one run and
+shares of the limit are what to quote, never a figure against one of another machine.
 """
 
 from __future__ import annotations
@@ -28,23 +31,24 @@ from checkpoint import CheckpointError, LoadedNetworks, load_networks
 from config import Config, check_parts_fit
 from interruption import EXIT_CTRL_C
 from output_folder import require_writable
+from public_code import check_clone
 from runtime import Runtime, describe_machine, resolve_runtime
 from sampling import check_length
 from speed import (
-    ANCHOR_RATE,
-    ANCHOR_SIZES,
+    PUBLIC,
     Cost,
     GenerationSpeed,
     Samplers,
+    SideBySide,
     TrainingSpeed,
-    anchor_samplers,
     measure_generation,
+    measure_side_by_side,
     measure_training,
 )
 from training_config import SelfForcingConfig
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
-PARTS = ("generation", "teacher", "training", "anchor")
+PARTS = ("generation", "teacher", "training", "public")  # the last only where asked for: it needs a clone
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -52,7 +56,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Speed of generation and training, measured in one run.", allow_abbrev=False)
     parser.add_argument("--student", type=Path, default=PRETRAINED / "student.pt")
     parser.add_argument("--teacher", type=Path, default=PRETRAINED / "teacher.pt")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:-1]))
+    parser.add_argument("--public_code", type=Path, metavar="DIR", help="clone of the public code, for --parts public")
+    parser.add_argument("--patch_sizes", type=int, nargs="+", default=[4, 8], help="of --parts public: pixels a side")
     parser.add_argument("--num_frames", type=int, default=21, help="of every video, in training too")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16], help="of generation")
     parser.add_argument("--training_batch_size", type=int, default=SelfForcingConfig().batch_size)
@@ -72,6 +78,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     ):
         if value < 1:
             raise ValueError(f"--{name} is {value}: expected at least 1")
+    if "public" in arguments.parts:
+        check_clone(arguments.public_code)
+    if arguments.public_code is not None and "public" not in arguments.parts:
+        raise ValueError(f"--public_code is {arguments.public_code}, but nothing is measured beside it: give --parts public too")
     if arguments.int8 and not arguments.compile:
         raise ValueError("--int8 is the compiled student once more, in 8-bit integers: give --compile too")
     output = arguments.output
@@ -137,17 +147,13 @@ def training_lines(speed: TrainingSpeed) -> list[str]:
     ]
 
 
-def anchor_lines(speeds: list[GenerationSpeed]) -> list[str]:
-    sizes = ", ".join(f"{name} {value}" for name, value in ANCHOR_SIZES.items())
-    lines = [f"\nanchor: an untrained network of {sizes}; the public code made {ANCHOR_RATE} frames/s in float32 (about 170 GFLOP/s)"]
-    for speed in speeds:
-        most = speed.limit * speed.num_frames / speed.whole.flops
-        lines.append(
-            f"  {speed.sampler}, {speed.precision}: "
-            f"{speed.frames_per_second:.1f} frames/s, {speed.frames_per_second / ANCHOR_RATE:.2f} x the anchor's, "
-            f"{speed.whole.share_of_limit:.1%} of the limit, at which it would be {most:.1f}"
-        )
-    return [*lines, *(line for line in generation_lines(speeds)[3 + len(speeds) - 1:])]
+def side_by_side_lines(speed: SideBySide) -> list[str]:
+    sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in speed.parameters.items())
+    lines = [f"\nbeside the public code: patches of {speed.patch_size}, {speed.num_frames} frames, batch 1, float32; parameters: {sizes}"]
+    for sampler, rate in speed.frames_per_second.items():
+        ratio = "" if sampler == PUBLIC else f", {speed.ratio(sampler):.2f} times the public code"
+        lines.append(f"  {sampler}: {rate:.1f} frames/s{ratio}")
+    return lines
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -179,11 +185,14 @@ def run(arguments: argparse.Namespace) -> None:
         for batch_size in arguments.batch_sizes:
             speeds = measure_generation(samplers, runtimes, batch_size, arguments.num_frames, arguments.repeats)
             report(generation_lines(speeds), speeds, results["generation"])
-    if "anchor" in arguments.parts:
-        results["anchor"] = []
-        anchor = anchor_samplers(student, device, variants)
-        speeds = measure_generation(anchor, runtimes, 1, arguments.num_frames, arguments.repeats)
-        report(anchor_lines(speeds), speeds, results["anchor"])
+    if "public" in arguments.parts:
+        results["public"] = []
+        for patch_size in arguments.patch_sizes:
+            pair = measure_side_by_side(
+                arguments.public_code, student, patch_size, variants, arguments.num_frames, arguments.repeats
+            )
+            print("\n".join(side_by_side_lines(pair)), flush=True)
+            results["public"].append(asdict(pair))
     if "training" in arguments.parts:
         results["training"] = []
         steps = measure_training(training, runtimes, arguments.repeats)

@@ -5,10 +5,11 @@ Dimensions: B batch, F frames, C channels, H height, W width.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -21,13 +22,14 @@ import stages
 from checkpoint import LoadedNetworks
 from config import Config
 from flow_matching import add_noise, x_0_from_velocity
+from public_code import build_public_network, sample_public
 from rollout import BidirectionalPlan, RolloutPlan, clamp_to_data, draw_noise, make_noise_streams
 from runtime import Runtime
 from sampling import SamplerSettings, prepared, sample_few_step, sample_many_step
 from seeds import Purpose, torch_generator
 from stages import SelfForcingStage
 from timing import MATRIX_SIZES, PRODUCT_FLOPS, Phases, clock, flop_counter, matrix_products, medians, time_in_turns
-from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+from tiny_causal_wan import TinyCausalWanModel
 from training_config import SelfForcingConfig
 from video_io import save_array, save_video, to_display
 
@@ -38,8 +40,6 @@ ROLLOUT, SCORES, CRITIC_LOSS, AVERAGES = "rollout", "scores", "critic: loss", "a
 BACKWARD, OPTIMIZER = "{}: backward", "{}: clipping, optimizer"  # these two of generator and critic
 # How the student is prepared (`sampling.prepared`). Where it is compiled the plain student's FLOPs count: a compiled pass hides its own.
 VARIANTS = {"student": (), "compiled": ("--compile",), "int8": ("--compile", "--int8")}
-ANCHOR_SIZES = {"width": 192, "num_layers": 6, "num_heads": 3, "patch_size": [1, 4, 4]}
-ANCHOR_RATE = 21.8  # frames/s of the public Self-Forcing code at these sizes: batch 1, float32, 21 frames of 32 px, two quiet cores
 
 
 @dataclass(frozen=True)
@@ -268,11 +268,45 @@ def time_output(videos: Tensor, repeats: int) -> tuple[float, float]:
     return seconds["gif"], seconds["npz"]
 
 
-def anchor_samplers(student: LoadedNetworks, device: torch.device, variants: tuple[str, ...]) -> Samplers:
-    """An untrained network of `ANCHOR_SIZES`, sampled as the student is."""
-    config = ModelConfig(**{**asdict(student.config.model), **ANCHOR_SIZES})
-    network = TinyCausalWanModel(config).to(device).eval().requires_grad_(False)
-    return Samplers(replace(student, generator=network), None, without_cache=False, variants=variants)
+PUBLIC, PUBLIC_COMPILED = "public code", "public code, compiled"
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The public code and ours at one size, in turns: untrained networks on the CPU in float32 at batch 1, blocks and steps those of the
+    student. parameters, frames_per_second: by sampler, `PUBLIC` and `VARIANTS` among them."""
+
+    patch_size: int
+    num_frames: int
+    parameters: dict[str, int]
+    frames_per_second: dict[str, float]
+
+    def ratio(self, sampler: str) -> float:
+        """How many times as fast as the public code a sampler is, in this very run."""
+        return self.frames_per_second[sampler] / self.frames_per_second[PUBLIC]
+
+
+def measure_side_by_side(
+    folder: Path | None, student: LoadedNetworks, patch_size: int, variants: tuple[str, ...], num_frames: int, repeats: int
+) -> SideBySide:
+    """The public code of a clone in `folder` against ours. Raises ValueError as `build_public_network`."""
+    config = replace(student.config.model, patch_size=[1, patch_size, patch_size])
+    runtime, text = Runtime(torch.device("cpu"), torch.float32), student.text_encoder.cpu().encode([PROMPT])[0]
+    public = build_public_network(folder, config, text.shape[1])
+    own = replace(student, generator=TinyCausalWanModel(config).eval().requires_grad_(False))
+    samplers = Samplers(own, None, without_cache=False, variants=variants)
+    plan, random = samplers.plan, torch_generator(0, Purpose.SELF_TEST)
+    walk = (config, text, num_frames, plan.num_frames_per_block, plan.times, random)
+    contestants: dict[str, Callable[[], object]] = {PUBLIC: partial(sample_public, public, *walk)}
+    if "compiled" in variants:
+        contestants[PUBLIC_COMPILED] = partial(sample_public, torch.compile(copy.deepcopy(public)), *walk)
+    contestants |= samplers.calls(1, num_frames, runtime)
+    seconds = time_in_turns(contestants, repeats, runtime.device)
+    sizes = {PUBLIC: public, "student": own.generator}
+    return SideBySide(
+        patch_size, num_frames, {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in sizes.items()},
+        {name: num_frames / taken for name, taken in seconds.items()},
+    )
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ ROOMS = (
     "config", "objectives", "distribution_losses", "rollout", "dynamic_video_sf", "few_step", "runtime", "sharding", "distributed",
     "checkpoint", "resume", "interruption", "streaming", "sampling", "held_out", "video_io", "video_input", "ink", "distribution", "glyphs", "digit_judge", "tracking",
     "video_judge", "corruptions", "metrics", "digit_count", "panel", "sanity", "report", "run_log", "health",
-    "starting_networks", "stages", "few_step_stage", "timing", "compute", "speed", "comparison_jobs", "comparison_report", "comparison",
+    "starting_networks", "stages", "few_step_stage", "timing", "compute", "public_code", "speed", "comparison_jobs", "comparison_report", "comparison",
     "train", "generate", "evaluate", "benchmark", "long_video", "demo",
 )
 FILES = sorted(ROOT.glob("*.py"))

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from checkpoint import LoadedNetworks, save_checkpoint
 from compute import flops_per_step
 from config import Config, PretrainConfig, SelfForcingConfig, config_to_dict
 from moving_mnist import DatasetConfig
+from public_code import build_public_network, sample_public
 from rollout import RolloutPlan
 from runtime import Runtime
 from sampling import sample_few_step
@@ -49,7 +52,7 @@ PROMPTS, SEEDS = ["a 3 moving up", "the digit 5"], [1, 2]
 def networks() -> LoadedNetworks:
     torch.manual_seed(0)
     text_encoder = TextEncoder(TextEncoderConfig(width=32, max_tokens=12)).eval()
-    return LoadedNetworks(build_small_model(), text_encoder, Config(training=SelfForcingConfig()), 0, {})
+    return LoadedNetworks(build_small_model(), text_encoder, Config(training=SelfForcingConfig()), 0, {}, ("train",))
 
 
 def run_config(training: PretrainConfig | SelfForcingConfig) -> Config:
@@ -252,7 +255,6 @@ def small_products(monkeypatch) -> None:
 def test_every_part_reaches_the_terminal_and_the_file(files, tmp_path, monkeypatch, capsys):
     small_products(monkeypatch)
     monkeypatch.setattr(benchmark, "SelfForcingConfig", lambda **wishes: SelfForcingConfig(denoising_steps=[1000, 500], **wishes))
-    monkeypatch.setattr("speed.ANCHOR_SIZES", {"width": 48, "num_layers": 1, "num_heads": 3, "patch_size": [1, 2, 2]})
     output = tmp_path / "speed.json"
     main([
         "--student", str(files["student"]), "--teacher", str(files["teacher"]), "--num_frames", "6", "--batch_sizes", "1", "2",
@@ -274,8 +276,8 @@ def test_every_part_reaches_the_terminal_and_the_file(files, tmp_path, monkeypat
         assert row["whole"]["seconds"] == pytest.approx((row["generator_turn_seconds"] + 3 * row["critic_turn_seconds"]) / 4)
         assert sum(part["flops"] for part in row["split"].values()) == pytest.approx(row["whole"]["flops"])
         assert {"rollout", "scores", "generator: backward", "critic: loss", "critic: backward", REST} < set(row["split"])
-    assert [(row["precision"], row["sampler"]) for row in results["anchor"]] == [("float32", "student"), ("bfloat16", "student")]
-    assert all(text in shown for text in ("first block", "cache pass", "limit:", "rollout", "critic: backward", "anchor:", "writing them"))
+    assert all(text in shown for text in ("first block", "cache pass", "limit:", "rollout", "critic: backward", "writing them"))
+    assert "public" not in results  # only where asked for
     assert set(student) == set(GenerationSpeed.__dataclass_fields__)
 
 
@@ -287,6 +289,9 @@ def test_every_part_reaches_the_terminal_and_the_file(files, tmp_path, monkeypat
     (["--num_frames", "7"], "num_frames is 7: expected a positive multiple of num_frames_per_block=3"),
     (["--num_frames", "0"], "num_frames is 0"),
     (["--num_frames", "24"], "num_frames is 24: the bidirectional teacher makes at most the 21 frames"),
+    (["--parts", "public"], "--parts public needs the public code to run beside ours: git clone https://github.com/guandeh17/Self-Forcing"),
+    (["--parts", "public", "--public_code", "absent"], "--public_code is absent, which lacks wan/modules/model.py: git clone"),
+    (["--public_code", "absent"], "--public_code is absent, but nothing is measured beside it: give --parts public too"),
     (["--output", "speed.txt"], "--output is speed.txt: expected a file name ending in .json"),
     (["--output", "absent/speed.json"], "in a folder that exists"),
     pytest.param(["--output", "/proc/speed.json"], "cannot write into the folder /proc (", marks=pytest.mark.skipif(
@@ -307,3 +312,77 @@ def test_bad_input_is_one_line_before_anything_is_measured(files, wish, message,
 def test_the_clock_goes_forward():
     read = clock(CPU.device)
     assert read() <= read()
+
+
+# ------------------------------------------------------------------------------------------------- beside the public code
+
+
+PUBLIC_MODEL = "from .attention import flash_attention\nfrom diffusers.models.modeling_utils import ModelMixin\n"
+PUBLIC_NETWORK = """
+import torch
+from wan.modules.attention import attention
+from wan.modules.model import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+class CausalWanModel(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, patch_size, text_len, in_dim, dim, ffn_dim, freq_dim, text_dim, out_dim, num_heads, num_layers):
+        super().__init__()
+        self.asked, self.layers = [], num_layers
+        self.weight = torch.nn.Parameter(torch.zeros(dim, ffn_dim))
+
+    def forward(self, x, t, context, seq_len, kv_cache, crossattn_cache, current_start):
+        assert len(kv_cache) == len(crossattn_cache) == self.layers and not crossattn_cache[0]["is_init"]
+        kv_cache[0]["k"][:, current_start: current_start + 1] += 1
+        self.asked.append((t.unique().item(), current_start, tuple(x.shape)))
+        return torch.ones_like(x)
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder laid out as the public code's, whose network says that every velocity is 1."""
+    modules = tmp_path / "clone" / "wan" / "modules"
+    modules.mkdir(parents=True)
+    (modules / "model.py").write_text(PUBLIC_MODEL)
+    (modules / "causal_model.py").write_text(PUBLIC_NETWORK)
+    return tmp_path / "clone"
+
+
+def test_the_public_network_is_asked_as_its_pipeline_asks_it_and_leaves_no_modules(clone: Path):
+    before, config = dict(sys.modules), ModelConfig(**SMALL_SIZES)
+    network = build_public_network(clone, config, 4)
+    assert sys.modules.keys() == before.keys() and network.weight.shape == (24, 48)
+    random, times = torch.Generator().manual_seed(0), (1.0, 0.75, 0.5)
+    video = sample_public(network, config, torch.randn(1, 4, 32), 9, 3, times, random)
+    assert video.shape == (1, 9, 1, 8, 8)
+    passes = [*(1000 * time for time in times), 0.0]  # the last writes the cache
+    assert network.asked == [(t, 4 * first, (1, 1, 3, 8, 8)) for first in (0, 3, 6) for t in passes]
+
+
+def test_ours_and_the_public_code_take_turns_and_the_ratio_is_theirs(files, clone: Path, tmp_path, monkeypatch, capsys):
+    small_products(monkeypatch)
+    output = tmp_path / "speed.json"
+    main(["--parts", "public", "--public_code", str(clone), "--patch_sizes", "4", "2", "--num_frames", "6", "--repeats", "1", "--device",
+          "cpu", "--student", str(files["student"]), "--teacher", str(files["teacher"]), "--output", str(output)])
+    rows, shown = json.loads(output.read_text())["public"], capsys.readouterr().out
+    assert [row["patch_size"] for row in rows] == [4, 2]
+    rates = rows[0]["frames_per_second"]
+    assert set(rates) == {"public code", "student"}
+    assert f"{rates['student'] / rates['public code']:.2f} times the public code" in shown
+
+
+def test_another_version_of_the_public_code_is_one_line(clone: Path):
+    network = clone / "wan" / "modules" / "causal_model.py"
+    network.write_text(network.read_text().replace("freq_dim, ", ""))
+    with pytest.raises(ValueError, match="whose network cannot be built .*freq_dim.*another version"):
+        build_public_network(clone, ModelConfig(**SMALL_SIZES), 4)
+
+
+@pytest.mark.skipif("SELF_FORCING_CLONE" not in os.environ, reason="SELF_FORCING_CLONE names no clone of the public code")
+def test_the_real_public_network_has_our_size_and_its_cache_matters():
+    config = ModelConfig()
+    network = build_public_network(Path(os.environ["SELF_FORCING_CLONE"]), config, 8)
+    counts = [sum(parameter.numel() for parameter in each.parameters()) for each in (network, TinyCausalWanModel(config))]
+    assert counts[0] == pytest.approx(counts[1], rel=0.02)
+    assert sample_public(network, config, torch.randn(1, 8, 64), 6, 3, (1.0, 0.5), torch.Generator().manual_seed(0)).isfinite().all()
