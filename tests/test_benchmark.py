@@ -231,8 +231,7 @@ def test_watching_a_training_step_changes_no_bit_and_finds_every_phase(training)
     assert without_text == [["rollout", *critic], ["rollout", *generator, *critic]]
 
 
-def test_training_flops_over_a_cycle_are_those_that_compute_counts(training, monkeypatch):
-    monkeypatch.setattr("compute.FlopCounterMode", lambda display: flop_counter())  # which leaves out the CPU's attention
+def test_training_flops_over_a_cycle_are_those_that_compute_counts(training):
     found, kinds, num_exits = count_training(training, CPU), turns(training.training), 2
     assert kinds == {"generator": (2, pytest.approx(1 / 3)), "critic": (3, pytest.approx(2 / 3))}
     assert set(found) == {(kind, exit_step) for kind in kinds for exit_step in range(num_exits)}

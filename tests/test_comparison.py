@@ -11,6 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from test_evaluate import save_untrained
+from torch.utils.flop_counter import FlopCounterMode
 
 import comparison
 import comparison_report
@@ -150,6 +151,28 @@ def test_flops_of_forcing_count_the_optimizer_once(runs: dict[str, Config]):
     runs["tf"].training.batch_size = 5
     stage = PretrainStage(runs["tf"], CPU, torch.Generator().manual_seed(0))
     assert flops_per_step(runs["tf"]) == pytest.approx(_count_step(stage, 0)[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tf", "df", "sf_dmd"])
+def test_attention_counts_too(runs: dict[str, Config], name: str, monkeypatch):
+    """2 products forwards and 5 backwards, as the fused kernel makes one of them again, of 2 B h S_q S_k d operations each."""
+    stage_of = PretrainStage if name != "sf_dmd" else SelfForcingStage
+    products = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def record(q, k, v, *rest, **options):
+        products.append((2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3], q.requires_grad))
+        return attend(q, k, v, *rest, **options)
+
+    def count() -> int:
+        products.clear()
+        return _count_step(stage_of(runs[name], CPU, torch.Generator().manual_seed(5)), 19)[0]
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", record)
+    whole = count()
+    expected = sum(product * (7 if has_gradient else 2) for product, has_gradient in products)
+    monkeypatch.setattr("compute.flop_counter", lambda: FlopCounterMode(display=False))  # whose table lacks the CPU's kernel
+    assert expected > 0 and whole - count() == expected
 
 
 def test_a_gan_step_costs_more_than_one_of_dmd_and_more_than_forcing(runs: dict[str, Config]):
