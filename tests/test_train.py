@@ -96,6 +96,29 @@ def test_self_forcing_moves_the_student_and_leaves_the_teacher(student, pretrain
     assert checkpoint["num_generator_updates"] == 3 and checkpoint["num_prompts_seen"] == 12
 
 
+def test_a_resumed_run_keeps_its_number_format_and_says_where_it_changes(pretrained, tmp_path, capsys, monkeypatch):
+    """precision=auto is decided by timing: twice the same machine may choose differently."""
+    half = load_checkpoint(pretrained / "checkpoint_0000004.pt")
+    assert half["runtime"] == {"device": "cpu", "precision": "float32"}
+    monkeypatch.setattr("runtime._bfloat16_pays", lambda device: True)
+    config = tiny_config(tmp_path, PretrainConfig(**SHARED, warmup_steps=2, resume=str(pretrained / "checkpoint_0000004.pt")))
+    kept = SimplifiedTrainer(replace(config, precision="auto"))
+    assert kept.runtime.precision == "float32"
+    assert "resumes in float32, the format of " in capsys.readouterr().out
+    changed = SimplifiedTrainer(replace(config, precision="bfloat16"))
+    assert changed.runtime.precision == "bfloat16"
+    assert "resumes in bfloat16, as asked, where " in capsys.readouterr().out
+    assert SimplifiedTrainer(config).runtime.precision == "float32" and "resumes in" not in capsys.readouterr().out
+    del half["runtime"]  # as earlier versions stored it
+    save_checkpoint(tmp_path / "old.pt", half)
+    config.training.resume = str(tmp_path / "old.pt")
+    assert SimplifiedTrainer(replace(config, precision="auto")).runtime.precision == "bfloat16"
+    half["runtime"] = {"device": "cpu", "precision": "float8"}
+    save_checkpoint(tmp_path / "odd.pt", half)
+    with pytest.raises(CheckpointError, match="runtime is .*float8.*expected a device and a precision of float32, bfloat16"):
+        load_checkpoint(tmp_path / "odd.pt")
+
+
 @pytest.mark.parametrize("stage", ["pretrained", "student"])
 def test_resuming_equals_not_having_stopped(request, stage, tmp_path):
     folder = request.getfixturevalue(stage)
