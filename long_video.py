@@ -42,7 +42,7 @@ from metrics import facts_of_prompts, read_classes, score_videos, share_interval
 from moving_mnist import MovingMNISTGenerator, bounce  # noqa: E402
 from output_folder import require_writable  # noqa: E402
 from rollout import SWITCHES, RolloutPlan  # noqa: E402
-from runtime import Runtime, resolve_runtime  # noqa: E402
+from runtime import Runtime, code_digest, file_digest, resolve_runtime  # noqa: E402
 from sampling import SamplerSettings, prepared, require_at_least_one, sample_few_step  # noqa: E402
 from seeds import Purpose  # noqa: E402
 from streaming import stream_video  # noqa: E402
@@ -393,9 +393,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         check_num_frames("--num_frames", arguments.num_frames, plan.num_frames_per_block)
         found = measure_continuation(*common, arguments.num_videos, arguments.num_frames, arguments.batch_size, arguments.seed)
-    found |= {"window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames, "device": runtime.device.type}
+    found |= {"window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames}
+    found |= {"device": runtime.device.type, "precision": runtime.precision, "seed": arguments.seed}
     found |= {"num_steps": len(plan.times), "guidance": plan.guidance, "judge_held_out_accuracy": load_judge().config.accuracy}
     found |= {"evaluations_a_block": plan.evaluations, "cache_evaluations_a_block": plan.cache_evaluations}
+    found |= {"checkpoint_sha256": file_digest(arguments.checkpoint), "code_sha256": code_digest("long_video")}
     print(json.dumps({key: value for key, value in found.items() if key != "segments"}, indent=2), flush=True)  # whatever the disk says
     rows = add_row(path, arguments.command, name, found, arguments.replace)
     print(f"written to {path}, row {next(row for row in rows if rows[row] is found)!r}")

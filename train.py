@@ -325,6 +325,7 @@ class SimplifiedTrainer:
             part = slice(first, first + EVAL_BATCH)
             for name, video in self.stage.sample(prompts[part], seeds[part], training.max_num_frames).items():
                 videos.setdefault(name, []).append(video)
+        self._say(self.judge.describe())
         for name, parts in videos.items():
             summary = summarise(score_videos(self.judge, torch.cat(parts), digits, directions, dataset))
             figures = ", ".join(f"{title} {summary[key]:.3f}" for key, title in REPORTED.items() if key in summary)
