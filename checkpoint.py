@@ -202,7 +202,10 @@ def digits_seen(checkpoint: dict[str, Any]) -> tuple[str, ...]:
 
 
 def splits_learned(dataset: DatasetConfig) -> tuple[str, ...]:
-    """The splits that a training on these data learns from: the judges' too where none are set aside for them."""
+    """The splits that a training on these data learns from: the judges' too where none are set aside for them, and with the original
+    files, among whose training digits the bundled ones are, all of those."""
+    if dataset.source == "idx":
+        return SPLITS
     return ("train",) if dataset.judge_fraction > 0 else ("train", "judge")
 
 

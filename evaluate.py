@@ -117,7 +117,9 @@ def make_rows(config: EvaluateConfig) -> list[Row]:
     steps = None if config.denoising_steps is None else tuple(config.denoising_steps)
     settings = SamplerSettings(steps, config.num_steps, config.guidance, config.eta, config.ink_kept, causal=config.causal)
     if config.checkpoint:
-        return [Row(Path(path).stem, Path(path), settings) for path in config.checkpoint]
+        paths = [Path(path) for path in config.checkpoint]
+        stems = [path.stem for path in paths]  # checkpoint_final, often: then the folder tells runs apart
+        return [Row(path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}", path, settings) for path in paths]
     long, start, student = (REPOSITORY / "pretrained" / name for name in ("teacher_long.pt", "teacher.pt", "student.pt"))
     return [
         Row("teacher", long, SamplerSettings()),

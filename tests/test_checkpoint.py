@@ -21,6 +21,7 @@ from checkpoint import (
     load_state,
     save_checkpoint,
     slim_checkpoint,
+    splits_learned,
 )
 from config import Config, PretrainConfig, config_from_dict, config_to_dict
 from moving_mnist import DatasetConfig
@@ -267,6 +268,11 @@ def test_what_digits_a_network_has_seen_is_kept_and_a_mean_has_seen_all_of_its_p
         assert load_networks(target, torch.device("cpu")).digits_seen == seen
     with pytest.raises(CheckpointError, match="digits_seen is .*expected a list of some of train, judge, test"):
         load_checkpoint(changed(whole, tmp_path, "wrong.pt", digits_seen=["all"]))
+
+
+def test_the_original_files_hold_the_bundled_digits_too():
+    assert splits_learned(DatasetConfig()) == ("train",) and splits_learned(DatasetConfig(judge_fraction=0.0)) == ("train", "judge")
+    assert splits_learned(DatasetConfig(mnist_root="x")) == ("train", "judge", "test")
 
 
 def test_a_configuration_from_before_the_judges_digits_says_so(whole):

@@ -44,6 +44,11 @@ def teacher(tmp_path: Path) -> Path:
     return save_untrained(tmp_path / "teacher.pt", Config(model=model, training=PretrainConfig(teacher_steps=2)))
 
 
+def test_checkpoints_of_one_name_are_told_apart_by_their_folders():
+    rows = make_rows(EvaluateConfig(checkpoint=["one/checkpoint_final.pt", "two/checkpoint_final.pt", "three.pt"]))
+    assert [row.name for row in rows] == ["one/checkpoint_final", "two/checkpoint_final", "three"]
+
+
 def test_the_wishes_of_a_configuration_reach_the_sampler(teacher: Path):
     wishes = {"num_steps": 7, "guidance": 1.5, "eta": 0.25, "ink_kept": 0.75}
     (row,) = make_rows(EvaluateConfig(checkpoint=str(teacher), **wishes))
