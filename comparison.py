@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,11 @@ class Comparison:
         }
         if training is None:
             folder = self._own_folder("scores", row, settings)
+            set_aside_if_stale(folder, self.teacher)
             return Score(f"scoring {row}", row, 0, 0, self.teacher, options, folder, settings, self._kept(row, None, settings))
         name = f"{row}-block{training.block}-seed{training.seed}"
         folder = self._own_folder("scores", name, settings)
+        set_aside_if_stale(folder, training.checkpoint)
         return Score(
             f"scoring {row}, {blocks_of(training.block)}, seed {training.seed}", row, training.block, training.seed, training.checkpoint,
             options, folder, settings, self._kept(row, training, settings), needs=training,
@@ -366,6 +369,18 @@ def options_of_sampler(settings: SamplerSettings) -> dict[str, Any]:
     """The same as keys of evaluate.py."""
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
     return {key: value for key, value in options.items() if value is not None and value is not False}
+
+
+def set_aside_if_stale(folder: Path, checkpoint: Path) -> None:
+    """Rename the folder of a score that was made of another checkpoint than the one which is there now."""
+    scored = folder / "evaluation.json"
+    if not scored.exists() or not checkpoint.exists():
+        return
+    (_, network) = json.loads(scored.read_text()).values()
+    if network["checkpoint_sha256"] != file_digest(checkpoint):
+        aside = next(path for path in (folder.with_name(f"{folder.name}.stale{number}") for number in count(1)) if not path.exists())
+        os.replace(folder, aside)
+        print(f"{folder.name} was made of another {checkpoint}: set aside as {aside.name}", flush=True)
 
 
 def plain(value: Any) -> Any:

@@ -306,6 +306,16 @@ def test_a_row_of_an_earlier_table_counts_only_where_all_that_made_it_is_the_sam
     assert f"not taken from the earlier table: {words}"[:60] in capsys.readouterr().out
 
 
+def test_a_score_of_another_checkpoint_is_set_aside_and_made_anew(ask, fake, capsys):
+    assert compare(ask("experiment.rows=[sf_dmd]")) == 0
+    (training,) = (fake / "logs" / "trainings").iterdir()
+    (score,) = (fake / "logs" / "scores").iterdir()
+    (training / "checkpoint_final.pt").write_bytes(b"trained anew")
+    assert compare(ask("experiment.rows=[sf_dmd]")) == 0
+    assert f"set aside as {score.name}.stale1" in capsys.readouterr().out
+    assert {path.name for path in (fake / "logs" / "scores").iterdir()} == {score.name, f"{score.name}.stale1"}
+
+
 def test_a_row_of_another_checkpoint_is_not_taken(ask, fake, capsys):
     assert compare(ask("experiment.rows=[sf_dmd]")) == 0
     shutil.rmtree(fake / "logs" / "scores")
