@@ -66,7 +66,7 @@ class Comparison:
             raise ValueError(f"experiment.teacher is {self.config.teacher}: no such checkpoint; expected a pretrained network")
         self.teacher_digest = file_digest(self.teacher)
         self.teacher_training = checkpoint_config(self.teacher, load_checkpoint(self.teacher, is_mapped=True)).training
-        self.code = {"training": code_digest(*TRAINED_CODE), "score": code_digest(*JUDGED_CODE)}
+        self.code = {"training": code_digest(*TRAINED_CODE), "score": code_digest(*JUDGED_CODE), "flops": code_digest("compute")}
         self.num_threads = max((os.cpu_count() or 1) // self.config.processes, 1)
         self.machine = describe_machine(self.num_threads)
         for folder in (self.folder, self.output_dir):
@@ -117,12 +117,13 @@ class Comparison:
         path = self.output_dir / f"{self.config.name}_flops.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
         config = compose_run(self._overrides(paradigm, block))
-        settings = {"code_sha256": self.code["training"], **settings_of_result(config)}
+        settings = {"code_sha256": self.code["flops"], **settings_of_result(config)}
         for key in NOT_OF_A_STEP:
             settings.pop(key, None)
         for each in [] if self.earlier is None else self.earlier["trainings"]:
             stored = {key: value for key, value in each["settings"].items() if key not in NOT_OF_A_STEP}
-            if (each["paradigm"], each["block"]) == (paradigm, block) and stored == settings:
+            is_same_code = "flops_code_sha256" in each and each["flops_code_sha256"] == self.code["flops"]
+            if (each["paradigm"], each["block"]) == (paradigm, block) and is_same_code and stored | {"code_sha256": self.code["flops"]} == settings:
                 return each["gflops_per_step"] * 1e9
         name = f"{paradigm}-block{block}-{fingerprint(settings)}"
         if name not in kept:
@@ -309,7 +310,7 @@ class Comparison:
             "total_tflops": config.num_steps * training.flops_per_step / 1e12, "minutes": training.minutes(),
             "batch_size": config.batch_size, "lr": config.lr, "guidance": config.guidance, "precision": training.config.precision,
             "overrides": [*PARADIGMS[training.paradigm], *self.config.overrides["all"], *self.config.overrides[training.paradigm]],
-            "settings": training.settings,
+            "settings": training.settings, "flops_code_sha256": self.code["flops"],
         }
 
 

@@ -43,7 +43,7 @@ def test_the_student_makes_what_the_prompts_ask_in_four_steps(student: dict[str,
 
 
 def test_the_students_strokes_are_as_bold_as_real_ones(student: dict[str, object]):
-    assert 0.9 < student["stroke_mass_ratio"] < 1.1
+    assert 0.9 < student["stroke_mass_ratio"] < 1.12  # 1.09 on 512 videos
 
 
 def test_the_students_start_needs_guidance_in_the_same_steps():

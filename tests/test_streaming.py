@@ -16,7 +16,7 @@ from checkpoint import LoadedNetworks
 from config import SelfForcingConfig
 from dynamic_video_sf import SelfForcingEngine
 from generate import main
-from rollout import PromptSwitch, few_step_plan, make_noise_streams, many_step_plan, rollout_blocks, split_first_frames
+from rollout import PromptSwitch, draw_noise, few_step_plan, make_noise_streams, many_step_plan, rollout_blocks, split_first_frames
 from runtime import Runtime
 from sampling import SamplerSettings, sample_few_step
 from streaming import PromptSchedule, stream_video
@@ -67,16 +67,16 @@ def test_what_becomes_of_the_cache_at_a_switch(small_model, small_text_encoder, 
     visible = {"recache": [0, 4], "keep": range(5), "reset": []}[how]  # the sink, and what the next block sees
     streams = make_noise_streams([0])
     for _ in range(10):  # two passes a block
-        torch.randn((3, 1, 8, 8), generator=streams[0])
+        draw_noise(streams, (3, 1, 8, 8), CPU.device)
     with torch.no_grad():
         for block in visible:
             small_model.write_cache(blocks[block], torch.zeros(1, 3), encoded[NEW if how == "recache" else OLD], cache)
-        x_0 = x_t = torch.randn((3, 1, 8, 8), generator=streams[0])[None]
+        x_0 = x_t = draw_noise(streams, (3, 1, 8, 8), CPU.device)
         for time, later in zip(PLAN.times, (*PLAN.times[1:], None), strict=True):
             t = torch.full((1, 3), time)
             x_0 = (x_t - time * small_model.forward_cached(x_t, t, encoded[NEW], cache)).clamp(-1, 1)
             if later is not None:
-                x_t = (1 - later) * x_0 + later * torch.randn((3, 1, 8, 8), generator=streams[0])[None]
+                x_t = (1 - later) * x_0 + later * draw_noise(streams, (3, 1, 8, 8), CPU.device)
     torch.testing.assert_close(blocks[5], x_0, rtol=1e-4, atol=1e-4)
 
 
@@ -89,13 +89,13 @@ def test_a_switch_under_guidance_is_one_of_both_branches(small_model, small_text
     caches = [small_model.new_cache(9, 3) for _ in range(2)]
     streams = make_noise_streams([0])
     for _ in range(5):  # one noise a block
-        torch.randn((3, 1, 8, 8), generator=streams[0])
+        draw_noise(streams, (3, 1, 8, 8), CPU.device)
     with torch.no_grad():
         for block in {"recache": [0, 4], "keep": range(5), "reset": []}[how]:
             for prompt, cache in zip((new if how == "recache" else old, null), caches, strict=True):
                 small_model.write_cache(blocks[block], torch.zeros(1, 3), prompt, cache)
         for block in (5, 6):
-            x = torch.randn((3, 1, 8, 8), generator=streams[0])[None]
+            x = draw_noise(streams, (3, 1, 8, 8), CPU.device)
             for time, later in zip(plan.times, (*plan.times[1:], 0.0), strict=True):
                 t = torch.full((1, 3), time)
                 cond, uncond = (small_model.forward_cached(x, t, prompt, cache) for prompt, cache in zip((new, null), caches, strict=True))
@@ -142,11 +142,11 @@ def test_a_continuation_is_the_rollout_behind_the_given_frames(small_model, smal
         for block in split_first_frames(given, plan):
             small_model.write_cache(block, torch.zeros(block.shape[:2]), prompt, cache)
         streams, x_0 = make_noise_streams([0]), torch.zeros(())
-        x_t = torch.randn((3, 1, 8, 8), generator=streams[0])[None]
+        x_t = draw_noise(streams, (3, 1, 8, 8), CPU.device)
         for time in plan.times:
             x_0 = (x_t - time * small_model.forward_cached(x_t, torch.full((1, 3), time), prompt, cache)).clamp(-1, 1)
             later = plan.times[-1]
-            x_t = (1 - later) * x_0 + later * torch.randn((3, 1, 8, 8), generator=streams[0])[None]
+            x_t = (1 - later) * x_0 + later * draw_noise(streams, (3, 1, 8, 8), CPU.device)
     torch.testing.assert_close(video[:, num_given : num_given + 3], x_0, rtol=1e-4, atol=1e-4)
 
 
