@@ -129,6 +129,7 @@ def test_what_is_no_first_block_is_not_gone_on_from(given: int, first_frame: int
         )
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_both_kinds_of_steps_in_their_shares(teacher: Path):  # noqa: F811
     short = {"denoising_steps": [1000, 500], "min_num_frames": 6, "max_num_frames": 6}
     never, always, some = (

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from checkpoint import LoadedNetworks, load_networks, save_checkpoint
 from config import Config, PretrainConfig, config_to_dict
-from evaluate import FIGURES, REPOSITORY, EvaluateConfig, evaluate, make_rows, write_results
+from evaluate import FIGURES, REPOSITORY, EvaluateConfig, evaluate, make_rows, run_command_line, write_results
 from held_out import new_indices, who_saw_the_judges_digits
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from report import COST_FIGURES, PROMPT_FIGURES, format_table
@@ -162,19 +162,27 @@ def test_the_yaml_composes_to_the_defaults():
         assert OmegaConf.to_object(compose("evaluate")) == EvaluateConfig()
 
 
+def test_bad_input_exits_with_one_line(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "evaluate.py", "chekpoint=x", "device=cpu"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: unknown key chekpoint: the nearest known key is checkpoint")
+
+
 @pytest.mark.parametrize(("argument", "words"), [
-    ("chekpoint=x", "unknown key chekpoint: the nearest known key is checkpoint"),
     ("num_videos=0", "num_videos is 0: expected at least 1"),
     ("seed=abc", "seed"),
     ("checkpoint=absent.pt", "no checkpoint at absent.pt"),
     ("checkpoint=", "checkpoint is empty: expected a path"),
 ])
-def test_bad_input_is_one_line(argument: str, words: str, tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / "evaluate.py", argument, "device=cpu"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr
+def test_bad_input_is_one_line(argument: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", argument, "device=cpu"])
+    with pytest.raises(SystemExit) as caught:
+        run_command_line()
+    message = str(caught.value)
+    assert message.startswith("error: ") and "\n" not in message and words in message
 
 
 @pytest.mark.parametrize(("wish", "name"), [

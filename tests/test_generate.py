@@ -353,6 +353,7 @@ def test_int8_where_it_is_not_exact_ends_in_one_line(student_path: Path, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_every_size_is_compiled_however_many_there_are(student: LoadedNetworks, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs are found and kept, and not compiled
     ready, graphs = prepared(student, CPU, "--compile"), []

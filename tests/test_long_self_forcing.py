@@ -170,6 +170,7 @@ def test_scores_of_a_later_window_are_asked_for_the_digit_alone(teacher: Path, m
         assert is_start or not any(any(fact.directions) or any(fact.speeds) for fact in facts[-1])
 
 
+@pytest.mark.slow
 def test_flops_are_the_mean_over_all_starts_and_exit_steps(teacher: Path):  # noqa: F811
     short = {"denoising_steps": [1000, 500], "min_num_frames": 3, "max_num_frames": 3, "window_frames": 3, "dfake_gen_update_ratio": 1}
     config = self_forcing_config(teacher, **(short | {"rollout_frames": 15, "batch_size": 1}))

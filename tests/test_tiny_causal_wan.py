@@ -440,7 +440,7 @@ def test_products_in_8_bit_integers_stay_near(small_config: ModelConfig, dtype: 
         assert 1e-4 < error < 0.05, error
 
 
-@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("is_int8", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_passes_differ_by_rounding_and_serve_every_prompt(is_int8: bool):
     try:
         require_compiler("this test", torch.device("cpu"))
@@ -462,7 +462,9 @@ def test_compiled_passes_differ_by_rounding_and_serve_every_prompt(is_int8: bool
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("window", "sink"), [(None, 0), (9, 0), (9, 3)])
+@pytest.mark.parametrize(("window", "sink"), [
+    pytest.param(None, 0, marks=pytest.mark.slow), pytest.param(9, 0, marks=pytest.mark.slow), (9, 3),
+])
 def test_a_compiled_pass_serves_a_past_of_every_length(window: int | None, sink: int, monkeypatch: pytest.MonkeyPatch):
     """60 frames, so that buffers grow and rows move back: never more graphs than kinds of passes: a block, a finished one and the next
     (two where the window is full), and where the sink has to move in between a finished one alone."""
