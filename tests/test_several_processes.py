@@ -115,7 +115,7 @@ def teacher(tmp_path_factory) -> Path:
     return SimplifiedTrainer(config).train() / "checkpoint_final.pt"
 
 
-@pytest.fixture(scope="module", params=["none", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(sharding, marks=pytest.mark.slow) for sharding in ("none", "fsdp2")])
 def runs(request, teacher, tmp_path_factory) -> tuple[Path, list[dict]]:
     """Both kinds of training, sharded or not, in two processes; and in one, for comparison."""
     folder = tmp_path_factory.mktemp("runs")

@@ -440,7 +440,8 @@ def test_products_in_8_bit_integers_stay_near(small_config: ModelConfig, dtype: 
         assert 1e-4 < error < 0.05, error
 
 
-@pytest.mark.parametrize("is_int8", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_int8", [False, True])
 def test_compiled_passes_differ_by_rounding_and_serve_every_prompt(is_int8: bool):
     try:
         require_compiler("this test", torch.device("cpu"))
