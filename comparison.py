@@ -34,7 +34,6 @@ from held_out import JUDGED_CODE
 from resume import describe_difference, settings_without
 from runtime import code_digest, describe_machine, file_digest, resolve_runtime
 from sampling import SamplerSettings
-from training_config import PretrainConfig, TrainingConfig
 
 REPOSITORY = Path(__file__).resolve().parent
 SCRIPTS = REPOSITORY  # where train.py and evaluate.py stand
@@ -50,14 +49,14 @@ TRAINED_CODE = ("stages", "few_step_stage")  # what makes a training's weights, 
 class Comparison:
     """The jobs of one configuration and the table of what they have found so far. Raises ValueError and OSError.
 
-    factors: of the learning rates, by paradigm and block size; 1 where none is given.
+    chosen: further overrides of train.py, by paradigm and block size (`choose_settings`); none where none are given.
     """
 
-    def __init__(self, run: Config, factors: dict[tuple[str, int], float] | None = None):
+    def __init__(self, run: Config, chosen: dict[tuple[str, int], str] | None = None):
         assert run.experiment is not None
         runtime = resolve_runtime(run.device, run.precision)  # once, for all jobs: auto is decided by timing
         self.run_config = replace(run, device=runtime.device.type, precision=runtime.precision)
-        self.config, self.factors = run.experiment, factors or {}
+        self.config, self.chosen = run.experiment, chosen or {}
         self.folder, self.output_dir = Path(self.config.folder), Path(self.config.output_dir)
         self.teacher = Path(self.config.teacher)
         if not self.teacher.is_absolute() and not self.teacher.exists():
@@ -84,14 +83,14 @@ class Comparison:
     def _plan_trainings(self) -> list[Training]:
         trainings = []
         for block in self.config.blocks:
-            budget = self.config.budget * self._flops(YARDSTICK, block)
+            budget = self.config.budget * self._flops(YARDSTICK, block, "")  # of the yardstick as it is, whatever is chosen for it
             for paradigm in self.config.paradigms:
-                flops = self._flops(paradigm, block)
+                flops = self._flops(paradigm, block, self._chosen(paradigm, block))
                 trainings += [self._plan_training(paradigm, block, seed, flops, budget) for seed in self.config.seeds]
         return trainings
 
     def _plan_training(self, paradigm: str, block: int, seed: int, flops: float, budget: float) -> Training:
-        overrides = [*self._overrides(paradigm, block), f"training.num_steps={num_steps(budget, flops)}", f"seed={seed}"]
+        overrides = [*self._overrides(paradigm, block, self._chosen(paradigm, block)), f"training.num_steps={num_steps(budget, flops)}", f"seed={seed}"]
         config = compose_run(overrides)
         settings = {"teacher": self.teacher_digest, "code_sha256": self.code["training"], **settings_of_result(config)}
         return Training(
@@ -100,7 +99,10 @@ class Comparison:
             settings, flops,
         )
 
-    def _overrides(self, paradigm: str, block: int) -> list[str]:
+    def _chosen(self, paradigm: str, block: int) -> str:
+        return self.chosen[paradigm, block] if (paradigm, block) in self.chosen else ""
+
+    def _overrides(self, paradigm: str, block: int, candidate: str) -> list[str]:
         """Of train.py, all but the seed and the number of steps; later ones win."""
         config, run = self.config, self.run_config
         overrides = [
@@ -109,14 +111,13 @@ class Comparison:
             f"training.max_num_frames={config.num_frames}", f"training.pretrained_checkpoint={quote(self.teacher)}",
             "training.sample_interval=0", "training.eval_videos=0", f"device={run.device}", f"precision={run.precision}",
         ]
-        factor = self.factors[paradigm, block] if (paradigm, block) in self.factors else 1.0
-        return overrides if factor == 1 else overrides + scaled_rates(compose_run(overrides).training, factor)
+        return overrides + multiplied(candidate.split(), overrides)
 
-    def _flops(self, paradigm: str, block: int) -> float:
+    def _flops(self, paradigm: str, block: int, candidate: str) -> float:
         """Of a training step: as an earlier table has it, or else counted once and kept beside the table."""
         path = self.output_dir / f"{self.config.name}_flops.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
-        config = compose_run(self._overrides(paradigm, block))
+        config = compose_run(self._overrides(paradigm, block, candidate))
         settings = {"code_sha256": self.code["flops"], **settings_of_result(config)}
         for key in NOT_OF_A_STEP:
             settings.pop(key, None)
@@ -310,6 +311,7 @@ class Comparison:
             "total_tflops": config.num_steps * training.flops_per_step / 1e12, "minutes": training.minutes(),
             "batch_size": config.batch_size, "lr": config.lr, "guidance": config.guidance, "precision": training.config.precision,
             "overrides": [*PARADIGMS[training.paradigm], *self.config.overrides["all"], *self.config.overrides[training.paradigm]],
+            "chosen": self._chosen(training.paradigm, training.block),
             "settings": training.settings, "flops_code_sha256": self.code["flops"],
         }
 
@@ -317,41 +319,54 @@ class Comparison:
 def compare(run: Config) -> int:
     """The whole comparison of run.experiment; returns the number of jobs that failed. Raises as `Comparison` does."""
     assert run.experiment is not None
-    if run.experiment.candidates == [1.0]:
+    if not any(map(run.experiment.candidates_of, run.experiment.paradigms)):
         return Comparison(run).run()
-    factors, num_failed = choose_factors(run, run.experiment)
-    return num_failed + Comparison(run, factors).run()
+    chosen, num_failed = choose_settings(run, run.experiment)
+    return num_failed + Comparison(run, chosen).run()
 
 
-def choose_factors(run: Config, config: ComparisonConfig) -> tuple[dict[tuple[str, int], float], int]:
-    """Of the candidates the one whose row reads most frames right, by paradigm and block size, and the number of jobs that failed.
+def choose_settings(run: Config, config: ComparisonConfig) -> tuple[dict[tuple[str, int], str], int]:
+    """Of its candidates the one whose row reads most frames right, by paradigm and block size, and the number of jobs that failed.
 
-    All paradigms are offered the same factors, on a seed and prompts that the table does not use. NAME_candidates.json keeps every figure.
+    All paradigms are offered as many, on a seed and prompts that the table does not use. NAME_candidates.json keeps every figure.
     """
     rows = {paradigm: next(row for row in ROWS if ROWS[row].paradigm == paradigm) for paradigm in config.paradigms}
-    found: dict[str, dict[str, float]] = {}
+    found: dict[tuple[str, int], dict[str, float]] = {}
     num_failed = 0
-    for factor in config.candidates:
-        chosen = replace(config, name=f"{config.name}_candidate_{factor:g}", candidates=[1.0], rows=list(rows.values()),
-                         seeds=[config.selection_seed], score_seed=config.selection_seed, selection_seed=config.score_seed)
-        trial = Comparison(replace(run, experiment=chosen), {(paradigm, block): factor for paradigm in rows for block in config.blocks})
+    for index in range(max(len(config.candidates_of(paradigm)) for paradigm in rows)):
+        candidates = {(paradigm, block): config.candidates_of(paradigm)[index] for paradigm in rows for block in config.blocks}
+        asked = replace(config, name=f"{config.name}_candidate_{index + 1}", candidates={}, rows=list(rows.values()),
+                        seeds=[config.selection_seed], score_seed=config.selection_seed, selection_seed=config.score_seed)
+        trial = Comparison(replace(run, experiment=asked), candidates)
         num_failed += trial.run()
         for score in trial.scores:
             if score.is_done() and score.needs is not None:
-                place = f"{score.needs.paradigm}, {blocks_of(score.needs.block)}"
-                found.setdefault(place, {})[f"{factor:g}"] = score.figures()["network"]["frames_right"]
+                place = score.needs.paradigm, score.needs.block
+                found.setdefault(place, {})[candidates[place]] = score.figures()["network"]["frames_right"]
+    best = {place: max(figures, key=lambda candidate: figures[candidate]) for place, figures in found.items()}
+    places = [{"paradigm": place[0], "block": place[1], "frames_right": found[place], "chosen": best[place]} for place in found]
     path = Path(config.output_dir) / f"{config.name}_candidates.json"
-    path.write_text(json.dumps({"seed": config.selection_seed, "frames_right": found}, indent=1) + "\n")
+    path.write_text(json.dumps({"seed": config.selection_seed, "places": places}, indent=1) + "\n")
+    for place in places:
+        print(f"{place['paradigm']}, {blocks_of(place['block'])}: chosen {place['chosen'] or 'the settings as they are'}", flush=True)
     print(f"candidates: frames right of each are in {path}", flush=True)
-    best = {place: float(max(figures, key=lambda factor: figures[factor])) for place, figures in found.items()}
-    places = {(paradigm, block): f"{paradigm}, {blocks_of(block)}" for paradigm in rows for block in config.blocks}
-    return {key: best[place] for key, place in places.items() if place in best}, num_failed
+    return best, num_failed
 
 
-def scaled_rates(training: TrainingConfig, factor: float) -> list[str]:
-    """Overrides that multiply the learning rates of the network that is trained; a critic keeps its own."""
-    rates = {"lr": training.lr, **({"muon_lr": training.muon_lr} if isinstance(training, PretrainConfig) else {})}
-    return [f"training.{name}={factor * rate:.6g}" for name, rate in rates.items()]
+def multiplied(candidate: list[str], overrides: list[str]) -> list[str]:
+    """Overrides of train.py in which every KEY=*FACTOR stands for the factor times what the key is under these overrides."""
+    if not any("=*" in each for each in candidate):
+        return candidate
+    settings, made = settings_without(compose_run(overrides), ()), []
+    for each in candidate:
+        key, _, value = each.partition("=")
+        if value.startswith("*"):
+            try:
+                each = f"{key}={float(value[1:]) * settings[key]:.6g}"
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"experiment.candidates has {each}: expected the factor of a number that this training has") from error
+        made.append(each)
+    return made
 
 
 def settings_of_sampler(sampler: Sampler, config: ComparisonConfig) -> SamplerSettings:

@@ -72,6 +72,16 @@ ROWS = {
 }
 
 
+def check_overrides(key: str, overrides: list[str]) -> None:
+    """Raise ValueError, naming the key, unless each is KEY=VALUE of a training and of a key that the comparison leaves to it."""
+    for override in overrides:
+        name, equals, _ = override.lstrip("+").partition("=")
+        require(
+            bool(equals) and name not in OWN_KEYS, key, override,
+            "KEY=VALUE of a training, of a key that the comparison does not decide itself",
+        )
+
+
 @dataclass
 class ComparisonConfig:
     """One comparison. Every training starts from `teacher` and may spend the FLOPs of `budget` steps of Self-Forcing with DMD
@@ -92,7 +102,9 @@ class ComparisonConfig:
     many_steps: int = 50
     denoising_steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])  # of networks that were not trained for few steps
     guidance: float | None = None  # of guided rows; that of the network's training if not given
-    candidates: list[float] = field(default_factory=lambda: [1.0])  # factors of the learning rates, tried for every paradigm alike
+    # What every training may be asked besides, of which the best is kept: each "KEY=VALUE KEY=VALUE", "" for the settings as they are; `*0.5`
+    # as a value is half of what it is. By paradigm or for "all"; every paradigm is offered as many as any other.
+    candidates: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in ("all", *PARADIGMS)})
     selection_seed: int = 1000  # of the trainings and prompts that choose among them
     batch_size: int = 64  # videos a forward pass in scoring
     processes: int = 1  # trainings or scorings at a time
@@ -115,10 +127,7 @@ class ComparisonConfig:
         require(all(0 <= seed < 2**63 for seed in self.seeds), "experiment.seeds", self.seeds, "0 to 2**63 - 1")
         require(Path(self.name).name == self.name and self.name != "..", "experiment.name", self.name, "a file name without a path")
         check_denoising_steps("experiment.denoising_steps", self.denoising_steps)
-        require(
-            bool(self.candidates) and all(factor > 0 for factor in self.candidates), "experiment.candidates", self.candidates,
-            "positive factors of the learning rates",
-        )
+        self._check_candidates()
         require(
             0 <= self.selection_seed < 2**63 and self.selection_seed not in (*self.seeds, self.score_seed), "experiment.selection_seed",
             self.selection_seed, "another seed than experiment.seeds and experiment.score_seed: no claim is made on what chose the settings",
@@ -126,14 +135,26 @@ class ComparisonConfig:
         require(self.guidance is None or self.guidance >= 0, "experiment.guidance", self.guidance, "0 or more (1 is no guidance)")
         for name, overrides in self.overrides.items():
             require(name == "all" or name in PARADIGMS, "experiment.overrides", name, f"all or one of {', '.join(PARADIGMS)}")
-            for override in overrides:
-                key, equals, _ = override.lstrip("+").partition("=")
-                require(
-                    bool(equals) and key not in OWN_KEYS, f"experiment.overrides.{name}", override,
-                    "KEY=VALUE of a training, of a key that the comparison does not decide itself",
-                )
+            check_overrides(f"experiment.overrides.{name}", overrides)
         require(self.rows != [REAL], "experiment.rows", self.rows, "another row too: real videos are scored beside it")
         self.rows = [row for row in ROWS if row in self.rows]  # in the table's order
+
+    def _check_candidates(self) -> None:
+        for name, candidates in self.candidates.items():
+            require(name == "all" or name in PARADIGMS, "experiment.candidates", name, f"all or one of {', '.join(PARADIGMS)}")
+            key = f"experiment.candidates.{name}"
+            require(len(set(candidates)) == len(candidates), key, candidates, "each one once")
+            for candidate in candidates:
+                check_overrides(key, candidate.split())
+        numbers = {name: len(self.candidates_of(name)) for name in self.paradigms}
+        require(
+            len(set(numbers.values())) <= 1, "experiment.candidates", numbers,
+            "as many for every paradigm that is trained: one that may choose among more is compared unfairly",
+        )
+
+    def candidates_of(self, paradigm: str) -> list[str]:
+        """What a paradigm may choose among; empty where nothing is chosen."""
+        return self.candidates.get(paradigm) or self.candidates.get("all") or []
 
     @property
     def paradigms(self) -> list[str]:

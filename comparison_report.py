@@ -126,15 +126,22 @@ def as_markdown(table: dict[str, Any]) -> str:
         f"All start from `{Path(settings['teacher']).name}` (sha256 {settings['teacher_sha256']}) and spend the FLOPs of "
         f"{settings['budget']} steps of Self-Forcing with DMD at their block size, counted over whole cycles of generator and critic "
         "updates (matrix products and attention; the critic's warm-up costs less and counts as the other steps). Minutes are of the "
-        f"training steps; learning rate and guidance are the training's. Learning rates were chosen among {settings['candidates']} times "
-        f"those of configs/training/, the same for all{_on_selection_seed(settings)}.", "",
+        f"training steps; learning rate and guidance are the training's.{_how_chosen(table)}", "",
         *_trainings_table(table),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _on_selection_seed(settings: dict[str, Any]) -> str:
-    return "" if settings["candidates"] == [1.0] else f", on seed {settings['selection_seed']}: {settings['name']}_candidates.json"
+def _how_chosen(table: dict[str, Any]) -> str:
+    """The sentence on what was chosen for each training, where anything was."""
+    chosen = dict.fromkeys(f"{each['paradigm']}, block {each['block']}: {each['chosen'] or 'as it is'}" for each in table["trainings"])
+    settings = table["settings"]
+    if not any(settings["candidates"].values()):
+        return " Settings are those of configs/training/ and of the comparison; nothing was chosen."
+    return (
+        f" Every training chose among as many candidates, on seed {settings['selection_seed']} and prompts of its own "
+        f"({settings['name']}_candidates.json): {'; '.join(chosen)}."
+    )
 
 
 def _figures_table(table: dict[str, Any], block: int) -> list[str]:

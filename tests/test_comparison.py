@@ -326,18 +326,31 @@ def test_a_row_of_another_checkpoint_is_not_taken(ask, fake, capsys):
 
 
 def test_every_paradigm_is_offered_the_same_candidates_on_a_seed_that_the_table_does_not_use(ask, fake):
-    config = ask("experiment.rows=[tf,sf_dmd]", "experiment.candidates=[0.5,1]")
+    half, own = "training.lr=*0.5 training.muon_lr=*0.5", "training.dfake_gen_update_ratio=2"
+    config = ask(
+        "experiment.rows=[tf,sf_dmd]", f"experiment.candidates.tf=['','{half}']",
+        f"experiment.candidates.sf_dmd=['{own} training.lr=*1.2','']",
+    )
     assert compare(config) == 0
     chosen = json.loads((fake / "results" / "table2_candidates.json").read_text())
-    assert chosen["seed"] == 1000 and set(chosen["frames_right"]) == {"tf, blocks of 3", "sf_dmd, blocks of 3"}
-    assert all(set(figures) == {"0.5", "1"} for figures in chosen["frames_right"].values())
+    assert chosen["seed"] == 1000
+    assert {(each["paradigm"], each["block"]): list(each["frames_right"]) for each in chosen["places"]} == {
+        ("tf", 3): ["", half], ("sf_dmd", 3): [f"{own} training.lr=*1.2", ""],
+    }
     table = json.loads((fake / "results" / "table2.json").read_text())
-    rates = {each["paradigm"]: (each["lr"], each["seed"]) for each in table["trainings"]}
-    assert rates == {"tf": (1.5e-4, 0), "sf_dmd": (1.5e-4, 0)}  # of 3e-4 and 1.5e-4 those nearest to 2e-4
-    (tf,) = [each for each in table["trainings"] if each["paradigm"] == "tf"]
-    assert tf["settings"]["training.muon_lr"] == 3e-4
+    rates = {each["paradigm"]: (each["lr"], each["seed"], each["chosen"]) for each in table["trainings"]}
+    assert rates == {"tf": (1.5e-4, 0, half), "sf_dmd": (1.8e-4, 0, f"{own} training.lr=*1.2")}  # those nearest to 2e-4
+    settings = {each["paradigm"]: each["settings"] for each in table["trainings"]}
+    assert settings["tf"]["training.muon_lr"] == 3e-4 and settings["sf_dmd"]["training.dfake_gen_update_ratio"] == 2
+    assert f"sf_dmd, block 3: {own} training.lr=*1.2" in markdown(fake)
     with pytest.raises(ValueError, match="experiment.selection_seed is 0: expected another seed"):
         ComparisonConfig(selection_seed=0)
+    with pytest.raises(ValueError, match="as many for every paradigm"):
+        ComparisonConfig(candidates={"all": ["", "training.lr=*2"], "tf": ["", "training.lr=*2", "training.lr=*4"]})
+    with pytest.raises(ValueError, match="experiment.candidates.all is seed=1: expected KEY=VALUE of a training"):
+        ComparisonConfig(candidates={"all": ["", "seed=1"]})
+    with pytest.raises(ValueError, match="training.loss=\\*2: expected the factor of a number"):
+        compare(ask("experiment.rows=[sf_dmd]", "experiment.candidates.all=['','training.loss=*2']"))
 
 
 def test_flops_are_taken_from_an_earlier_table_whose_steps_were_the_same(ask, fake, monkeypatch):
