@@ -18,6 +18,8 @@ shares of the limit are what to quote, never a figure against one of another mac
 
 from __future__ import annotations
 
+import threads  # noqa: F401, I001  before torch, which reads its settings once
+
 import argparse
 import json
 import sys

@@ -13,6 +13,8 @@ whose digits the network or its teacher learned from), `runtime` (device and num
 
 from __future__ import annotations
 
+import threads  # noqa: F401, I001  before torch, which reads its settings once
+
 import argparse
 import os
 import pickle

@@ -7,6 +7,8 @@ Dimensions: B batch, F frames, C channels, H height, W width.
 
 from __future__ import annotations
 
+import threads  # noqa: F401, I001  before torch, which reads its settings once
+
 import copy
 from collections.abc import Generator
 from dataclasses import dataclass, replace

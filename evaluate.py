@@ -15,6 +15,8 @@ per_frame.png, comparison.png and comparison.gif into `output_dir`.
 
 from __future__ import annotations
 
+import threads  # noqa: F401, I001  before torch, which reads its settings once
+
 import json
 import os
 import sys

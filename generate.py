@@ -19,6 +19,8 @@ of 8-bit integers.
 
 from __future__ import annotations
 
+import threads  # noqa: F401, I001  before torch, which reads its settings once
+
 import argparse
 import json
 import re

@@ -10,6 +10,8 @@ and the generator's videos of fixed prompts come from seeds of their own. README
 
 from __future__ import annotations
 
+import threads  # noqa: F401, I001  before torch, which reads its settings once
+
 import argparse
 import sys
 from collections.abc import Callable

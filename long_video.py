@@ -14,6 +14,8 @@ come and then forgotten, so a stream of any length fits.
 
 from __future__ import annotations
 
+import threads  # noqa: F401, I001  before torch, which reads its settings once
+
 import argparse
 import json
 import resource

@@ -10,6 +10,8 @@ on speed too. `sanity` shows which fault moves which measure.
 
 from __future__ import annotations
 
+import threads  # noqa: F401, I001  before torch, which reads its settings once
+
 import argparse
 import sys
 from dataclasses import dataclass

@@ -10,6 +10,8 @@ centre is the centre of its D x D box, that is the box's top-left pixel + (D - 1
 
 from __future__ import annotations
 
+import threads  # noqa: F401, I001  before torch, which reads its settings once
+
 import argparse
 import time
 from collections.abc import Sequence

@@ -128,6 +128,17 @@ class RunLog:
             except Exception as error:  # as above
                 self._give_up_wandb(error)
 
+    def verdict(self, words: str) -> None:
+        """Keep what became of the run: in verdict.txt, and in wandb's summary of the run. Nothing where there are no words."""
+        if not words:
+            return
+        (self.folder / "verdict.txt").write_text(words + "\n", encoding="utf-8")
+        if self._wandb is not None:
+            try:
+                self._wandb.summary["verdict"] = words
+            except Exception as error:  # as above
+                self._give_up_wandb(error)
+
     def draw(self) -> None:
         """Draw the run's picture from the rows so far, anew, and show it in wandb."""
         self._draw(self.folder / "scalars.csv", self._picture)
@@ -156,6 +167,7 @@ class SilentLog:
     def scalars(self, step: int, seconds: float, figures: dict[str, float]) -> None: ...
     def media(self, step: int, name: str, path: Path) -> None: ...
     def draw(self) -> None: ...
+    def verdict(self, words: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -185,13 +197,14 @@ def draw_curves(csv_path: Path, picture_path: Path) -> None:
     plt.close(figure)
 
 
-def read_scalars(csv_path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Steps and values of every column of a scalars.csv that has any. Raises ValueError for a file that is none."""
+def read_scalars(csv_path: Path, with_seconds: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps and values of every column of a scalars.csv that has any; of the clock only where asked for. Raises ValueError for a file that
+    is none."""
     series = {}
     try:
         with open(csv_path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        for name in (name for name in (rows[0] if rows else {}) if name not in ("step", "seconds")):
+        for name in (name for name in (rows[0] if rows else {}) if name not in (("step",) if with_seconds else ("step", "seconds"))):
             filled = [row for row in rows if row[name]]
             if filled:
                 series[name] = (np.array([int(row["step"]) for row in filled]), np.array([float(row[name]) for row in filled]))

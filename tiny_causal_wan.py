@@ -13,6 +13,8 @@ embedding joins the time embedding (as pooled text does in arXiv 2403.03206).
 
 from __future__ import annotations
 
+import threads  # noqa: F401, I001  before torch, which reads its settings once
+
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field

@@ -7,6 +7,8 @@ Every key can be overridden on the command line, such as `training.num_steps=200
 
 from __future__ import annotations
 
+import threads  # noqa: F401, I001  before torch, which reads its settings once
+
 import math
 import os
 import shlex
@@ -51,6 +53,7 @@ from stages import PretrainStage, SelfForcingStage, Stage
 from starting_networks import check_same_networks
 from training_config import SelfForcingConfig
 from video_io import comparison_gif, comparison_sheet, to_display
+from watchdog import Watchdog
 
 NUM_SHOWN = 6  # prompts in the sample sheets
 EVAL_BATCH = 32
@@ -89,6 +92,7 @@ class SimplifiedTrainer:
         self._interval_checkpoints = [] if start is None or not processes.is_first else self._claim_attempts(start)
         seed_global_generators(config.seed)  # initial weights; everything later draws from `random`
         random = torch_generator(config.seed, Purpose.TRAINING)
+        self.watchdog = Watchdog()
         self.stage: Stage = STAGES[config.training.training_type](config, self.runtime, random, processes)
         self.first_step = 0
         self.last_checkpoint: Path | None = None
@@ -168,6 +172,8 @@ class SimplifiedTrainer:
         try:
             self.stage.load_state_dict(checkpoint, str(path))
             self.first_step = int(checkpoint["step"])
+            if "watchdog" in checkpoint:  # earlier versions had none
+                self.watchdog.load_state_dict(checkpoint["watchdog"])
             if "global_random_states" in checkpoint:  # earlier versions stored none, and nothing of theirs hung on them
                 by_process = checkpoint.get("random_states_by_process", [])
                 is_same_number = len(by_process) == self.processes.count
@@ -198,6 +204,8 @@ class SimplifiedTrainer:
             if reason is not None or not self.samples_here:
                 return self.folder
             self._show_samples(training.num_steps)
+            verdict = self.watchdog.verdict()
+            self.log.verdict(verdict)
         except OSError as error:
             raise OSError(f"{error}: stopped; {self._kept()}") from error
         finally:
@@ -205,6 +213,8 @@ class SimplifiedTrainer:
             self.claim.release()
         self._say(f"trained {training.num_steps - self.first_step} steps in {(time.perf_counter() - start) / 60:.1f} minutes")
         self._report_quality()
+        if verdict:
+            self._say(verdict)
         return self.folder
 
     def _run_steps(self, stop: StopRequest, start: float) -> None:
@@ -218,6 +228,7 @@ class SimplifiedTrainer:
                 figures, reason = self._agree(self.stage.train_step(step), stop)
                 self._check_finite(step, figures)
                 figures |= self._read_fixed_prompts(step)
+                self._watch(step, figures)
                 unlogged |= figures
                 if (step + 1) % training.log_interval == 0 or step + 1 == training.num_steps or reason is not None:
                     self.log.scalars(step, time.perf_counter() - start, unlogged)
@@ -237,13 +248,24 @@ class SimplifiedTrainer:
 
     def _read_fixed_prompts(self, step: int) -> dict[str, float]:
         """What the judge reads in the live generator's videos of the fixed prompts: where it starts, at intervals, at the end."""
-        if self.fixed_prompts is None:
+        if self.fixed_prompts is None or not self._reads_after(step + 1):
             return {}
-        finished = step + 1
-        if step > 0 and finished % self.health_interval and finished != self.config.training.num_steps:
-            return {}
-        self._check_weights(finished)
+        self._check_weights(step + 1)
         return self.fixed_prompts.read()
+
+    def _reads_after(self, finished: int) -> bool:
+        interval = self.health_interval
+        return interval > 0 and (finished == 1 or finished % interval == 0 or finished == self.config.training.num_steps)
+
+    def _watch(self, step: int, figures: dict[str, float]) -> None:
+        """Say what the watchdog sees, and keep the checkpoint of the best reading of the fixed prompts, but for the last one's."""
+        for line in self.watchdog.observe(step, figures):
+            if self.processes.is_first:
+                tqdm.write(line)
+        if not self._reads_after(step + 1) or step + 1 == self.config.training.num_steps:
+            return
+        if self.processes.from_first(lambda: "frames_right" in figures and self.watchdog.is_best):
+            self._save(self.folder / "checkpoint_best.pt", step + 1)
 
     def _check_finite(self, step: int, figures: dict[str, float]) -> None:
         bad = [name for name, value in figures.items() if not math.isfinite(value)]
@@ -290,7 +312,7 @@ class SimplifiedTrainer:
         checkpoint = {
             "step": step, "training_type": self.config.training.training_type, "config": config_to_dict(self.config),
             **self.stage.state_dict(), "runtime": self._facts_of_runtime(), "global_random_states": own_states, "wandb_run_id": self.log.wandb_run_id,
-            "attempts": self.attempts,
+            "attempts": self.attempts, "watchdog": self.watchdog.state_dict(),
         }
         if self.processes.count > 1:
             checkpoint["random_states_by_process"] = self.processes.gather(own_states)

@@ -9,6 +9,8 @@ trained on real videos of the judges' digits to tell the digit, the direction, t
 
 from __future__ import annotations
 
+import threads  # noqa: F401, I001  before torch, which reads its settings once
+
 import argparse
 import os
 import sys

@@ -1,5 +1,7 @@
 """Helpers that several test files share."""
 
+import threads  # noqa: F401, I001  before torch, which reads its settings once
+
 import os
 
 import pytest

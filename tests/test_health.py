@@ -249,10 +249,23 @@ def test_a_run_logs_and_draws_its_panel_and_neither_it_nor_resuming_changes_a_bi
     resumed = SimplifiedTrainer(replace(again, training=replace(config.training, resume=str(folder / "checkpoint_0000004.pt")))).train()
     for other in (unwatched, resumed):
         checkpoint = load_checkpoint(other / "checkpoint_final.pt")
-        for key in whole.keys() - {"config"}:
+        for key in whole.keys() - ({"config"} if other is resumed else {"config", "watchdog"}):
             assert_same(whole[key], checkpoint[key], key)
     for name in rows[0].keys() - {"seconds"}:
         assert [row[name] for row in rows_of(resumed)] == [row[name] for row in rows[4:]], name
+
+
+def test_a_run_keeps_its_best_reading_and_ends_with_a_verdict(teacher: Path, tmp_path: Path, monkeypatch, capsys):
+    """Readings that rise, fall far and half recover: what is kept is the checkpoint of the best, what is said is the fall."""
+    monkeypatch.setattr(train, "load_judge", small_judge)
+    readings = iter([(0.4, 1.0), (0.9, 1.1), (0.3, 2.6), (0.8, 1.2)])
+    monkeypatch.setattr(FixedPrompts, "read", lambda self: dict(zip(JUDGED_COLUMNS, (first := next(readings))[:1] * 3 + first[1:], strict=True)))
+    folder = SimplifiedTrainer(watched_config(teacher, tmp_path)).train()
+    printed = capsys.readouterr().out
+    assert "COLLAPSE: step 4: the fixed prompts read frames right 0.30" in printed
+    verdict = printed.splitlines()[-1]
+    assert verdict.startswith("verdict: COLLAPSED at step 4 ") and verdict == (folder / "verdict.txt").read_text().strip()
+    assert load_checkpoint(folder / "checkpoint_best.pt")["step"] == 2
 
 
 def test_videos_that_the_judge_cannot_read_leave_no_columns_and_one_line(teacher: Path, tmp_path: Path, capsys):

@@ -1,0 +1,26 @@
+"""Threads wait asleep in every script, and a user's own setting wins."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from threads import wait_asleep
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "tests" / "conftest.py"], ids=lambda path: path.stem)
+def test_every_script_decides_before_it_loads_torch(path):
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    imported = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
+    first = next(node for node in body if isinstance(node, ast.Import | ast.ImportFrom) and getattr(node, "module", "") != "__future__")
+    assert isinstance(first, ast.Import) and [alias.name for alias in first.names] == ["threads"], imported
+
+
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "1000"}, {"KMP_BLOCKTIME": "200"}])
+def test_a_users_own_setting_wins(own):
+    environment = dict(own)
+    wait_asleep(environment)
+    assert environment == (own or {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"})
