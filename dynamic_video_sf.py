@@ -1,49 +1,275 @@
-"""Self-Forcing: the engine that trains a rollout to match a distribution (Huang et al. 2025, arXiv 2506.08009).
+"""Self-Forcing (Huang et al. 2025, arXiv 2506.08009): the rollout, and the engine that trains it to match a distribution.
 
-Dimensions: B batch, F frames, C channels, H height, W width.
+Dimensions: B batch, F frames, C channels, H height, W width; a rollout makes F frames in blocks of
+`num_frames_per_block`.
+
+There is one rollout, `rollout_blocks` (Algorithm 1). Training, generation and evaluation all call it; training only adds an exit
+step and says which blocks carry gradient. The bidirectional teacher, which makes all frames at once, has a sampler beside it.
 
     python dynamic_video_sf.py    check the rollout and the losses on a small case
 """
 
 from __future__ import annotations
 
-import threads  # noqa: F401, I001  before torch, which reads its settings once
+from machine import threads  # noqa: F401  before torch, which reads its settings once
 
+# isort: split
 import copy
+import runpy
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate, count, islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from batch_share import BatchShare, share_or_whole
-from distribution_losses import (
-    Discriminator,
-    Finding,
-    Verdict,
-    check_gaussians,
-    discriminator_loss,
-    dmd_gradient,
-    dmd_loss,
-    relativistic_loss,
-    sid_loss,
-)
-from flow_matching import (
+from machine.batch_share import BatchShare, share_or_whole
+from machine.paths import REPOSITORY
+from machine.seeds import Purpose, stream
+from method.flow_matching import (
     add_noise,
+    ancestral_sampler,
     classifier_free_guidance,
+    eps_from_velocity,
+    euler_sampler,
     expand_time,
     interval_weight,
+    projected_guidance,
     sample_time,
+    sampling_times,
     x_0_from_velocity,
 )
-from objectives import x_0_prediction_loss
-from recomputation import frozen
-from rollout import PromptSwitch, clamp_to_data, few_step_plan, make_noise_streams, rollout_blocks
-from seeds import Purpose, torch_generator
-from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
-from training_config import SelfForcingConfig, check_num_frames
+from method.losses import Verdict, discriminator_loss, dmd_gradient, dmd_loss, relativistic_loss, sid_loss, x_0_prediction_loss
+from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan
+from method.settings import SelfForcingConfig, check_num_frames
+from network.discriminator import Discriminator
+from network.recomputation import frozen
+from tiny_causal_wan import PromptContext, TinyCausalWanModel
+
+SWITCHES = ("recache", "keep", "reset")
+
+
+# ------------------------------------------------------------------------------------------------------------ the rollout
+
+
+def make_noise_streams(seeds: list[int]) -> list[np.random.Generator]:
+    """One random stream per video, on the CPU: a video's noise depends on its seed alone, not on batch or device."""
+    return [stream(seed, 0, Purpose.NOISE) for seed in seeds]
+
+
+def draw_noise(streams: list[np.random.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """(B, *shape) standard normal, float32, one slice from each stream."""
+    return torch.from_numpy(np.stack([each.standard_normal(shape, dtype=np.float32) for each in streams])).to(device)
+
+
+def clamp_to_data(x_0: Tensor) -> Tensor:
+    """x_0 cut to [-1, 1], with the gradient passed straight through: what the losses see is what is shown, and a value beyond the
+    range is still pulled back (static thresholding, arXiv 2205.11487, section 2.3; straight-through, arXiv 1308.3432)."""
+    return x_0 + (x_0.clamp(-1, 1) - x_0).detach()
+
+
+@dataclass(frozen=True)
+class PromptSwitch:
+    """From the next block on, another prompt. how: what becomes of the cache, one of `SWITCHES`.
+
+    "recache": computed anew with the new prompt over the frames that are still visible (LongLive, arXiv 2509.22622, section
+    3.2). "keep": stays as it is, written under the old prompt. "reset": emptied, so that nothing of the past is seen.
+    null_prompt: under guidance, as many null prompts.
+    """
+
+    prompt: PromptContext
+    how: str = "recache"
+    null_prompt: PromptContext | None = None
+
+    def __post_init__(self) -> None:
+        if self.how not in SWITCHES:
+            raise ValueError(f"switch is {self.how}: expected one of {', '.join(SWITCHES)}")
+
+
+class Past:
+    """The blocks made so far: the cache, and the frames in it, from which it can be made again for another prompt.
+
+    `append` defers the pass that writes a finished block; the next block's first pass then does both in one. `flush` runs it alone.
+    """
+
+    def __init__(self, model: TinyCausalWanModel, plan: RolloutPlan, streams: list[np.random.Generator]):
+        self.model, self.plan, self.streams = model, plan, streams
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.cache = self.model.new_cache(self.plan.context.window_frames, self.plan.context.sink_frames)
+        self._deferred: tuple[Tensor, Tensor, PromptContext] | None = None  # a finished block as the cache is to see it
+        self._sink: list[Tensor] = []  # frames of the sink
+        self._blocks: list[Tensor] = []  # later blocks of which a frame is still visible
+
+    def append(self, x_0: Tensor, prompt: PromptContext) -> None:
+        """Add a finished block x_0 (B, F_block, C, H, W): its keys and values at the context time join the cache."""
+        self._write(x_0, prompt)
+        window, sink = self.plan.context.window_frames, self.plan.context.sink_frames
+        missing = sink - sum(frames.shape[1] for frames in self._sink)
+        if missing > 0:
+            self._sink.append(x_0[:, :missing])
+            x_0 = x_0[:, missing:]
+        self._blocks += [x_0] if x_0.shape[1] else []
+        if window is not None:
+            visible = window - sink - self.plan.num_frames_per_block  # what the next block sees behind the sink
+            while self._blocks and sum(block.shape[1] for block in self._blocks[1:]) >= visible:
+                del self._blocks[0]
+
+    def encode_again(self, prompt: PromptContext) -> None:
+        """Make the cache again under another prompt, from the frames that the next block sees."""
+        frames, sink, blocks = [*self._sink, *self._blocks], self._sink, self._blocks
+        self.clear()
+        for x_0 in frames:
+            self._write(x_0, prompt)
+        self._sink, self._blocks = sink, blocks
+
+    def forget_first(self, num_frames: int) -> None:
+        """Hide the first num_frames frames from what follows."""
+        self.flush()
+        self.cache.forget_first(num_frames)
+
+    def velocity(self, x_t: Tensor, t: Tensor, prompt: PromptContext, is_exit: bool) -> Tensor:
+        """v (B, F_block, C, H, W) of the next block, which sees the past; under the plan's guidance.
+
+        An exit pass runs alone, whether or not it carries gradient: so training and inference make the same bits.
+        """
+        if self.plan.guidance == 1.0:
+            return self._forward(x_t, t, prompt, is_exit)
+        cond, uncond = self._forward(torch.cat([x_t, x_t]), torch.cat([t, t]), prompt, is_exit).chunk(2)
+        return classifier_free_guidance(cond, uncond, self.plan.guidance)
+
+    def flush(self) -> None:
+        """Run the deferred pass now."""
+        if self._deferred is not None:
+            (x, t, prompt), self._deferred = self._deferred, None
+            self.model.write_cache(x, t, prompt, self.cache)
+
+    def _forward(self, x_t: Tensor, t: Tensor, prompt: PromptContext, is_exit: bool) -> Tensor:
+        if is_exit or self._deferred is None or self._deferred[2] is not prompt:
+            self.flush()
+            return self.model.forward_cached(x_t, t, prompt, self.cache)
+        (x, t_x, _), self._deferred = self._deferred, None
+        return self.model.write_and_forward(x, t_x, x_t, t, prompt, self.cache)
+
+    def _write(self, x_0: Tensor, prompt: PromptContext) -> None:
+        self.flush()
+        x, t = x_0, torch.full(x_0.shape[:2], self.plan.context_time, device=x_0.device)
+        if self.plan.context_time != 0:
+            x = add_noise(x_0, draw_noise(self.streams, tuple(x_0.shape[1:]), x_0.device), t)
+        self._deferred = (x, t, prompt) if self.plan.guidance == 1.0 else (torch.cat([x, x]), torch.cat([t, t]), prompt)
+
+
+def rollout_blocks(
+    model: TinyCausalWanModel, prompt: PromptContext, streams: list[np.random.Generator], num_blocks: int | None, plan: RolloutPlan,
+    null_prompt: PromptContext | None = None, exit_steps: list[int] | None = None, gradient_blocks: range = range(0),
+    trace: list[list[Tensor]] | None = None, first_frames: Tensor | None = None,
+) -> Generator[Tensor, PromptSwitch | None, None]:
+    """Make a video block by block (Self-Forcing, Algorithm 1); yields x_0 of each block, (B, F_block, C, H, W).
+
+    num_blocks: None for no end. A `PromptSwitch` that is sent between two blocks holds from the next one on.
+    exit_steps: per block, the index into `plan.times` whose prediction is the result; None for the last.
+    gradient_blocks: in these the exit step's forward pass carries gradient. null_prompt: the unconditional branch, needed
+    where plan.guidance is not 1. trace: collects, for each block, its x_t at every time of the walk. first_frames: frames
+    (B, F, C, H, W) that come before the first block and are only written into the cache, see `split_first_frames`.
+    """
+    config, device = model.config, next(model.parameters()).device
+    prompt = _both_branches(prompt, null_prompt, plan)
+    past = Past(model, plan, streams)
+    for frames in () if first_frames is None else split_first_frames(first_frames, plan):
+        past.append(frames.to(device), prompt)
+    for block in count() if num_blocks is None else range(num_blocks):
+        if plan.context.hide_first_block and 0 < block == (num_blocks or 0) - 1:
+            past.forget_first(_block_frames(plan, 0, first_frames))
+        exit_step = len(plan.times) - 1 if exit_steps is None else exit_steps[block]
+        # 1. Start from noise.
+        shape = (_block_frames(plan, block, first_frames), config.channels, config.frame_size, config.frame_size)
+        x_t, walk = draw_noise(streams, shape, device), []
+        for step in range(exit_step + 1):
+            walk.append(x_t)
+            t = torch.full(x_t.shape[:2], plan.times[step], device=device)
+            # 2. Predict x_0. Only the exit step builds a graph: the steps before it simulate inference.
+            with torch.set_grad_enabled(block in gradient_blocks and step == exit_step):
+                v = past.velocity(x_t, t, prompt, is_exit=step == exit_step)
+                x_0 = x_0_from_velocity(x_t, v, t)
+                x_0 = clamp_to_data(x_0) if plan.clamp_x_0 else x_0
+            # 3. Noise it to the next time: with fresh noise, or along the ODE with the noise that was predicted.
+            if step < exit_step:
+                eps = draw_noise(streams, shape, device) if plan.fresh_noise else eps_from_velocity(x_t, v, t)
+                x_t = add_noise(x_0, eps, torch.full_like(t, plan.times[step + 1]))
+        if trace is not None:
+            trace.append(walk)
+        # 4. Hand the block out; a new prompt may come back.
+        switch = yield x_0
+        if block + 1 == num_blocks:
+            return
+        # 5. Write it into the cache, without gradient, unless a new prompt starts from nothing.
+        if switch is None or switch.how != "reset":
+            past.append(x_0.detach(), prompt)
+        if switch is not None:
+            prompt = _both_branches(switch.prompt, switch.null_prompt, plan)
+            if switch.how == "recache":
+                past.encode_again(prompt)
+            if switch.how == "reset":
+                past.clear()
+
+
+def _both_branches(prompt: PromptContext, null_prompt: PromptContext | None, plan: RolloutPlan) -> PromptContext:
+    if plan.guidance == 1.0:
+        return prompt
+    if null_prompt is None:
+        raise ValueError(f"guidance {plan.guidance} needs the null prompt")
+    return prompt.concatenate(null_prompt)
+
+
+def _block_frames(plan: RolloutPlan, block: int, first_frames: Tensor | None) -> int:
+    is_first_frame = plan.context.independent_first_frame and block == 0 and first_frames is None
+    return 1 if is_first_frame else plan.num_frames_per_block
+
+
+def split_first_frames(frames: Tensor, plan: RolloutPlan) -> tuple[Tensor, ...]:
+    """Given frames (B, F, C, H, W) as the blocks that go before the first: whole blocks, one picture alone, or where the
+    first frame is a block of its own that and whole blocks. Raises ValueError."""
+    num_frames, block = frames.shape[1], plan.num_frames_per_block
+    if num_frames == 1:
+        return (frames,)
+    first = 1 if plan.context.independent_first_frame else 0
+    if num_frames < 1 or (num_frames - first) % block:
+        counts = ", ".join(str(first + block * k) for k in range(1, 4))
+        raise ValueError(f"{num_frames} frames to go on from: expected 1, or as many as blocks of {block} make up, such as {counts}")
+    return frames.split([1] * first + [block] * ((num_frames - first) // block), dim=1)
+
+
+@torch.no_grad()
+def sample_bidirectional(
+    model: TinyCausalWanModel, prompt: PromptContext, null_prompt: PromptContext, streams: list[np.random.Generator], num_frames: int,
+    plan: BidirectionalPlan, trace: list[Tensor] | None = None,
+) -> Tensor:
+    """The teacher's own sampler. Returns (B, F, C, H, W). trace: collects x_t at every time at which the network is asked."""
+    both = prompt.concatenate(null_prompt)
+
+    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+        if trace is not None:
+            trace.append(x)
+        if plan.guidance == 1.0:
+            return model.forward_bidirectional(x, t, prompt)
+        cond, uncond = model.forward_bidirectional(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        if plan.ink_kept == 1.0:
+            return classifier_free_guidance(cond, uncond, plan.guidance)
+        return projected_guidance(cond, uncond, plan.guidance, x_0_from_velocity(x, cond, t) + 1, plan.ink_kept)
+
+    config = model.config
+    shape = (num_frames, config.channels, config.frame_size, config.frame_size)
+    draw, times = partial(draw_noise, streams, shape, next(model.parameters()).device), sampling_times(plan.num_steps, plan.time_shift)
+    if plan.eta == 0:
+        return euler_sampler(velocity_fn, draw(), times)
+    return ancestral_sampler(velocity_fn, draw(), times, plan.eta, draw)
+
+
+# ------------------------------------------------------------------------------------------------------------- the engine
 
 
 @dataclass
@@ -288,102 +514,5 @@ class SelfForcingEngine:
         return add_noise(x_0, eps, t), t
 
 
-def self_test() -> bool:
-    """Check the rollout and the losses on a small network, print every finding, and say whether all is well."""
-    random = torch_generator(0, Purpose.SELF_TEST)
-    teacher = TinyCausalWanModel(ModelConfig(frame_size=16, width=48, num_layers=2, num_heads=2, text_width=32))
-    with torch.no_grad():
-        for parameter in teacher.parameters():  # a fresh network's head and gates are 0, which would hide every error
-            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=random))
-    config = SelfForcingConfig(gradient_frames=6, guidance=1.0)
-    engine = SelfForcingEngine(config, teacher, random)
-    text, mask = torch.randn(2, 4, 32, generator=random), torch.ones(2, 4, dtype=torch.bool)
-    findings = [
-        _check_one_rollout(engine, engine.generator.encode_prompt(text, mask)),
-        _check_gradient_passes(engine, engine.generator.encode_prompt(text, mask)),
-        *_check_losses(engine, text, mask),
-        *check_gaussians(random),
-    ]
-    for is_ok, finding in findings:
-        print(f"{'ok  ' if is_ok else 'FAIL'} {finding}")
-    return all(is_ok for is_ok, _ in findings)
-
-
-def _check_one_rollout(engine: SelfForcingEngine, prompt: PromptContext) -> Finding:
-    """The rollouts of training, from all exit steps drawn, against inference from the same random state."""
-    num_equal, num_rollouts, seen = 0, 16, set()
-    for _ in range(num_rollouts):
-        state = engine.random.get_state()
-        rollout = engine.rollout(prompt, 12, with_gradient=True)
-        final = engine.random.get_state()
-        engine.random.set_state(state)
-        torch.randint(len(engine.plan.times), (1,), generator=engine.random)  # the exit step comes first
-        seeds = torch.randint(2**62, (2,), generator=engine.random).tolist()
-        engine.random.set_state(final)
-        plan = replace(engine.plan, times=engine.plan.times[: rollout.exit_steps[0] + 1])
-        video = torch.cat(list(rollout_blocks(engine.generator, prompt, make_noise_streams(seeds), 4, plan)), dim=1)
-        num_equal += torch.equal(rollout.x_0, video)
-        seen.add(rollout.exit_steps[0])
-    return (
-        num_equal == num_rollouts and len(seen) == len(engine.plan.times),
-        f"{num_equal} of {num_rollouts} training rollouts equal inference bit for bit, with exit steps {sorted(seen)}",
-    )
-
-
-def _check_gradient_passes(engine: SelfForcingEngine, prompt: PromptContext) -> Finding:
-    """12 frames, of which the last 6 carry gradient: 2 of 4 blocks, one forward pass each."""
-    passes: list[bool] = []
-    head = engine.generator.head  # every forward pass ends here
-    handle = head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
-    rollout = engine.rollout(prompt, 12, with_gradient=True)
-    handle.remove()
-    parameters = list(engine.generator.parameters())
-    past, scored = (
-        sum(g.abs().sum().item() for g in torch.autograd.grad(frames.sum(), parameters, retain_graph=True))
-        for frames in (rollout.x_0[:, :-6], rollout.scored)
-    )
-    return (
-        sum(passes) == 2 and past == 0 and scored > 0,
-        f"{sum(passes)} of {len(passes)} forward passes carry gradient: 1 in each block of the last 6 frames; "
-        f"earlier frames give {past:.0f}, the last {scored:.3g}",
-    )
-
-
-def _check_losses(engine: SelfForcingEngine, text: Tensor, mask: Tensor) -> list[Finding]:
-    """Who feels which loss, before and after the critic moves away from the teacher."""
-    null = engine.real_score.encode_prompt(torch.zeros_like(text), mask)
-    before = [parameter.clone() for parameter in engine.real_score.parameters()]
-
-    def generator_gradient() -> tuple[float, float]:
-        prompts = [score.encode_prompt(text, mask) for score in (engine.real_score, engine.fake_average)]
-        x_0 = engine.rollout(engine.generator.encode_prompt(text, mask), 6, with_gradient=True).scored
-        loss, verdict = engine.generator_loss(x_0, ScorePrompts(prompts[0], null, prompts[1]))
-        loss.backward()
-        return _total_gradient(engine.generator), verdict.figures["score_distance"]
-
-    agreeing, distance = generator_gradient()
-    findings = [(agreeing < 1e-4, f"scores {distance:.1e} apart give the generator a gradient of {agreeing:.1e}")]
-    with torch.no_grad():
-        for parameter in engine.fake_average.parameters():
-            parameter.mul_(1.1)
-    moved, distance = generator_gradient()
-    felt = sum(_total_gradient(score) for score in (engine.fake_score, engine.fake_average, engine.real_score))
-    finding = f"scores {distance:.1e} apart give it {moved:.1e}; teacher and critic feel {felt:.0f}"
-    findings.append((moved > 1e-3 and felt == 0, finding))
-    engine.generator.zero_grad()
-    x_0 = engine.rollout(engine.generator.encode_prompt(text, mask), 6, with_gradient=True).scored
-    engine.critic_loss(x_0, engine.fake_score.encode_prompt(text, mask)).backward()
-    own, other = _total_gradient(engine.fake_score), _total_gradient(engine.generator)
-    finding = f"the critic's loss gives the critic {own:.1e} and the generator {other:.0f}"
-    findings.append((own > 1e-3 and other == 0, finding))
-    is_same = all(torch.equal(a, b) for a, b in zip(before, engine.real_score.parameters(), strict=True))
-    findings.append((is_same, "the teacher is unchanged, bit for bit"))
-    return findings
-
-
-def _total_gradient(model: TinyCausalWanModel) -> float:
-    return sum(parameter.grad.abs().sum().item() for parameter in model.parameters() if parameter.grad is not None)
-
-
 if __name__ == "__main__":
-    raise SystemExit(0 if self_test() else 1)
+    runpy.run_path(str(REPOSITORY / "tests" / "self_tests" / "dynamic_video_sf.py"), run_name="__main__")

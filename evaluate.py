@@ -15,8 +15,9 @@ per_frame.png, comparison.png and comparison.gif into `output_dir`.
 
 from __future__ import annotations
 
-import threads  # noqa: F401, I001  before torch, which reads its settings once
+from machine import threads  # noqa: F401  before torch, which reads its settings once
 
+# isort: split
 import json
 import os
 import sys
@@ -32,14 +33,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from checkpoint import LoadedNetworks, load_networks
-from config import DEVICES, PRECISIONS, explain_refusal
-from interruption import EXIT_CTRL_C
-from held_out import JUDGED_CODE, new_indices, who_saw_the_judges_digits
-from moving_mnist import MovingMNISTGenerator
-from output_folder import free_paths, require_writable
-from panel import Panel, judge_videos, make_panel, yardsticks
-from report import (
+from judging.held_out import JUDGED_CODE, new_indices, who_saw_the_judges_digits
+from judging.panel import Panel, judge_videos, make_panel, yardsticks
+from judging.report import (
     COST_FIGURES,
     COUNT_FIGURES,
     DRIFT_FIGURES,
@@ -50,13 +46,19 @@ from report import (
     format_table,
     format_titles,
 )
-from runtime import Runtime, code_digest, file_digest, resolve_runtime
-from sampling import NAIVE_STEPS, SamplerSettings, check_length, describe_sampler, generate, prepared
-from sanity import check_sanity
-from seeds import Purpose, video_seeds
-from video_io import comparison_gif, comparison_sheet, to_display
+from judging.sanity import check_sanity
+from machine.files import free_paths, require_writable
+from machine.interruption import EXIT_CTRL_C
+from machine.paths import CONFIGS, PRETRAINED
+from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime
+from machine.seeds import Purpose, video_seeds
+from method.plans import NAIVE_STEPS
+from moving_mnist import MovingMNISTGenerator
+from sampling.samplers import SamplerSettings, check_length, describe_sampler, generate, prepared
+from sampling.video_io import comparison_gif, comparison_sheet, to_display
+from training.checkpoint import LoadedNetworks, load_networks
+from training.config import DEVICES, PRECISIONS, explain_refusal
 
-REPOSITORY = Path(__file__).resolve().parent
 NUM_SHOWN = 6  # prompts in the pictures
 MAX_SEED = 2**63 - 1
 FIGURES = PROMPT_FIGURES | LOOK_FIGURES  # of videos of one digit
@@ -122,7 +124,7 @@ def make_rows(config: EvaluateConfig) -> list[Row]:
         paths = [Path(path) for path in config.checkpoint]
         stems = [path.stem for path in paths]  # checkpoint_final, often: then the folder tells runs apart
         return [Row(path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}", path, settings) for path in paths]
-    long, start, student = (REPOSITORY / "pretrained" / name for name in ("teacher_long.pt", "teacher.pt", "student.pt"))
+    long, start, student = (PRETRAINED / name for name in ("teacher_long.pt", "teacher.pt", "student.pt"))
     return [
         Row("teacher", long, SamplerSettings()),
         Row("guided Euler", start, SamplerSettings(num_steps=len(NAIVE_STEPS), causal=True)),
@@ -214,7 +216,7 @@ def write_results(folder: Path, results: dict[str, dict[str, object]], shown: li
 ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 
-@hydra.main(version_base="1.3", config_path=str(REPOSITORY / "configs"), config_name="evaluate")
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="evaluate")
 def main(composed: DictConfig) -> None:
     try:
         config = OmegaConf.to_object(composed)

@@ -19,8 +19,9 @@ of 8-bit integers.
 
 from __future__ import annotations
 
-import threads  # noqa: F401, I001  before torch, which reads its settings once
+from machine import threads  # noqa: F401  before torch, which reads its settings once
 
+# isort: split
 import argparse
 import json
 import re
@@ -36,19 +37,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import LoadedNetworks, load_networks
-from config import DEVICES, PRECISIONS
-from interruption import EXIT_CTRL_C
-from output_folder import free_paths, require_writable
-from rollout import SWITCHES, RolloutPlan
-from runtime import Runtime, code_digest, file_digest, resolve_runtime
-from sampling import BidirectionalPlan, SamplerSettings, check_length, generate, prepared, require_at_least_one
-from streaming import PromptSchedule
-from training_config import TrainingConfig
-from video_input import load_frames
-from video_io import contact_sheet, save_array, save_video, to_display
+from dynamic_video_sf import SWITCHES
+from machine.files import free_paths, require_writable
+from machine.interruption import EXIT_CTRL_C
+from machine.paths import PRETRAINED
+from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime
+from method.plans import BidirectionalPlan, RolloutPlan
+from method.settings import TrainingConfig
+from sampling.samplers import SamplerSettings, check_length, generate, prepared, require_at_least_one
+from sampling.streaming import PromptSchedule
+from sampling.video_input import load_frames
+from sampling.video_io import contact_sheet, save_array, save_video, to_display
+from training.checkpoint import LoadedNetworks, load_networks
+from training.config import DEVICES, PRECISIONS
 
-DEFAULT_CHECKPOINT = Path(__file__).resolve().parent / "pretrained" / "student.pt"
+DEFAULT_CHECKPOINT = PRETRAINED / "student.pt"
 DEFAULT_PROMPTS = {  # by the number of digits that the checkpoint's data show
     1: (
         "a handwritten 7 drifting up", "the digit 3 moving to the right quickly", "the number five sliding down and left slowly",

@@ -10,10 +10,11 @@ centre is the centre of its D x D box, that is the box's top-left pixel + (D - 1
 
 from __future__ import annotations
 
-import threads  # noqa: F401, I001  before torch, which reads its settings once
+from machine import threads  # noqa: F401  before torch, which reads its settings once
 
+# isort: split
 import argparse
-import time
+import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import cos, pi, sin
@@ -25,12 +26,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from digit_deformation import MAX_VARIATION, deform, draw_deformations
-from mnist_digits import MNIST_SIDE, SPLITS, DigitSet, load_bundled_split, load_idx_split, unit_ink
-from mnist_digits import NUM_CLASSES as NUM_CLASSES  # for those who know digits only from videos
-from output_folder import free_paths
-from seeds import Purpose, stream
-from text_encoder import SPEEDS, MotionFacts, compose_caption
+from digits.deformation import MAX_VARIATION, deform, draw_deformations
+from digits.mnist import MNIST_SIDE, SPLITS, DigitSet, load_bundled_split, load_idx_split, unit_ink
+from digits.mnist import NUM_CLASSES as NUM_CLASSES  # for those who know digits only from videos
+from machine.files import free_paths
+from machine.paths import REPOSITORY
+from machine.seeds import Purpose, stream
+from network.text_encoder import SPEEDS, MotionFacts, compose_caption
 
 NUM_OCTANTS = 8
 PURPOSES = {"train": Purpose.TRAINING_VIDEO, "judge": Purpose.JUDGE_VIDEO, "test": Purpose.HELD_OUT_VIDEO}  # of the videos of a split
@@ -286,52 +288,6 @@ class MovingMNISTDataset(Dataset):
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def ink_centre(video: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre of mass (x, y) (B, F, 2) and mass (B, F) of the ink in a video (B, F, C, H, W) in [-1, 1]."""
-    ink = (video.double().mean(dim=2) + 1) / 2  # (B, F, H, W)
-    mass = ink.sum(dim=(-2, -1))
-    x = (ink.sum(dim=-2) * torch.arange(ink.shape[-1])).sum(dim=-1) / mass
-    y = (ink.sum(dim=-1) * torch.arange(ink.shape[-2])).sum(dim=-1) / mass
-    return torch.stack([x, y], dim=-1), mass
-
-
-def self_test(config: DatasetConfig, num_frames: int, seed: int) -> bool:
-    """Check the generator on 32 videos, print every finding, and say whether all is well."""
-    train, test = MovingMNISTGenerator(config, "train"), MovingMNISTGenerator(config, "test")
-    batch = train.sample(seed, range(32), num_frames)
-    alone = train.sample(seed, [7], num_frames)
-    is_same = torch.equal(alone.video[0], batch.video[7]) and alone.captions[0] == batch.captions[7]
-
-    single = train.render(train.sprites[batch.digit_index[:, :1]], batch.track[:, :, :1])
-    centre, mass = ink_centre(single)
-    offset = centre - batch.track[:, :, 0]
-    jitter = (offset - offset[:, :1]).abs().max().item()
-    drift = (mass / mass[:, :1] - 1).abs().max().item()
-    half = (config.digit_size - 1) / 2
-    low, high = batch.track.min().item() - half, batch.track.max().item() + half
-    train_set = {image.numpy().tobytes() for image in train.digit_set.images}
-    shared = sum(image.numpy().tobytes() in train_set for image in test.digit_set.images)
-
-    seconds = []
-    for repeat in range(10):
-        started = time.perf_counter()
-        train.sample(seed, range(32 * repeat, 32 * repeat + 32), num_frames)
-        seconds.append(time.perf_counter() - started)
-    milliseconds = 1000 * min(seconds)  # the best: what else the machine does is not the question
-    checks = (
-        (is_same, "video (seed, 7) is the same alone and in a batch, bit for bit"),
-        (jitter < 1e-3, f"the ink's centre follows the track: its offset varies by {jitter:.1e} pixels at most"),
-        (drift < 1e-4, f"a digit keeps its ink: it varies by {drift:.1e} of itself at most"),
-        (low > -1e-3 and high < config.frame_size - 1 + 1e-3,
-         f"digit boxes stay in the frame: {low:.2f} to {high:.2f} of 0 to {config.frame_size - 1}"),
-        (shared == 0, f"{len(train.sprites)} training and {len(test.sprites)} test digits share {shared} images"),
-        (milliseconds < 32 * num_frames, f"32 videos of {num_frames} frames take {milliseconds:.1f} ms"),
-    )
-    for is_ok, finding in checks:
-        print(f"{'ok  ' if is_ok else 'FAIL'} {finding}")
-    return all(is_ok for is_ok, _ in checks)
-
-
 def visualize(batch: MovingMNISTBatch, output_dir: Path, max_columns: int = 7) -> list[Path]:
     """Write a GIF of every video and grid.png with some frames of each under its caption; returns the paths. Overwrites nothing:
     beside the files of an earlier call these get a number."""
@@ -385,7 +341,8 @@ def main(arguments: list[str] | None = None) -> int:
             mnist_root=options.mnist_root, download=options.download,
         )
         if not options.visualize:
-            return 0 if self_test(config, options.num_frames, options.seed) else 1
+            checks = runpy.run_path(str(REPOSITORY / "tests" / "self_tests" / "moving_mnist.py"))
+            return 0 if checks["self_test"](config, options.num_frames, options.seed) else 1
         batch = MovingMNISTGenerator(config).sample(options.seed, range(options.num_viz), options.num_frames)
         for path, caption in zip(visualize(batch, options.output_dir), [*batch.captions, "all samples"], strict=True):
             print(f"{path}: {caption}")

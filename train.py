@@ -1,5 +1,4 @@
-"""Train: `python train.py` for Self-Forcing (default), `python train.py training=pretrain` for the teacher, `python train.py
-experiment=table2` for a comparison of paradigms: many runs and a table.
+"""Train: `python train.py` for Self-Forcing (default), `python train.py training=pretrain` for the teacher.
 
 Every key can be overridden on the command line, such as `training.num_steps=2000 training.lr=1e-4`; `python train.py
 --help` shows them all. Each run has a folder of its own under `logs/training/`.
@@ -7,14 +6,16 @@ Every key can be overridden on the command line, such as `training.num_steps=200
 
 from __future__ import annotations
 
-import threads  # noqa: F401, I001  before torch, which reads its settings once
+from machine import threads  # noqa: F401  before torch, which reads its settings once
 
+# isort: split
 import math
 import os
 import shlex
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,23 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, remove_leftovers, save_checkpoint
-from comparison import compare
-from config import Config, build_config, check_choices, config_to_dict, explain_command_line, explain_refusal, register_schemas
-from digit_judge import JUDGE_PATH, DigitJudge, load_judge
-from distributed import ONE_PROCESS, Processes, losses_named, mean_figures, processes_of_environment
-from few_step_stage import FewStepStage
-from health import JUDGED_COLUMNS, FixedPrompts, draw_run
-from interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
-from metrics import facts_of_prompts, score_videos, summarise
+from judging.digit_judge import JUDGE_PATH, DigitJudge, load_judge
+from judging.fixed_prompts import JUDGED_COLUMNS, FixedPrompts
+from judging.health import draw_run
+from judging.metrics import facts_of_prompts, score_videos, summarise
+from machine.interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
+from machine.paths import CONFIGS
+from machine.runtime import PRECISIONS, Runtime, resolve_runtime
+from machine.seeds import Purpose, seed_global_generators, torch_generator, video_seeds
+from method.settings import SelfForcingConfig
 from moving_mnist import MovingMNISTGenerator
-from resume import (
+from sampling.samplers import sample
+from sampling.video_io import comparison_gif, comparison_sheet, to_display
+from training.checkpoint import CheckpointError, checkpoint_config, load_checkpoint, remove_leftovers, save_checkpoint
+from training.config import Config, build_config, check_choices, config_to_dict, explain_command_line, explain_refusal, register_schemas
+from training.distributed import ONE_PROCESS, Processes, losses_named, mean_figures, processes_of_environment
+from training.few_step_stage import FewStepStage
+from training.resume import (
     RunClaim,
     RunFinished,
     Start,
@@ -45,15 +52,11 @@ from resume import (
     interval_checkpoints,
     restore_global_random_states,
 )
-from run_log import RunLog, SilentLog, draw_curves, make_run_folder, point_to_latest
-from runtime import PRECISIONS, Runtime, resolve_runtime
-from seeds import Purpose, seed_global_generators, torch_generator, video_seeds
-from sharding import whole
-from stages import PretrainStage, SelfForcingStage, Stage
-from starting_networks import check_same_networks
-from training_config import SelfForcingConfig
-from video_io import comparison_gif, comparison_sheet, to_display
-from watchdog import Watchdog
+from training.run_log import RunLog, SilentLog, draw_curves, make_run_folder, point_to_latest
+from training.sharding import whole
+from training.stages import PretrainStage, Sampler, SelfForcingStage, Stage
+from training.starting_networks import check_same_networks
+from training.watchdog import Watchdog
 
 NUM_SHOWN = 6  # prompts in the sample sheets
 EVAL_BATCH = 32
@@ -104,7 +107,7 @@ class SimplifiedTrainer:
         self.judge = self._load_judge()
         self.fixed_prompts: FixedPrompts | None = None
         if self.judge is not None and self.health_interval > 0 and isinstance(self.stage, SelfForcingStage):
-            self.fixed_prompts = FixedPrompts(self.judge, config.dataset, config.training.max_num_frames, self.stage.sample_live)
+            self.fixed_prompts = FixedPrompts(self.judge, config.dataset, config.training.max_num_frames, partial(self._sample, self.stage.live()))
         held_out = MovingMNISTGenerator(config.dataset, "test", purpose=Purpose.RUN_SAMPLE)
         self.shown = held_out.sample(0, range(NUM_SHOWN), config.training.max_num_frames)
         self.folder = processes.from_first(lambda: make_run_folder(Path(config.log_dir), config.run_name))
@@ -324,7 +327,8 @@ class SimplifiedTrainer:
     def _show_samples(self, step: int) -> None:
         """Real videos and each sampler's, for the same held-out prompts: a sheet and an animation."""
         seeds = video_seeds(0, range(NUM_SHOWN), Purpose.RUN_SAMPLE_NOISE)  # the same in every run, so that runs can be compared
-        samples = self.stage.sample(self.shown.captions, seeds, self.config.training.max_num_frames)
+        num_frames = self.config.training.max_num_frames
+        samples = {name: self._sample(each, self.shown.captions, seeds, num_frames) for name, each in self.stage.shown().items()}
         if not self.processes.is_first:
             return
         groups = [("real", to_display(self.shown.video))] + [(name, to_display(video.cpu())) for name, video in samples.items()]
@@ -332,6 +336,9 @@ class SimplifiedTrainer:
         comparison_sheet(folder / f"step_{step:07d}.png", groups, self.shown.captions)
         comparison_gif(folder / f"step_{step:07d}.gif", groups, self.shown.captions)
         self.log.media(step, "samples", folder / f"step_{step:07d}.png")
+
+    def _sample(self, sampler: Sampler, prompts: list[str], seeds: list[int], num_frames: int) -> torch.Tensor:
+        return sample(sampler, prompts, seeds, num_frames, self.runtime)
 
     def _report_quality(self) -> None:
         """Let the judge read fresh samples on prompts of held-out digits and print one line per sampler."""
@@ -345,8 +352,8 @@ class SimplifiedTrainer:
         videos: dict[str, list[torch.Tensor]] = {}
         for first in range(0, len(prompts), EVAL_BATCH):
             part = slice(first, first + EVAL_BATCH)
-            for name, video in self.stage.sample(prompts[part], seeds[part], training.max_num_frames).items():
-                videos.setdefault(name, []).append(video)
+            for name, sampler in self.stage.shown().items():
+                videos.setdefault(name, []).append(self._sample(sampler, prompts[part], seeds[part], training.max_num_frames))
         self._say(self.judge.describe())
         for name, parts in videos.items():
             summary = summarise(score_videos(self.judge, torch.cat(parts), digits, directions, dataset))
@@ -379,31 +386,13 @@ def command_to_go_on(overrides: list[str]) -> str:
     return shlex.join(["python", "train.py", *kept, "training.resume=auto"])
 
 
-def check_overrides_of_experiment(overrides: list[str]) -> None:
-    """Raise ValueError for an override that would reach none of the runs of an experiment."""
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if key.split(".")[0] not in ("experiment", "device", "precision"):
-            raise ValueError(
-                f"{override} does not reach the runs of an experiment: expected keys of experiment, device and precision; for all its "
-                f"trainings write 'experiment.overrides.all=[\"{override}\"]'"
-            )
-
-
-@hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "configs"), config_name="train")
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(composed: DictConfig) -> None:
     processes = ONE_PROCESS
     try:
         processes = processes_of_environment()
-        config = build_config(composed)
-        if config.experiment is None:
-            SimplifiedTrainer(config, processes).train()
-            processes.leave()
-            return
-        if processes.count > 1:
-            raise ValueError("an experiment is many runs, each a process of its own: start it without torchrun")
-        check_overrides_of_experiment(list(HydraConfig.get().overrides.task))
-        num_failed = compare(config)
+        SimplifiedTrainer(build_config(composed), processes).train()
+        processes.leave()
     except RunFinished as finished:
         if processes.is_first:
             print(finished)
@@ -418,16 +407,15 @@ def main(composed: DictConfig) -> None:
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "interrupted; training.resume=auto goes on from the newest checkpoint, where there is one", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    if num_failed:
-        sys.exit(f"{num_failed} jobs failed, see above; the same command tries them again")
 
 
 def run_command_line() -> None:
     """`main`, where what Hydra refuses is one line too."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its refusals, instead of printing a page and exiting
-    chosen = [argument for argument in sys.argv[1:] if argument.startswith(("experiment.", "experiment=", "+experiment="))]
-    if chosen and all(argument.startswith("experiment.") for argument in chosen):  # Hydra would fail with an assertion
-        sys.exit(f"error: {chosen[0]} has no experiment: choose one too, such as experiment=table2")
+    moved = [argument for argument in sys.argv[1:] if argument == "experiment=table2" or argument.lstrip("+").startswith("experiment.")]
+    if moved:
+        options = [argument.removeprefix("experiment.") for argument in sys.argv[1:] if argument != "experiment=table2"]
+        sys.exit(f"error: {moved[0]}: the comparison has moved: {shlex.join(['python', '-m', 'experiments.comparison', *options])}")
     try:
         check_choices(sys.argv[1:])
         main()

@@ -1,14 +1,18 @@
 """Helpers that several test files share."""
 
-import threads  # noqa: F401, I001  before torch, which reads its settings once
+from machine import threads  # noqa: F401  before torch, which reads its settings once
 
+# isort: split
 import os
+import runpy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from text_encoder import TextEncoder, TextEncoderConfig
+from network.text_encoder import TextEncoder, TextEncoderConfig
 from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
 
 SMALL_SIZES = {
@@ -23,6 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
         num_threads = max((os.cpu_count() or 1) // num_workers, 1)
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
         torch.set_num_threads(num_threads)
+
+
+def load_self_test(name: str) -> dict[str, Any]:
+    """The functions of the checks that `python NAME.py` runs."""
+    return runpy.run_path(str(Path(__file__).parent / "self_tests" / f"{name}.py"))
 
 
 def randomise(module: nn.Module, seed: int = 0, scale: float = 0.2) -> nn.Module:

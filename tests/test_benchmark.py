@@ -13,18 +13,11 @@ from conftest import SMALL_SIZES, build_small_model, randomise
 from torch import nn
 from torch.testing import assert_close
 
-import benchmark
-from attention import ContextWindow
-from benchmark import main
-from checkpoint import LoadedNetworks, save_checkpoint
-from compute import flops_per_step
-from config import Config, PretrainConfig, SelfForcingConfig, config_to_dict
-from moving_mnist import DatasetConfig
-from public_code import build_public_network, sample_public
-from rollout import RolloutPlan
-from runtime import Runtime
-from sampling import sample_few_step
-from speed import (
+from experiments import benchmark
+from experiments.benchmark import main
+from experiments.compute import flops_per_step
+from experiments.public_code import build_public_network, sample_public
+from experiments.speed import (
     CACHE,
     DENOISING,
     TEXT,
@@ -39,10 +32,17 @@ from speed import (
     train_in_phases,
     turns,
 )
-from stages import SelfForcingStage
-from text_encoder import TextEncoder, TextEncoderConfig
-from timing import REST, Phases, clock, flop_counter, time_in_turns
+from experiments.timing import REST, Phases, clock, flop_counter, time_in_turns
+from machine.runtime import Runtime
+from method.plans import RolloutPlan
+from moving_mnist import DatasetConfig
+from network.attention import ContextWindow
+from network.text_encoder import TextEncoder, TextEncoderConfig
+from sampling.samplers import sample_few_step
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+from training.checkpoint import LoadedNetworks, save_checkpoint
+from training.config import Config, PretrainConfig, SelfForcingConfig, config_to_dict
+from training.stages import SelfForcingStage
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 PROMPTS, SEEDS = ["a 3 moving up", "the digit 5"], [1, 2]
@@ -246,9 +246,9 @@ def test_training_flops_over_a_cycle_are_those_that_compute_counts(training):
 
 
 def small_products(monkeypatch) -> None:
-    monkeypatch.setattr("timing.MATRIX_SIZES", (64,))
-    monkeypatch.setattr("speed.MATRIX_SIZES", (64,))
-    monkeypatch.setattr("timing.PRODUCT_FLOPS", 2 * 64**3)
+    monkeypatch.setattr("experiments.timing.MATRIX_SIZES", (64,))
+    monkeypatch.setattr("experiments.speed.MATRIX_SIZES", (64,))
+    monkeypatch.setattr("experiments.timing.PRODUCT_FLOPS", 2 * 64**3)
 
 
 def test_every_part_reaches_the_terminal_and_the_file(files, tmp_path, monkeypatch, capsys):

@@ -11,8 +11,11 @@ import pytest
 import torch
 from conftest import randomise
 
-import checkpoint as checkpoint_module
-from checkpoint import (
+from moving_mnist import DatasetConfig
+from network.text_encoder import TextEncoder, TextEncoderConfig
+from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+from training import checkpoint as checkpoint_module
+from training.checkpoint import (
     REQUIRED_KEYS,
     CheckpointError,
     checkpoint_config,
@@ -23,10 +26,7 @@ from checkpoint import (
     slim_checkpoint,
     splits_learned,
 )
-from config import Config, PretrainConfig, config_from_dict, config_to_dict
-from moving_mnist import DatasetConfig
-from text_encoder import TextEncoder, TextEncoderConfig
-from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+from training.config import Config, PretrainConfig, config_from_dict, config_to_dict
 
 CONFIG = Config(
     model=ModelConfig(frame_size=16, width=24, num_layers=2, num_heads=2, ffn_ratio=2, patch_size=[1, 8, 8], text_width=32),

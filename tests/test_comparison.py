@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from test_evaluate import save_untrained
 from torch.utils.flop_counter import FlopCounterMode
 
-import comparison
-import comparison_report
-from checkpoint import load_checkpoint
-from comparison import Comparison, compare, compose_run, num_steps
-from comparison_config import ComparisonConfig
-from comparison_report import COLUMNS, as_markdown
-from compute import CPU, _count_step, flops_per_step
-from config import Config, PretrainConfig, build_config, register_schemas
-from stages import PretrainStage, SelfForcingStage
+from experiments import comparison, comparison_report
+from experiments.comparison import Comparison, compare, compose_run, num_steps
+from experiments.comparison_report import COLUMNS, as_markdown
+from experiments.comparison_settings import ComparisonConfig
+from experiments.compute import CPU, _count_step, flops_per_step
 from tiny_causal_wan import ModelConfig
-from train import check_overrides_of_experiment, run_command_line
+from train import run_command_line
+from training.checkpoint import load_checkpoint
+from training.config import Config, PretrainConfig, register_schemas
+from training.stages import PretrainStage, SelfForcingStage
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TINY = ["model.width=24", "model.num_layers=1", "model.num_heads=2", "training.batch_size=2"]
@@ -67,9 +67,9 @@ folder.joinpath("evaluation.json").write_text(json.dumps(rows))
 register_schemas()
 
 
-def composed(*overrides: str) -> Config:
+def composed(*overrides: str) -> ComparisonConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return build_config(compose("train", ["experiment=table2", "device=cpu", "precision=float32", *overrides]))
+        return OmegaConf.to_object(compose("comparison", ["device=cpu", "precision=float32", *overrides]))
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +82,11 @@ def teacher(tmp_path_factory) -> Path:
 def ask(teacher: Path, tmp_path: Path):
     """A small comparison in a folder of this test, with these settings besides."""
 
-    def config(*overrides: str) -> Config:
-        asked = composed("experiment.num_frames=6", "experiment.blocks=[3]", "experiment.num_videos=4", "experiment.budget=6", *overrides)
-        asked.experiment.teacher, asked.experiment.folder = str(teacher), str(tmp_path / "logs")
-        asked.experiment.output_dir = str(tmp_path / "results")
-        asked.experiment.overrides["all"] = TINY
+    def config(*overrides: str) -> ComparisonConfig:
+        asked = composed("num_frames=6", "blocks=[3]", "num_videos=4", "budget=6", *overrides)
+        asked.teacher, asked.folder = str(teacher), str(tmp_path / "logs")
+        asked.output_dir = str(tmp_path / "results")
+        asked.overrides["all"] = TINY
         return asked
 
     return config
@@ -171,7 +171,7 @@ def test_attention_counts_too(runs: dict[str, Config], name: str, monkeypatch):
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", record)
     whole = count()
     expected = sum(product * (7 if has_gradient else 2) for product, has_gradient in products)
-    monkeypatch.setattr("compute.flop_counter", lambda: FlopCounterMode(display=False))  # whose table lacks the CPU's kernel
+    monkeypatch.setattr("experiments.compute.flop_counter", lambda: FlopCounterMode(display=False))  # whose table lacks the CPU's kernel
     assert expected > 0 and whole - count() == expected
 
 
@@ -195,7 +195,7 @@ def test_videos_of_several_lengths_are_not_counted(runs: dict[str, Config]):
 
 @pytest.mark.slow
 def test_a_comparison_end_to_end_and_a_second_time_nothing(ask, tmp_path, monkeypatch, capsys):
-    config = ask("experiment.rows=[real,sf_dmd]", "experiment.budget=2", "experiment.checkpoint_interval=1")
+    config = ask("rows=[real,sf_dmd]", "budget=2", "checkpoint_interval=1")
     assert compare(config) == 0
     (training,) = (tmp_path / "logs" / "trainings").iterdir()
     stored = load_checkpoint(training / "checkpoint_final.pt")
@@ -217,7 +217,7 @@ def test_a_comparison_end_to_end_and_a_second_time_nothing(ask, tmp_path, monkey
 
 def test_rows_are_sampled_as_they_are_called(ask, fake):
     asked = "real,teacher,start,start_few,start_half,start_unguided,tf,tf_few,tf_unguided,sf_gan"
-    assert compare(ask(f"experiment.rows=[{asked}]", "experiment.guidance=1.5")) == 0
+    assert compare(ask(f"rows=[{asked}]", "guidance=1.5")) == 0
     text = markdown(fake)
     samplers = {title: cells(text, title)[0][1].removesuffix(", guidance 2") for title in (
         "bidirectional teacher", "start, no training", "start, guided", "start, guided, half the steps", "start, no guidance", "TF",
@@ -239,7 +239,7 @@ def test_rows_are_sampled_as_they_are_called(ask, fake):
 
 
 def test_an_interrupted_training_goes_on_from_its_newest_readable_checkpoint(ask, fake, monkeypatch, capsys):
-    config = ask("experiment.rows=[sf_dmd]")
+    config = ask("rows=[sf_dmd]")
     monkeypatch.setenv("BREAKS", "self_forcing")
     assert compare(config) == 2  # and its score
     monkeypatch.delenv("BREAKS")
@@ -254,21 +254,21 @@ def test_an_interrupted_training_goes_on_from_its_newest_readable_checkpoint(ask
 
 
 def test_other_settings_are_not_reused(ask, fake, monkeypatch, capsys):
-    assert compare(ask("experiment.rows=[sf_dmd]")) == 0
-    assert compare(ask("experiment.rows=[sf_dmd]", "experiment.budget=3")) == 0
+    assert compare(ask("rows=[sf_dmd]")) == 0
+    assert compare(ask("rows=[sf_dmd]", "budget=3")) == 0
     output = capsys.readouterr().out
     assert "which has training.num_steps 6, now 3" in output
-    assert compare(ask("experiment.rows=[sf_dmd]", "experiment.num_videos=5")) == 0
+    assert compare(ask("rows=[sf_dmd]", "num_videos=5")) == 0
     assert len(list((fake / "logs" / "trainings").iterdir())) == 2 and len(list((fake / "logs" / "scores").iterdir())) == 3
     monkeypatch.setattr(comparison.subprocess, "Popen", None)
-    assert compare(ask("experiment.rows=[sf_dmd]", "experiment.checkpoint_interval=7")) == 0  # changes no weight
+    assert compare(ask("rows=[sf_dmd]", "checkpoint_interval=7")) == 0  # changes no weight
 
 
 def test_what_the_table_holds_is_done_where_its_folders_are_gone(ask, fake, monkeypatch, capsys):
-    assert compare(ask("experiment.rows=[real,sf_dmd]")) == 0
+    assert compare(ask("rows=[real,sf_dmd]")) == 0
     before = (fake / "results" / "table2.md").read_text()
     shutil.rmtree(fake / "logs")
-    assert compare(ask("experiment.rows=[real,tf,tf_unguided,sf_dmd]")) == 0
+    assert compare(ask("rows=[real,tf,tf_unguided,sf_dmd]")) == 0
     output = capsys.readouterr().out
     assert [output.count(f"scoring {row}, blocks of 3, seed 0: starts") for row in ("sf_dmd", "tf", "tf_unguided")] == [1, 1, 1]
     for title in ("real video", "Self-Forcing, DMD", "sf_dmd"):
@@ -277,7 +277,7 @@ def test_what_the_table_holds_is_done_where_its_folders_are_gone(ask, fake, monk
     assert not list((fake / "results").glob("table2-*.json"))  # nothing of the earlier table is missing in the new one
     shutil.rmtree(fake / "logs")
     monkeypatch.setattr(comparison.subprocess, "Popen", None)
-    assert compare(ask("experiment.rows=[real,tf,tf_unguided,sf_dmd]")) == 0
+    assert compare(ask("rows=[real,tf,tf_unguided,sf_dmd]")) == 0
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -287,7 +287,7 @@ def test_what_the_table_holds_is_done_where_its_folders_are_gone(ask, fake, monk
 ])
 def test_a_row_of_an_earlier_table_counts_only_where_all_that_made_it_is_the_same(ask, fake, capsys, change, words):
     """Options that read the same may resolve to other settings: the teacher's were 2.5 once and 4 later."""
-    assert compare(ask("experiment.rows=[sf_dmd]")) == 0
+    assert compare(ask("rows=[sf_dmd]")) == 0
     shutil.rmtree(fake / "logs")
     path = fake / "results" / "table2.json"
     table = json.loads(path.read_text())
@@ -302,34 +302,34 @@ def test_a_row_of_an_earlier_table_counts_only_where_all_that_made_it_is_the_sam
             row["made_with"][group] = value
     path.write_text(json.dumps(table))
     capsys.readouterr()
-    assert all(score.kept is None for score in Comparison(ask("experiment.rows=[sf_dmd]")).scores)
+    assert all(score.kept is None for score in Comparison(ask("rows=[sf_dmd]")).scores)
     assert f"not taken from the earlier table: {words}"[:60] in capsys.readouterr().out
 
 
 def test_a_score_of_another_checkpoint_is_set_aside_and_made_anew(ask, fake, capsys):
-    assert compare(ask("experiment.rows=[sf_dmd]")) == 0
+    assert compare(ask("rows=[sf_dmd]")) == 0
     (training,) = (fake / "logs" / "trainings").iterdir()
     (score,) = (fake / "logs" / "scores").iterdir()
     (training / "checkpoint_final.pt").write_bytes(b"trained anew")
-    assert compare(ask("experiment.rows=[sf_dmd]")) == 0
+    assert compare(ask("rows=[sf_dmd]")) == 0
     assert f"set aside as {score.name}.stale1" in capsys.readouterr().out
     assert {path.name for path in (fake / "logs" / "scores").iterdir()} == {score.name, f"{score.name}.stale1"}
 
 
 def test_a_row_of_another_checkpoint_is_not_taken(ask, fake, capsys):
-    assert compare(ask("experiment.rows=[sf_dmd]")) == 0
+    assert compare(ask("rows=[sf_dmd]")) == 0
     shutil.rmtree(fake / "logs" / "scores")
     (training,) = (fake / "logs" / "trainings").iterdir()
     (training / "checkpoint_final.pt").write_bytes(b"trained anew")
-    assert all(score.kept is None for score in Comparison(ask("experiment.rows=[sf_dmd]")).scores)
+    assert all(score.kept is None for score in Comparison(ask("rows=[sf_dmd]")).scores)
     assert "not taken from the earlier table: another " in capsys.readouterr().out
 
 
 def test_every_paradigm_is_offered_the_same_candidates_on_a_seed_that_the_table_does_not_use(ask, fake):
     half, own = "training.lr=*0.5 training.muon_lr=*0.5", "training.dfake_gen_update_ratio=2"
     config = ask(
-        "experiment.rows=[tf,sf_dmd]", f"experiment.candidates.tf=['','{half}']",
-        f"experiment.candidates.sf_dmd=['{own} training.lr=*1.2','']",
+        "rows=[tf,sf_dmd]", f"candidates.tf=['','{half}']",
+        f"candidates.sf_dmd=['{own} training.lr=*1.2','']",
     )
     assert compare(config) == 0
     chosen = json.loads((fake / "results" / "table2_candidates.json").read_text())
@@ -343,18 +343,18 @@ def test_every_paradigm_is_offered_the_same_candidates_on_a_seed_that_the_table_
     settings = {each["paradigm"]: each["settings"] for each in table["trainings"]}
     assert settings["tf"]["training.muon_lr"] == 3e-4 and settings["sf_dmd"]["training.dfake_gen_update_ratio"] == 2
     assert f"sf_dmd, block 3: {own} training.lr=*1.2" in markdown(fake)
-    with pytest.raises(ValueError, match="experiment.selection_seed is 0: expected another seed"):
+    with pytest.raises(ValueError, match="selection_seed is 0: expected another seed"):
         ComparisonConfig(selection_seed=0)
     with pytest.raises(ValueError, match="as many for every paradigm"):
         ComparisonConfig(candidates={"all": ["", "training.lr=*2"], "tf": ["", "training.lr=*2", "training.lr=*4"]})
-    with pytest.raises(ValueError, match="experiment.candidates.all is seed=1: expected KEY=VALUE of a training"):
+    with pytest.raises(ValueError, match="candidates.all is seed=1: expected KEY=VALUE of a training"):
         ComparisonConfig(candidates={"all": ["", "seed=1"]})
     with pytest.raises(ValueError, match="training.loss=\\*2: expected the factor of a number"):
-        compare(ask("experiment.rows=[sf_dmd]", "experiment.candidates.all=['','training.loss=*2']"))
+        compare(ask("rows=[sf_dmd]", "candidates.all=['','training.loss=*2']"))
 
 
 def test_flops_are_taken_from_an_earlier_table_whose_steps_were_the_same(ask, fake, monkeypatch):
-    asked = ["experiment.rows=[sf_dmd]"]
+    asked = ["rows=[sf_dmd]"]
     assert compare(ask(*asked)) == 0
     path, counts = fake / "results" / "table2.json", fake / "results" / "table2_flops.json"
     table = json.loads(path.read_text())
@@ -363,21 +363,21 @@ def test_flops_are_taken_from_an_earlier_table_whose_steps_were_the_same(ask, fa
     described["gflops_per_step"] = 2 * counted  # so that it shows from where they are
     path.write_text(json.dumps(table))
     counts.unlink()
-    for more in ([], ["experiment.seeds=[3]"], ["experiment.budget=40"]):  # neither seed nor length is one of a step
+    for more in ([], ["seeds=[3]"], ["budget=40"]):  # neither seed nor length is one of a step
         (training,) = Comparison(ask(*asked, *more)).trainings
         assert training.flops_per_step == 2e9 * counted and not counts.exists()
     monkeypatch.setattr(comparison, "flops_per_step", lambda config: 7.0)
-    (training,) = Comparison(ask(*asked, 'experiment.overrides.sf_dmd=["training.batch_size=3"]')).trainings
+    (training,) = Comparison(ask(*asked, 'overrides.sf_dmd=["training.batch_size=3"]')).trainings
     assert training.flops_per_step == 7.0 and counts.exists()
 
 
 def test_a_table_that_would_lose_results_stays(ask, fake, capsys):
-    assert compare(ask("experiment.rows=[tf,sf_dmd]")) == 0
+    assert compare(ask("rows=[tf,sf_dmd]")) == 0
     before = (fake / "results" / "table2.json").read_text()
-    assert compare(ask("experiment.rows=[sf_dmd]")) == 0
+    assert compare(ask("rows=[sf_dmd]")) == 0
     assert "has 1 results that this one will not show: it stays as table2-1.json" in capsys.readouterr().out
     assert (fake / "results" / "table2-1.json").read_text() == before
-    assert compare(ask("experiment.rows=[sf_dmd]", "experiment.budget=3")) == 0
+    assert compare(ask("rows=[sf_dmd]", "budget=3")) == 0
     assert "stays as table2-2.json" in capsys.readouterr().out and (fake / "results" / "table2-1.json").read_text() == before
 
 
@@ -390,14 +390,14 @@ def test_a_table_that_would_lose_results_stays(ask, fake, capsys):
 def test_a_file_that_is_no_table_is_not_written_over(ask, fake, text: str):
     (fake / "results").mkdir()
     (fake / "results" / "table2.json").write_text(text)
-    with pytest.raises(ValueError, match="table2.json is no table of a comparison .*choose another experiment.name"):
-        compare(ask("experiment.rows=[sf_dmd]"))
+    with pytest.raises(ValueError, match="table2.json is no table of a comparison .*choose another name"):
+        compare(ask("rows=[sf_dmd]"))
     assert (fake / "results" / "table2.json").read_text() == text
 
 
 def test_a_failed_training_is_one_line_and_the_others_go_on(ask, fake, monkeypatch, capsys):
     monkeypatch.setenv("BREAKS", "teacher_forcing")
-    assert compare(ask("experiment.rows=[tf,tf_unguided,sf_dmd]", "experiment.processes=2")) == 3
+    assert compare(ask("rows=[tf,tf_unguided,sf_dmd]", "processes=2")) == 3
     lines = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
     assert len(lines) == 1 and "error: it broke; log " in lines[0] and Path(lines[0].rpartition("log ")[2]).is_file()
     text = markdown(fake)
@@ -411,12 +411,12 @@ def test_an_interruption_stops_the_children_and_says_how_to_go_on(ask, fake, mon
     opened = comparison.subprocess.Popen
     monkeypatch.setattr(comparison.subprocess, "Popen", lambda *given, **named: children.append(opened(*given, **named)) or children[-1])
     with pytest.raises(KeyboardInterrupt, match="0 of 2 jobs are done; the same command goes on"):
-        compare(ask("experiment.rows=[sf_dmd]"))
+        compare(ask("rows=[sf_dmd]"))
     assert [child.poll() for child in children] == [-signal.SIGTERM]
 
 
 def test_several_seeds_are_a_mean_and_a_range_and_a_partial_one_says_so(ask, fake):
-    config = ask("experiment.rows=[df]", "experiment.seeds=[0,1]")
+    config = ask("rows=[df]", "seeds=[0,1]")
     assert compare(config) == 0
     assert cells(markdown(fake), "DF")[0][3] == "0.375 [0.250, 0.500]" and "the range over 2 trainings" in markdown(fake)
     table = Comparison(config).table()
@@ -428,16 +428,16 @@ def test_several_seeds_are_a_mean_and_a_range_and_a_partial_one_says_so(ask, fak
 
 
 @pytest.mark.parametrize(("given", "words"), [
-    ({"rows": ["sf_dmd", "sf"]}, "experiment.rows is sf: expected any of real, teacher, start, "),
-    ({"rows": ["real"]}, "experiment.rows is .*another row too"),
-    ({"blocks": [3, 2]}, "experiment.blocks is 2: expected blocks that divide experiment.num_frames=21"),
-    ({"blocks": []}, "experiment.blocks is .*at least one"),
-    ({"budget": 0}, "experiment.budget is 0: expected at least 1"),
-    ({"processes": 0}, "experiment.processes is 0: expected at least 1"),
-    ({"seeds": []}, "experiment.seeds is .*at least one"),
-    ({"seeds": [1, 1]}, "experiment.seeds is .*each one once"),
-    ({"overrides": {"all": ["training.num_steps=3"]}}, "experiment.overrides.all is training.num_steps=3: expected KEY=VALUE"),
-    ({"denoising_steps": [500]}, "experiment.denoising_steps is"),
+    ({"rows": ["sf_dmd", "sf"]}, "rows is sf: expected any of real, teacher, start, "),
+    ({"rows": ["real"]}, "rows is .*another row too"),
+    ({"blocks": [3, 2]}, "blocks is 2: expected blocks that divide num_frames=21"),
+    ({"blocks": []}, "blocks is .*at least one"),
+    ({"budget": 0}, "budget is 0: expected at least 1"),
+    ({"processes": 0}, "processes is 0: expected at least 1"),
+    ({"seeds": []}, "seeds is .*at least one"),
+    ({"seeds": [1, 1]}, "seeds is .*each one once"),
+    ({"overrides": {"all": ["training.num_steps=3"]}}, "overrides.all is training.num_steps=3: expected KEY=VALUE"),
+    ({"denoising_steps": [500]}, "denoising_steps is"),
 ])
 def test_what_cannot_be_compared_is_refused(given: dict[str, object], words: str):
     with pytest.raises(ValueError, match=words):
@@ -446,15 +446,12 @@ def test_what_cannot_be_compared_is_refused(given: dict[str, object], words: str
 
 def test_an_absent_teacher_is_refused(ask):
     config = ask()
-    config.experiment.teacher = "absent.pt"
-    with pytest.raises(ValueError, match="experiment.teacher is absent.pt: no such checkpoint"):
+    config.teacher = "absent.pt"
+    with pytest.raises(ValueError, match="teacher is absent.pt: no such checkpoint"):
         Comparison(config)
 
 
-def test_overrides_that_reach_no_run_are_refused(monkeypatch):
-    check_overrides_of_experiment(["experiment=table2", "experiment.budget=3", "device=cpu", "precision=float32"])
-    with pytest.raises(ValueError, match=r"training.lr=1 does not reach the runs.*experiment.overrides.all=\[\"training.lr=1\"\]"):
-        check_overrides_of_experiment(["experiment=table2", "training.lr=1"])
-    monkeypatch.setattr(sys, "argv", ["train.py", "experiment.budget=3"])
-    with pytest.raises(SystemExit, match="error: experiment.budget=3 has no experiment"):
+def test_the_old_call_answers_with_the_new_one(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "experiment=table2", "experiment.budget=3", "device=cpu"])
+    with pytest.raises(SystemExit, match="the comparison has moved: python -m experiments.comparison budget=3 device=cpu$"):
         run_command_line()

@@ -8,7 +8,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from config import (
+from method.settings import CausalConsistencyConfig, CausalODEConfig, check_num_frames
+from moving_mnist import DatasetConfig
+from network.text_encoder import TextEncoderConfig
+from tiny_causal_wan import ModelConfig
+from training.config import (
     Config,
     PretrainConfig,
     SelfForcingConfig,
@@ -20,10 +24,6 @@ from config import (
     explain_refusal,
     register_schemas,
 )
-from moving_mnist import DatasetConfig
-from text_encoder import TextEncoderConfig
-from tiny_causal_wan import ModelConfig
-from training_config import CausalConsistencyConfig, CausalODEConfig, check_num_frames
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CHOICES = [

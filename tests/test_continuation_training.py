@@ -8,11 +8,10 @@ from conftest import build_small_model, random_prompt
 from test_stages import build_self_forcing, run_config, self_forcing_config, teacher  # noqa: F401 (a fixture)
 
 import dynamic_video_sf
-from compute import flops_per_step
-from config import SelfForcingConfig
-from dynamic_video_sf import SelfForcingEngine
-from health import mean_by_exit_step
-from rollout import make_noise_streams, rollout_blocks
+from dynamic_video_sf import SelfForcingEngine, make_noise_streams, rollout_blocks
+from experiments.compute import flops_per_step
+from training.config import SelfForcingConfig
+from training.diagnostics import mean_by_exit_step
 
 BLOCK, NUM_FRAMES = 3, 12
 STEPS = [1000, 750, 500, 250]

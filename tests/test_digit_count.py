@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from digit_count import count_digits, digits_of_prompts, read_pieces, scale_to_judge, shown_count, shown_digits
-from digit_judge import load_judge
-from metrics import NO_DIGIT
+from judging.digit_count import count_digits, digits_of_prompts, read_pieces, scale_to_judge, shown_count, shown_digits
+from judging.digit_judge import load_judge
+from judging.metrics import NO_DIGIT
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 
 PAIR = DatasetConfig(frame_size=64, digit_size=28, num_digits=2, min_speed=2.4, max_speed=4.4)

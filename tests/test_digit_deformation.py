@@ -2,8 +2,8 @@
 
 import torch
 
-from digit_deformation import MAX_VARIATION, deform, draw_deformations
-from mnist_digits import unit_ink
+from digits.deformation import MAX_VARIATION, deform, draw_deformations
+from digits.mnist import unit_ink
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 
 

@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 import train
-from batch_share import BatchShare, share_or_whole
-from config import PretrainConfig
-from distributed import ONE_PROCESS, Processes, mean_figures, processes_of_environment
-from runtime import Runtime
-from sharding import whole
-from stages import PretrainStage, SelfForcingStage
+from machine.batch_share import BatchShare, share_or_whole
+from machine.runtime import Runtime
 from train import SimplifiedTrainer
+from training.config import PretrainConfig
+from training.distributed import ONE_PROCESS, Processes, mean_figures, processes_of_environment
+from training.sharding import whole
+from training.stages import PretrainStage, SelfForcingStage
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 KINDS = {

@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-import distribution
-from distribution import compare_distributions, coverage, density, frechet_distance, real_neighbourhoods
+from judging import distribution
+from judging.distribution import compare_distributions, coverage, density, frechet_distance, real_neighbourhoods
 
 
 def normal(num: int, width: int, seed: int = 0, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:

@@ -6,18 +6,12 @@ import torch.nn.functional as F
 from conftest import build_small_model, random_prompt
 from torch import Tensor, nn
 
-from distribution_losses import (
-    Discriminator,
-    discriminator_loss,
-    distance_to_teacher,
-    gradient_penalty,
-    relativistic_loss,
-    sid_loss,
-)
 from dynamic_video_sf import ScorePrompts, SelfForcingEngine
-from flow_matching import add_noise, x_0_from_velocity
-from recomputation import frozen
-from training_config import SelfForcingConfig
+from method.flow_matching import add_noise, x_0_from_velocity
+from method.losses import discriminator_loss, distance_to_teacher, gradient_penalty, relativistic_loss, sid_loss
+from method.settings import SelfForcingConfig
+from network.discriminator import Discriminator
+from network.recomputation import frozen
 
 
 def build_engine(**changes: object) -> SelfForcingEngine:

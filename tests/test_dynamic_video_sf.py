@@ -4,30 +4,25 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import build_small_model, random_prompt
+from conftest import build_small_model, load_self_test, random_prompt
 from torch import Tensor
 
-import distribution_losses
 import dynamic_video_sf
-from attention import ContextWindow
-from config import SelfForcingConfig
-from distribution_losses import dmd_gradient
-from dynamic_video_sf import SelfForcingEngine, self_test
-from flow_matching import euler_sampler, sampling_times, shift_time
-from kv_cache import KVCache
-from rollout import (
-    BidirectionalPlan,
-    RolloutPlan,
+from dynamic_video_sf import (
+    SelfForcingEngine,
     clamp_to_data,
     draw_noise,
-    few_step_plan,
     make_noise_streams,
-    many_step_plan,
     rollout_blocks,
     sample_bidirectional,
-    warp_steps,
 )
+from method.flow_matching import euler_sampler, sampling_times, shift_time
+from method.losses import dmd_gradient
+from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, warp_steps
+from network.attention import ContextWindow
+from network.kv_cache import KVCache
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
+from training.config import SelfForcingConfig
 
 BLOCK = 3
 
@@ -346,12 +341,13 @@ def test_gradient_survives_bfloat16_autocast(small_model, plan):
 
 
 def test_self_test_passes(capsys):
-    assert self_test()
+    assert load_self_test("dynamic_video_sf")["self_test"]()
     printed = capsys.readouterr().out
     assert printed.count("ok  ") == 8 and "FAIL" not in printed
 
 
-def test_self_test_fails_where_a_loss_is_wrong(monkeypatch, capsys):
-    monkeypatch.setattr(distribution_losses, "dmd_gradient", lambda *arguments: -dmd_gradient(*arguments))
-    assert not self_test()
+def test_self_test_fails_where_a_loss_is_wrong(capsys):
+    checks = load_self_test("dynamic_video_sf")
+    checks["self_test"].__globals__["dmd_gradient"] = lambda *arguments: -dmd_gradient(*arguments)
+    assert not checks["self_test"]()
     assert "FAIL on Gaussians" in capsys.readouterr().out

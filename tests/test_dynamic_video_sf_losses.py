@@ -8,11 +8,11 @@ from conftest import build_small_model, random_prompt
 from torch import Tensor, nn
 
 import dynamic_video_sf
-from config import SelfForcingConfig
-from distribution_losses import NORMALISER_FLOOR, dmd_gradient, dmd_loss, sid_loss
 from dynamic_video_sf import ScorePrompts, SelfForcingEngine
-from flow_matching import x_0_from_velocity
+from method.flow_matching import x_0_from_velocity
+from method.losses import NORMALISER_FLOOR, dmd_gradient, dmd_loss, sid_loss
 from tiny_causal_wan import PromptContext
+from training.config import SelfForcingConfig
 
 
 def build_engine(**changes: object) -> SelfForcingEngine:

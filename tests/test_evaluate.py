@@ -12,17 +12,18 @@ from conftest import randomise
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from checkpoint import LoadedNetworks, load_networks, save_checkpoint
-from config import Config, PretrainConfig, config_to_dict
-from evaluate import FIGURES, REPOSITORY, EvaluateConfig, evaluate, make_rows, run_command_line, write_results
-from held_out import new_indices, who_saw_the_judges_digits
+from evaluate import FIGURES, EvaluateConfig, evaluate, make_rows, run_command_line, write_results
+from judging.held_out import new_indices, who_saw_the_judges_digits
+from judging.report import COST_FIGURES, PROMPT_FIGURES, format_table
+from machine.paths import REPOSITORY
+from machine.runtime import Runtime
+from machine.seeds import Purpose
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
-from report import COST_FIGURES, PROMPT_FIGURES, format_table
-from runtime import Runtime
-from sampling import SamplerSettings, describe_sampler
-from seeds import Purpose
-from text_encoder import TextEncoder
+from network.text_encoder import TextEncoder
+from sampling.samplers import SamplerSettings, describe_sampler
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+from training.checkpoint import LoadedNetworks, load_networks, save_checkpoint
+from training.config import Config, PretrainConfig, config_to_dict
 
 NUM_DRAWN = 300
 

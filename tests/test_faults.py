@@ -19,15 +19,15 @@ import torch
 import wandb
 from test_train import SHARED, tiny_config
 
-import checkpoint as checkpoint_module
-import run_log
 import train
-from checkpoint import CheckpointError, checkpoint_config, load_checkpoint, save_checkpoint
-from config import PretrainConfig, SelfForcingConfig, WandbConfig, config_to_dict
-from output_folder import require_writable
-from resume import find_start
-from run_log import RunLog, make_run_folder
+from machine.files import require_writable
 from train import SimplifiedTrainer, TrainingDiverged
+from training import checkpoint as checkpoint_module
+from training import run_log
+from training.checkpoint import CheckpointError, checkpoint_config, load_checkpoint, save_checkpoint
+from training.config import PretrainConfig, SelfForcingConfig, WandbConfig, config_to_dict
+from training.resume import find_start
+from training.run_log import RunLog, make_run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,8 +52,8 @@ import os, random, signal, sys, time
 sys.path.insert(0, ROOT)
 from pathlib import Path
 import torch
-from checkpoint import remove_leftovers, save_checkpoint
-from resume import interval_checkpoints, newest_readable
+from training.checkpoint import remove_leftovers, save_checkpoint
+from training.resume import interval_checkpoints, newest_readable
 
 FUNCTION
 folder, moments, num_hit = Path(FOLDER), random.Random(0), 0
@@ -357,8 +357,8 @@ WANDB_KILLED = """
 import os, signal, subprocess, sys
 from pathlib import Path
 sys.path.insert(0, ROOT)
-from config import WandbConfig
-from run_log import RunLog
+from training.config import WandbConfig
+from training.run_log import RunLog
 log = RunLog(Path(FOLDER), ("loss",), {}, WandbConfig(), "none.png", lambda *_: None)
 log.scalars(0, 0.0, {"loss": 1.0})
 listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()

@@ -7,10 +7,19 @@ import torch
 from conftest import build_small_model, random_prompt
 from torch import Tensor
 
-from attention import ContextWindow
-from few_step import TeacherPrompts, Trajectory, consistency_loss, draw_step_orders, nearest_steps, ode_regression_loss, ode_trajectory
-from flow_matching import euler_sampler, sampling_times, shift_time
-from rollout import BidirectionalPlan, make_noise_streams, many_step_plan, rollout_blocks, sample_bidirectional
+from dynamic_video_sf import make_noise_streams, rollout_blocks, sample_bidirectional
+from method.flow_matching import euler_sampler, sampling_times, shift_time
+from method.plans import BidirectionalPlan, many_step_plan
+from network.attention import ContextWindow
+from training.few_step import (
+    TeacherPrompts,
+    Trajectory,
+    consistency_loss,
+    draw_step_orders,
+    nearest_steps,
+    ode_regression_loss,
+    ode_trajectory,
+)
 
 STEPS, KEPT, SHIFT, GUIDANCE, BLOCK = 4, [0, 1, 3], 3.0, 2.0, 3
 

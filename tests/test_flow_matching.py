@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flow_matching import (
-    VELOCITY_TIME_FLOOR,
+from method.flow_matching import (
     VELOCITY_TIME_FLOOR,
     add_noise,
     ancestral_sampler,

@@ -26,20 +26,20 @@ from conftest import randomise
 from omegaconf import OmegaConf
 
 import generate as entry
-from attention import ContextWindow
-from checkpoint import LoadedNetworks, load_networks, save_checkpoint
-from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
-from dynamic_video_sf import SelfForcingEngine
+from dynamic_video_sf import SelfForcingEngine, make_noise_streams, rollout_blocks
 from evaluate import EvaluateConfig
 from generate import BidirectionalPlan, SamplerSettings, generate, main, slug
+from machine.runtime import Runtime
+from method.plans import NAIVE_STEPS, RolloutPlan, baseline_plans, few_step_plan, many_step_plan, warp_steps
 from moving_mnist import DatasetConfig
-from rollout import RolloutPlan, few_step_plan, make_noise_streams, many_step_plan, rollout_blocks, warp_steps
-from runtime import Runtime
-from sampling import NAIVE_STEPS, baseline_plans, prepared
-from stages import PretrainStage, sample_many_step
-from text_encoder import TextEncoder, TextEncoderConfig, parse_caption
+from network.attention import ContextWindow
+from network.text_encoder import TextEncoder, TextEncoderConfig, parse_caption
+from sampling.samplers import prepared, sample_many_step
+from sampling.video_io import load_array
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
-from video_io import load_array
+from training.checkpoint import LoadedNetworks, load_networks, save_checkpoint
+from training.config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
+from training.stages import PretrainStage
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 PROMPTS = ["a handwritten 7 drifting up", "the digit 3 moving left quickly", "", "a 0 bouncing around"]
@@ -378,7 +378,7 @@ def test_a_missing_compiler_ends_in_one_line(command: str, student_path: Path, t
 
 
 @pytest.mark.parametrize(("module", "work", "arguments"), [
-    ("generate", "run", []), ("benchmark", "run", []), ("evaluate", "evaluate", OmegaConf.structured(EvaluateConfig)),
+    ("generate", "run", []), ("experiments.benchmark", "run", []), ("evaluate", "evaluate", OmegaConf.structured(EvaluateConfig)),
 ])
 def test_ctrl_c_ends_in_one_line_and_130(module: str, work: str, arguments: Any, monkeypatch: pytest.MonkeyPatch, capsys):
     def interrupted(*_: object) -> None:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from digit_judge import load_judge, read_videos
-from glyphs import LEAST_GLYPHS, LEAST_STROKE, NUM_COMPONENTS, GlyphCode, glyph_diversity, glyph_frechet, recentre, relative_spread
-from ink import intensity_centres
+from judging.digit_judge import load_judge, read_videos
+from judging.glyphs import LEAST_GLYPHS, LEAST_STROKE, NUM_COMPONENTS, GlyphCode, glyph_diversity, glyph_frechet, recentre, relative_spread
+from judging.ink import intensity_centres
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 
 SIDE, NUM_VIDEOS, NUM_FRAMES = 16, 300, 5

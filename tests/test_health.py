@@ -16,30 +16,22 @@ from test_stages import teacher as teacher
 from test_train import SHARED, assert_same, tiny_config
 from torch import nn
 
-import health
 import train
-from checkpoint import load_checkpoint
-from config import Config, SelfForcingConfig, build_config, register_schemas
-from digit_judge import DigitJudge, JudgeConfig
-from distribution_losses import Verdict
 from dynamic_video_sf import ScorePrompts, SelfForcingEngine
-from flow_matching import add_noise
-from health import (
-    JUDGED_COLUMNS,
-    PROMPTS,
-    SEEDS,
-    FixedPrompts,
-    compare_runs,
-    critic_lag,
-    exit_columns,
-    generator_figures,
-    mean_by_exit_step,
-    mean_by_noise_level,
-)
-from metrics import facts_of_prompts
+from judging import health
+from judging.digit_judge import DigitJudge, JudgeConfig
+from judging.fixed_prompts import JUDGED_COLUMNS, PROMPTS, SEEDS, FixedPrompts
+from judging.health import compare_runs
+from judging.metrics import facts_of_prompts
+from method.flow_matching import add_noise
+from method.losses import Verdict
 from moving_mnist import DatasetConfig
-from run_log import read_scalars
+from sampling.samplers import sample
 from train import SimplifiedTrainer
+from training.checkpoint import load_checkpoint
+from training.config import Config, SelfForcingConfig, build_config, register_schemas
+from training.diagnostics import critic_lag, exit_columns, generator_figures, mean_by_exit_step, mean_by_noise_level
+from training.run_log import read_scalars
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STEPS = [1000, 750, 500, 250]
@@ -193,12 +185,12 @@ def test_the_fixed_prompts_are_the_same_at_every_reading_and_ask_for_every_digit
     assert len(PROMPTS) == len(SEEDS) == len(set(SEEDS)) == 16
     stage, asked, made = build_self_forcing(teacher, dfake_gen_update_ratio=1, critic_warmup_steps=0), [], []
 
-    def sample(prompts: list[str], seeds: list[int], num_frames: int) -> torch.Tensor:
+    def make(prompts: list[str], seeds: list[int], num_frames: int) -> torch.Tensor:
         asked.append((prompts, seeds, num_frames))
-        made.append(stage.sample_live(prompts, seeds, num_frames))
+        made.append(sample(stage.live(), prompts, seeds, num_frames, stage.runtime))
         return made[-1]
 
-    fixed = FixedPrompts(small_judge(), DatasetConfig(frame_size=16, digit_size=8), 6, sample)
+    fixed = FixedPrompts(small_judge(), DatasetConfig(frame_size=16, digit_size=8), 6, make)
     first, second = fixed.read(), fixed.read()
     assert first == second and first.keys() == set(JUDGED_COLUMNS) and torch.equal(made[0], made[1])
     stage.train_step(0)
@@ -210,7 +202,7 @@ def test_the_fixed_prompts_are_the_same_at_every_reading_and_ask_for_every_digit
 def test_a_reading_leaves_the_stage_as_it_is(teacher: Path):
     stage = build_self_forcing(teacher)
     state, weights, of_torch = stage.random.get_state(), snapshot(stage.engine.generator), torch.get_rng_state()
-    stage.sample_live(list(PROMPTS), list(SEEDS), 6)
+    sample(stage.live(), list(PROMPTS), list(SEEDS), 6, stage.runtime)
     assert torch.equal(stage.random.get_state(), state) and torch.equal(snapshot(stage.engine.generator), weights)
     assert torch.equal(torch.get_rng_state(), of_torch)
     assert all(parameter.grad is None for parameter in stage.engine.generator.parameters())

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from corruptions import corrupt
-from ink import HAZE, edge_sharpness, intensity_sharpness
+from judging.corruptions import corrupt
+from judging.ink import HAZE, edge_sharpness, intensity_sharpness
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from int8_products import LARGEST, Int8Linear, quantize_linears, quantize_rows, require_exact_int8
+from network.int8_products import LARGEST, Int8Linear, quantize_linears, quantize_rows, require_exact_int8
 
 CPU = torch.device("cpu")
 

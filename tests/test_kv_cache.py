@@ -8,11 +8,12 @@ import torch
 from conftest import build_small_model, random_prompt, random_video
 from torch import Tensor
 
-from attention import ContextWindow, teacher_forcing_layout
-from config import SelfForcingConfig
-from kv_cache import KVCache
-from rollout import few_step_plan, make_noise_streams, rollout_blocks
+from dynamic_video_sf import make_noise_streams, rollout_blocks
+from method.plans import few_step_plan
+from network.attention import ContextWindow, teacher_forcing_layout
+from network.kv_cache import KVCache
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
+from training.config import SelfForcingConfig
 
 NUM_FRAMES = 27
 

@@ -11,14 +11,13 @@ from conftest import build_small_model, random_prompt
 from test_stages import assert_same, build_self_forcing, run_config, self_forcing_config, teacher  # noqa: F401 (a fixture)
 from torch import Tensor
 
-import compute
 import dynamic_video_sf
-from attention import ContextWindow
-from config import SelfForcingConfig
-from dynamic_video_sf import SelfForcingEngine, draw_window_start, window_starts
-from rollout import make_noise_streams, rollout_blocks
-from stages import SelfForcingStage
-from text_encoder import parse_caption
+from dynamic_video_sf import SelfForcingEngine, draw_window_start, make_noise_streams, rollout_blocks, window_starts
+from experiments import compute
+from network.attention import ContextWindow
+from network.text_encoder import parse_caption
+from training.config import SelfForcingConfig
+from training.stages import SelfForcingStage
 
 BLOCK = 3
 LONG = {"window_frames": 6, "rollout_frames": 21, "min_num_frames": 9, "max_num_frames": 9}

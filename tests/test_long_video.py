@@ -9,11 +9,12 @@ import pytest
 import torch
 from test_evaluate import save_untrained
 
-import long_video
-from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig
-from long_video import REPOSITORY, SWITCHES, draw_drift, main, read_rows, summarise_switch
+from experiments import long_video
+from experiments.long_video import SWITCHES, draw_drift, main, read_rows, summarise_switch
+from machine.paths import REPOSITORY
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from tiny_causal_wan import ModelConfig
+from training.config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig
 
 NUM_BEFORE = 21
 

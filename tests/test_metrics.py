@@ -6,10 +6,9 @@ from math import cos, pi, sin
 import pytest
 import torch
 
-import metrics
-import tracking
-from digit_judge import JUDGE_PATH, DigitJudge, JudgeConfig, augmented_frames, held_out_accuracy, measure_classes
-from metrics import NO_DIGIT, NO_DIRECTION
+from judging import metrics, tracking
+from judging.digit_judge import JUDGE_PATH, DigitJudge, JudgeConfig, augmented_frames, held_out_accuracy, measure_classes
+from judging.metrics import NO_DIGIT, NO_DIRECTION
 from moving_mnist import DatasetConfig, MovingMNISTGenerator, bounce
 
 CONFIG = DatasetConfig()

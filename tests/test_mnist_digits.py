@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-import mnist_digits
-from mnist_digits import MNIST_SHA256, download_mnist, read_idx
+from digits import mnist as mnist_digits
+from digits.mnist import MNIST_SHA256, download_mnist, read_idx
 from moving_mnist import DatasetConfig, MovingMNISTGenerator, load_digits
 
 

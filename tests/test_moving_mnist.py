@@ -5,10 +5,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import load_self_test
 
 import moving_mnist
-from moving_mnist import DatasetConfig, MovingMNISTDataset, MovingMNISTGenerator, bounce, ink_centre
-from text_encoder import SPEEDS, parse_caption
+from moving_mnist import DatasetConfig, MovingMNISTDataset, MovingMNISTGenerator, bounce
+from network.text_encoder import SPEEDS, parse_caption
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -175,6 +176,7 @@ def test_a_variation_out_of_range_is_refused(variation, private_cache):
 def test_ink_moves_with_the_track_and_none_is_lost(digit_size):
     generator = MovingMNISTGenerator(DatasetConfig(digit_size=digit_size), "test")
     batch = generator.sample(0, range(32), 40)
+    ink_centre = load_self_test("moving_mnist")["ink_centre"]
     centre, mass = ink_centre(batch.video)
     offset = centre - batch.track[:, :, 0]
     assert offset.std(dim=1).max() < 1e-4

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 from test_generate import COMMON, STUDENT, write_networks
 
-from checkpoint import CheckpointError, checkpoint_config
-from config import Config, build_config, check_choices, config_to_dict, explain_command_line, flatten, register_schemas
 from generate import main
-from training_config import TRAINING_KINDS
+from method.settings import TRAINING_KINDS
+from training.checkpoint import CheckpointError, checkpoint_config
+from training.config import Config, build_config, check_choices, config_to_dict, explain_command_line, flatten, register_schemas
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CHOICES = {"pretrain": "pretrain", "dmd2": "self_forcing", "causal_ode": "causal_ode", "causal_consistency": "causal_consistency"}
@@ -71,7 +71,7 @@ def hydra_is_set_up():
 
 @pytest.mark.parametrize("override", [
     "training.lr=1" + "0" * 400, "training=null", "experiment=3", "experiment=${0}",
-    *(f"experiment=[{item}]" for item in ("null", "3", "table2,null", "{}", "true", "")),
+    *(f"experiment=[{item}]" for item in ("null", "3", "health,null", "{}", "true", "")),
     "training.lr={a:1", "training.lr=${no.such}", "training.lr=${", "training.adam_betas=${seed}",
     "seed=1e999", "model.frame_size=1" + "0" * 30, "training.adam_betas=[0.9,null]", "training.denoising_steps=[[1000]]",
     "training.num_steps=null", "run_name=\x00", "wandb=null",

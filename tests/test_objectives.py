@@ -7,16 +7,10 @@ import torch
 from conftest import random_prompt
 from torch import Tensor
 
-from attention import ContextWindow
-from flow_matching import add_noise, shift_time, velocity
-from objectives import (
-    bidirectional_loss,
-    block_causal_loss,
-    drop_prompts,
-    sample_block_times,
-    teacher_forcing_loss,
-    x_0_prediction_loss,
-)
+from method.flow_matching import add_noise, shift_time, velocity
+from method.losses import x_0_prediction_loss
+from network.attention import ContextWindow
+from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, sample_block_times, teacher_forcing_loss
 
 TINY_FLOOR = 1e-6
 

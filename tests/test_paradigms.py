@@ -10,19 +10,19 @@ from conftest import randomise
 from hydra import compose, initialize_config_dir
 from test_stages import CPU, assert_same, snapshot
 
-import few_step_stage
-from attention import ContextWindow
-from checkpoint import CheckpointError, load_checkpoint, load_networks, save_checkpoint
-from config import Config, build_config, config_to_dict, register_schemas
-from few_step import consistency_loss, ode_regression_loss
-from few_step_stage import FewStepStage
-from rollout import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, warp_steps
-from sampling import SamplerSettings, sample_few_step, sample_many_step
-from stages import SelfForcingStage, Stage
-from text_encoder import TextEncoder
+from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, warp_steps
+from method.settings import PretrainConfig
+from network.attention import ContextWindow
+from network.text_encoder import TextEncoder
+from sampling.samplers import SamplerSettings, sample, sample_few_step, sample_many_step
 from tiny_causal_wan import TinyCausalWanModel
 from train import STAGES, SimplifiedTrainer
-from training_config import PretrainConfig
+from training import few_step_stage
+from training.checkpoint import CheckpointError, load_checkpoint, load_networks, save_checkpoint
+from training.config import Config, build_config, config_to_dict, register_schemas
+from training.few_step import consistency_loss, ode_regression_loss
+from training.few_step_stage import FewStepStage
+from training.stages import SelfForcingStage, Stage
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TINY = [
@@ -116,7 +116,7 @@ def test_what_a_paradigm_ships_starts_a_generator_and_is_sampled_as_it_was_train
     else:
         assert plan == few_step_plan(training, context=ContextWindow(6))
     assert SamplerSettings(denoising_steps=(1000, 400)).make_plan(training).times == warp_steps([1000, 400], training.time_shift)
-    samples = stage.sample(["a 3", "a 4 moving up"], [1, 2], 6)
+    samples = {name: sample(each, ["a 3", "a 4 moving up"], [1, 2], 6, stage.runtime) for name, each in stage.shown().items()}
     first = {"causal_ode": "teacher, 2 steps", "bidirectional_ode": "teacher, 2 steps", "causal_consistency": "teacher, 2 steps"}
     assert list(samples)[:4] == [first.get(name, "causal, 2 steps"), "no guidance, 4 steps", "guided, 4 steps", "guided, 2 steps"]
     assert all(video.shape == (2, 6, 1, 16, 16) for video in samples.values())

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import load_networks
-from config import PretrainConfig, SelfForcingConfig
-from metrics import facts_of_prompts, load_judge, score_videos, summarise
+from judging.metrics import facts_of_prompts, load_judge, score_videos, summarise
+from machine.runtime import Runtime
 from moving_mnist import MovingMNISTGenerator
-from runtime import Runtime
-from sampling import SamplerSettings, generate
+from sampling.samplers import SamplerSettings, generate
+from training.checkpoint import load_networks
+from training.config import PretrainConfig, SelfForcingConfig
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)

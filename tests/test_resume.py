@@ -17,12 +17,12 @@ import wandb
 from test_train import SHARED, TINY, assert_same, command_line, tiny_config
 
 import train
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from comparison import stop as stop_processes
-from config import Config, PretrainConfig, SelfForcingConfig, WandbConfig
-from interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
-from resume import RunClaim, RunFinished, find_start, newest_readable
+from experiments.comparison import stop as stop_processes
+from machine.interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
 from train import SimplifiedTrainer
+from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from training.config import Config, PretrainConfig, SelfForcingConfig, WandbConfig
+from training.resume import RunClaim, RunFinished, find_start, newest_readable
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINING = {**SHARED, "max_num_frames": 6, "checkpoint_interval": 1}  # 6 steps
@@ -305,7 +305,7 @@ def test_asked_to_stop_in_its_last_step_a_run_is_finished(tmp_path, capsys):
 ASKED_TWICE = """
 import os, signal, sys, time
 sys.path.insert(0, ROOT)
-from interruption import StopRequest
+from machine.interruption import StopRequest
 with StopRequest() as stop:
     for number in NUMBERS:
         os.kill(os.getpid(), number)

@@ -8,9 +8,9 @@ import imageio.v3 as imageio
 import pytest
 import wandb
 
-import run_log
-from config import WandbConfig
-from run_log import RunLog, draw_curves, make_run_folder, point_to_latest
+from training import run_log
+from training.config import WandbConfig
+from training.run_log import RunLog, draw_curves, make_run_folder, point_to_latest
 
 COLUMNS = ("loss", "loss_other")
 DISABLED = WandbConfig(mode="disabled")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import runtime
-from runtime import Runtime, require_compiler, resolve_runtime
+from machine import runtime
+from machine.runtime import Runtime, require_compiler, resolve_runtime
 
 
 def only(monkeypatch, *, cuda: bool = False, mps: bool = False) -> None:
@@ -72,33 +72,33 @@ def test_it_says_what_it_is():
     assert str(Runtime(torch.device("cpu"), torch.bfloat16)) == "cpu in bfloat16"
 
 
-def test_the_codes_digest_changes_with_any_file_and_not_with_the_place(tmp_path, monkeypatch):
-    import runtime
+def write_house(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
-    for place in ("here", "there"):
-        (tmp_path / place).mkdir()
-        for name in ("runtime.py", "other.py"):
-            (tmp_path / place / name).write_text(f"# {name}\n")
+
+def test_a_digest_is_of_the_text_wherever_it_lies(tmp_path, monkeypatch):
     digests = []
     for place, change in (("here", ""), ("there", ""), ("there", "# a change\n")):
-        (tmp_path / place / "other.py").write_text("# other.py\n" + change)
-        monkeypatch.setattr(runtime, "__file__", str(tmp_path / place / "runtime.py"))
+        write_house(tmp_path / place, {"train.py": "", "method/losses.py": "# losses\n" + change, "tests/test_x.py": place, "docs/draw.py": place})
+        monkeypatch.setattr(runtime, "REPOSITORY", tmp_path / place)
         digests.append(runtime.code_digest())
     assert digests[0] == digests[1] != digests[2] and len(digests[0]) == 64
 
 
-def test_a_digest_of_some_rooms_covers_what_they_import_and_nothing_else(tmp_path, monkeypatch):
-    import runtime
-
-    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "runtime.py"))
-    files = {"sampler": "from deep import f\nimport torch\n", "deep": "def f():\n    import deeper\n", "deeper": "", "plots": "import sampler\n"}
-    for name, text in files.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    before = runtime.code_digest("sampler")
-    (tmp_path / "plots.py").write_text("import sampler as s\n")
-    assert runtime.code_digest("sampler") == before
-    (tmp_path / "deeper.py").write_text("x = 1\n")
-    assert runtime.code_digest("sampler") != before
+def test_a_digest_of_some_modules_covers_what_they_import_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "REPOSITORY", tmp_path)
+    write_house(tmp_path, {
+        "generate.py": "from sampling.samplers import sample\n", "sampling/samplers.py": "from method.deep import f\nimport torch\n",
+        "method/deep.py": "def f():\n    from machine import deeper\n", "machine/deeper.py": "",
+    })
+    before = runtime.code_digest("sampling.samplers")
+    write_house(tmp_path, {"generate.py": "from sampling.samplers import sample as s\n"})
+    assert runtime.code_digest("sampling.samplers") == before
+    write_house(tmp_path, {"machine/deeper.py": "x = 1\n"})
+    assert runtime.code_digest("sampling.samplers") != before
 
 
 def test_a_missing_compiler_is_named_before_it_is_needed(monkeypatch):

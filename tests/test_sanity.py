@@ -2,9 +2,20 @@
 
 import pytest
 
+from judging.panel import make_panel, yardsticks
+from judging.sanity import (
+    MUST_MOVE,
+    MUST_NOT_MOVE,
+    REAL_LIMITS,
+    SMALLEST_CHANGE,
+    as_markdown,
+    as_text,
+    check_sanity,
+    find_failures,
+    judge_faults,
+    moved,
+)
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
-from panel import make_panel, yardsticks
-from sanity import MUST_MOVE, MUST_NOT_MOVE, REAL_LIMITS, SMALLEST_CHANGE, as_markdown, as_text, check_sanity, find_failures, judge_faults, moved
 
 CONFIG = DatasetConfig()
 NUM_VIDEOS, NUM_FRAMES = 96, 12

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import resume
+from dynamic_video_sf import draw_noise, make_noise_streams
+from machine.seeds import Purpose, seed_global_generators, stream, torch_generator, video_seeds
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
-from rollout import draw_noise, make_noise_streams
-from seeds import Purpose, seed_global_generators, stream, torch_generator, video_seeds
+from training import resume
 
 ALIKE_BELOW_32_BITS = (0, 2**32, 2**40, 2**63)
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,4 +88,4 @@ def test_nothing_is_seeded_elsewhere():
     """torch's own seeding keeps 32 bits: every source draws from `seeds`."""
     sources = [path for path in ROOT.rglob("*.py") if "tests" not in path.parts and path.name != "seeds.py" and ".venv" not in path.parts]
     found = [path.name for path in sources if re.search(r"manual_seed\(|default_rng\(|random\.seed\(|Philox\(", path.read_text())]
-    assert found == ["mnist_digits.py"]  # whose split is fixed
+    assert found == ["mnist.py"]  # whose split is fixed

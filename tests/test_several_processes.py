@@ -19,11 +19,11 @@ from test_train import TINY, assert_same
 from torch.testing import assert_close
 
 import train
-from checkpoint import load_checkpoint
-from config import Config
-from distributed import ONE_PROCESS, Processes, processes_of_environment
-from interruption import RunInterrupted
+from machine.interruption import RunInterrupted
 from train import SimplifiedTrainer
+from training.checkpoint import load_checkpoint
+from training.config import Config
+from training.distributed import ONE_PROCESS, Processes, processes_of_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ("draw_run", "draw_curves", "comparison_sheet", "comparison_gif")  # they take longer than the steps

@@ -8,16 +8,17 @@ import torch
 from conftest import randomise
 from torch import Tensor, nn
 
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint, slim_checkpoint
-from config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
+from dynamic_video_sf import make_noise_streams, rollout_blocks
+from machine.runtime import Runtime
+from method.plans import baseline_plans
 from moving_mnist import DatasetConfig
-from rollout import make_noise_streams, rollout_blocks
-from runtime import Runtime
-from sampling import baseline_plans, sample_few_step
-from stages import PretrainStage, SelfForcingStage, draw_num_frames, rate_factor, update_average
-from starting_networks import load_teacher
-from text_encoder import TextEncoder, TextEncoderConfig
+from network.text_encoder import TextEncoder, TextEncoderConfig
+from sampling.samplers import sample, sample_few_step
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, slim_checkpoint
+from training.config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
+from training.stages import PretrainStage, SelfForcingStage, draw_num_frames, rate_factor, update_average
+from training.starting_networks import load_teacher
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 MODEL = {"frame_size": 16, "width": 24, "num_layers": 2, "num_heads": 2, "ffn_ratio": 2, "patch_size": [1, 8, 8], "text_width": 32}
@@ -166,7 +167,7 @@ def test_samples_show_the_averaged_student_by_the_one_rollout(teacher: Path):
     for step in range(2):
         stage.train_step(step)
     prompts, seeds = ["a 3 moving up", "the digit 5"], [7, 8]
-    samples = stage.sample(prompts, seeds, 6)
+    samples = {name: sample(each, prompts, seeds, 6, stage.runtime) for name, each in stage.shown().items()}
     few = ["no guidance, 4 steps", "guided, 4 steps", "guided, 2 steps"]
     assert list(samples) == ["teacher, 2 steps", *few, "student, 4 steps"]
     with torch.no_grad():
@@ -184,7 +185,8 @@ def test_sampling_does_not_disturb_training(teacher: Path):
     quiet, watched = build_self_forcing(teacher), build_self_forcing(teacher)
     for step in range(4):
         figures = quiet.train_step(step)
-        watched.sample(["a 3"], [1], 3)
+        for each in watched.shown().values():
+            sample(each, ["a 3"], [1], 3, watched.runtime)
         assert watched.train_step(step) == figures
 
 
@@ -245,7 +247,7 @@ def test_rate_factor_warms_up_holds_and_decays():
 @pytest.mark.parametrize(("objective", "many"), [("mixed", "teacher, 2 steps"), ("teacher_forcing", "causal, 2 steps")])
 def test_pretraining_samples_many_steps_and_few(objective: str, many: str):
     stage = build_pretrain(objective=objective)
-    samples = stage.sample(["a 3", "a 4"], [1, 2], 6)
+    samples = {name: sample(each, ["a 3", "a 4"], [1, 2], 6, stage.runtime) for name, each in stage.shown().items()}
     assert list(samples) == [many, "no guidance, 4 steps", "guided, 4 steps", "guided, 2 steps"]
     assert all(video.shape == (2, 6, 1, 16, 16) for video in samples.values())
 

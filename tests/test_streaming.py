@@ -11,18 +11,18 @@ from test_generate import student as student  # a fixture
 from test_generate import student_path as student_path
 from torch import Tensor
 
-from attention import ContextWindow
-from checkpoint import LoadedNetworks
-from config import SelfForcingConfig
-from dynamic_video_sf import SelfForcingEngine
+from dynamic_video_sf import PromptSwitch, SelfForcingEngine, draw_noise, make_noise_streams, rollout_blocks, split_first_frames
 from generate import main
-from rollout import PromptSwitch, draw_noise, few_step_plan, make_noise_streams, many_step_plan, rollout_blocks, split_first_frames
-from runtime import Runtime
-from sampling import SamplerSettings, sample_few_step
-from streaming import PromptSchedule, stream_video
-from text_encoder import NULL_PROMPT
-from video_input import load_frames
-from video_io import load_array, save_array, save_video, to_display
+from machine.runtime import Runtime
+from method.plans import few_step_plan, many_step_plan
+from network.attention import ContextWindow
+from network.text_encoder import NULL_PROMPT
+from sampling.samplers import SamplerSettings, sample_few_step
+from sampling.streaming import PromptSchedule, stream_video
+from sampling.video_input import load_frames
+from sampling.video_io import load_array, save_array, save_video, to_display
+from training.checkpoint import LoadedNetworks
+from training.config import SelfForcingConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 PLAN = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500]), ContextWindow(9, 3))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from text_encoder import (
+from network.text_encoder import (
     DIGIT_WORDS,
     DIRECTION_PHRASES,
     NULL_PROMPT,

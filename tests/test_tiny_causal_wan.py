@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from conftest import SMALL_SIZES, build_small_model, random_prompt, random_video
 from torch import Tensor
 
-from attention import (
+from machine.runtime import require_compiler
+from method.flow_matching import velocity_from_x_0, x_0_from_velocity
+from network.attention import (
     ContextWindow,
     apply_rope,
     attention,
@@ -18,9 +20,7 @@ from attention import (
     sinusoidal_embedding,
     teacher_forcing_layout,
 )
-from flow_matching import velocity_from_x_0, x_0_from_velocity
-from int8_products import Int8Linear
-from runtime import require_compiler
+from network.int8_products import Int8Linear
 from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
 
 NUM_FRAMES = 12

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 import train
-from checkpoint import CheckpointError, load_checkpoint, load_networks, save_checkpoint
-from config import Config, PretrainConfig, SelfForcingConfig, WandbConfig, config_from_dict
 from moving_mnist import DatasetConfig
-from text_encoder import TextEncoderConfig
+from network.text_encoder import TextEncoderConfig
 from tiny_causal_wan import ModelConfig
 from train import SimplifiedTrainer, TrainingDiverged
+from training.checkpoint import CheckpointError, load_checkpoint, load_networks, save_checkpoint
+from training.config import Config, PretrainConfig, SelfForcingConfig, WandbConfig, config_from_dict
 
 SHARED = {
     "num_steps": 6, "batch_size": 2, "min_num_frames": 6, "max_num_frames": 9, "sample_interval": 0, "checkpoint_interval": 4,
@@ -100,7 +100,7 @@ def test_a_resumed_run_keeps_its_number_format_and_says_where_it_changes(pretrai
     """precision=auto is decided by timing: twice the same machine may choose differently."""
     half = load_checkpoint(pretrained / "checkpoint_0000004.pt")
     assert half["runtime"] == {"device": "cpu", "precision": "float32"}
-    monkeypatch.setattr("runtime._bfloat16_pays", lambda device: True)
+    monkeypatch.setattr("machine.runtime._bfloat16_pays", lambda device: True)
     config = tiny_config(tmp_path, PretrainConfig(**SHARED, warmup_steps=2, resume=str(pretrained / "checkpoint_0000004.pt")))
     kept = SimplifiedTrainer(replace(config, precision="auto"))
     assert kept.runtime.precision == "float32"

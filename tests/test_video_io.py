@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import video_io
+from sampling import video_io
 
 LABELS = ["a zero moving up", "a handwritten nine drifting quickly down and to the left, then back again"]
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-import video_judge as video_judge_room
-from digit_judge import load_judge, read_videos
-from moving_mnist import DatasetConfig, MovingMNISTGenerator
-from video_judge import (
+from judging import video_judge as video_judge_room
+from judging.digit_judge import load_judge, read_videos
+from judging.video_judge import (
     VIDEO_JUDGE_PATH,
     answered_right,
     answers,
@@ -16,6 +15,7 @@ from video_judge import (
     save_video_judge,
     train_video_judge,
 )
+from moving_mnist import DatasetConfig, MovingMNISTGenerator
 
 CONFIG = DatasetConfig()
 

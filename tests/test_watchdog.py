@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from watchdog import Watchdog
+from training.watchdog import Watchdog
 
 GOOD = {"frames_right": 0.95, "one_class": 0.7, "track_within_1px": 0.9, "stroke_mass_ratio": 1.1}
 START = {"frames_right": 0.45, "one_class": 0.1, "track_within_1px": 0.6, "stroke_mass_ratio": 0.5}

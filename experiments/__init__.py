@@ -1,0 +1,4 @@
+"""Many runs or long measurements, each `python -m experiments.NAME`: comparison, long_video, benchmark, spread.
+
+Nothing imports this wing.
+"""

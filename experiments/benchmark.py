@@ -1,0 +1,226 @@
+"""Speed, as ratios and shares measured in one run: what generation and training take, and how much of it is arithmetic.
+
+    python benchmark.py [--parts generation teacher training] [--batch_sizes 1 4 16] [--precisions float32 bfloat16]
+                        [--num_frames 21] [--repeats 5] [--compile] [--int8] [--output PATH.json]
+    python benchmark.py --parts generation training --batch_sizes 1 --precisions float32 --repeats 2      # a quick run
+
+Parts: "generation", the student with its KV cache, split into phases, and the same rollout with the past recomputed; "teacher",
+its teacher beside it; "training", a step of Self-Forcing; "public", an untrained network of ours beside that of the public Self-Forcing
+code at the same size, on the CPU in float32 at batch 1:
+
+    git clone https://github.com/guandeh17/Self-Forcing
+    python benchmark.py --parts public --public_code Self-Forcing [--patch_sizes 4 8] [--compile] [--repeats 5]
+
+Machines are noisy: what is compared takes turns in one run, each figure is the median of its repeats, and the limit is measured in
+the same turns: the FLOPs a second of a large matrix product, of floats where the student multiplies integers too. Ratios of one run and
+shares of the limit are what to quote, never a figure against one of another machine.
+"""
+
+from __future__ import annotations
+
+from machine import threads  # noqa: F401  before torch, which reads its settings once
+
+# isort: split
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.public_code import check_clone
+from experiments.speed import (
+    PUBLIC,
+    Cost,
+    GenerationSpeed,
+    Samplers,
+    SideBySide,
+    TrainingSpeed,
+    measure_generation,
+    measure_side_by_side,
+    measure_training,
+)
+from machine.files import require_writable
+from machine.interruption import EXIT_CTRL_C
+from machine.paths import PRETRAINED
+from machine.runtime import Runtime, describe_machine, resolve_runtime
+from method.settings import SelfForcingConfig
+from sampling.samplers import check_length
+from training.checkpoint import CheckpointError, LoadedNetworks, load_networks
+from training.config import Config, check_parts_fit
+
+PARTS = ("generation", "teacher", "training", "public")  # the last only where asked for: it needs a clone
+PRECISIONS = ("float32", "bfloat16")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Speed of generation and training, measured in one run.", allow_abbrev=False)
+    parser.add_argument("--student", type=Path, default=PRETRAINED / "student.pt")
+    parser.add_argument("--teacher", type=Path, default=PRETRAINED / "teacher.pt")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:-1]))
+    parser.add_argument("--public_code", type=Path, metavar="DIR", help="clone of the public code, for --parts public")
+    parser.add_argument("--patch_sizes", type=int, nargs="+", default=[4, 8], help="of --parts public: pixels a side")
+    parser.add_argument("--num_frames", type=int, default=21, help="of every video, in training too")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16], help="of generation")
+    parser.add_argument("--training_batch_size", type=int, default=SelfForcingConfig().batch_size)
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that is not")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--compile", action="store_true", help="the student compiled, too, as by generate.py --compile")
+    parser.add_argument("--int8", action="store_true", help="and compiled with products in 8-bit integers, as by --compile --int8")
+    parser.add_argument("--output", type=Path, metavar="PATH.json", help="write every figure there too; an older file is replaced")
+    return parser.parse_args(argv)
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ValueError or OSError for what can be refused before a checkpoint is read."""
+    for name, value in (
+        ("repeats", arguments.repeats), ("batch_sizes", min(arguments.batch_sizes)), ("training_batch_size", arguments.training_batch_size)
+    ):
+        if value < 1:
+            raise ValueError(f"--{name} is {value}: expected at least 1")
+    if "public" in arguments.parts:
+        check_clone(arguments.public_code)
+    if arguments.public_code is not None and "public" not in arguments.parts:
+        raise ValueError(f"--public_code is {arguments.public_code}, but nothing is measured beside it: give --parts public too")
+    if arguments.int8 and not arguments.compile:
+        raise ValueError("--int8 is the compiled student once more, in 8-bit integers: give --compile too")
+    output = arguments.output
+    if output is not None and (output.suffix != ".json" or output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(f"--output is {output}: expected a file name ending in .json, in a folder that exists")
+    if output is not None:
+        require_writable(output.parent, "--output")
+
+
+def training_run(teacher: LoadedNetworks, path: Path, num_frames: int, batch_size: int) -> Config:
+    """A run of training=self_forcing from this teacher, every other setting its default. Raises ValueError where they do not fit."""
+    training = SelfForcingConfig(
+        pretrained_checkpoint=str(path), batch_size=batch_size, min_num_frames=num_frames, max_num_frames=num_frames
+    )
+    config = replace(teacher.config, training=training)
+    check_parts_fit(config)
+    return config
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def split_lines(split: dict[str, Cost], whole: float) -> list[str]:
+    lines = [f"    {'':<34}{'ms':>9}{'of time':>9}{'GFLOP':>9}{'of limit':>10}"]
+    for phase, part in split.items():
+        share = f"{part.share_of_limit:10.1%}" if part.flops else f"{'-':>10}"
+        lines.append(f"    {phase:<34}{1e3 * part.seconds:9.1f}{part.seconds / whole:9.1%}{part.flops / 1e9:9.2f}{share}")
+    return lines
+
+
+def generation_lines(speeds: list[GenerationSpeed]) -> list[str]:
+    """One table for one batch size: all samplers, then where the student's time goes."""
+    first = speeds[0]
+    lines = [
+        f"\nbatch {first.batch_size}, {first.num_frames} frames",
+        f"  {'':<24}{'frames/s':>10}{'seconds':>10}{'GFLOP':>9}{'of limit':>10}{'first block':>13}{'block':>10}{'student is':>12}",
+    ]
+    student_seconds = {speed.precision: speed.whole.seconds for speed in speeds if speed.sampler == "student"}
+    for speed in speeds:
+        whole = speed.whole
+        line = (
+            f"  {f'{speed.sampler}, {speed.precision}':<24}{speed.frames_per_second:10.1f}{whole.seconds:10.3f}{whole.flops / 1e9:9.1f}"
+            f"{whole.share_of_limit:10.1%}"
+        )
+        if speed.first_block_seconds is not None and speed.block_seconds is not None:
+            line += f"{1e3 * speed.first_block_seconds:10.1f} ms{1e3 * speed.block_seconds:7.1f} ms"
+        else:
+            line += f"{whole.seconds / student_seconds[speed.precision]:33.1f} x"
+        lines.append(line)
+    for speed in speeds:
+        if speed.split is not None and speed.gif_seconds is not None and speed.npz_seconds is not None:
+            lines += [f"  student in {speed.precision}:", *split_lines(speed.split, sum(part.seconds for part in speed.split.values()))]
+            lines.append(f"    writing them: GIF {1e3 * speed.gif_seconds:.1f} ms, npz {1e3 * speed.npz_seconds:.1f} ms")
+    return lines
+
+
+def training_lines(speed: TrainingSpeed) -> list[str]:
+    return [
+        f"\ntraining step of Self-Forcing in {speed.precision}, batch {speed.batch_size}, {speed.num_frames} frames: "
+        f"{speed.whole.seconds:.2f} s on average, {speed.generator_turn_seconds:.2f} s where the generator learns too, "
+        f"{speed.critic_turn_seconds:.2f} s where the critic alone does; {speed.whole.share_of_limit:.1%} of the limit",
+        *split_lines(speed.split, sum(part.seconds for part in speed.split.values())),
+    ]
+
+
+def side_by_side_lines(speed: SideBySide) -> list[str]:
+    sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in speed.parameters.items())
+    lines = [f"\nbeside the public code: patches of {speed.patch_size}, {speed.num_frames} frames, batch 1, float32; parameters: {sizes}"]
+    for sampler, rate in speed.frames_per_second.items():
+        ratio = "" if sampler == PUBLIC else f", {speed.ratio(sampler):.2f} times the public code"
+        lines.append(f"  {sampler}: {rate:.1f} frames/s{ratio}")
+    return lines
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def limit_line(speeds: list[GenerationSpeed] | list[TrainingSpeed]) -> str:
+    limits = ", ".join(f"{1e-9 * limit:.0f} GFLOP/s in {precision}" for precision, limit in {s.precision: s.limit for s in speeds}.items())
+    return f"  limit: {limits}"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print, write. Raises CheckpointError, ValueError and OSError, each with one line."""
+    check_arguments(arguments)
+    runtimes: dict[str, Runtime] = {precision: resolve_runtime(arguments.device, precision) for precision in arguments.precisions}
+    device = next(iter(runtimes.values())).device
+    student, teacher = load_networks(arguments.student, device), load_networks(arguments.teacher, device)
+    variants = ("student", *(["compiled"] if arguments.compile else []), *(["int8"] if arguments.int8 else []))
+    samplers = Samplers(student, teacher if "teacher" in arguments.parts else None, "generation" in arguments.parts, variants)
+    check_length(arguments.num_frames, samplers.plan, student.config.training)
+    if samplers.teacher is not None:
+        check_length(arguments.num_frames, samplers.teacher_plan, teacher.config.training)
+    training = training_run(teacher, arguments.teacher, arguments.num_frames, arguments.training_batch_size)
+
+    machine = describe_machine(torch.get_num_threads())
+    print(f"{machine}; {device}; medians of {arguments.repeats}")
+    results: dict[str, Any] = {"machine": machine, "device": str(device), "repeats": arguments.repeats, "parts": arguments.parts}
+    if {"generation", "teacher"} & set(arguments.parts):
+        results["generation"] = []
+        for batch_size in arguments.batch_sizes:
+            speeds = measure_generation(samplers, runtimes, batch_size, arguments.num_frames, arguments.repeats)
+            report(generation_lines(speeds), speeds, results["generation"])
+    if "public" in arguments.parts:
+        results["public"] = []
+        for patch_size in arguments.patch_sizes:
+            pair = measure_side_by_side(
+                arguments.public_code, student, patch_size, variants, arguments.num_frames, arguments.repeats
+            )
+            print("\n".join(side_by_side_lines(pair)), flush=True)
+            results["public"].append(asdict(pair))
+    if "training" in arguments.parts:
+        results["training"] = []
+        steps = measure_training(training, runtimes, arguments.repeats)
+        report([line for speed in steps for line in training_lines(speed)], steps, results["training"])
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(f"\nwritten to {arguments.output}")
+
+
+def report(lines: list[str], speeds: list[GenerationSpeed] | list[TrainingSpeed], kept: list[dict[str, Any]]) -> None:
+    """Print the table with its limit and keep its figures."""
+    print("\n".join([*lines, limit_line(speeds)]), flush=True)
+    kept += [asdict(speed) for speed in speeds]
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    try:
+        run(arguments)
+    except (CheckpointError, ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(EXIT_CTRL_C)
+
+
+if __name__ == "__main__":
+    main()

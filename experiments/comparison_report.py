@@ -1,0 +1,207 @@
+"""The table of a comparison as json, Markdown and a picture, from what is known so far; a dash stands for what is missing.
+
+`table` is what `comparison.Comparison.table` makes: "settings", "machines", "failed", "trainings", and "rows": figures of
+`panel.judge_videos` by row, block size and seed, where rows that have neither stand under "0".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from itertools import count
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter  # noqa: E402
+
+from experiments.comparison_settings import REAL, ROWS  # noqa: E402
+from judging.report import format_cell  # noqa: E402
+
+COLUMNS = {
+    "frames_right": "frames right", "videos_right": "videos right", "one_class": "one class", "track_within_1px": "track within 1 px",
+    "direction_obeyed": "direction", "stroke_mass_ratio": "stroke mass", "sharpness_ratio": "sharpness",
+    "frechet_distance": "Frechet (our net)", "density": "density", "coverage": "coverage",
+    "frames_right_slope": "drift of frames right, a block", "frames_per_second": "frames/s",
+}
+DRAWN = ("frames_right", "frechet_distance", "track_within_1px", "frames_per_second")
+ON_LOG_SCALE = ("frechet_distance", "frames_per_second")
+
+
+def write_table(folder: Path, name: str, table: dict[str, Any]) -> None:
+    """NAME.json, NAME.md and NAME.png in `folder`; replaces those of an earlier call, see `put_by`."""
+    (folder / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(as_markdown(table))
+    draw_table(folder / f"{name}.png", table)
+
+
+def read_table(folder: Path, name: str) -> dict[str, Any] | None:
+    """The table that stands in `folder`, if there is one. Raises ValueError for a file that is none."""
+    path = folder / f"{name}.json"
+    try:
+        table = json.loads(path.read_text()) if path.exists() else None
+        if table is not None:
+            kinds = [type(figures) is dict and "sampler" in figures for place, figures in results_of(table).items() if place[0] != REAL]
+            for training in table["trainings"]:
+                kinds += [type(training["settings"]) is dict, {"paradigm", "block", "seed"} <= set(training)]
+                kinds += [type(training["gflops_per_step"]) in (int, float) and 0 < training["gflops_per_step"] < math.inf]
+            if not all(kinds):
+                raise ValueError("options, settings or FLOPs of another kind")
+        return table
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of a comparison ({error!r}): move it away or choose another name") from error
+
+
+def results_of(table: dict[str, Any] | None) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The figures of a table by row, block size and seed; none of none."""
+    if table is None:
+        return {}
+    return {(row, block, seed): figures for row, blocks in table["rows"].items() for block, seeds in blocks.items()
+            for seed, figures in seeds.items()}
+
+
+def put_by(folder: Path, name: str, earlier: dict[str, Any] | None, shown: set[tuple[str, str, str]]) -> None:
+    """Copy the earlier table of `folder` where it has results that the next will not show: nothing already made is lost.
+
+    shown: row, block size and seed of those that it will.
+    """
+    lost = [place for place in results_of(earlier) if place[0] != REAL and place not in shown]
+    if not lost:
+        return
+    number = next(number for number in count(1) if not (folder / f"{name}-{number}.json").exists())
+    for path in (folder / f"{name}.{suffix}" for suffix in ("md", "png", "json")):
+        if path.exists():
+            shutil.copy(path, path.with_stem(f"{name}-{number}"))
+    print(f"the earlier table has {len(lost)} results that this one will not show: it stays as {name}-{number}.json", flush=True)
+
+
+def seeds_of(table: dict[str, Any], row: str, block: int) -> list[dict[str, Any]]:
+    """The figures of every seed that is scored, of a row that is trained at this block size, or not trained at all."""
+    blocks = table["rows"][row]
+    key = str(block) if ROWS[row].paradigm else "0"
+    return list(blocks[key].values()) if key in blocks else []
+
+
+def over_seeds(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of one seed as they are; of several the mean, with the range in place of the interval; none of none."""
+    if len(seeds) == 1:
+        return seeds[0]
+    figures: dict[str, Any] = {}
+    for key in COLUMNS:
+        values = [seed[key] for seed in seeds if key in seed]
+        if values:
+            figures |= {key: mean(values), f"{key}_ci": [min(values), max(values)]}
+    return figures
+
+
+def blocks_title(block: int) -> str:
+    return "Frame-wise: blocks of 1 frame" if block == 1 else f"Chunk-wise: blocks of {block} frames"
+
+
+def as_markdown(table: dict[str, Any]) -> str:
+    """The tables by block size, the trainings, and what they were made with."""
+    settings = table["settings"]
+    num_seeds, cells = len(settings["seeds"]), [(row, block) for block in settings["blocks"] for row in table["rows"]]
+    found = sum(len(seeds_of(table, row, block)) for row, block in cells)
+    expected = sum(num_seeds if ROWS[row].paradigm else 1 for row, _ in cells)
+    interval = "95 % interval over the videos" if num_seeds == 1 else f"the range over {num_seeds} trainings"
+    lines = [f"# Comparison of paradigms: {settings['name']}", ""]
+    if found != expected:
+        lines += [f"**Not complete**: {found} of {expected} results are there; a dash stands for what is missing.", ""]
+    lines += [f"- {label} failed: {reason}" for label, reason in table["failed"].items()] + [""] * bool(table["failed"])
+    for block in settings["blocks"]:
+        lines += [f"## {blocks_title(block)}", "", *_figures_table(table, block), ""]
+    lines += [
+        f"{settings['num_videos']} videos of {settings['num_frames']} frames, held-out prompts, seed {settings['score_seed']}; in "
+        f"brackets the {interval}. Frames/s: of sampling alone, in batches of {settings['batch_size']}, with {settings['processes']} jobs "
+        f"at a time, on {'; '.join(table['machines']) or 'no machine yet'}; device {settings['device']}, precision "
+        f"{settings['precision']}. Evaluations a block: of the network, while denoising + to write the cache. What the figures mean: "
+        "docs/results.md. Drift: change of frames right per 3 frames, whatever the blocks.",
+        "", "## Trainings", "",
+        f"All start from `{Path(settings['teacher']).name}` (sha256 {settings['teacher_sha256']}) and spend the FLOPs of "
+        f"{settings['budget']} steps of Self-Forcing with DMD at their block size, counted over whole cycles of generator and critic "
+        "updates (matrix products and attention; the critic's warm-up costs less and counts as the other steps). Minutes are of the "
+        f"training steps; learning rate and guidance are the training's.{_how_chosen(table)}", "",
+        *_trainings_table(table),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _how_chosen(table: dict[str, Any]) -> str:
+    """The sentence on what was chosen for each training, where anything was."""
+    chosen = dict.fromkeys(f"{each['paradigm']}, block {each['block']}: {each['chosen'] or 'as it is'}" for each in table["trainings"])
+    settings = table["settings"]
+    if not any(settings["candidates"].values()):
+        return " Settings are those of configs/training/ and of the comparison; nothing was chosen."
+    return (
+        f" Every training chose among as many candidates, on seed {settings['selection_seed']} and prompts of its own "
+        f"({settings['name']}_candidates.json): {'; '.join(chosen)}."
+    )
+
+
+def _figures_table(table: dict[str, Any], block: int) -> list[str]:
+    lines = ["| | sampled in | evaluations a block | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 3) + "|"]
+    for row in table["rows"]:
+        seeds = seeds_of(table, row, block)
+        figures = over_seeds(seeds)
+        sampler = seeds[0]["sampler"] if seeds and "sampler" in seeds[0] else "-"
+        evaluations = format_cell(seeds[0] if seeds else {}, "evaluations_a_block")
+        num_seeds = len(table["settings"]["seeds"])
+        partial = f" ({len(seeds)} of {num_seeds} seeds)" if ROWS[row].paradigm and 0 < len(seeds) < num_seeds else ""
+        lines.append(f"| {ROWS[row].title}{partial} | {sampler} | {evaluations} | " + " | ".join(format_cell(figures, key) for key in COLUMNS) + " |")
+    return lines
+
+
+def _trainings_table(table: dict[str, Any]) -> list[str]:
+    titles = ("training", "block", "seed", "GFLOP a step", "steps", "TFLOP", "minutes", "batch", "learning rate", "guidance", "asked for")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for training in table["trainings"]:
+        minutes = f"{training['minutes']:.1f}" if training["is_done"] else "-"
+        cells = (
+            training["paradigm"], training["block"], training["seed"], f"{training['gflops_per_step']:.1f}", training["num_steps"],
+            f"{training['total_tflops']:.2f}", minutes, training["batch_size"], f"{training['lr']:g}", f"{training['guidance']:g}",
+            f"`{' '.join(training['overrides'])}`",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def draw_table(path: Path, table: dict[str, Any]) -> None:
+    """One panel per figure of DRAWN: a line a row, a point with its interval for each block size."""
+    rows = list(table["rows"])
+    figure, axes = plt.subplots(1, len(DRAWN), figsize=(4 * len(DRAWN), 1.6 + 0.42 * len(rows)), sharey=True, layout="constrained")
+    blocks = table["settings"]["blocks"]
+    for axis, key in zip(axes, DRAWN, strict=True):
+        for number, block in enumerate(blocks):
+            offset = 0.3 * (number - (len(blocks) - 1) / 2)
+            for place, row in enumerate(rows):
+                figures, is_trained = over_seeds(seeds_of(table, row, block)), ROWS[row].paradigm is not None
+                if key not in figures or not (is_trained or number == 0):
+                    continue
+                value = figures[key]
+                low, high = figures[f"{key}_ci"] if f"{key}_ci" in figures else (value, value)
+                axis.errorbar(
+                    value, place + (offset if is_trained else 0), xerr=[[max(value - low, 0)], [max(high - value, 0)]],
+                    fmt="o" if is_trained else "D", color=f"C{number}" if is_trained else "0.3", capsize=2, markersize=5,
+                )
+        axis.set_title(COLUMNS[key], fontsize=10)
+        axis.set_yticks(range(len(rows)), [ROWS[row].title for row in rows], fontsize=9)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.grid(alpha=0.3)
+        if key in ON_LOG_SCALE and axis.has_data():
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        elif key not in ON_LOG_SCALE:
+            axis.set_xlim(-0.03, 1.03)
+    for number, block in enumerate(blocks):
+        axes[0].plot([], [], "o", color=f"C{number}", label=blocks_title(block).split(":")[0].lower() + f" ({block})")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(blocks), fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,103 @@
+"""What a training step costs, counted in floating-point operations of matrix products, convolutions and attention.
+
+FLOPs of a step are linear in the batch size, and Muon's, which multiplies matrices itself, are the constant part. In a
+Self-Forcing rollout they are linear in the exit step, as each step before it is one more forward pass of the same block. So
+a few steps of one or two videos give the mean over the random exit steps exactly, whichever of them are drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from dynamic_video_sf import window_starts
+from experiments.timing import flop_counter
+from machine.runtime import Runtime
+from machine.seeds import Purpose, torch_generator
+from method.settings import PretrainConfig, SelfForcingConfig, require
+from training.config import Config
+from training.stages import PretrainStage, SelfForcingStage
+
+CPU = Runtime(torch.device("cpu"), torch.float32)  # counted here, wherever the training runs
+IN_ONE_PASS = {"accumulation_steps": 1, "activation_checkpointing": False, "sharding": "none"}  # their own work does not count
+MAX_TRIES = 200  # steps until two different exit steps are drawn: never as many
+
+
+def flops_per_step(config: Config) -> float:
+    """Mean FLOPs of a training step, over whole cycles of generator and critic updates.
+
+    Runs a few steps of a fresh stage on the CPU. Raises ValueError for videos of several lengths, and what the stage raises.
+    """
+    training = config.training
+    require(
+        training.min_num_frames == training.max_num_frames, "training.min_num_frames", training.min_num_frames,
+        f"training.max_num_frames={training.max_num_frames}: compute is counted for videos of one length",
+    )
+    random = torch_generator(0, Purpose.TRAINING)
+    if isinstance(training, SelfForcingConfig):
+        return training.batch_size * _self_forcing_flops(config, training, random)  # AdamW multiplies no matrices
+    assert isinstance(training, PretrainConfig)
+    one, two = (_pretrain_flops(config, training, batch_size, random) for batch_size in (1, 2))
+    return one + (training.batch_size - 1) * (two - one)
+
+
+def _pretrain_flops(config: Config, training: PretrainConfig, batch_size: int, random: torch.Generator) -> float:
+    """Of a step on batch_size whole videos."""
+    stage = PretrainStage(replace(config, training=replace(training, batch_size=batch_size, clip_steps=0, **IN_ONE_PASS)), CPU, random)
+    steps = (0, 1) if training.objective == "mixed" else (0,)
+    return sum(_count_step(stage, step)[0] for step in steps) / len(steps)
+
+
+def _self_forcing_flops(config: Config, training: SelfForcingConfig, random: torch.Generator) -> float:
+    """Of a step on one video, over whether it goes on from a real block or not: both are counted for themselves."""
+    shares = {0.0: 1 - training.continuation_probability, 1.0: training.continuation_probability}
+    return sum(
+        share * _cycle_flops(config, replace(training, continuation_probability=probability), random)
+        for probability, share in shares.items() if share > 0
+    )
+
+
+def _cycle_flops(config: Config, training: SelfForcingConfig, random: torch.Generator) -> float:
+    """Mean over a cycle. With an exit step for every block the mean is the same, as the cost is a sum over blocks."""
+    stage = SelfForcingStage(replace(config, training=replace(training, batch_size=1, same_exit_step=True, **IN_ONE_PASS)), CPU, random)
+    ratio = training.dfake_gen_update_ratio
+    turn = -(-(training.critic_warmup_steps + 1) // ratio) * ratio - 1  # the first step that updates the generator
+    generator = _mean_over_windows(stage, turn)
+    critic = _mean_over_windows(stage, turn + 1) if ratio > 1 else 0.0
+    return (generator + (ratio - 1) * critic) / ratio
+
+
+def _count_step(stage: PretrainStage | SelfForcingStage, step: int, first_frame: int = 0) -> tuple[int, int]:
+    """FLOPs of one step, and its exit step: 0 where there is none. first_frame: of the scored window, in its rollout."""
+    with flop_counter() as counter:
+        if isinstance(stage, SelfForcingStage):
+            figures = stage.train_on_window(step, stage.config.max_num_frames, first_frame)
+        else:
+            figures = stage.train_step(step)
+    return counter.get_total_flops(), int(figures.get("exit_step", 0))
+
+
+def _mean_over_windows(stage: SelfForcingStage, step: int) -> float:
+    """Mean FLOPs of this step over uniform exit steps and starts of the scored window. Once the cache's window is full, each block
+    more costs the same: the starts from there on lie on a line through two of them."""
+    starts = window_starts(stage.config, stage.config.max_num_frames)
+    num_curved = -(-(stage.config.window_frames or 0) // stage.config.num_frames_per_block)
+    counted = [_mean_over_exits(stage, step, start) for start in starts[: num_curved + 2]]
+    num_more = len(starts) - len(counted)
+    slope = counted[-1] - counted[-2] if num_more else 0.0
+    return (sum(counted) + num_more * counted[-1] + slope * num_more * (num_more + 1) / 2) / len(starts)
+
+
+def _mean_over_exits(stage: SelfForcingStage, step: int, first_frame: int) -> float:
+    """Mean FLOPs of this step over uniform exit steps: the line through two of them, at its middle."""
+    num_exits = len(stage.config.denoising_steps)
+    flops, exit_step = _count_step(stage, step, first_frame)
+    if num_exits == 1 or stage.config.generator_inputs != "self_rollout":  # one pass over the whole video, whatever the times
+        return flops
+    for _ in range(MAX_TRIES):
+        other_flops, other = _count_step(stage, step, first_frame)
+        if other != exit_step:
+            slope = (other_flops - flops) / (other - exit_step)
+            return flops + slope * ((num_exits - 1) / 2 - exit_step)
+    raise ValueError(f"{MAX_TRIES} rollouts all stopped at exit step {exit_step}: their compute cannot be counted")

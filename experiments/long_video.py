@@ -1,0 +1,423 @@
+"""Long video, measured: drift over thousands of frames, prompts that change, and clips that go on.
+
+Dimensions: B batch, F frames, C channels, H height, W width.
+
+    python long_video.py drift --num_frames 10000            frames right, stroke mass, motion, memory and time of one stream
+    python long_video.py drift --checkpoint TF.pt --num_steps 50 --guidance 2 --num_frames 1260       the same in many steps
+    python long_video.py switch --num_streams 256            how soon and how smoothly a new prompt is shown
+    python long_video.py continue --num_videos 256           what the first block of a real held-out video becomes
+
+Figures go into a JSON file in results/, one row a --name, which a later call adds to, and drift and switch into a plot of
+all that stand there. A row that stands there already is refused at once, unless --replace is given. Frames are judged as they
+come and then forgotten, so a stream of any length fits.
+"""
+
+from __future__ import annotations
+
+from machine import threads  # noqa: F401  before torch, which reads its settings once
+
+# isort: split
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from dynamic_video_sf import SWITCHES  # noqa: E402
+from generate import MAX_SEED  # noqa: E402
+from judging.digit_judge import load_judge, read_videos  # noqa: E402
+from judging.held_out import new_indices  # noqa: E402
+from judging.metrics import facts_of_prompts, read_classes, score_videos, share_interval  # noqa: E402
+from judging.tracking import fit_bouncing_track  # noqa: E402
+from machine.files import require_writable  # noqa: E402
+from machine.interruption import EXIT_CTRL_C  # noqa: E402
+from machine.paths import REPOSITORY  # noqa: E402
+from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime  # noqa: E402
+from machine.seeds import Purpose  # noqa: E402
+from method.plans import RolloutPlan  # noqa: E402
+from method.settings import check_num_frames  # noqa: E402
+from moving_mnist import MovingMNISTGenerator, bounce  # noqa: E402
+from sampling.samplers import SamplerSettings, prepared, require_at_least_one, sample_few_step  # noqa: E402
+from sampling.streaming import stream_video  # noqa: E402
+from sampling.video_io import replacing  # noqa: E402
+from training.checkpoint import LoadedNetworks, load_networks  # noqa: E402
+from training.config import DEVICES, PRECISIONS  # noqa: E402
+
+WINDOW = 21  # frames that are judged together
+SEGMENT = 630  # frames of one point of the drift curves
+COMPARED_FRAMES = 1000  # at both ends of a stream, between which memory is compared
+TIMED_BLOCKS = 100  # at most, behind the end of a stream, in turns with a stream that is new
+SHOWN_SHARE = 0.9  # of the streams, from which on a new digit counts as shown
+SMOOTH_PIXELS = 3.0  # from the extrapolated centre, below which a path goes on
+LINES_A_STRIP = 8
+LEGEND_COLUMNS = 4
+KEPT_MASS = 0.25  # relative change of the stroke mass, up to which it counts as kept
+MIN_BEFORE = 4  # frames before a switch: the track one frame earlier is fitted to all but the last, at least three
+ROW_KEYS = {  # without which a row is none of its command's
+    "drift": ("first_21", "segments", "segment_frames", "num_frames"), "switch": SWITCHES, "continue": ("continued", "real"),
+}
+
+
+def memory_in_use(device: torch.device) -> float:
+    """MiB in use now, where the system tells; the peak so far elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * resource.getpagesize() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def held_out_captions(networks: LoadedNetworks, count: int) -> list[str]:
+    """As many captions of held-out videos, none of which the network drew in training."""
+    held_out = MovingMNISTGenerator(networks.config.dataset, "test", purpose=Purpose.LONG_VIDEO)
+    return held_out.captions(0, new_indices(held_out, [networks], 0, count))
+
+
+def measure_drift(
+    networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_frames: int, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """One stream of batch_size videos, judged 21 frames at a time: figures of every segment, memory of its first windows and its
+    last, and seconds a block of a new stream whose window has just filled and of this one at its end, in turns."""
+    judge, config = load_judge(), networks.config.dataset
+    prompts = held_out_captions(networks, batch_size)
+    digits, directions = facts_of_prompts(prompts)
+    block_frames = plan.num_frames_per_block
+    streams = [
+        stream_video(networks.generator, networks.text_encoder, prompts, list(range(seed, seed + batch_size)), plan, runtime)
+        for _ in range(2)
+    ]
+    windows: list[dict[str, float]] = []
+    held: list[Tensor] = []
+    memory: list[float] = []  # after each window
+    with tqdm(total=num_frames, unit="frame", dynamic_ncols=True) as bar:
+        while len(windows) * WINDOW + WINDOW <= num_frames:
+            held.append(next(streams[0]).cpu())
+            bar.update(held[-1].shape[1])
+            if sum(part.shape[1] for part in held) >= WINDOW:
+                video = torch.cat(held, dim=1)
+                held = [video[:, WINDOW:]] if video.shape[1] > WINDOW else []
+                windows.append(_judge_window(judge, video[:, :WINDOW], digits, directions, config))
+                memory.append(memory_in_use(runtime.device))
+    per_segment = max(SEGMENT // WINDOW, 1)
+    segments = [_mean(windows[first : first + per_segment]) for first in range(0, len(windows), per_segment)]
+    filled = (plan.context.window_frames or 0) // block_frames  # blocks until the window is full
+    compared = max(min(COMPARED_FRAMES // WINDOW, len(memory) // 2), 1)
+    first_window = min(-(-filled * block_frames // WINDOW), len(memory) - 1)
+    ends = {
+        "memory_mib": [median(memory[first_window : first_window + compared]), median(memory[-compared:])],
+        "seconds_per_block": _time_in_turns([streams[1], streams[0]], filled, max(min(num_frames // block_frames // 10, TIMED_BLOCKS), 1)),
+    }
+    return {
+        "first_21": windows[0], "segments": segments, "segment_frames": SEGMENT, "num_frames": len(windows) * WINDOW,
+        "batch_size": batch_size, "first_and_last": ends,
+        "change": {name: last / first - 1 for name, (first, last) in ends.items()},
+    }
+
+
+def _time_in_turns(streams: list[Iterator[Tensor]], filled: int, num_blocks: int) -> list[float]:
+    """Median seconds a block of both streams, of num_blocks each in turns, once the first has made `filled` blocks. So a machine
+    that grows slower in between, or busier, slows both."""
+    for _ in range(filled):
+        next(streams[0])
+    seconds: list[list[float]] = [[], []]
+    for _ in range(num_blocks):
+        for stream, taken in zip(streams, seconds, strict=True):
+            started = time.perf_counter()
+            next(stream).cpu()
+            taken.append(time.perf_counter() - started)
+    return [median(taken) for taken in seconds]
+
+
+def _judge_window(judge: Any, video: Tensor, digits: Tensor, directions: Tensor, config: Any) -> dict[str, float]:
+    scores = score_videos(judge, video, digits, directions, config)
+    speed = fit_bouncing_track(read_videos(judge, video).centres, config).speed
+    return {
+        "frames_right": scores.frames_right.float().mean().item(), "class_kept": scores.class_kept.float().mean().item(),
+        "stroke_mass_ratio": scores.stroke_mass_ratio.mean().item(), "moving": scores.moving.float().mean().item(),
+        "track_within_1px": scores.track_within.float().mean().item(), "mean_speed": speed.mean().item(),
+    }
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def measure_switch(
+    networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_streams: int, num_before: int, num_after: int, batch_size: int,
+    seed: int, switch: str,
+) -> dict[str, Any]:
+    """num_streams streams change to the caption of another digit after num_before frames; see `summarise_switch`."""
+    captions = held_out_captions(networks, 40 * num_streams)
+    old = captions[:num_streams]
+    old_digits = facts_of_prompts(old)[0].tolist()
+    later = iter(zip(captions[num_streams:], facts_of_prompts(captions[num_streams:])[0].tolist(), strict=True))
+    new = [next(caption for caption, digit in later if digit != own) for own in old_digits]
+    judge, config, parts = load_judge(), networks.config.dataset, []
+    num_blocks_before, num_blocks_after = (count // plan.num_frames_per_block for count in (num_before, num_after))
+    for first in tqdm(range(0, num_streams, batch_size), desc=switch, unit="batch", dynamic_ncols=True):
+        part = slice(first, first + batch_size)
+        seeds = list(range(seed, seed + num_streams))[part]
+        stream = stream_video(
+            networks.generator, networks.text_encoder, old[part], seeds, plan, runtime, num_blocks_before + num_blocks_after, switch
+        )
+        blocks = [next(stream) for _ in range(num_blocks_before)]
+        blocks += [stream.send(new[part] if block == 0 else None) for block in range(num_blocks_after)]
+        parts.append(read_videos(judge, torch.cat(blocks, dim=1).cpu()))
+    probabilities, mass, centres = (torch.cat([vars(part)[name] for part in parts]) for name in ("probabilities", "mass", "centres"))
+    classes = read_classes(probabilities, mass, judge.class_mass.cpu())
+    digits = (torch.tensor(old_digits), facts_of_prompts(new)[0])
+    return summarise_switch(classes, centres, digits, num_before, config)
+
+
+def summarise_switch(classes: Tensor, centres: Tensor, digits: tuple[Tensor, Tensor], num_before: int, config: Any) -> dict[str, Any]:
+    """Of classes (B, F) and centres (B, F, 2), where digits = (old, new) (B,) change at frame num_before.
+
+    frames_until_shown: from the switch to the first frame in which `SHOWN_SHARE` of the streams show the new digit, None for
+    never. path_error: distance in pixels of the first centre after the switch from where the track of the frames before
+    leads. path_error_without: the same one frame earlier, where nothing has changed.
+    """
+    old, new = ((classes == digit.unsqueeze(1)).float().mean(dim=0) for digit in digits)  # (F,) shares
+    shown = (new[num_before:] >= SHOWN_SHARE).nonzero().flatten().tolist()
+    errors = {"path_error": _path_error(centres, num_before, config), "path_error_without": _path_error(centres, num_before - 1, config)}
+    return {
+        "frames_until_shown": shown[0] if shown else None, "share_of_new_at_end": new[-1].item(), "old_before": old[num_before - 1].item(),
+        "share_of_new": new[num_before:].tolist(),
+        **{f"{name}_median": error.median().item() for name, error in errors.items()},
+        **{f"{name}_smooth_share": (error <= SMOOTH_PIXELS).float().mean().item() for name, error in errors.items()},
+        "num_streams": len(classes),
+    }
+
+
+def _path_error(centres: Tensor, frame: int, config: Any) -> Tensor:
+    """Distance (B,) of the centre in a frame from where the track fitted to at most 20 frames before it leads."""
+    before = centres[:, max(frame - WINDOW + 1, 0) : frame]
+    track = fit_bouncing_track(before, config).track
+    wall, span = (config.digit_size - 1) / 2, config.frame_size - config.digit_size
+    expected = wall + bounce(2 * track[:, -1] - track[:, -2] - wall, span)  # the glyph's own offset is below a pixel
+    return (centres[:, frame] - expected).norm(dim=-1)
+
+
+def measure_continuation(
+    networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_videos: int, num_frames: int, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """The first block of real held-out videos, gone on from for num_frames frames; the real videos themselves beside it.
+
+    stroke_mass_by_fifth: that of the frames made over that of the frames given, from the fifth of the videos with the least ink to
+    that with the most.
+    """
+    judge, block = load_judge(), plan.num_frames_per_block
+    generator, parts = MovingMNISTGenerator(networks.config.dataset, "test", purpose=Purpose.LONG_VIDEO), {"continued": [], "real": []}
+    indices, digits = new_indices(generator, [networks], 0, num_videos), []
+    for first in tqdm(range(0, num_videos, batch_size), unit="batch", dynamic_ncols=True):
+        real = generator.sample(0, indices[first: first + batch_size], block + num_frames)
+        seeds = list(range(seed + first, seed + first + len(real.video)))
+        given = real.video[:, :block].to(runtime.device)
+        video = sample_few_step(
+            networks.generator, networks.text_encoder, real.captions, seeds, block + num_frames, plan, runtime, first_frames=given
+        )
+        for name, shown in (("continued", video.cpu()), ("real", real.video)):
+            parts[name].append(read_videos(judge, shown))
+        digits.append(real.digits[:, 0])
+    wanted = torch.cat(digits).unsqueeze(1)
+    results: dict[str, Any] = {"num_videos": num_videos, "num_frames": num_frames}
+    for name, readings in parts.items():
+        probabilities, mass = (torch.cat([vars(part)[key] for part in readings]) for key in ("probabilities", "mass"))
+        right = (read_classes(probabilities, mass, judge.class_mass.cpu()) == wanted)[:, block:]
+        given = mass[:, :block].mean(dim=1)
+        ratio = mass[:, block:].mean(dim=1) / given
+        change = (ratio - 1).abs()
+        of_videos = {
+            "right_in_every_frame": right.all(dim=1), "right_in_most_frames": right.float().mean(dim=1) > 0.5,
+            "stroke_mass_kept": change <= KEPT_MASS,
+        }
+        of_videos["kept"] = of_videos["right_in_most_frames"] & of_videos["stroke_mass_kept"]
+        results[name] = {"frames_right": right.float().mean().item(), "stroke_mass_change_median": change.median().item(),
+                         "stroke_mass_by_fifth": [ratio[fifth].mean().item() for fifth in given.argsort().tensor_split(5) if len(fifth)]}
+        for key, values in of_videos.items():
+            results[name] |= {key: values.float().mean().item(), f"{key}_ci": share_interval(values)}
+    return results
+
+
+def read_rows(path: Path, command: str) -> dict[str, dict[str, Any]]:
+    """The rows of earlier calls by name, none where there is no file. Raises ValueError naming a file that holds anything else."""
+    if not path.exists():
+        return {}
+    remedy = "move it away or choose another --output_dir"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the earlier rows in {path} ({error}): {remedy}") from error
+    of_command = isinstance(rows, dict) and all(isinstance(row, dict) and set(ROW_KEYS[command]) <= set(row) for row in rows.values())
+    if not of_command:
+        raise ValueError(f"{path} does not hold rows of {command}: {remedy}")
+    return rows
+
+
+def add_row(path: Path, command: str, name: str, row: dict[str, Any], replace: bool) -> dict[str, dict[str, Any]]:
+    """Write the file anew with one row more, whole or not at all, and then its plot; returns all rows.
+
+    Rows that other calls have added meanwhile stay: where one took `name`, and not replace, the new one is called "name (2)" and so on.
+    Raises ValueError and OSError; what stood in the file is then untouched.
+    """
+    rows = read_rows(path, command)
+    names = (name, *(f"{name} ({number})" for number in range(2, len(rows) + 3)))
+    rows[name if replace else next(each for each in names if each not in rows)] = row
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if command != "continue":
+        with replacing(path.with_suffix(".png")) as temporary:
+            {"drift": draw_drift, "switch": draw_switch}[command](temporary, rows)
+    return rows
+
+
+def draw_drift(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """The segments' figures over the frame, on a logarithmic axis as rows differ in length: `LINES_A_STRIP` rows in a strip of panels
+    with a legend of its own, all strips on the same axes."""
+    names = {"frames_right": "frames right", "stroke_mass_ratio": "stroke mass over real", "mean_speed": "speed, pixels a frame",
+             "track_within_1px": "windows within 1 px of a track"}
+    strips = [list(rows.items())[first:first + LINES_A_STRIP] for first in range(0, len(rows), LINES_A_STRIP)]
+    figure = plt.figure(figsize=(4.4 * len(names), 3.6 * len(strips)), layout="constrained")
+    panels = [part.subplots(1, len(names)) for part in figure.subfigures(len(strips), 1, squeeze=False)[:, 0]]
+    for strip, axes in zip(strips, panels, strict=True):
+        for axis, above, (name, title) in zip(axes, panels[0], names.items(), strict=True):
+            for row, found in strip:
+                starts = range(0, found["num_frames"], found["segment_frames"])
+                frames = [WINDOW / 2, *((start + min(start + found["segment_frames"], found["num_frames"])) / 2 for start in starts)]
+                axis.plot(frames, [found["first_21"][name], *(segment[name] for segment in found["segments"])], marker=".", label=row)
+            axis.set(title=title, xlabel="frame", xscale="log")
+            axis.grid(alpha=0.3)
+            if axis is not above:
+                axis.sharex(above)
+                axis.sharey(above)
+                above.autoscale()
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=9)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_switch(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Share of the streams that show the new digit over the frames since the switch, a line for each way to switch."""
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for row, found in rows.items():
+        for how in SWITCHES:
+            axis.plot(found[how]["share_of_new"], marker=".", label=f"{row}, {how}")
+    axis.axhline(SHOWN_SHARE, color="grey", linewidth=0.8)
+    axis.set(title="streams that show the new digit", xlabel="frames since the switch", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Long video, measured: drift, prompt switches, continuation.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    drift = commands.add_parser("drift", help="one long stream")
+    drift.add_argument("--num_frames", type=int, default=10_000)
+    switch = commands.add_parser("switch", help="another prompt in mid-stream, for recache, keep and reset")
+    switch.add_argument("--num_streams", type=int, default=256)
+    switch.add_argument("--num_before", type=int, default=42, help="frames before the switch")
+    switch.add_argument("--num_after", type=int, default=42)
+    go_on = commands.add_parser("continue", help="the first block of real held-out videos")
+    go_on.add_argument("--num_videos", type=int, default=256)
+    go_on.add_argument("--num_frames", type=int, default=21, help="frames that are made")
+    for command, batch_size in ((drift, 16), (switch, 32), (go_on, 32)):
+        command.add_argument("--checkpoint", type=Path, default=REPOSITORY / "pretrained" / "student.pt")
+        command.add_argument("--name", help="of the row in the results; default: the checkpoint's name")
+        command.add_argument("--window_frames", type=int)
+        command.add_argument("--sink_frames", type=int)
+        command.add_argument("--denoising_steps", type=int, nargs="+", help="few steps for a checkpoint that is no student")
+        command.add_argument("--num_steps", type=int, help="many steps a block, for a teacher- or diffusion-forced checkpoint")
+        command.add_argument("--causal", action="store_true", help="a bidirectional teacher block by block, in num_steps of Euler's method")
+        command.add_argument("--guidance", type=float, help="weight of classifier-free guidance, 1 for none; default: the checkpoint's")
+        command.add_argument("--batch_size", type=int, default=batch_size, help="videos at a time")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--device", choices=DEVICES, default="auto")
+        command.add_argument("--precision", choices=PRECISIONS, default="auto")
+        command.add_argument("--output_dir", type=Path, default=REPOSITORY / "results" / "long_video")
+        command.add_argument("--replace", action="store_true", help="put the row in the place of one of the same name")
+    return parser.parse_args(argv)
+
+
+def check_arguments(arguments: argparse.Namespace, path: Path, name: str) -> None:
+    """Raise ValueError or OSError for what can be refused before the checkpoint is read. path, name: of the row that is to be."""
+    require_at_least_one("--batch_size", arguments.batch_size)
+    if not 0 <= arguments.seed <= MAX_SEED:
+        raise ValueError(f"--seed is {arguments.seed}: expected 0 to {MAX_SEED}")
+    if arguments.command == "drift" and arguments.num_frames < 2 * WINDOW:
+        raise ValueError(f"--num_frames is {arguments.num_frames}: expected at least {2 * WINDOW}")
+    if arguments.command == "switch":
+        require_at_least_one("--num_streams", arguments.num_streams)
+        if arguments.num_before < MIN_BEFORE:
+            raise ValueError(f"--num_before is {arguments.num_before}: expected at least {MIN_BEFORE}, to fit a track, in whole blocks")
+    if arguments.command == "continue":
+        require_at_least_one("--num_videos", arguments.num_videos)
+    require_writable(path.parent)
+    if name in read_rows(path, arguments.command) and not arguments.replace:
+        raise ValueError(f"{path} has a row {name!r} already: choose another --name, or give --replace to measure that row anew")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, add to the JSON file, draw. Raises ValueError and OSError, each with one line."""
+    path, name = arguments.output_dir / f"{arguments.command}.json", arguments.name or arguments.checkpoint.stem
+    check_arguments(arguments, path, name)
+    steps = None if arguments.denoising_steps is None else tuple(arguments.denoising_steps)
+    settings = SamplerSettings(
+        steps, arguments.num_steps, arguments.guidance, window_frames=arguments.window_frames, sink_frames=arguments.sink_frames,
+        causal=arguments.causal,
+    )
+    runtime = resolve_runtime(arguments.device, arguments.precision)
+    networks = prepared(load_networks(arguments.checkpoint, runtime.device), runtime)
+    plan = settings.make_plan(networks.config.training)
+    if not isinstance(plan, RolloutPlan):
+        raise ValueError(f"{arguments.checkpoint} makes all frames at once: give --causal to roll it out")
+    if networks.config.dataset.num_digits != 1:
+        raise ValueError(f"{arguments.checkpoint} shows {networks.config.dataset.num_digits} digits a video: expected 1")
+    common = (networks, plan, runtime)
+    if arguments.command == "drift":
+        found = measure_drift(*common, arguments.num_frames, arguments.batch_size, arguments.seed)
+    elif arguments.command == "switch":
+        for key in ("num_before", "num_after"):
+            check_num_frames(f"--{key}", vars(arguments)[key], plan.num_frames_per_block)
+        sizes = (arguments.num_streams, arguments.num_before, arguments.num_after, arguments.batch_size, arguments.seed)
+        found = {how: measure_switch(*common, *sizes, how) for how in SWITCHES}
+    else:
+        check_num_frames("--num_frames", arguments.num_frames, plan.num_frames_per_block)
+        found = measure_continuation(*common, arguments.num_videos, arguments.num_frames, arguments.batch_size, arguments.seed)
+    found |= {"window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames}
+    found |= {"device": runtime.device.type, "precision": runtime.precision, "seed": arguments.seed}
+    found |= {"num_steps": len(plan.times), "guidance": plan.guidance, "judge_held_out_accuracy": load_judge().config.accuracy}
+    found |= {"evaluations_a_block": plan.evaluations, "cache_evaluations_a_block": plan.cache_evaluations}
+    found |= {"checkpoint_sha256": file_digest(arguments.checkpoint), "code_sha256": code_digest("experiments.long_video")}
+    print(json.dumps({key: value for key, value in found.items() if key != "segments"}, indent=2), flush=True)  # whatever the disk says
+    rows = add_row(path, arguments.command, name, found, arguments.replace)
+    print(f"written to {path}, row {next(row for row in rows if rows[row] is found)!r}")
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    try:
+        run(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print("interrupted: a row is written once all of it is measured; the earlier ones still stand", file=sys.stderr)
+        sys.exit(EXIT_CTRL_C)
+
+
+if __name__ == "__main__":
+    main()

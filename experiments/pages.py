@@ -1,0 +1,144 @@
+"""The tables of README.md and docs/, made from the files in results/: `python -m experiments.pages`.
+
+A page marks the place of a table by two comments, `<!-- table: NAME -->` and `<!-- end -->`; what stands between them is replaced. So no
+figure of a table is typed by hand, and a test fails if a page and its file differ.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from machine.paths import REPOSITORY
+
+MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ROW_TITLES = {  # in results/evaluation.json: in the pages
+    "real": "real, held-out digits", "guided Euler, 4 steps, guidance 2.5": "start, guided, 4 steps",
+    "guided Euler, 2 steps, guidance 2.5": "start, guided, 2 steps", "no guidance, 4 steps": "start, no guidance, 4 steps",
+    "student, 4 steps": "**student, 4 steps**",
+}
+FIGURES = {
+    "frames_right": "frames right", "one_class": "one class in all 21", "track_within_1px": "track within 1 px", "direction_obeyed": "direction",
+    "stroke_mass_ratio": "stroke mass", "frechet_distance": "Frechet (our net)", "glyph_diversity": "glyph diversity",
+    "glyph_frechet": "glyph Frechet",
+}
+
+
+def read(results: Path, name: str) -> Any:
+    return json.loads((results / name).read_text(encoding="utf-8"))
+
+
+def as_table(titles: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows)) + "\n"
+
+
+def number(value: float) -> str:
+    """Three decimals below 10, fewer above."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def evaluation(results: Path, with_intervals: bool) -> str:
+    """Every row of evaluation.json: what it costs and what it reads."""
+    rows = []
+    for name, row in read(results, "evaluation.json").items():
+        cost = f"{row['evaluations_a_block']} + {row['cache_evaluations_a_block']}" if "evaluations_a_block" in row else "-"
+        cells = [
+            number(row[key]) + (f" [{number(row[f'{key}_ci'][0])}, {number(row[f'{key}_ci'][1])}]" if with_intervals else "") for key in FIGURES
+        ]
+        rows.append([ROW_TITLES[name] if name in ROW_TITLES else name, cost, *cells])
+    return as_table(["sampler", "evaluations a block", *FIGURES.values()], rows)
+
+
+def drift(results: Path) -> str:
+    """Streams of 630 frames: the first 21 frames beside all of them."""
+    rows = []
+    for name, row in read(results, "drift_630/drift.json").items():
+        first, whole = row["first_21"], row["segments"][0]
+        rows.append([
+            name, f"{row['evaluations_a_block']} + {row['cache_evaluations_a_block']}", number(first["frames_right"]),
+            number(whole["frames_right"]), f"{first['stroke_mass_ratio']:.2f}", f"{whole['stroke_mass_ratio']:.2f}", number(whole["moving"]),
+            number(whole["track_within_1px"]), f"{whole['mean_speed']:.2f}",
+        ])
+    return as_table(["", "evaluations a block", "frames right, 1 to 21", "frames right, 1 to 630", "stroke mass, 1 to 21", "1 to 630",
+                     "windows that move", "track within 1 px", "pixels a frame"], rows)
+
+
+def continuation(results: Path) -> str:
+    """How videos that continue real ones keep digit and style."""
+    found = read(results, "long_video/continue.json")
+    rows = {name: row["continued"] for name, row in found.items()} | {"real video": next(iter(found.values()))["real"]}
+    lines = []
+    for name, row in rows.items():
+        low, high = row["kept_ci"]
+        fifths = row["stroke_mass_by_fifth"]
+        lines.append([
+            name, f"{row['kept']:.3f} [{low:.3f}, {high:.3f}]", number(row["right_in_most_frames"]), number(row["right_in_every_frame"]),
+            number(row["stroke_mass_kept"]), f"{fifths[0]:.2f}", f"{fifths[len(fifths) // 2]:.2f}", f"{fifths[-1]:.2f}",
+        ])
+    return as_table(["continued by", "digit and style", "digit", "digit in every frame", "style", "least", "middle", "most"], lines)
+
+
+def switch(results: Path) -> str:
+    """Prompt switches in a stream: how soon the new digit shows, and whether the motion goes on."""
+    found = read(results, "long_video/switch.json")["student"]
+    rows = [
+        [how, str(found[how]["frames_until_shown"]), number(found[how]["share_of_new_at_end"]), f"{found[how]['path_error_median']:.2f} px",
+         number(found[how]["path_error_smooth_share"])] for how in ("recache", "keep", "reset")
+    ]
+    none = found["recache"]
+    rows.append(["no switch", "-", "-", f"{none['path_error_without_median']:.2f} px", number(none["path_error_without_smooth_share"])])
+    return as_table(["switch", "frames until 90 % show the new digit", "new digit 21 frames later",
+                     "first centre, distance from the continued path, median", "within 3 px"], rows)
+
+
+def public_code(results: Path) -> str:
+    """Frames/s beside the public code, and the ratio to it."""
+    rows = []
+    for part in read(results, "public_code.json")["public"]:
+        speeds = part["frames_per_second"]
+        base = speeds["public code"]
+        cells = [f"{base:.1f}"] + [f"{speeds[key]:.1f} ({speeds[key] / base:.2f} x)" for key in ("public code, compiled", "student", "compiled")]
+        rows.append([f"patches of {part['patch_size']} pixels ({part['parameters']['student'] / 1e6:.2f} M parameters)", *cells])
+    return as_table(["frames/s, medians", "public code", "the same, compiled", "ours", "ours, compiled"], rows)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "evaluation": lambda results: evaluation(results, with_intervals=False),
+    "evaluation_with_intervals": lambda results: evaluation(results, with_intervals=True),
+    "drift": drift, "continuation": continuation, "switch": switch, "public_code": public_code,
+}
+
+
+def pages() -> list[Path]:
+    return [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+def filled(text: str, results: Path) -> str:
+    """A page's text with every marked table made anew. Raises ValueError for a name that is no table."""
+
+    def make(match: re.Match[str]) -> str:
+        if match.group(2) not in TABLES:
+            raise ValueError(f"a page asks for the table {match.group(2)}: expected one of {', '.join(TABLES)}")
+        return match.group(1) + TABLES[match.group(2)](results) + match.group(3)
+
+    return MARK.sub(make, text)
+
+
+def main() -> None:
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        try:
+            new = filled(text, REPOSITORY / "results")
+        except (ValueError, OSError, KeyError) as error:
+            sys.exit(f"error: {page.name}: {error}")
+        if new != text:
+            page.write_text(new, encoding="utf-8")
+            print(f"wrote {page.relative_to(REPOSITORY)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""How far do runs of one recipe lie apart? Scores every run on the same prompts and shows median, worst and best.
+
+    python train.py -m seed=0,1,2,3                     # the runs, one after another, each in a folder of its own
+    python spread.py logs/training/RUN [RUN ...]        # their scores: seeds.json, seeds.md and seeds.png in results/
+
+A run is the folder of a finished training of `train.py`. All are scored by `evaluate.evaluate`, with the same held-out prompts and
+noise, and beside the figures stand what the run cost and what its watchdog said. Runs that differ in more than their seed, machine or
+number format are refused: that is another recipe.
+"""
+
+from __future__ import annotations
+
+from machine import threads  # noqa: F401  before torch, which reads its settings once
+
+# isort: split
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+
+from evaluate import EvaluateConfig, evaluate  # noqa: E402
+from machine.files import free_paths, require_writable  # noqa: E402
+from machine.runtime import describe_machine  # noqa: E402
+from training.checkpoint import checkpoint_config, load_checkpoint  # noqa: E402
+from training.config import DEVICES, PRECISIONS  # noqa: E402
+from training.resume import FINAL, describe_difference, settings_without  # noqa: E402
+from training.run_log import read_scalars  # noqa: E402
+
+NOT_OF_THE_RECIPE = ("seed", "log_dir", "run_name", "wandb", "device", "precision", "training.resume")
+FIGURES = {  # name in the file: key of `evaluate`, title, and whether higher is better; None: near 1 is
+    "frames_right": ("frames_right", "frames right", True),
+    "one_class": ("one_class", "one class", True),
+    "track_within_1px": ("track_within_1px", "track within 1 px", True),
+    "direction_obeyed": ("direction_obeyed", "direction obeyed", True),
+    "stroke_mass": ("stroke_mass_ratio", "stroke mass", None),
+    "frechet": ("frechet_distance", "Frechet", False),
+    "diversity": ("glyph_diversity", "glyph diversity", True),
+}
+EARLY = 0.2  # of a run, whose readings of fixed prompts show the way from the start and not what it holds
+
+
+def score_runs(folders: list[Path], num_videos: int, seed: int, device: str, precision: str, output_dir: Path) -> dict[str, Any]:
+    """Score every run; returns what seeds.json holds and leaves the files. Raises ValueError and OSError."""
+    paths = [folder / FINAL for folder in folders]
+    for folder, path in zip(folders, paths, strict=True):
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no {FINAL}: give the folders of finished runs of train.py")
+    if len(set(map(Path.resolve, paths))) < len(paths):
+        raise ValueError("a run is named twice: give every folder once")
+    require_writable(output_dir)
+    checkpoints = [load_checkpoint(path, is_mapped=True) for path in paths]
+    configs = [checkpoint_config(path, checkpoint) for path, checkpoint in zip(paths, checkpoints, strict=True)]
+    recipe = settings_without(configs[0], NOT_OF_THE_RECIPE)
+    for folder, config in zip(folders, configs, strict=True):
+        if difference := describe_difference(recipe, settings_without(config, NOT_OF_THE_RECIPE)):
+            raise ValueError(f"{folder} is of another recipe than {folders[0]} ({difference}): score them apart")
+    asked = EvaluateConfig(
+        checkpoint=[str(path) for path in paths], num_videos=num_videos, seed=seed, device=device, precision=precision,
+        output_dir=str(output_dir / "seeds_figures"),
+    )
+    scored = list(evaluate(asked).values())
+    real, rows = scored[0], scored[1:]
+    runs = [
+        {"seed": config.seed, **{name: row[key] for name, (key, _, _) in FIGURES.items() if key in row},
+         **{f"{name}_ci": row[f"{key}_ci"] for name, (key, _, _) in FIGURES.items() if f"{key}_ci" in row},
+         **story_of(folder, checkpoint), "training_format": checkpoint["runtime"] if "runtime" in checkpoint else {},
+         **{name: row[name] for name in ("checkpoint_sha256", "precision", "code_sha256")}}
+        for folder, config, checkpoint, row in zip(folders, configs, checkpoints, rows, strict=True)
+    ]
+    table = {
+        "num_videos": num_videos, "prompt_seed": seed, "machine": describe_machine(torch.get_num_threads()), "recipe": recipe,
+        "real": {name: real[key] for name, (key, _, _) in FIGURES.items() if key in real}, "runs": runs,
+    }
+    figures, text, picture = free_paths(output_dir, ["seeds.json", "seeds.md", "seeds.png"])
+    figures.write_text(json.dumps(table, indent=1) + "\n")
+    text.write_text(as_markdown(table))
+    draw(picture, table)
+    print(f"wrote {figures.name}, {text.name} and {picture.name} to {output_dir}")
+    return table
+
+
+def story_of(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a run says of itself: the minutes of its steps, in all its attempts, its worst readings of the fixed prompts, its verdict."""
+    attempts = [folder.parent / name for name in checkpoint["attempts"]] if "attempts" in checkpoint else [folder]
+    logs = [read_scalars(path / "scalars.csv", with_seconds=True) for path in attempts if (path / "scalars.csv").is_file()]
+    story: dict[str, Any] = {"minutes": round(sum(series["seconds"][1][-1] for series in logs) / 60, 1)}
+    series = {name: tuple(map(np.concatenate, zip(*(log[name] for log in logs if name in log), strict=True))) for name in logs[-1]}
+    if "frames_right" in series:
+        steps, shares = series["frames_right"]
+        _, mass = series["stroke_mass_ratio"]
+        is_late = steps >= EARLY * series["seconds"][0][-1]
+        story |= {"worst_reading_frames_right": float(shares[is_late].min()), "worst_reading_stroke_mass": float(mass[is_late].max())}
+    verdict = folder / "verdict.txt"
+    return story | ({"verdict": verdict.read_text(encoding="utf-8").strip()} if verdict.is_file() else {})
+
+
+def spread(table: dict[str, Any], name: str) -> tuple[float, float, float]:
+    """Median, worst and best of a figure over the runs."""
+    values, is_better = [run[name] for run in table["runs"] if name in run], FIGURES[name][2]
+    order = sorted(values, key=lambda value: abs(value - 1) if is_better is None else -value if is_better else value)
+    return median(values), order[-1], order[0]
+
+
+def as_markdown(table: dict[str, Any]) -> str:
+    """The runs and their spread, as a table."""
+    names = [name for name in FIGURES if all(name in run for run in table["runs"])]
+    lines = [
+        f"{table['num_videos']} videos of every run, held-out prompts of seed {table['prompt_seed']}.", "",
+        "| seed | " + " | ".join(FIGURES[name][1] for name in names) + " | minutes |", "|---" * (len(names) + 2) + "|",
+    ]
+    lines += [f"| {run['seed']} | " + " | ".join(f"{run[name]:.3f}" for name in names) + f" | {run['minutes']} |" for run in table["runs"]]
+    of_figures = [spread(table, name) for name in names]
+    lines += [f"| **{title}** | " + " | ".join(f"{each[index]:.3f}" for each in of_figures) + " | |"
+              for index, title in enumerate(("median", "worst", "best"))]
+    lines.append("| real videos | " + " | ".join(f"{table['real'][name]:.3f}" if name in table["real"] else "-" for name in names) + " | |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, table: dict[str, Any]) -> None:
+    """One axis a figure, a dot a run with its interval, the median as a line and real video's figure as a dotted one."""
+    names = [name for name in FIGURES if all(name in run for run in table["runs"])]
+    figure, axes = plt.subplots(1, len(names), figsize=(2.1 * len(names), 3), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        values = [run[name] for run in table["runs"]]
+        for index, run in enumerate(table["runs"]):
+            if f"{name}_ci" in run:
+                axis.plot([index, index], run[f"{name}_ci"], color="tab:blue", alpha=0.4)
+        axis.plot(range(len(values)), values, "o", color="tab:blue", markersize=4)
+        axis.axhline(median(values), color="tab:orange", linewidth=1)
+        if name in table["real"]:
+            axis.axhline(table["real"][name], color="black", linewidth=0.8, linestyle=":")
+        axis.set_xticks(range(len(values)), [str(run["seed"]) for run in table["runs"]], fontsize=7)
+        axis.set_title(FIGURES[name][1], fontsize=9)
+        axis.set_xlabel("seed", fontsize=8)
+        axis.tick_params(labelsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Score finished runs of one recipe on the same prompts and write seeds.json, seeds.md and seeds.png."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("run_folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="folders under logs/training")
+    parser.add_argument("--num_videos", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=1, help="of the held-out prompts and of the videos' noise")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    parser.add_argument("--output_dir", type=Path, default=Path("results"))
+    arguments = parser.parse_args()
+    try:
+        table = score_runs(
+            arguments.run_folders, arguments.num_videos, arguments.seed, arguments.device, arguments.precision, arguments.output_dir,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(as_markdown(table))
+
+
+if __name__ == "__main__":
+    main()

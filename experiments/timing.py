@@ -1,0 +1,146 @@
+"""Where time and arithmetic go, measured from outside: phases of running code, compared samplers in turns, the machine's limit.
+
+Library code holds no timers. `Phases` reads a gauge before and after the calls that it is told of, inside the real code path: a
+clock gives seconds, a FLOP counter gives FLOPs, of the same phases.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from tqdm import tqdm
+
+from machine.runtime import Runtime
+
+MATRIX_SIZES = (1024, 2048)  # the limit is that of the faster one
+PRODUCT_FLOPS = 2 * 2048**3  # of a timed run of products
+REST = "rest"  # what no phase covers
+
+Gauge = Callable[[], float]
+Key = TypeVar("Key", bound=Hashable)
+
+
+def clock(device: torch.device) -> Gauge:
+    """Seconds at which all work given to the device so far is done."""
+
+    def read() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    return read
+
+
+def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _cpu_attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts matrix products, forwards and backwards, the CPU's fused attention too, which PyTorch's own table leaves out."""
+    return FlopCounterMode(display=False, custom_mapping={
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+    })
+
+
+@dataclass
+class Phases:
+    """What the calls named in `watch` took by `gauge`: (phase, begin, end) of each, in order.
+
+    A call inside another watched one belongs to the outer one, so phases never overlap. Nothing is changed but the time of the
+    gauge's two readings a call.
+    """
+
+    gauge: Gauge
+    calls: list[tuple[str, float, float]] = field(default_factory=list)
+    begin: float = 0.0
+    end: float = 0.0
+    _is_inside: bool = False
+
+    @contextmanager
+    def watch(self, *places: tuple[Any, str, str | Callable[[], str]]) -> Iterator[None]:
+        """Within, calls of each place (owner, name of its function, phase) are read; the gauge's whole is taken too.
+
+        A phase may be a function that says, when the call ends, which one it was. Raises AttributeError for a name that the
+        owner lacks.
+        """
+        with ExitStack() as stack:
+            for owner, name, phase in places:
+                patcher = patch.object(owner, name)
+                original, _ = patcher.get_original()
+                patcher.new = self._read_around(original, phase)
+                stack.enter_context(patcher)
+            self.begin = self.gauge()
+            yield
+            self.end = self.gauge()
+
+    def _read_around(self, function: Callable[..., Any], phase: str | Callable[[], str]) -> Callable[..., Any]:
+        @wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if self._is_inside:
+                return function(*args, **kwargs)
+            self._is_inside, begin = True, self.gauge()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.calls.append((phase if isinstance(phase, str) else phase(), begin, self.gauge()))
+                self._is_inside = False
+
+        return wrapped
+
+    @property
+    def whole(self) -> float:
+        return self.end - self.begin
+
+    def totals(self) -> dict[str, float]:
+        """By phase, in the order of their first calls, and `REST`: their sum is the whole."""
+        sums: dict[str, float] = {}
+        for phase, begin, end in self.calls:
+            sums[phase] = sums.get(phase, 0.0) + end - begin
+        return {**sums, REST: self.whole - sum(sums.values())}
+
+
+def time_in_turns(contestants: Mapping[Key, Callable[[], object]], repeats: int, device: torch.device) -> dict[Key, float]:
+    """Median seconds of each contestant; one warm-up of each, then all of them in turn, `repeats` times."""
+    seconds: dict[Key, list[float]] = {name: [] for name in contestants}
+    read = clock(device)
+    for repeat in tqdm(range(repeats + 1), desc="rounds", leave=False, disable=None):
+        for name, contestant in contestants.items():
+            start = read()
+            contestant()
+            if repeat > 0:
+                seconds[name].append(read() - start)
+            else:
+                read()
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def matrix_products(runtime: Runtime) -> dict[int, Callable[[], object]]:
+    """By matrix size, a run of square products of `PRODUCT_FLOPS` in all, in the runtime's format: what the limit is measured with."""
+
+    def products(size: int) -> Callable[[], object]:
+        a = torch.randn(size, size, device=runtime.device, dtype=runtime.dtype)
+        out = torch.empty_like(a)
+        return lambda: [torch.mm(a, a, out=out) for _ in range(PRODUCT_FLOPS // (2 * size**3))]
+
+    return {size: products(size) for size in MATRIX_SIZES}
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each figure over runs that have the same ones."""
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}

@@ -1,0 +1,140 @@
+"""How many digits a frame shows, and which: connected pieces of ink, each read by the judge of single digits.
+
+Dimensions: B videos, F frames, N frames of any video, P pieces of ink, C channels, H = W frame side. Videos are (B, F, C, H, W)
+in [-1, 1].
+
+For videos of two digits, `dataset=moving_mnist_64`. Digits that touch are one piece, which is no digit: such a frame is not
+readable, and says nothing for or against the video. Real videos have such frames too; compare with their share.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional
+
+from judging.digit_judge import DigitJudge
+from judging.ink import display_intensity, intensity_sharpness
+from judging.metrics import read_classes, summarise_measures
+from moving_mnist import DatasetConfig
+from network.text_encoder import parse_caption
+
+INK = 0.15  # display intensity from which a pixel belongs to a piece
+LEAST_PIECE = 0.35  # of the lightest class's mean mass: less is a fragment or dirt, and is passed over
+LARGEST_PIECE = 0.8  # of the digit's side: MNIST digits fill 20 of their 28 pixels, more is digits that touch
+LEAST_FRAMES = 2  # frames in which a count must be seen before a video is said to show it
+IN_FRAME = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # neighbours: the eight in the frame, none in time
+
+
+@dataclass(frozen=True)
+class FramePieces:
+    """The digits that N frames show apart.
+
+    readable: (N,) bool, there is ink and no piece is larger than a digit. classes: N tuples of digits, sorted; `NO_DIGIT`
+    for a piece whose stroke mass is no digit's. A frame that is not readable has the classes of no piece: ().
+    """
+
+    readable: Tensor
+    classes: list[tuple[int, ...]]
+
+
+def scale_to_judge(judge: DigitJudge, config: DatasetConfig) -> int:
+    """Pixels of these videos for one pixel of the judge's. Raises ValueError unless they are the judge's, enlarged by a whole number."""
+    scale = config.digit_size // judge.config.digit_size
+    if scale < 1 or scale * judge.config.digit_size != config.digit_size or scale * judge.config.frame_size != config.frame_size:
+        raise ValueError(
+            f"frames of {config.frame_size} px with digits of {config.digit_size} px: expected whole multiples of the judge's "
+            f"{judge.config.frame_size} and {judge.config.digit_size}; train another one with `python metrics.py --train_judge`"
+        )
+    return scale
+
+
+@torch.no_grad()
+def read_pieces(judge: DigitJudge, intensity: Tensor) -> FramePieces:
+    """Cut intensities (N, H, W), at the judge's scale, into pieces and read each, alone on black, with the judge."""
+    labels, num_pieces = ndimage.label((intensity >= INK).numpy(), IN_FRAME)
+    if num_pieces == 0:
+        return FramePieces(torch.zeros(len(intensity), dtype=torch.bool), [()] * len(intensity))
+    boxes = ndimage.find_objects(labels)
+    frame = torch.tensor([box[0].start for box in boxes])  # (P,)
+    side = torch.tensor([max(rows.stop - rows.start, columns.stop - columns.start) for _, rows, columns in boxes])
+    mass = torch.from_numpy(np.bincount(labels.ravel(), intensity.numpy().ravel(), num_pieces + 1)[1:]).float()
+    class_mass = judge.class_mass.cpu()
+    is_piece = mass >= LEAST_PIECE * class_mass.min()
+    too_large = is_piece & (side > LARGEST_PIECE * judge.config.digit_size)
+    readable = torch.zeros(len(intensity), dtype=torch.bool)
+    readable[frame[is_piece]] = True
+    readable[frame[too_large]] = False
+    kept = (is_piece & readable[frame]).nonzero().squeeze(1)  # (P',)
+    found: list[list[int]] = [[] for _ in range(len(intensity))]
+    for part in kept.split(1024):  # every piece is a frame of its own, in float32
+        is_own = torch.from_numpy(labels[frame[part].numpy()]) == (part + 1).view(-1, 1, 1)
+        alone = intensity[frame[part]] * is_own  # (P', H, W)
+        probabilities = judge((2 * alone - 1).unsqueeze(1).to(judge.class_mass.device)).softmax(dim=-1).cpu()
+        for index, digit in zip(frame[part].tolist(), read_classes(probabilities, mass[part], class_mass).tolist(), strict=True):
+            found[index].append(digit)
+    return FramePieces(readable, [tuple(sorted(digits)) for digits in found])
+
+
+def digits_of_prompts(prompts: list[str]) -> list[tuple[int, ...]]:
+    """The digits that prompts ask for, sorted. Raises ValueError for a prompt that names none."""
+    asked = [tuple(sorted(parse_caption(prompt).digits)) for prompt in prompts]
+    for prompt, digits in zip(prompts, asked, strict=True):
+        if not digits:
+            raise ValueError(f"the prompt {prompt!r} names no digit: expected 1 or more")
+    return asked
+
+
+def shown_count(counts: list[int]) -> int:
+    """Digits that a video shows: the largest count seen in `LEAST_FRAMES` frames or more of counts by frame, 0 where none is.
+
+    The largest, as digits that pass each other are fewer for a while, and never more.
+    """
+    seen = Counter(counts)
+    return max((count for count, times in seen.items() if times >= LEAST_FRAMES), default=0)
+
+
+def shown_digits(classes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The digits read most often together among the frames with as many digits as the video shows, () where it shows none."""
+    count = shown_count([len(digits) for digits in classes])
+    together = Counter(digits for digits in classes if len(digits) == count)
+    return together.most_common(1)[0][0] if count > 0 else ()
+
+
+def count_digits(judge: DigitJudge, video: Tensor, prompts: list[str], config: DatasetConfig, seed: int = 0) -> dict[str, float | list]:
+    """Score video (B, F, C, H, W) of one or more digits against its prompts: the figures of `summarise_measures` for
+
+    frames_readable, by frame: the digits stand apart, so they can be counted and read. frames_right, by frame: readable, and the
+    digits are those of the prompt, no more and no fewer; real video reaches its own share of readable frames, not 1.
+    count_right: the video shows as many digits as the prompt names (`shown_count`). videos_right: they are the prompt's.
+    stroke_mass_ratio, sharpness_ratio, by frame, over the prompt's digits in real frames; digits that overlap have less ink.
+
+    Raises ValueError for frames that are not the judge's, enlarged by a whole number, and for prompts that name no digit.
+    """
+    scale, asked = scale_to_judge(judge, config), digits_of_prompts(prompts)
+    if video.ndim != 5 or len(video) != len(prompts) or video.shape[-2:] != (config.frame_size, config.frame_size):
+        raise ValueError(f"the video has shape {tuple(video.shape)}: expected {len(prompts)} videos of {config.frame_size} px")
+    num_frames = video.shape[1]
+    intensity = functional.avg_pool2d(display_intensity(video.cpu()), scale).flatten(0, 1)  # (N, H, W) at the judge's scale
+    pieces = read_pieces(judge, intensity)
+    by_video = [pieces.classes[first : first + num_frames] for first in range(0, len(pieces.classes), num_frames)]
+    class_mass, class_sharpness = judge.class_mass.cpu(), judge.class_sharpness.cpu()
+    mass = torch.stack([class_mass[list(digits)].sum() for digits in asked]).unsqueeze(1)  # (B, 1)
+    sharpness = torch.stack([class_sharpness[list(digits)].mean() for digits in asked]).unsqueeze(1)
+    by_frame = {
+        "frames_readable": pieces.readable.unflatten(0, (-1, num_frames)),
+        "frames_right": torch.tensor([[found == digits for found in row] for row, digits in zip(by_video, asked, strict=True)]),
+        "stroke_mass_ratio": intensity.sum(dim=(-2, -1)).unflatten(0, (-1, num_frames)) / mass,
+        "sharpness_ratio": intensity_sharpness(intensity).unflatten(0, (-1, num_frames)) / sharpness,
+    }
+    counts = [shown_count([len(digits) for digits in row]) for row in by_video]
+    of_videos = {
+        "count_right": torch.tensor([count == len(digits) for count, digits in zip(counts, asked, strict=True)]),
+        "videos_right": torch.tensor([shown_digits(row) == digits for row, digits in zip(by_video, asked, strict=True)]),
+    }
+    return summarise_measures(by_frame, of_videos, seed)

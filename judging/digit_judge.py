@@ -1,0 +1,326 @@
+"""The judge: a small convolutional network that reads the digit of a Moving MNIST frame, and its training.
+
+Dimensions: B videos, F frames, N frames of any video, C channels, H = W frame side, D digit side. Videos are
+(B, F, C, H, W) in [-1, 1]; intensities are grey values in [0, 1]. Positions are (x, y) in pixel indices, x to the right
+and y down. The judge learns from digits of its own, which no network sees, and is examined on held-out ones, which neither saw.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from math import cos, pi
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from digits.mnist import unit_ink
+from judging.glyphs import recentre
+from judging.ink import display_intensity, edge_sharpness, intensity_centres, intensity_sharpness
+from machine.paths import PRETRAINED
+from machine.seeds import Purpose, seed_global_generators, torch_generator
+from moving_mnist import NUM_CLASSES, DatasetConfig, MovingMNISTGenerator
+
+JUDGE_PATH = PRETRAINED / "judge.pt"
+POOLING = 2  # side of the judge's last average pooling
+HELD_OUT_PLACES = 4  # frames of each digit that classes are measured and the judge is examined on
+READ_BATCH = 2048  # frames that the judge reads at a time
+
+Judging = TypeVar("Judging", bound=nn.Module)  # a network that the figures stand on: this one, or the video judge
+
+
+@dataclass
+class JudgeConfig:
+    """The frames that a judge reads, the digits it learned from, and its size.
+
+    frame_size, digit_size: as in `DatasetConfig`, pixels. widths: channels of its stages, each at half the side of the
+    one before. accuracy: share of held-out frames read right, measured when it was trained. num_digits: how many digits of the
+    split "judge" it learned from.
+    """
+
+    frame_size: int = 32
+    digit_size: int = 14
+    widths: tuple[int, ...] = (32, 64, 128)
+    accuracy: float = 0.0
+    num_digits: int = 0
+
+    def __post_init__(self) -> None:
+        self.widths = tuple(self.widths)
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"the judge's widths are {self.widths}: expected positive channel counts")
+        if self.crop_size >> (len(self.widths) - 1) < POOLING:
+            raise ValueError(
+                f"the judge's window of {self.crop_size} pixels is too small for {len(self.widths)} stages: "
+                "choose a larger digit_size or fewer widths"
+            )
+
+    @property
+    def crop_size(self) -> int:
+        """Side of the window around the centre of mass: the digit and one pixel on every side."""
+        return self.digit_size + 2
+
+
+class DigitJudge(nn.Module):
+    """Reads the digit of a frame from a window around the frame's centre of mass.
+
+    The window moves by whole pixels, so nothing is resampled, and the network never has to learn translation.
+    `class_mass` and `class_sharpness`, (10,) each, are the mean stroke mass and edge sharpness of every class in real frames.
+    """
+
+    def __init__(self, config: JudgeConfig):
+        super().__init__()
+        self.config = config
+        layers: list[nn.Module] = []
+        width_before = 1
+        for stage, width in enumerate(config.widths):
+            if stage > 0:
+                layers.append(nn.MaxPool2d(2))
+            for width_in in (width_before, width):
+                layers += [nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            width_before = width
+        side = config.crop_size >> (len(config.widths) - 1)
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Sequential(
+            nn.AvgPool2d(POOLING), nn.Flatten(), nn.Dropout(0.3),
+            nn.Linear(width_before * (side // POOLING) ** 2, NUM_CLASSES),
+        )
+        self.register_buffer("class_mass", torch.ones(NUM_CLASSES))
+        self.register_buffer("class_sharpness", torch.ones(NUM_CLASSES))
+
+    def describe(self) -> str:
+        """How well it reads and what it learned from, in one line, to be printed beside its figures."""
+        return f"the judge learned from {self.config.num_digits} digits of its own and reads {self.config.accuracy:.1%} of held-out frames right"
+
+    @property
+    def feature_width(self) -> int:
+        """Features that `read` gives of a frame."""
+        return self.config.widths[-1]
+
+    def crop(self, intensity: Tensor) -> Tensor:
+        """Windows (N, 1, crop, crop) around the centres of mass of intensities (N, H, W); zero outside the frame."""
+        size = self.config.crop_size
+        padded = functional.pad(intensity, (size, size, size, size))
+        corner = (intensity_centres(intensity) - (size - 1) / 2).round().long() + size  # (N, 2)
+        offset = torch.arange(size, device=intensity.device)
+        columns = (corner[:, :1] + offset).unsqueeze(1)  # (N, 1, crop)
+        rows = (corner[:, 1:] + offset).unsqueeze(2)  # (N, crop, 1)
+        frame = torch.arange(len(intensity), device=intensity.device).view(-1, 1, 1)
+        return padded[frame, rows, columns].unsqueeze(1)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Logits (N, 10) of frames (N, C, H, W) in [-1, 1]."""
+        return self.read(frames)[0]
+
+    def read(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, 10) of frames (N, C, H, W) in [-1, 1], and the features behind them, averaged over the window, (N, width)."""
+        features = self.features(self.crop(display_intensity(frames)))  # (N, width, side, side)
+        return self.head(features), features.mean(dim=(-2, -1))
+
+    def check_matches(self, config: DatasetConfig) -> None:
+        """Raise ValueError unless the judge was trained for these videos: one digit, the same sizes."""
+        if config.num_digits != 1:
+            raise ValueError(f"dataset.num_digits is {config.num_digits}: the measures are for videos of 1 digit")
+        for name, found, expected in (
+            ("frame_size", config.frame_size, self.config.frame_size),
+            ("digit_size", config.digit_size, self.config.digit_size),
+        ):
+            if found != expected:
+                raise ValueError(
+                    f"dataset.{name} is {found}, the judge was trained for {expected}: "
+                    "train another one with `python metrics.py --train_judge`"
+                )
+
+
+def load_judge(path: str | os.PathLike = JUDGE_PATH, device: str | torch.device = "cpu") -> DigitJudge:
+    """The judge of a file that `save_judge` wrote, in float32 and eval mode, without gradients. Raises as `load_judging_network`."""
+    judge = load_judging_network(
+        path, "judge", "python metrics.py --train_judge", lambda config: DigitJudge(JudgeConfig(**config))
+    )
+    return judge.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
+
+
+def save_judge(judge: DigitJudge, path: str | os.PathLike) -> None:
+    """Write weights (float16) and config; the file appears whole or not at all."""
+    save_judging_network(judge, path, "judge")
+
+
+def load_judging_network(path: str | os.PathLike, name: str, command: str, build: Callable[[dict[str, Any]], Judging]) -> Judging:
+    """A network of the figures from a file of `save_judging_network`, in float32 and eval mode, without gradients, on the CPU.
+
+    name: what it is, in words; build makes the network of the stored config; command is what makes such a file. Raises
+    FileNotFoundError where there is no such file, ValueError for a file that is no such network.
+    """
+    advice = f"make one with `{command} --output {path}`"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no {name} at {path}: {advice}")
+    refusal = f"{path} is not a sound {name}: {advice}"
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no checkpoint can raise nearly anything, and it all means the same
+        raise ValueError(refusal) from error
+    weights = _weights_key(name)
+    if not isinstance(stored, dict) or set(stored) != {weights, "config"}:
+        raise ValueError(refusal)
+    try:
+        network = build(stored["config"])
+        network.load_state_dict(stored[weights], strict=True)
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(refusal) from error
+    return network.requires_grad_(False).eval()
+
+
+def save_judging_network(network: nn.Module, path: str | os.PathLike, name: str) -> None:
+    """Write weights (float16) and config; the file appears whole or not at all."""
+    state = {key: x.half() if x.is_floating_point() else x for key, x in network.state_dict().items()}
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        torch.save({_weights_key(name): state, "config": asdict(network.config)}, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _weights_key(name: str) -> str:
+    return f"{name.replace(' ', '_')}_state_dict"
+
+
+def augmented_frames(generator: MovingMNISTGenerator, num_frames: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Augmented frames (N, C, H, W) in [-1, 1] with a digit anywhere in them, and labels (N,).
+
+    The 28 x 28 digits are rotated, scaled, sheared, bent and made thinner or thicker, the frames blurred, dimmed or
+    brightened, and given noise.
+    """
+    size, digit_size = generator.config.frame_size, generator.config.digit_size
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(num_frames, *shape, generator=rng)
+
+    rows = torch.randint(len(generator.digit_set.labels), (num_frames,), generator=rng)
+    images = unit_ink(generator.digit_set.images[rows]).unsqueeze(1)  # (N, 1, 28, 28)
+    angle = uniform(-0.22, 0.22)
+    stretch = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=1).view(-1, 2, 2)
+    shear = torch.eye(2).repeat(num_frames, 1, 1)
+    shear[:, 0, 0], shear[:, 1, 1], shear[:, 0, 1] = uniform(0.85, 1.18), uniform(0.85, 1.18), uniform(-0.25, 0.25)
+    affine = torch.cat((stretch @ shear, torch.zeros(num_frames, 2, 1)), dim=2)  # (N, 2, 3)
+    grid = functional.affine_grid(affine, list(images.shape), align_corners=False)  # (N, 28, 28, 2)
+    bend = 0.05 * torch.randn(num_frames, 2, 5, 5, generator=rng)
+    bend = functional.interpolate(bend, size=images.shape[-2:], mode="bicubic", align_corners=True)
+    images = functional.grid_sample(images, grid + bend.permute(0, 2, 3, 1), align_corners=False)
+    thickness = uniform(-0.35, 0.5, 1, 1, 1) * (uniform(0, 1, 1, 1, 1) < 0.5)
+    thicker = functional.max_pool2d(images, 3, stride=1, padding=1) - images
+    thinner = images + functional.max_pool2d(-images, 3, stride=1, padding=1)
+    images = images + thickness.clamp_min(0) * thicker + thickness.clamp_max(0) * thinner
+    sprites = functional.interpolate(images, size=(digit_size, digit_size), mode="area")  # (N, 1, D, D)
+    centre = (digit_size - 1) / 2 + (size - digit_size) * uniform(0, 1, 1, 1, 2)  # (N, F = 1, N digits = 1, 2)
+    frames = (generator.render(sprites, centre).squeeze(1) + 1) / 2  # (N, C, H, W)
+    blurred = functional.avg_pool2d(frames, 3, stride=1, padding=1)
+    frames = torch.lerp(frames, blurred, uniform(0, 0.8, 1, 1, 1) * (uniform(0, 1, 1, 1, 1) < 0.3))
+    frames = frames * uniform(0.6, 1.5, 1, 1, 1)
+    noise = uniform(0, 0.06, 1, 1, 1) * (uniform(0, 1, 1, 1, 1) < 0.3)
+    frames = frames + noise * torch.randn(frames.shape, generator=rng)
+    return 2 * frames.clamp(0, 1) - 1, generator.digit_set.labels[rows]
+
+
+def train_judge(config: DatasetConfig, num_steps: int, seed: int, batch_size: int = 128) -> DigitJudge:
+    """A judge trained on augmented frames of the judges' digits: AdamW, cosine decay, bf16 autocast.
+
+    Raises ValueError for data of two digits or no step.
+    """
+    if num_steps < 1:
+        raise ValueError(f"the judge's number of training steps is {num_steps}: expected at least 1")
+    if config.num_digits != 1:
+        raise ValueError(f"dataset.num_digits is {config.num_digits}: the judge reads frames of 1 digit")
+    seed_global_generators(seed, Purpose.JUDGE_TRAINING)
+    rng = torch_generator(seed, Purpose.JUDGE_TRAINING, index=2)
+    generator = MovingMNISTGenerator(config, "judge")
+    judge = DigitJudge(JudgeConfig(config.frame_size, config.digit_size, num_digits=len(generator.sprites))).train()
+    judge = judge.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+    measure_classes(judge, generator)
+    peak_lr = 3e-3
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=peak_lr, weight_decay=0.02)
+    for step in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = peak_lr * min((step + 1) / 50, (1 + cos(pi * step / num_steps)) / 2)
+        frames, digits = augmented_frames(generator, batch_size, rng)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = functional.cross_entropy(judge(frames), digits, label_smoothing=0.05)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 99:
+            print(f"judge: step {step + 1} of {num_steps}, loss {loss.item():.3f}", flush=True)
+    judge.requires_grad_(False).eval()
+    judge.config.accuracy = held_out_accuracy(judge, MovingMNISTGenerator(config, "test"), torch_generator(seed, Purpose.EXAMINATION))
+    return judge
+
+
+def measure_classes(judge: DigitJudge, generator: MovingMNISTGenerator) -> None:
+    """Write the mean stroke mass and edge sharpness of every class, over all digits of the split, into the judge.
+
+    Sharpness depends on where between two pixels a digit stands: every digit stands in `HELD_OUT_PLACES` random places.
+    """
+    labels = generator.digit_set.labels
+    mass = generator.sprites.sum(dim=(1, 2))
+    sharpness = edge_sharpness(render_in_places(generator, torch_generator(0, Purpose.EXAMINATION))).mean(dim=1)
+    for values, buffer in ((mass, judge.class_mass), (sharpness, judge.class_sharpness)):
+        buffer.copy_(torch.stack([values[labels == digit].mean() for digit in range(NUM_CLASSES)]))
+
+
+def render_in_places(generator: MovingMNISTGenerator, rng: torch.Generator) -> Tensor:
+    """Every digit of the split in `HELD_OUT_PLACES` random places: (M, places, C, H, W) in [-1, 1]."""
+    place = torch.rand(len(generator.sprites), HELD_OUT_PLACES, 1, 2, generator=rng)
+    centre = (generator.config.digit_size - 1) / 2 + generator.span * place  # (M, places, 1, 2)
+    return generator.render(generator.sprites.unsqueeze(1), centre)
+
+
+@dataclass(frozen=True)
+class VideoReadings:
+    """What the judge sees in every frame of B videos, on the CPU: all that is scored is scored from here.
+
+    probabilities: (B, F, 10) of the digit; a judge always names one, even in a blank frame. features: (B, F, width) of
+    `DigitJudge.read`. mass, sharpness: (B, F), `stroke_mass` and `edge_sharpness`. centres: (B, F, 2), `centres_of_mass`. shapes:
+    (B, F, S, S), the ink of `glyphs.recentre`.
+    """
+
+    probabilities: Tensor
+    features: Tensor
+    mass: Tensor
+    centres: Tensor
+    sharpness: Tensor
+    shapes: Tensor
+
+    def take(self, videos: Tensor | slice = slice(None), frames: Tensor | slice = slice(None)) -> VideoReadings:
+        """The readings of some of the videos and, in each of them, of some of the frames, in the order given."""
+        return VideoReadings(**{field.name: vars(self)[field.name][videos][:, frames] for field in fields(self)})
+
+
+@torch.no_grad()
+def read_videos(judge: DigitJudge, video: Tensor) -> VideoReadings:
+    """Read every frame of video (B, F, C, H, W) in [-1, 1], on the judge's device. Raises ValueError for values that are not finite."""
+    device = judge.class_mass.device
+    parts = []
+    for part in video.flatten(0, 1).split(READ_BATCH):
+        logits, features = judge.read(part.to(device))
+        intensity = display_intensity(part.to(device))
+        parts.append((
+            logits.softmax(dim=-1), features, intensity.sum(dim=(-2, -1)), intensity_centres(intensity), intensity_sharpness(intensity),
+            recentre(intensity, judge.config.crop_size),
+        ))
+    return VideoReadings(*(torch.cat(values).unflatten(0, video.shape[:2]).cpu() for values in zip(*parts, strict=True)))
+
+
+def read_digits(judge: DigitJudge, video: Tensor) -> Tensor:
+    """Probabilities (B, F, 10) of the digit in every frame of video (B, F, C, H, W): those of `read_videos`."""
+    return read_videos(judge, video).probabilities
+
+
+def held_out_accuracy(judge: DigitJudge, generator: MovingMNISTGenerator, rng: torch.Generator) -> float:
+    """Share of real frames read right: every digit of the split, in `HELD_OUT_PLACES` random places."""
+    video = render_in_places(generator, rng)
+    return (read_digits(judge, video).argmax(dim=-1) == generator.digit_set.labels.unsqueeze(1)).float().mean().item()

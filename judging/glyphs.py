@@ -1,0 +1,92 @@
+"""The shapes of digits: how varied a set of videos is within each class, and how near its shapes are to real ones.
+
+Dimensions: B videos, F frames, N frames or videos, H, W frame, S side of a glyph, K components. Intensities are grey values in [0, 1].
+
+The features of `video_judge` name digit, direction and speed and forget style: one image a class, moving exactly, is no further from
+real video in them than real video itself. A glyph keeps the style: the digit of a video, recentred and averaged over its frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from digits.mnist import NUM_CLASSES
+from judging.distribution import RESAMPLES, Estimate, about, frechet_distance, resampled_counts
+from judging.ink import intensity_centres
+from machine.seeds import Purpose, torch_generator
+
+LEAST_STROKE = 0.3  # intensity of a stroke: what is fainter must not move the window, or noise would look like variety
+LEAST_GLYPHS = 3  # of a class, for a spread
+NUM_COMPONENTS = 24  # of the code in which distances are taken
+
+
+def recentre(intensity: Tensor, side: int) -> Tensor:
+    """Windows (N, side, side) of intensities (N, H, W) with the strokes' centre of mass in the middle, by bilinear interpolation; zero
+    outside the frame."""
+    height, width = intensity.shape[-2:]
+    offset = torch.arange(side, device=intensity.device) - (side - 1) / 2
+    centre = intensity_centres(intensity, LEAST_STROKE)  # (N, 2)
+    x = 2 * (centre[:, :1] + offset) / (width - 1) - 1  # (N, side), in [-1, 1] over the frame
+    y = 2 * (centre[:, 1:] + offset) / (height - 1) - 1
+    grid = torch.stack((x[:, None, :].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)), dim=-1)  # (N, side, side, 2)
+    return functional.grid_sample(intensity[:, None], grid, align_corners=True)[:, 0]
+
+
+def relative_spread(glyphs: Tensor, counts: Tensor) -> Tensor:
+    """(R,): the variance of glyphs (N, S, S), summed over pixels, over the squared norm of their mean, for R weightings counts (R, N).
+
+    Relative, so that a factor on all ink changes nothing.
+    """
+    flat, total = glyphs.flatten(1).double(), counts.sum(dim=1)
+    mean = counts @ flat / total[:, None]  # (R, S S)
+    norm = mean.square().sum(dim=1)
+    variance = (counts @ flat.square().sum(dim=1) / total - norm) * total / (total - 1)
+    return variance.clamp_min(0) / norm.clamp_min(1e-12)
+
+
+def glyph_diversity(glyphs: Tensor, digits: Tensor, reference: Tensor, reference_digits: Tensor, seed: int = 0) -> Estimate | None:
+    """The spread of glyphs (N, S, S) within their classes, digits (N,), over that of real ones, averaged over the classes.
+
+    1 is as varied as real digits, 0 one glyph a class. Classes with fewer than `LEAST_GLYPHS` on either side are left out; None where
+    none is left. The interval is a bootstrap over the videos of each class.
+    """
+    rng = torch_generator(seed, Purpose.BOOTSTRAP)
+    ratios, resampled = [], []
+    for digit in range(NUM_CLASSES):
+        own, real = glyphs[digits == digit], reference[reference_digits == digit]
+        if min(len(own), len(real)) < LEAST_GLYPHS:
+            continue
+        floor = relative_spread(real, torch.ones(1, len(real), dtype=torch.float64))
+        ratios.append(relative_spread(own, torch.ones(1, len(own), dtype=torch.float64)) / floor)
+        resampled.append(relative_spread(own, resampled_counts(len(own), RESAMPLES, rng)) / floor)
+    return about(torch.cat(ratios).mean(), torch.stack(resampled).nanmean(dim=0)) if ratios else None
+
+
+@dataclass(frozen=True)
+class GlyphCode:
+    """The leading principal components of a set of real glyphs. mean: (S S,), components: (S S, K)."""
+
+    mean: Tensor
+    components: Tensor
+
+    @classmethod
+    def of(cls, glyphs: Tensor) -> GlyphCode:
+        """Of glyphs (N, S, S), N > `NUM_COMPONENTS`."""
+        flat = glyphs.flatten(1).double()
+        components = torch.linalg.svd(flat - flat.mean(dim=0), full_matrices=False).Vh[:NUM_COMPONENTS].T
+        return cls(flat.mean(dim=0), components)
+
+    def encode(self, glyphs: Tensor) -> Tensor:
+        """(N, K) of glyphs (N, S, S), float64."""
+        return (glyphs.flatten(1).double() - self.mean) @ self.components
+
+
+def glyph_frechet(code: GlyphCode, glyphs: Tensor, reference: Tensor, seed: int = 0) -> Estimate:
+    """Frechet distance between glyphs (N, S, S) and real ones (M, S, S), in the code, with a bootstrap interval over the N."""
+    features, real = code.encode(glyphs), code.encode(reference)
+    counts = resampled_counts(len(features), RESAMPLES, torch_generator(seed, Purpose.BOOTSTRAP))
+    return about(frechet_distance(features, real), frechet_distance(features, real, counts))

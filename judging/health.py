@@ -1,0 +1,153 @@
+"""The health panel: health.png, drawn from a Self-Forcing run's scalars.csv. docs/health.md says how to read it.
+
+    python -m judging.health RUN_FOLDER [RUN_FOLDER ...] --output PATH    draw one run, or several over each other
+"""
+
+from __future__ import annotations
+
+from machine import threads  # noqa: F401  before torch, which reads its settings once
+
+# isort: split
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+from judging.fixed_prompts import JUDGED_COLUMNS  # noqa: E402
+from training.diagnostics import NOISE_LEVELS  # noqa: E402
+from training.run_log import plot_series, read_scalars  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------------ the picture
+
+
+@dataclass(frozen=True)
+class PanelStyle:
+    """One axis of the picture. caption: what a healthy run looks like. limits: of the vertical axis, None for the data's."""
+
+    title: str
+    caption: str
+    limits: tuple[float, float] | None = None
+
+
+PANELS = {
+    "loss_generator": PanelStyle("generator's loss", "no measure of quality: may rise or fall"),
+    "loss_critic": PanelStyle("critic's loss", "no steady rise"),
+    "critic_lag": PanelStyle("critic lag", "around 0"),
+    "dmd_gradient_norm": PanelStyle("norm of the DMD gradient", "same order throughout"),
+    "logit_distance": PanelStyle("real minus fake logit", "above 0, bounded"),
+    **{
+        f"score_distance_{name}": PanelStyle(f"real to fake score, {name} noise", f"t in {low:.2f} to {high:.2f}: bounded")
+        for name, (low, high) in NOISE_LEVELS.items()
+    },
+    "gradient_norm_generator": PanelStyle("generator's gradient norm", "no spikes"),
+    "frames_right": PanelStyle("frames right", "rises", (-0.03, 1.03)),
+    "one_class": PanelStyle("one class throughout", "rises, late", (-0.03, 1.03)),
+    "track_within_1px": PanelStyle("track within 1 px", "stays up", (-0.03, 1.03)),
+    "stroke_mass_ratio": PanelStyle("stroke mass over real", "near 1"),
+}
+EXIT_CAPTION = "steps alike, none apart"
+
+
+def panel_of(column: str) -> PanelStyle | None:
+    """How a column of scalars.csv is drawn; None for one that is not."""
+    if column.startswith("loss_exit_"):
+        return PanelStyle(f"loss, exit at {column.removeprefix('loss_exit_')}", EXIT_CAPTION)
+    return PANELS.get(column)
+
+
+def ordered_columns(found: set[str]) -> list[str]:
+    """The columns that are drawn, in the order of `PANELS`, exit steps before the judge's."""
+    exits = sorted((name for name in found if name.startswith("loss_exit_")), key=lambda name: -int(name.removeprefix("loss_exit_")))
+    known = [name for name in PANELS if name in found]
+    first = [name for name in known if name not in JUDGED_COLUMNS]
+    return [*first, *exits, *(name for name in known if name in JUDGED_COLUMNS)]
+
+
+def draw_health(path: Path, runs: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]], width: int = 4) -> None:
+    """One axis per column that any of the runs has, a colour a run: values pale, running median over them.
+
+    runs: by name, the series of `run_log.read_scalars`. Draws nothing where there is nothing to draw.
+    """
+    columns = ordered_columns({column for series in runs.values() for column in series})
+    if not columns:
+        return
+    height = -(-len(columns) // width)
+    figure, axes = plt.subplots(height, width, figsize=(3.4 * width, 2.5 * height + 0.4), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(columns):]:
+        axis.axis("off")
+    for axis, column in zip(axes.flat, columns, strict=False):
+        _draw_panel(axis, column, {name: series[column] for name, series in runs.items() if column in series}, list(runs))
+    if len(runs) > 1:
+        lines = [plt.Line2D([], [], color=f"C{index % 10}", label=name) for index, name in enumerate(runs)]
+        figure.legend(handles=lines, loc="outside lower center", ncols=min(len(runs), 5), fontsize=9)
+    figure.savefig(path, dpi=75)
+    plt.close(figure)
+
+
+def _draw_panel(axis: Axes, column: str, series: dict[str, tuple[np.ndarray, np.ndarray]], names: list[str]) -> None:
+    panel = panel_of(column)
+    for name, (steps, values) in series.items():
+        plot_series(axis, steps, values, f"C{names.index(name) % 10}")
+    everything = np.concatenate([values for _, values in series.values()])
+    everything = everything[np.isfinite(everything)]
+    if panel.limits is not None:
+        axis.set_ylim(*panel.limits)
+    elif len(everything) and everything.min() > 0 and everything.max() > 20 * np.median(everything):
+        axis.set_yscale("log")
+    elif column == "critic_lag":
+        axis.axhline(0, color="black", linewidth=0.6)
+    axis.set_title(f"{panel.title}\n", fontsize=9, fontweight="bold")
+    axis.text(0.5, 1.02, panel.caption, transform=axis.transAxes, ha="center", va="bottom", fontsize=7.5, color="dimgray")
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.3)
+
+
+def draw_run(csv_path: Path, picture_path: Path) -> None:
+    """health.png of one run."""
+    draw_health(picture_path, {csv_path.parent.name: read_scalars(csv_path)})
+
+
+# ----------------------------------------------------------------------------------------------------------- command line
+
+
+def compare_runs(folders: list[Path], output: Path) -> None:
+    """Draw the runs of these folders over each other. Raises ValueError or OSError naming what does not fit; overwrites nothing."""
+    if output.suffix != ".png":
+        raise ValueError(f"--output is {output}: expected the name of a new .png file")
+    if output.exists():
+        raise FileExistsError(f"{output} exists already: give --output the name of a new file, or delete it first")
+    runs = {}
+    for folder in folders:
+        csv_path = folder / "scalars.csv"
+        if not csv_path.is_file():
+            raise FileNotFoundError(f"{folder} holds no scalars.csv: give the folder of a run of train.py")
+        series = read_scalars(csv_path)
+        if not ordered_columns(set(series)):
+            raise ValueError(f"{csv_path} has none of the panel's columns: give the folder of a Self-Forcing run that has made a step")
+        runs[str(folder) if folder.resolve().name in runs else folder.resolve().name] = series
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draw_health(output, runs)
+
+
+def main() -> None:
+    """Draw the health panel of one finished or running run, or of several over each other."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("run_folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="folders under logs/training")
+    parser.add_argument("--output", required=True, type=Path, metavar="PATH", help="the picture, a new .png file")
+    arguments = parser.parse_args()
+    try:
+        compare_runs(arguments.run_folders, arguments.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

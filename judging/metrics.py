@@ -1,0 +1,364 @@
+"""What Moving MNIST lets us measure exactly, for videos of one digit: its class, its track, its direction, its look.
+
+Dimensions: B videos, F frames, C channels, H = W frame side. Videos are (B, F, C, H, W) in [-1, 1] and are clamped first.
+Positions are (x, y) in pixel indices, x to the right and y down.
+
+Every measure has a value on real videos of held-out digits: read a generated video's score against that one, not
+against 1. A faint, blank, saturated or frozen video earns nothing: classes and tracks are gated on stroke mass, tracks
+on speed too. `sanity` shows which fault moves which measure.
+"""
+
+from __future__ import annotations
+
+from machine import threads  # noqa: F401  before torch, which reads its settings once
+
+# isort: split
+import argparse
+import sys
+from dataclasses import dataclass
+from math import pi
+from pathlib import Path
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from judging.corruptions import corrupt as corrupt  # this name and the others said twice are for those who know them from here
+from judging.digit_judge import JUDGE_PATH, DigitJudge, VideoReadings, load_judge, read_videos, save_judge, train_judge
+from judging.digit_judge import read_digits as read_digits
+from judging.distribution import resampled_counts
+from judging.ink import centres_of_mass as centres_of_mass
+from judging.ink import stroke_mass as stroke_mass
+from judging.tracking import FittedTrack as FittedTrack
+from judging.tracking import fit_bouncing_track as fit_bouncing_track
+from machine.seeds import Purpose, torch_generator
+from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTGenerator
+from network.text_encoder import parse_caption
+
+MASS_GATE = (0.4, 2.5)  # a frame counts as a digit if its stroke mass over the class's mean real mass lies in here
+NO_DIGIT = -1  # what `read_classes` says of a frame outside the gate
+NO_DIRECTION = -1  # direction of a prompt that names none
+TRACK_TOLERANCE = 1.0  # pixels
+MOVING_SHARE = 0.5  # a video moves if its fitted speed is at least this share of the data's slowest speed
+FRAMES_PER_BLOCK = 3  # for the report by block only
+MIN_REAL, MIN_FALL = 0.9, 0.2  # self-test: least score of real videos, least loss of videos made worse
+
+
+# --------------------------------------------------------------------------------------------------- what is shown
+
+
+def read_classes(probabilities: Tensor, mass: Tensor, class_mass: Tensor) -> Tensor:
+    """The class (B, F) of every frame: the most probable one of (B, F, 10), or `NO_DIGIT`.
+
+    It is `NO_DIGIT` where the stroke mass (B, F) over that class's mean real mass, class_mass (10,), is outside
+    `MASS_GATE`. The mean is the class's own: a thin "one" has a third of the ink of a "zero".
+    """
+    classes = probabilities.argmax(dim=-1)
+    ratio = mass / class_mass[classes]
+    return torch.where((ratio >= MASS_GATE[0]) & (ratio <= MASS_GATE[1]), classes, NO_DIGIT)
+
+
+def frames_right(classes: Tensor, digits: Tensor) -> Tensor:
+    """Frames (B, F) that show the prompt's digit: classes (B, F) of `read_classes` against digits (B,)."""
+    return classes == digits.unsqueeze(1)
+
+
+def videos_right(classes: Tensor, digits: Tensor) -> Tensor:
+    """Videos (B,) in which the prompt's digit is read in more frames than any other class, `NO_DIGIT` included."""
+    votes = functional.one_hot(classes + 1, NUM_CLASSES + 1).sum(dim=1)  # (B, 11), NO_DIGIT first
+    is_prompt = functional.one_hot(digits + 1, NUM_CLASSES + 1).bool()
+    return votes[is_prompt] > votes.masked_fill(is_prompt, 0).amax(dim=1)
+
+
+def one_class_throughout(classes: Tensor) -> Tensor:
+    """Videos (B,) whose frames are all read as one class, right or wrong, and none as `NO_DIGIT`."""
+    return (classes == classes[:, :1]).all(dim=1) & (classes[:, 0] != NO_DIGIT)
+
+
+def class_kept(classes: Tensor) -> Tensor:
+    """Frames (B, F) that are read as the digit read most often in their video, right or wrong, of classes (B, F)."""
+    votes = functional.one_hot(classes + 1, NUM_CLASSES + 1).sum(dim=1)[:, 1:]  # (B, 10)
+    return classes == votes.argmax(dim=1, keepdim=True)
+
+
+# --------------------------------------------------------------------------------------------------------- how it moves
+
+
+def is_moving(speed: Tensor, classes: Tensor, config: DatasetConfig) -> Tensor:
+    """Videos (B,) that show something that moves.
+
+    The fitted speed (B,) is at least `MOVING_SHARE` of the data's slowest one, so the video is not frozen, and more
+    than half of the frames show some digit, classes (B, F) of `read_classes`: the haze of a blank video moves too.
+    """
+    return (speed >= MOVING_SHARE * config.min_speed) & ((classes != NO_DIGIT).float().mean(dim=1) > 0.5)
+
+
+def track_within(error: Tensor, moving: Tensor, tolerance: float = TRACK_TOLERANCE) -> Tensor:
+    """Videos (B,) that move and keep to the fitted track: root-mean-square distance, error (B, F), within tolerance."""
+    return moving & (error.square().mean(dim=1).sqrt() <= tolerance)
+
+
+def direction_obeyed(velocity: Tensor, moving: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether a video sets off in the prompt's octant, (B,), and whether the prompt names one, (B,): the mask.
+
+    velocity: (B, 2) of `fit_bouncing_track`. directions: (B,) octants, `NO_DIRECTION` for none. A video that does not
+    move obeys none; one that moves anyhow obeys one time in eight.
+    """
+    angle = torch.atan2(-velocity[:, 1], velocity[:, 0])  # y points down, octants turn upwards
+    octant = (angle * (NUM_OCTANTS / (2 * pi))).round().long() % NUM_OCTANTS
+    named = directions != NO_DIRECTION
+    return moving & named & (octant == directions), named
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+
+
+def share_interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for the mean of values (N,) in [0, 1], one value a video: whether it has a property, or in how many of
+    its frames. Raises ValueError for no value and for values outside [0, 1].
+
+    (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n) (Wilson 1927), where a bootstrap would have no width at 0 and 1.
+    n is N for yes or no. A share of frames varies less over the videos, s^2 < p (1 - p), and counts as N p (1 - p) / s^2 videos: the
+    effective sample size, N over the design effect (Korn and Graubard 1998); N where s^2 is 0.
+    """
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"values have shape {tuple(values.shape)}: expected at least one value in one dimension")
+    low, high = share_intervals(values.unsqueeze(1), level)[0].tolist()
+    return low, high
+
+
+def share_intervals(values: Tensor, level: float = 0.95) -> Tensor:
+    """`share_interval` of every column of values (N, K), one row a video: (K, 2)."""
+    values = values.detach().cpu().double()
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"values are {values.min():g} to {values.max():g}: expected shares in [0, 1]")
+    p, z = values.mean(dim=0), NormalDist().inv_cdf((1 + level) / 2)
+    single, spread = p * (1 - p), values.var(dim=0, correction=0)  # without correction: equal for yes or no
+    n = len(values) * torch.where(spread > 1e-12, single / spread, 1.0)  # below it all values are equal, but for rounding
+    middle, scale = p + z**2 / (2 * n), 1 + z**2 / n
+    reach = z * (single / n + z**2 / (4 * n**2)).sqrt()
+    low, high = (middle - reach) / scale, (middle + reach) / scale
+    return torch.stack([low.minimum(p), high.maximum(p)], dim=1).clamp(0, 1)  # against rounding at 0 and 1
+
+
+def bootstrap_interval(values: Tensor, num: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of values (N,), one value a video (Efron 1979).
+
+    Raises ValueError for no value.
+    """
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"values have shape {tuple(values.shape)}: expected at least one value in one dimension")
+    low, high = bootstrap_intervals(values.unsqueeze(1), num, seed, level)[0].tolist()
+    return low, high
+
+
+def bootstrap_intervals(values: Tensor, num: int = 1000, seed: int = 0, level: float = 0.95) -> Tensor:
+    """`bootstrap_interval` of every column of values (N, K), one row a video: (K, 2)."""
+    counts = resampled_counts(len(values), num, torch_generator(seed, Purpose.BOOTSTRAP))
+    means = counts @ values.detach().cpu().double() / len(values)  # (num, K)
+    return means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=0).T
+
+
+@dataclass(frozen=True)
+class VideoScores:
+    """Scores of B videos of F frames, on the CPU; each is defined at the function of its name.
+
+    (B, F), by frame: frames_right, class_kept, frames_within (the video moves and the centre is within `TRACK_TOLERANCE` of
+    the fitted track), all bool; track_error, distance from the fitted track in pixels, whether the video moves or not;
+    stroke_mass_ratio and sharpness_ratio, over the mean of the prompt's digit in real frames.
+    (B,), bool: videos_right, one_class, track_within, moving, direction_obeyed, direction_named.
+    """
+
+    frames_right: Tensor
+    class_kept: Tensor
+    frames_within: Tensor
+    track_error: Tensor
+    stroke_mass_ratio: Tensor
+    sharpness_ratio: Tensor
+    videos_right: Tensor
+    one_class: Tensor
+    track_within: Tensor
+    moving: Tensor
+    direction_obeyed: Tensor
+    direction_named: Tensor
+
+
+def facts_of_prompts(prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Digits (B,) and directions (B,) that prompts ask for, `NO_DIRECTION` where they name none.
+
+    Raises ValueError for a prompt that does not name exactly one digit.
+    """
+    facts = [parse_caption(prompt) for prompt in prompts]
+    for prompt, fact in zip(prompts, facts, strict=True):
+        if len(fact.digits) != 1:
+            raise ValueError(f"the prompt {prompt!r} names {len(fact.digits)} digits: expected 1")
+    directions = [NO_DIRECTION if fact.directions[0] is None else fact.directions[0] for fact in facts]
+    return torch.tensor([fact.digits[0] for fact in facts]), torch.tensor(directions)
+
+
+def score_videos(
+    judge: DigitJudge, video: Tensor, digits: Tensor, directions: Tensor, config: DatasetConfig
+) -> VideoScores:
+    """Score video (B, F, C, H, W) in [-1, 1] against the prompts' digits (B,) and directions (B,).
+
+    directions: octants, `NO_DIRECTION` where the prompt names none. Raises ValueError where the judge, the data's
+    settings and the video do not belong together, and for values that are not finite.
+    """
+    judge.check_matches(config)
+    if video.ndim != 5 or video.shape[-2:] != (config.frame_size, config.frame_size):
+        raise ValueError(
+            f"the video has shape {tuple(video.shape)}: expected (B, F, C, {config.frame_size}, {config.frame_size})"
+        )
+    for name, values in (("digits", digits), ("directions", directions)):
+        if values.shape != video.shape[:1]:
+            raise ValueError(f"{name} have shape {tuple(values.shape)}: expected one a video, ({len(video)},)")
+    return score_readings(judge, read_videos(judge, video), digits, directions, config)
+
+
+def score_readings(
+    judge: DigitJudge, readings: VideoReadings, digits: Tensor, directions: Tensor, config: DatasetConfig
+) -> VideoScores:
+    """`score_videos` for videos that the judge has read already."""
+    digits, directions = digits.cpu(), directions.cpu()
+    class_mass, class_sharpness = judge.class_mass.cpu(), judge.class_sharpness.cpu()
+    classes = read_classes(readings.probabilities, readings.mass, class_mass)
+    fit = fit_bouncing_track(readings.centres, config)
+    moving = is_moving(fit.speed, classes, config)
+    obeyed, named = direction_obeyed(fit.velocity, moving, directions)
+    return VideoScores(
+        frames_right=frames_right(classes, digits),
+        class_kept=class_kept(classes),
+        frames_within=moving.unsqueeze(1) & (fit.error <= TRACK_TOLERANCE),
+        track_error=fit.error,
+        stroke_mass_ratio=readings.mass / class_mass[digits].unsqueeze(1),
+        sharpness_ratio=readings.sharpness / class_sharpness[digits].unsqueeze(1),
+        videos_right=videos_right(classes, digits),
+        one_class=one_class_throughout(classes),
+        track_within=track_within(fit.error, moving),
+        moving=moving,
+        direction_obeyed=obeyed,
+        direction_named=named,
+    )
+
+
+def summarise(scores: VideoScores, seed: int = 0) -> dict[str, float | list]:
+    """The figures of B videos: those of `summarise_measures` for the measures below.
+
+    By frame: frames_right, class_kept, frames_within_1px, mean_track_error (pixels), stroke_mass_ratio and sharpness_ratio
+    (1 is real). Of whole videos: videos_right, one_class, track_within_1px, moving, and direction_obeyed (over the videos
+    whose prompt names a direction; absent where none does).
+    """
+    by_frame = {
+        "frames_right": scores.frames_right,
+        "class_kept": scores.class_kept,
+        "frames_within_1px": scores.frames_within,
+        "mean_track_error": scores.track_error,
+        "stroke_mass_ratio": scores.stroke_mass_ratio,
+        "sharpness_ratio": scores.sharpness_ratio,
+    }
+    of_videos = {
+        "videos_right": scores.videos_right,
+        "one_class": scores.one_class,
+        "track_within_1px": scores.track_within,
+        "direction_obeyed": scores.direction_obeyed[scores.direction_named],
+        "moving": scores.moving,
+    }
+    return summarise_measures(by_frame, of_videos, seed)
+
+
+def summarise_measures(by_frame: dict[str, Tensor], of_videos: dict[str, Tensor], seed: int = 0) -> dict[str, float | list]:
+    """Means over videos of measures (B, F) and (B,), each with its 95 % interval [low, high] over videos.
+
+    The interval is `share_interval` for a bool measure, a share of videos or of their frames, `bootstrap_interval` for others and for
+    slopes. Keys, for a measure NAME: NAME and NAME_ci; and for one by frame NAME_by_frame, NAME_by_frame_ci (a pair a frame),
+    NAME_by_block (means of `FRAMES_PER_BLOCK` frames, in order), and, from two blocks on, NAME_slope and NAME_slope_ci: the
+    drift, as change a block of the straight line through a video's blocks. A measure of no videos is left out.
+    """
+    summary: dict[str, float | list] = {}
+
+    def add(name: str, values: Tensor, is_share: bool) -> None:
+        if len(values) > 0:
+            summary[name] = values.double().mean().item()
+            summary[f"{name}_ci"] = list(share_interval(values) if is_share else bootstrap_interval(values, seed=seed))
+
+    for name, measure in by_frame.items():
+        values, is_share = measure.double(), measure.dtype == torch.bool
+        add(name, values.mean(dim=1), is_share)
+        summary[f"{name}_by_frame"] = values.mean(dim=0).tolist()
+        summary[f"{name}_by_frame_ci"] = (share_intervals(values) if is_share else bootstrap_intervals(values, seed=seed)).tolist()
+        blocks = torch.stack([block.mean(dim=1) for block in values.split(FRAMES_PER_BLOCK, dim=1)], dim=1)  # (B, K)
+        summary[f"{name}_by_block"] = blocks.mean(dim=0).tolist()
+        if blocks.shape[1] > 1:
+            add(f"{name}_slope", slope_per_block(blocks), is_share=False)
+    for name, measure in of_videos.items():
+        add(name, measure, measure.dtype == torch.bool)
+    return summary
+
+
+def slope_per_block(blocks: Tensor) -> Tensor:
+    """Slope (B,) of the least-squares line through values (B, K) of K blocks, a block."""
+    index = torch.arange(blocks.shape[1], dtype=blocks.dtype)
+    centred = index - index.mean()
+    return blocks @ centred / centred.square().sum()
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def self_test(path: str) -> None:
+    """Print the scores of real held-out videos and of the same made worse; raise RuntimeError if one is amiss."""
+    config, judge = DatasetConfig(), load_judge(path)
+    batch = MovingMNISTGenerator(config, "test", purpose=Purpose.EXAMINATION).sample(seed=0, indices=range(256), num_frames=21)
+    digits, directions = facts_of_prompts(batch.captions)
+    opposite = torch.where(directions == NO_DIRECTION, directions, (directions + NUM_OCTANTS // 2) % NUM_OCTANTS)
+    cases = {"real": (batch.video, digits, directions, None)}
+    cases["wrong prompts"] = (batch.video, (digits + 1) % NUM_CLASSES, opposite, "direction_obeyed")
+    for how, falls in (("faint", "frames_right"), ("frozen", "moving"), ("shuffled", "track_within_1px"),
+                       ("blurred", "frames_right")):
+        cases[how] = (corrupt(batch.video, how), digits, directions, falls)
+    names = ("frames_right", "videos_right", "one_class", "track_within_1px", "direction_obeyed", "moving",
+             "stroke_mass_ratio", "mean_track_error")
+    print(f"the judge read {judge.config.accuracy:.2%} of held-out frames right when it was trained")
+    print(f"{len(digits)} videos of held-out digits, 21 frames:")
+    print(f"{'':14}" + "".join(f"{name:>18}" for name in names))
+    real: dict[str, float | list[float]] = {}
+    for case, (video, asked, headings, falls) in cases.items():
+        summary = summarise(score_videos(judge, video, asked, headings, config))
+        real = real or summary
+        print(f"{case:14}" + "".join(f"{summary[name]:18.3f}" for name in names))
+        if falls is not None and summary[falls] > real[falls] - MIN_FALL:
+            raise RuntimeError(
+                f"{falls} is {summary[falls]:.3f} on {case} videos: expected far less than {real[falls]:.3f}"
+            )
+    for name in ("frames_right", "one_class", "track_within_1px", "direction_obeyed"):
+        if real[name] < MIN_REAL:
+            raise RuntimeError(
+                f"{name} is {real[name]:.3f} on real videos: expected {MIN_REAL} or more, train another judge"
+            )
+
+
+def main() -> None:
+    """Without arguments check the judge and the measures; with --train_judge make a judge."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--train_judge", action="store_true", help="train a judge and write it to --output")
+    parser.add_argument("--output", default=str(JUDGE_PATH), help="the judge's file, written or checked")
+    parser.add_argument("--steps", type=int, default=2400, help="training steps of 128 frames")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the judge's weights and of its training frames")
+    arguments = parser.parse_args()
+    if arguments.steps < 1:
+        sys.exit(f"error: --steps is {arguments.steps}: expected at least 1")
+    if arguments.train_judge and Path(arguments.output).exists():
+        sys.exit(f"error: {arguments.output} exists already: give --output the name of a new file, or delete it first")
+    try:
+        if arguments.train_judge:
+            judge = train_judge(DatasetConfig(), arguments.steps, arguments.seed)
+            save_judge(judge, arguments.output)
+            print(f"{judge.config.accuracy:.2%} of held-out frames read right, judge written to {arguments.output}")
+        self_test(arguments.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The video judge: a small recurrent network over the digit judge's readings, whose features distances between videos are taken in.
+
+Dimensions: B videos, F frames, W features of a frame, E features of a video. Positions are (x, y) in pixel indices.
+
+A 3-D network trained from scratch for minutes does not learn to read digits, so its features would measure nothing. This
+one stands on the digit judge's frozen features and adds what single frames lack: where the ink is and how it moves. It is
+trained on real videos of the judges' digits to tell the digit, the direction, the speed and how the video looks.
+"""
+
+from __future__ import annotations
+
+from machine import threads  # noqa: F401  before torch, which reads its settings once
+
+# isort: split
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from math import cos, pi
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from judging.digit_judge import DigitJudge, VideoReadings, load_judge, load_judging_network, read_videos, save_judging_network
+from machine.paths import PRETRAINED
+from machine.seeds import Purpose, seed_global_generators, torch_generator
+from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
+from network.text_encoder import SPEEDS
+
+VIDEO_JUDGE_PATH = PRETRAINED / "video_judge.pt"
+NUM_INK_FACTS = 6  # centre (2), displacement (2), stroke mass, sharpness: of every frame
+NUM_LOOKS = 6  # first and last centre (2 + 2), mean stroke mass, mean sharpness: of a video
+LEAST_MASS = 0.05  # of the mean real mass: a blank frame has a logarithm too
+MIN_TRAINED_FRAMES = 9  # training shows the first 9 to `num_frames` frames
+HELD_OUT_VIDEOS = 500
+ANSWERS = ("digit", "direction", "speed")
+
+
+@dataclass
+class VideoJudgeConfig:
+    """The videos that a video judge was made for and its sizes.
+
+    frame_size, digit_size: as in `DatasetConfig`, pixels. frame_features: W. hidden: width of the recurrent state.
+    embedding: E. accuracy: share of held-out real videos answered right, for each of `ANSWERS`, measured when trained.
+    """
+
+    frame_size: int = 32
+    digit_size: int = 14
+    frame_features: int = 128
+    hidden: int = 64
+    embedding: int = 48
+    accuracy: dict[str, float] | None = None
+
+
+class VideoJudge(nn.Module):
+    """From the digit judge's readings of a video to its features (B, E), and from those to what it shows.
+
+    The recurrent network runs from the last frame to the first, so its last state knows how the video begins; its mean
+    state weighs all frames alike. Any number of frames will do.
+    """
+
+    def __init__(self, config: VideoJudgeConfig):
+        super().__init__()
+        self.config = config
+        self.standardise = nn.BatchNorm1d(config.frame_features, affine=False)
+        self.appearance = nn.Linear(config.frame_features, config.hidden // 2)
+        self.recurrent = nn.GRU(config.hidden // 2 + NUM_INK_FACTS, config.hidden, batch_first=True)
+        self.embedding = nn.Linear(2 * config.hidden, config.embedding)
+        self.heads = nn.ModuleDict({
+            "digit": nn.Linear(config.embedding, NUM_CLASSES), "direction": nn.Linear(config.embedding, NUM_OCTANTS),
+            "speed": nn.Linear(config.embedding, len(SPEEDS)), "looks": nn.Linear(config.embedding, NUM_LOOKS),
+        })
+        self.register_buffer("mean_mass", torch.ones(()))
+        self.register_buffer("mean_sharpness", torch.ones(()))
+
+    def ink_facts(self, readings: VideoReadings) -> Tensor:
+        """Where the ink is, how it moves and how it looks in every frame, each of order one: (B, F, `NUM_INK_FACTS`)."""
+        side = self.config.frame_size
+        displacement = functional.pad(readings.centres.diff(dim=1), (0, 0, 1, 0)) / (side / 16)  # the first frame has none
+        mass = (readings.mass / self.mean_mass).clamp_min(LEAST_MASS).log()
+        sharpness = readings.sharpness / self.mean_sharpness - 1
+        return torch.cat((2 * readings.centres / (side - 1) - 1, displacement, torch.stack((mass, sharpness), dim=-1)), dim=-1)
+
+    def embed(self, readings: VideoReadings) -> Tensor:
+        """The features (B, E) of B videos, on the CPU as the readings are."""
+        features = self.standardise(readings.features.float().flatten(0, 1)).unflatten(0, readings.mass.shape)
+        frames = torch.cat((self.appearance(features).relu(), self.ink_facts(readings)), dim=-1)
+        states, _ = self.recurrent(frames.flip(1))  # (B, F, hidden)
+        return self.embedding(torch.cat((states[:, -1], states.mean(dim=1)), dim=-1))
+
+    def looks(self, readings: VideoReadings) -> Tensor:
+        """What the head "looks" is trained to tell, (B, `NUM_LOOKS`)."""
+        facts = self.ink_facts(readings)
+        return torch.cat((facts[:, 0, :2], facts[:, -1, :2], facts[:, :, 4:].mean(dim=1)), dim=-1)
+
+    def check_matches(self, judge: DigitJudge) -> None:
+        """Raise ValueError unless this network stands on the features of such a digit judge."""
+        found = (judge.config.frame_size, judge.config.digit_size, judge.feature_width)
+        expected = (self.config.frame_size, self.config.digit_size, self.config.frame_features)
+        if found != expected:
+            raise ValueError(
+                f"the digit judge's frame side, digit side and features are {found}, the video judge's {expected}: "
+                "train another one with `python video_judge.py --train`"
+            )
+
+
+@torch.no_grad()
+def embed_videos(video_judge: VideoJudge, readings: VideoReadings) -> Tensor:
+    """The features (B, E) of B videos that the digit judge has read, in float64."""
+    return video_judge.embed(readings).double()
+
+
+def answers(batch: MovingMNISTBatch) -> dict[str, Tensor]:
+    """The right answers, (B,) each, for real videos of one digit."""
+    speeds = torch.tensor([SPEEDS.index(words[0]) for words in batch.speeds])
+    return {"digit": batch.digits[:, 0], "direction": batch.directions[:, 0], "speed": speeds}
+
+
+def train_video_judge(
+    judge: DigitJudge, config: DatasetConfig, num_steps: int, num_videos: int, seed: int, num_frames: int = 21, batch_size: int = 64
+) -> VideoJudge:
+    """A video judge trained on `num_videos` real videos of the judges' digits, read once: AdamW, cosine decay.
+
+    Raises ValueError where the digit judge was not made for these videos, and for no step or too few videos.
+    """
+    judge.check_matches(config)
+    if num_steps < 1 or num_videos < batch_size or num_frames < MIN_TRAINED_FRAMES:
+        raise ValueError(
+            f"steps {num_steps}, videos {num_videos}, frames {num_frames}: expected at least 1, {batch_size} and {MIN_TRAINED_FRAMES}"
+        )
+    seed_global_generators(seed, Purpose.JUDGE_TRAINING)
+    rng = torch_generator(seed, Purpose.JUDGE_TRAINING, index=2)
+    readings, right = read_real_videos(judge, MovingMNISTGenerator(config, "judge"), seed, num_videos, num_frames)
+    video_judge = VideoJudge(VideoJudgeConfig(config.frame_size, config.digit_size, judge.feature_width)).train()
+    video_judge.mean_mass.copy_(readings.mass.mean())
+    video_judge.mean_sharpness.copy_(readings.sharpness.mean())
+    peak_lr = 3e-3
+    optimizer = torch.optim.AdamW(video_judge.parameters(), lr=peak_lr, weight_decay=0.02)
+    for step in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = peak_lr * min((step + 1) / 50, (1 + cos(pi * step / num_steps)) / 2)
+        rows = torch.randint(num_videos, (batch_size,), generator=rng)
+        length = int(torch.randint(MIN_TRAINED_FRAMES, num_frames + 1, (), generator=rng))
+        part = readings.take(rows, slice(length))
+        embedding = video_judge.embed(part)
+        loss = functional.mse_loss(video_judge.heads["looks"](embedding), video_judge.looks(part))
+        for name in ANSWERS:
+            loss = loss + functional.cross_entropy(video_judge.heads[name](embedding), right[name][rows], label_smoothing=0.05)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(video_judge.parameters(), 1.0)
+        optimizer.step()
+        if step % 250 == 249:
+            print(f"video judge: step {step + 1} of {num_steps}, loss {loss.item():.3f}", flush=True)
+    video_judge.requires_grad_(False).eval()
+    video_judge.config.accuracy = examine(video_judge, judge, config, seed, num_frames)
+    return video_judge
+
+
+def examine(video_judge: VideoJudge, judge: DigitJudge, config: DatasetConfig, seed: int, num_frames: int = 21) -> dict[str, float]:
+    """Share of real videos of held-out digits whose digit, direction and speed the network tells."""
+    examination = MovingMNISTGenerator(config, "test", purpose=Purpose.EXAMINATION)
+    return answered_right(video_judge, *read_real_videos(judge, examination, seed, HELD_OUT_VIDEOS, num_frames))
+
+
+def read_real_videos(
+    judge: DigitJudge, generator: MovingMNISTGenerator, seed: int, num_videos: int, num_frames: int
+) -> tuple[VideoReadings, dict[str, Tensor]]:
+    """Readings and right answers of the real videos (seed, 0..num_videos - 1), made and read a few at a time."""
+    parts, right = [], []
+    for first in range(0, num_videos, 256):
+        batch = generator.sample(seed, range(first, min(first + 256, num_videos)), num_frames)
+        parts.append(read_videos(judge, batch.video))
+        right.append(answers(batch))
+    readings = VideoReadings(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+    return readings, {name: torch.cat([part[name] for part in right]) for name in ANSWERS}
+
+
+def answered_right(video_judge: VideoJudge, readings: VideoReadings, right: dict[str, Tensor]) -> dict[str, float]:
+    """Share of videos whose digit, direction and speed the network tells."""
+    with torch.no_grad():
+        embedding = video_judge.embed(readings)
+        return {
+            name: (video_judge.heads[name](embedding).argmax(dim=-1) == right[name]).float().mean().item() for name in ANSWERS
+        }
+
+
+def load_video_judge(path: str | os.PathLike = VIDEO_JUDGE_PATH) -> VideoJudge:
+    """The network of a file that `save_video_judge` wrote, in float32 and eval mode. Raises as `load_judging_network`."""
+    return load_judging_network(
+        path, "video judge", "python video_judge.py --train", lambda config: VideoJudge(VideoJudgeConfig(**config))
+    )
+
+
+def save_video_judge(video_judge: VideoJudge, path: str | os.PathLike) -> None:
+    """Write weights (float16) and config; the file appears whole or not at all."""
+    save_judging_network(video_judge, path, "video judge")
+
+
+def _train_or_examine(arguments: argparse.Namespace) -> dict[str, float]:
+    """Share of held-out videos answered right by the network that was made, or by the one that is there."""
+    judge, config = load_judge(), DatasetConfig()
+    if arguments.train:
+        video_judge = train_video_judge(judge, config, arguments.steps, arguments.videos, arguments.seed)
+        save_video_judge(video_judge, arguments.output)
+        assert video_judge.config.accuracy is not None
+        return video_judge.config.accuracy
+    video_judge = load_video_judge(arguments.output)
+    video_judge.check_matches(judge)
+    return examine(video_judge, judge, config, arguments.seed + 1)
+
+
+def main() -> None:
+    """Without arguments examine the video judge on fresh held-out videos; with --train make one."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--train", action="store_true", help="train a video judge and write it to --output")
+    parser.add_argument("--output", default=str(VIDEO_JUDGE_PATH), help="the network's file, written or examined")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of 64 videos")
+    parser.add_argument("--videos", type=int, default=3000, help="different real videos to train on")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the training videos")
+    arguments = parser.parse_args()
+    if arguments.train and Path(arguments.output).exists():
+        sys.exit(f"error: {arguments.output} exists already: give --output the name of a new file, or delete it first")
+    try:
+        right = _train_or_examine(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{HELD_OUT_VIDEOS} videos of held-out digits, told right: " + ", ".join(f"{name} {share:.1%}" for name, share in right.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Where a run computes: device and number format, resolved once at the edge."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from machine.paths import REPOSITORY
+
+WINGS = ("machine", "digits", "network", "method", "training", "sampling", "judging", "experiments")  # folders of modules
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LEAST_GAIN = 1.2  # of bfloat16 over float32 in speed, for precision=auto to choose it
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A device and the format of its matrix products: torch.float32 or torch.bfloat16 (autocast)."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which networks run; nothing is changed in float32.
+
+        Without the cache of cast weights: before PyTorch 2.11 a weight cast in a pass without gradient was reused, detached, by
+        a later pass with gradient, and the rollout has both kinds in one context.
+        """
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16, cache_enabled=False)
+
+    @property
+    def precision(self) -> str:
+        """The format as `resolve_runtime` takes it: float32 or bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.device} in {self.precision}"
+
+
+def resolve_runtime(device: str, precision: str) -> Runtime:
+    """Turn `auto|cpu|cuda|mps` and `auto|float32|bfloat16` into a Runtime.
+
+    Raises ValueError where the device asked for is not there.
+    """
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        device = next(name for name in ("cuda", "mps", "cpu") if has[name])
+    if device not in has:
+        raise ValueError(f"device is {device}: expected auto, cpu, cuda or mps")
+    if not has[device]:
+        raise ValueError(f"device is {device}, which this machine does not have; found: {', '.join(n for n in has if has[n])}")
+    resolved = torch.device(device)
+    if precision == "auto":
+        precision = "bfloat16" if _bfloat16_pays(resolved) else "float32"
+    return Runtime(resolved, PRECISIONS[precision])
+
+
+def _bfloat16_pays(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 itself, and faster: 2 to 8 times where it does, but some that have the instructions
+    are slower by them than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has_instructions = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return has_instructions and _gain_of_bfloat16() > LEAST_GAIN
+
+
+@cache
+def _gain_of_bfloat16() -> float:
+    """How many times as fast as in float32 a matrix product is on this CPU. Of tries in turns the best count, so that what else the
+    machine does matters little: processors are far from 1, on either side."""
+    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(10):
+        for dtype, tries in seconds.items():
+            matrix = torch.ones(512, 512, dtype=dtype)
+            start = time.perf_counter()
+            matrix @ matrix
+            tries.append(time.perf_counter() - start)
+    return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
+
+
+def require_compiler(name: str, device: torch.device) -> None:
+    """Raise ValueError naming the option that needs it where torch.compile would find no C++ compiler."""
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(f"{name} needs a C++ compiler, and {compiler} is not there: install it, name another in CXX, or leave {name} out")
+
+
+def describe_machine(num_threads: int) -> str:
+    """Processor, cores and versions in one line."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores, {num_threads} threads, torch {torch.__version__}"
+
+
+def code_digest(*rooms: str) -> str:
+    """A name for this very version of the code, wherever it came from: SHA-256 over the names and text of its Python files. rooms: those
+    modules, and whatever they import, alone."""
+    files = {
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path.read_text(encoding="utf-8")
+        for pattern in ("*.py", *(f"{wing}/*.py" for wing in WINGS)) for path in REPOSITORY.glob(pattern)
+    }
+    waiting, counted, digest = list(rooms or files), set(), hashlib.sha256()
+    while waiting:
+        name = waiting.pop()
+        if name in files and name not in counted:
+            counted.add(name)
+            for package, names in re.findall(r"^\s*from ([\w.]+) import (\w+)", files[name], re.MULTILINE):
+                waiting += [package, f"{package}.{names}"]
+    for name in sorted(counted):
+        digest.update(f"{name}\n{files[name]}\n".encode())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,396 @@
+"""What each kind of training can be asked: one dataclass a kind, every default in a field, every check at construction.
+
+Times of intervals are in steps; refusals name the key, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+
+from omegaconf import MISSING
+
+from digits.deformation import MAX_VARIATION
+from network.attention import NUM_TRAIN_TIMESTEPS, ContextWindow
+
+OBJECTIVES = ("mixed", "teacher_forcing", "diffusion_forcing")
+GENERATOR_INPUTS = ("self_rollout", "diffusion_forced", "teacher_forced")
+DISTRIBUTION_LOSSES = ("dmd", "sid", "gan")
+SHARDINGS = ("none", "fsdp2")
+TRAJECTORY_TEACHERS = ("causal", "bidirectional")
+
+
+def require(condition: bool, key: str, found: object, expected: str) -> None:
+    """Raise ValueError naming the key, what was found and what was expected, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{key} is {found}: expected {expected}")
+
+
+def check_num_frames(key: str, num_frames: int, num_frames_per_block: int, independent_first_frame: bool = False) -> None:
+    """Raise ValueError naming the nearest valid counts where num_frames is not a positive multiple of the block, after one
+    first frame where that is a block of its own."""
+    first = 1 if independent_first_frame else 0
+    if num_frames < 1 or (num_frames - first) % num_frames_per_block:
+        below = (num_frames - first) // num_frames_per_block * num_frames_per_block + first
+        nearest = [count for count in (below, below + num_frames_per_block) if count > 0] or [first or num_frames_per_block]
+        expected = "one frame and a multiple" if first else "a positive multiple"
+        reason = " (independent_first_frame is true)" if first else ""
+        raise ValueError(
+            f"{key} is {num_frames}: expected {expected} of num_frames_per_block={num_frames_per_block}{reason}; "
+            f"nearest valid: {' or '.join(map(str, nearest))}"
+        )
+
+
+def check_denoising_steps(key: str, steps: list[int]) -> None:
+    """Raise ValueError unless the timesteps are non-empty, in 1..1000, strictly descending and start at 1000."""
+    valid = bool(steps) and all(isinstance(s, int) and 1 <= s <= NUM_TRAIN_TIMESTEPS for s in steps)
+    descending = valid and all(a > b for a, b in zip(steps, steps[1:], strict=False)) and steps[0] == NUM_TRAIN_TIMESTEPS
+    require(
+        descending, key, list(steps),
+        f"strictly descending whole timesteps from {NUM_TRAIN_TIMESTEPS} down to at least 1, such as [1000, 750, 500, 250]",
+    )
+
+
+@dataclass
+class TrainingConfig(ABC):
+    """What every kind of training shares. Times of intervals in steps; 0 switches an interval off."""
+
+    training_type: str = MISSING  # a key of TRAINING_KINDS
+    num_steps: int = 1000
+    batch_size: int = 16  # videos a step, over all processes and micro-batches
+    lr: float = 1e-4
+    decay_fraction: float = 0.0  # share of the run, at its end, over which the learning rates fall linearly to 0
+    num_frames_per_block: int = 3
+    min_num_frames: int = 21
+    max_num_frames: int = 21
+    window_frames: int | None = None  # how many frames a block sees, itself and the sink included; all if not given
+    sink_frames: int = 0  # so many first frames stay visible for ever, right before the rest of the window
+    hide_first_chunk: bool = False  # the last block of a video does not see the first, as if it had left the window
+    independent_first_frame: bool = False  # the first block is one frame: videos of [1, 3, 3, ...]
+    time_shift: float = 3.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.998
+    log_interval: int = 1
+    sample_interval: int = 250
+    checkpoint_interval: int = 250
+    keep_last: int = 2  # interval checkpoints kept beside the final one
+    eval_videos: int = 64  # videos read by the judge at the end; 0 switches it off
+    teacher_steps: int = 50  # steps of the many-step samples that are shown
+    teacher_eta: float = 1.0  # fresh noise in those steps: 0 is Euler's method, 1 ancestral sampling
+    teacher_guidance: float = 4.0  # weight of guidance in those of the bidirectional teacher; 1 is none
+    teacher_ink_kept: float = 0.2  # of what that guidance adds along the predicted ink: 1 is classifier-free guidance, bolder strokes
+    guidance: float = 2.5  # of many-step samples block by block, and of the teacher in distribution matching; 1 is none
+    accumulation_steps: int = 1  # micro-batches that a step's batch is cut into: less memory, the same gradient
+    activation_checkpointing: bool = False  # make activations of the blocks again in the backward pass: less memory, more time
+    sharding: str = "none"  # fsdp2 splits the blocks of every network over the processes: less memory, more messages
+    resume: str | None = "never"  # or auto, the newest checkpoint of this run, or the PATH of one of the same training type
+
+    def __post_init__(self) -> None:
+        own_type = type(self).training_type
+        require(self.training_type == own_type, "training.training_type", self.training_type, f"{own_type}, which training= has chosen")
+        for name in ("num_steps", "batch_size", "num_frames_per_block", "teacher_steps", "log_interval", "keep_last", "accumulation_steps"):
+            value = asdict(self)[name]
+            require(value >= 1, f"training.{name}", value, "at least 1")
+        for name in ("sample_interval", "checkpoint_interval", "eval_videos"):
+            value = asdict(self)[name]
+            require(value >= 0, f"training.{name}", value, "0 (off) or more")
+        for name in ("lr", "time_shift", "clip_norm"):
+            value = asdict(self)[name]
+            require(0 < value < float("inf"), f"training.{name}", value, "a positive number")
+        require(self.sharding in SHARDINGS, "training.sharding", self.sharding, f"one of {', '.join(SHARDINGS)}")
+        require(0 <= self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "a number in [0, 1]")
+        for name in ("teacher_eta", "teacher_ink_kept"):
+            value = asdict(self)[name]
+            require(0 <= value <= 1, f"training.{name}", value, "a number in [0, 1]")
+        require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
+        for name in ("guidance", "teacher_guidance"):
+            value = asdict(self)[name]
+            require(value >= 0, f"training.{name}", value, "0 or more (1 is no guidance)")
+        if self.resume is None:  # as earlier versions stored it
+            self.resume = "never"
+        require(self.resume != "", "training.resume", "empty", "never, auto or the path of a checkpoint")
+        for name in ("min_num_frames", "max_num_frames"):
+            check_num_frames(f"training.{name}", asdict(self)[name], self.num_frames_per_block, self.independent_first_frame)
+        require(
+            self.min_num_frames <= self.max_num_frames, "training.min_num_frames", self.min_num_frames,
+            f"at most training.max_num_frames={self.max_num_frames}",
+        )
+        self.context.check(self.num_frames_per_block, "training.")
+        require(
+            self.sink_frames == 0 or self.window_frames is not None, "training.sink_frames", self.sink_frames,
+            "0 where training.window_frames is not given, as every frame stays visible then",
+        )
+
+    @property
+    def context(self) -> ContextWindow:
+        """What a block sees of the past in training, under the mask and in the rollout alike."""
+        return ContextWindow(self.window_frames, self.sink_frames, self.hide_first_chunk, self.independent_first_frame)
+
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """What is trained on what, in a few words: does it see videos of the data set?"""
+
+
+@dataclass
+class PretrainConfig(TrainingConfig):
+    """Training on the videos of Moving MNIST, on short clips first if asked.
+
+    objective: "mixed" makes one network that is bidirectional teacher and causal starting point (the two kinds of steps
+    in turn, a bidirectional_share of them of the first kind); "teacher_forcing" and "diffusion_forcing" train a causal one alone.
+    """
+
+    training_type: str = "pretrain"
+    objective: str = "mixed"
+    bidirectional_share: float = 0.5  # of the steps of the mixed objective, evenly spread
+    pretrained_checkpoint: str | None = None  # start from its network; its text encoder is kept as it is
+    num_steps: int = 6000
+    batch_size: int = 24
+    clip_steps: int = 0  # the first so many steps see clips of clip_frames, clip_batch_size at a time: digits are learned sooner
+    clip_frames: int = 6
+    clip_batch_size: int = 64
+    digit_variation: float = 0.0  # every video turns, slants and stretches its digits by up to so much (`digit_deformation`)
+    lr: float = 1.5e-3  # AdamW: embeddings, biases, norms, head
+    muon_lr: float = 3e-3  # Muon: matrices of the transformer blocks
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    decay_fraction: float = 0.3
+    prompt_dropout: float = 0.1
+    clean_prefix_probability: float = 0.5
+    compile: bool = False  # torch.compile of the transformer blocks: needs a C++ compiler, pays only in long runs
+    loss_time_floor: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.pretrained_checkpoint != "", "training.pretrained_checkpoint", "empty", "a path, or null for none")
+        require(self.objective in OBJECTIVES, "training.objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
+        for name in ("prompt_dropout", "clean_prefix_probability", "bidirectional_share"):
+            value = asdict(self)[name]
+            require(0 <= value <= 1, f"training.{name}", value, "a number in [0, 1]")
+        require(self.clip_steps >= 0, "training.clip_steps", self.clip_steps, "0 (none) or more")
+        require(self.clip_batch_size >= 1, "training.clip_batch_size", self.clip_batch_size, "at least 1")
+        if self.clip_steps:
+            check_num_frames("training.clip_frames", self.clip_frames, self.num_frames_per_block, self.independent_first_frame)
+        require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "0 or more")
+        require(
+            0 <= self.digit_variation <= MAX_VARIATION, "training.digit_variation", self.digit_variation, f"0 (none) to {MAX_VARIATION}",
+        )
+        require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
+        require(self.muon_lr > 0, "training.muon_lr", self.muon_lr, "a positive number")
+        require(not self.compile or self.sharding == "none", "training.compile", True, f"false with training.sharding={self.sharding}")
+        require(0 < self.loss_time_floor <= 1, "training.loss_time_floor", self.loss_time_floor, "a number in (0, 1]")
+
+    @property
+    def summary(self) -> str:
+        return f"{self.objective} objective, on real videos"
+
+
+@dataclass
+class FewStepConfig(TrainingConfig):
+    """What every training of a few-step causal student shares: its teacher, its denoising steps, its optimizer."""
+
+    pretrained_checkpoint: str = "pretrained/teacher.pt"
+    num_steps: int = 700
+    batch_size: int = 8
+    lr: float = 1.5e-4
+    guidance: float = 2.0  # stronger guidance makes strokes bolder than real ones
+    teacher_steps: int = 25  # for the samples of a run only
+    adam_betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
+    weight_decay: float = 0.01
+    clip_norm: float = 10.0
+    ema_decay: float = 0.99
+    clamp_x_0: bool = True  # keep every x_0 of the student in [-1, 1], in training and in generation alike
+    denoising_steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.pretrained_checkpoint != "", "training.pretrained_checkpoint", "empty", "the path of a teacher's checkpoint")
+        check_denoising_steps("training.denoising_steps", self.denoising_steps)
+        require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
+        require(
+            len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas), "training.adam_betas",
+            list(self.adam_betas), "two numbers in [0, 1)",
+        )
+
+    @property
+    def context_time(self) -> float:
+        """The time at which finished blocks are written into the cache: as they are, unless a training says otherwise."""
+        return 0.0
+
+
+@dataclass
+class SelfForcingConfig(FewStepConfig):
+    """Self-Forcing with distribution matching. A step is one critic update; every `dfake_gen_update_ratio`-th step also
+    updates the generator.
+
+    generator_inputs: "self_rollout" is Self-Forcing, which needs no videos where it continues none; "diffusion_forced" (CausVid, arXiv
+    2412.07772) and "teacher_forced" denoise real videos in one pass instead. loss: "gan" compares with real videos.
+    """
+
+    training_type: str = "dmd2"
+    num_steps: int = 560
+    lr: float = 3e-4
+    decay_fraction: float = 0.5  # of the generator's rate alone; as it falls, critic and generator stop chasing each other
+    generator_inputs: str = "self_rollout"
+    loss: str = "dmd"
+    dmd_sign: int = 1  # of the DMD gradient; -1 is a fault on purpose, to see what it does to a run (docs/health.md)
+    sid_alpha: float = 1.0  # weight of the squared term of SiD's loss
+    gan_penalty: float = 0.1  # weight of R1 and of R2 in the discriminator's loss
+    gan_penalty_sigma: float = 0.05  # step of their finite differences
+    guidance: float = 2.5
+    # Times of the scores at which the teacher is guided. At higher ones guidance makes strokes bolder, at these the digit clearer.
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 0.85])
+    clamp_real_score: bool = False  # keep the guided teacher's x_0 in [-1, 1], which guidance leaves
+    generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
+    critic_lr: float = 2e-4
+    critic_ema_decay: float = 0.9  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
+    context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
+    gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
+    # Score a window of min_num_frames to max_num_frames frames somewhere in a rollout of up to so many; that of the start if not given.
+    rollout_frames: int | None = None
+    # Of a step: that its videos go on from the first block of real ones, so that a student learns to keep the style of what it is given.
+    continuation_probability: float = 0.0
+    same_exit_step: bool = True  # one exit step for all blocks of a rollout; false draws one per block
+    dfake_gen_update_ratio: int = 4
+    critic_warmup_steps: int = 16  # critic updates before the generator's first
+    min_score_time: float = 0.02
+    max_score_time: float = 0.98
+    # Shift of the times of scores and critic, toward noise above 1. The default departs from the public code, which shifts by 5.
+    score_time_shift: float = 1.0
+    loss_time_floor: float = 0.3
+    health_interval: int = 70  # steps between two readings of the generator's videos of fixed prompts (`health`); 0 switches them off
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.health_interval >= 0, "training.health_interval", self.health_interval, "0 (off) or more")
+        choices = {"generator_inputs": GENERATOR_INPUTS, "loss": DISTRIBUTION_LOSSES}
+        for name, known in choices.items():
+            value = asdict(self)[name]
+            require(value in known, f"training.{name}", value, f"one of {', '.join(known)}")
+        require(self.dmd_sign in (1, -1), "training.dmd_sign", self.dmd_sign, "1, or -1 for a run that flees its teacher")
+        require(
+            self.dmd_sign == 1 or self.loss == "dmd", "training.dmd_sign", self.dmd_sign,
+            f"1 with training.loss={self.loss}, which has no DMD gradient",
+        )
+        require(self.gan_penalty >= 0, "training.gan_penalty", self.gan_penalty, "0 (none) or more")
+        require(self.gan_penalty_sigma > 0, "training.gan_penalty_sigma", self.gan_penalty_sigma, "a positive number")
+        check_num_frames("training.gradient_frames", self.gradient_frames, self.num_frames_per_block)
+        require(0 <= self.context_noise <= NUM_TRAIN_TIMESTEPS, "training.context_noise", self.context_noise, "a timestep in 0..1000")
+        require(
+            self.context_noise == 0 or self.generator_inputs == "self_rollout", "training.context_noise", self.context_noise,
+            f"0 with training.generator_inputs={self.generator_inputs}, which shows no noised context",
+        )
+        if self.rollout_frames is not None:
+            self._check_rollout_frames(self.rollout_frames)
+        self._check_continuation()
+        require(self.dfake_gen_update_ratio >= 1, "training.dfake_gen_update_ratio", self.dfake_gen_update_ratio, "at least 1")
+        require(self.critic_warmup_steps >= 0, "training.critic_warmup_steps", self.critic_warmup_steps, "0 or more")
+        require(self.critic_lr > 0, "training.critic_lr", self.critic_lr, "a positive number")
+        require(0 <= self.critic_ema_decay < 1, "training.critic_ema_decay", self.critic_ema_decay, "0 (none) to below 1")
+        require(0 < self.loss_time_floor <= 1, "training.loss_time_floor", self.loss_time_floor, "a number in (0, 1]")
+        require(0 < self.score_time_shift < math.inf, "training.score_time_shift", self.score_time_shift, "a positive number")
+        require(
+            len(self.guidance_interval) == 2 and 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1,
+            "training.guidance_interval", list(self.guidance_interval), "two times in [0, 1], the lower one first",
+        )
+        require(
+            0 < self.min_score_time < self.max_score_time <= 1, "training.min_score_time and max_score_time",
+            (self.min_score_time, self.max_score_time), "0 < min < max <= 1",
+        )
+
+    def _check_rollout_frames(self, rollout_frames: int) -> None:
+        key = "training.rollout_frames"
+        check_num_frames(key, rollout_frames, self.num_frames_per_block)
+        require(rollout_frames >= self.max_num_frames, key, rollout_frames, f"at least training.max_num_frames={self.max_num_frames}")
+        require(
+            self.window_frames is not None and self.window_frames <= self.max_num_frames, "training.window_frames", self.window_frames,
+            f"at most training.max_num_frames={self.max_num_frames}, with {key}: a long rollout needs a cache that rolls",
+        )
+        require(
+            self.generator_inputs == "self_rollout" and self.loss != "gan", key, rollout_frames,
+            "none where real videos are used, which show no such stretches",
+        )
+        for name in ("hide_first_chunk", "independent_first_frame"):
+            require(not asdict(self)[name], f"training.{name}", True, f"false with {key}, whose windows start anywhere")
+
+    def _check_continuation(self) -> None:
+        key, value = "training.continuation_probability", self.continuation_probability
+        require(0 <= value <= 1, key, value, "a number in [0, 1]")
+        if value == 0:
+            return
+        require(self.generator_inputs == "self_rollout", key, value, f"0 with training.generator_inputs={self.generator_inputs}")
+        require(self.rollout_frames is None, key, value, "0 with training.rollout_frames, whose windows start anywhere")
+        require(not self.hide_first_chunk, key, value, "0 with training.hide_first_chunk, which hides what is gone on from")
+        first = self.context.block_sizes(self.min_num_frames, self.num_frames_per_block)[0]
+        require(self.min_num_frames > first, "training.min_num_frames", self.min_num_frames, f"more than the first block, with {key}")
+
+    @property
+    def context_time(self) -> float:
+        return self.context_noise / NUM_TRAIN_TIMESTEPS
+
+    @property
+    def uses_videos(self) -> bool:
+        """Does training see videos of the data set, not their captions alone?"""
+        return self.generator_inputs != "self_rollout" or self.loss == "gan" or self.continuation_probability > 0
+
+    @property
+    def summary(self) -> str:
+        inputs = f"{self.generator_inputs} inputs"
+        if self.rollout_frames is not None:
+            inputs = f"windows of self-rollouts of up to {self.rollout_frames} frames"
+        if self.continuation_probability > 0:
+            inputs += f", of which {self.continuation_probability:g} go on from a real block"
+        return f"{self.loss} loss on {inputs}, {'on' if self.uses_videos else 'without'} real videos"
+
+
+@dataclass
+class CausalODEConfig(FewStepConfig):
+    """A few-step start by regression on a teacher's ODE trajectories, which are made on the way; needs no videos.
+
+    trajectory_teacher: "causal" rolls the teacher out block by block, so that the student sees all that its targets
+    depend on (Causal Forcing's correction); "bidirectional" is the original (CausVid, arXiv 2412.07772, section 4.3).
+    """
+
+    training_type: str = "causal_ode"
+    trajectory_teacher: str = "causal"
+    trajectory_steps: int = 24  # Euler steps of a trajectory; the denoising steps must be among them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.trajectory_teacher in TRAJECTORY_TEACHERS, "training.trajectory_teacher", self.trajectory_teacher,
+            f"one of {', '.join(TRAJECTORY_TEACHERS)}",
+        )
+        require(self.trajectory_steps >= 1, "training.trajectory_steps", self.trajectory_steps, "at least 1")
+        is_on_grid = all(self.trajectory_steps * step % NUM_TRAIN_TIMESTEPS == 0 for step in self.denoising_steps)
+        require(
+            is_on_grid, "training.trajectory_steps", self.trajectory_steps,
+            f"a number of Euler steps that meets every one of training.denoising_steps={list(self.denoising_steps)}, such as "
+            f"{math.lcm(*(NUM_TRAIN_TIMESTEPS // math.gcd(step, NUM_TRAIN_TIMESTEPS) for step in self.denoising_steps))}",
+        )
+
+    @property
+    def summary(self) -> str:
+        return f"regression on {self.trajectory_teacher} trajectories, without real videos"
+
+
+@dataclass
+class CausalConsistencyConfig(FewStepConfig):
+    """A few-step start by consistency distillation of the teacher-forced teacher on real videos (arXiv 2303.01469)."""
+
+    training_type: str = "causal_consistency"
+    consistency_steps: int = 24  # times between which neighbours are made to agree
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.consistency_steps >= 2, "training.consistency_steps", self.consistency_steps, "at least 2")
+
+    @property
+    def summary(self) -> str:
+        return "consistency distillation, on real videos"
+
+
+TRAINING_KINDS: dict[str, type[TrainingConfig]] = {  # by training_type, as checkpoints store it
+    "pretrain": PretrainConfig, "dmd2": SelfForcingConfig, "causal_ode": CausalODEConfig, "causal_consistency": CausalConsistencyConfig,
+}

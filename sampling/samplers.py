@@ -1,0 +1,270 @@
+"""Videos from prompts with networks that are already trained: what a sampler is, and one call for all of them.
+
+Dimensions: B batch, F frames, C channels, H height, W width.
+
+The rollout and the bidirectional sampler themselves stand in `rollout`; here a caller's wishes and a
+checkpoint's configuration become a plan, and prompts become embeddings.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dynamic_video_sf import make_noise_streams, sample_bidirectional, split_first_frames
+from machine.runtime import Runtime, require_compiler
+from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, teacher_plan, warp_steps
+from method.settings import FewStepConfig, PretrainConfig, TrainingConfig, check_denoising_steps, check_num_frames
+from network.attention import ContextWindow
+from network.int8_products import require_exact_int8
+from network.text_encoder import NULL_PROMPT, TextEncoder
+from sampling.streaming import PromptSchedule, stream_video
+from tiny_causal_wan import TinyCausalWanModel
+from training.checkpoint import LoadedNetworks
+from training.stages import Sampler
+
+MAX_GRAPHS = 256  # of one compiled function: all networks, sizes and formats of a process share them
+
+
+def sample_few_step(
+    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan,
+    runtime: Runtime, schedule: PromptSchedule | None = None, switch: str = "recache", first_frames: Tensor | None = None,
+) -> Tensor:
+    """Videos (B, F, C, H, W), float32, from the one rollout; under the plan's guidance where it is not 1.
+
+    schedule: prompts that take over later, of all videos alike; switch: see `PromptSwitch`. first_frames (B, F, C, H, W) come
+    first and count among num_frames.
+    """
+    starts = block_starts(num_frames, plan, first_frames)
+    changes: dict[int, str] = {}
+    if schedule is not None:
+        schedule.check(starts)
+        changes = schedule.changes()
+    given = [] if first_frames is None else [first_frames]
+    stream = stream_video(model, text_encoder, prompts, seeds, plan, runtime, len(starts), switch, first_frames)
+    blocks = [stream.send([changes[start]] * len(prompts) if start in changes else None) for start in starts]
+    return torch.cat([*given, *blocks], dim=1)
+
+
+def block_starts(num_frames: int, plan: RolloutPlan, first_frames: Tensor | None) -> list[int]:
+    """The frames at which the blocks of a video of num_frames start, behind given first frames. Raises ValueError."""
+    if first_frames is None:
+        check_num_frames("num_frames", num_frames, plan.num_frames_per_block, plan.context.independent_first_frame)
+        sizes = plan.context.block_sizes(num_frames, plan.num_frames_per_block)
+        return [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
+    split_first_frames(first_frames, plan)  # refuses a number that does not fit
+    given, block = first_frames.shape[1], plan.num_frames_per_block
+    if num_frames <= given or (num_frames - given) % block:
+        raise ValueError(
+            f"num_frames is {num_frames}: expected the {given} given and a positive multiple of num_frames_per_block={block} more, "
+            f"such as {given + max((num_frames - given) // block, 1) * block}"
+        )
+    return list(range(given, num_frames, block))
+
+
+@torch.no_grad()
+def sample_many_step(
+    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], num_frames: int,
+    plan: BidirectionalPlan, runtime: Runtime,
+) -> Tensor:
+    """Videos (B, F, C, H, W), float32, from the bidirectional sampler."""
+    with runtime.autocast():
+        prompt = model.encode_prompt(*text_encoder.encode(prompts))
+        null = model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))
+        return sample_bidirectional(model, prompt, null, make_noise_streams(seeds), num_frames, plan).float()
+
+
+def sample(sampler: Sampler, prompts: list[str], seeds: list[int], num_frames: int, runtime: Runtime) -> Tensor:
+    """Videos (B, F, C, H, W), float32: by the rollout or by the bidirectional sampler, as the plan says."""
+    make = sample_many_step if isinstance(sampler.plan, BidirectionalPlan) else sample_few_step
+    return make(sampler.network, sampler.text_encoder, prompts, seeds, num_frames, sampler.plan, runtime)
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """What a caller asks of the sampler; None leaves it to the checkpoint (see `make_plan`).
+
+    denoising_steps: timesteps 1..1000, descending from 1000: a causal rollout in few steps, with fresh noise. num_steps: steps of
+    Euler's method block by block or, all frames at once, with fresh noise. At most one of the two. causal: block by block also where
+    the network is a bidirectional teacher too; not with denoising_steps, which always are. guidance: weight of classifier-free
+    guidance, 1 for none. eta: fresh noise in the steps of the bidirectional teacher, 0 (Euler) to 1 (ancestral). ink_kept: of what
+    its guidance adds along the predicted ink, 0 to 1 (classifier-free guidance). window_frames: how many frames a block of a rollout
+    sees, itself and the sink included. sink_frames: of these, so many first ones for ever. Raises ValueError.
+    """
+
+    denoising_steps: tuple[int, ...] | None = None
+    num_steps: int | None = None
+    guidance: float | None = None
+    eta: float | None = None
+    ink_kept: float | None = None
+    window_frames: int | None = None
+    sink_frames: int | None = None
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"--eta is {self.eta}: expected 0 (Euler's method) to 1 (ancestral sampling)")
+        if self.ink_kept is not None and not 0 <= self.ink_kept <= 1:
+            raise ValueError(f"--ink_kept is {self.ink_kept}: expected 0 (guidance off the ink) to 1 (classifier-free guidance)")
+        if self.denoising_steps is not None and self.num_steps is not None:
+            raise ValueError("--denoising_steps (few steps) and --num_steps (many steps) exclude each other: give one of them")
+        if self.denoising_steps is not None and self.causal:
+            raise ValueError("--denoising_steps (fresh noise) and --causal (Euler's method) exclude each other: both are block by block, "
+                             "give one of them")
+        if self.denoising_steps is not None:
+            check_denoising_steps("--denoising_steps", list(self.denoising_steps))
+        if self.num_steps is not None:
+            require_at_least_one("--num_steps", self.num_steps)
+        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise ValueError(f"--guidance is {self.guidance}: expected 0 or more (1 is no guidance)")
+
+    def make_plan(self, training: TrainingConfig) -> RolloutPlan | BidirectionalPlan:
+        """The plan for a network trained with `training`, whose kind says whether it is a student or a teacher.
+
+        Left open, a few-step student takes its own denoising steps and a teacher `teacher_steps` steps: all frames at once as
+        `teacher_plan` says, or Euler's block by block where it is asked for (`causal`) or teacher or diffusion forcing made it causal.
+        Guidance left open is the checkpoint's for a teacher's steps and none otherwise. The window of a causal rollout left open is
+        that of the training, and where that had none the length of its videos, so it can go on for any length.
+        """
+        context, is_student = self._context(training), isinstance(training, FewStepConfig)
+        if self.num_steps is not None or (not is_student and self.denoising_steps is None):
+            if isinstance(training, PretrainConfig) and training.objective == "mixed" and not self.causal:
+                if self.window_frames is not None or self.sink_frames is not None:
+                    raise ValueError("--window_frames and --sink_frames are for a rollout block by block: leave them out, or give "
+                                     "--causal")
+                wishes = {"num_steps": self.num_steps, "guidance": self.guidance, "eta": self.eta, "ink_kept": self.ink_kept}
+                return replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
+            self._refuse_teacher_options()
+            num_steps = training.teacher_steps if self.num_steps is None else self.num_steps
+            own_guidance = 1.0 if is_student else training.guidance
+            guidance = own_guidance if self.guidance is None else self.guidance
+            context_time = training.context_time if isinstance(training, FewStepConfig) else 0.0
+            return many_step_plan(num_steps, training.time_shift, training.num_frames_per_block, guidance, context, context_time)
+        self._refuse_teacher_options()
+        plan = RolloutPlan((1.0,), training.num_frames_per_block, context=context)
+        if isinstance(training, FewStepConfig):
+            plan = few_step_plan(training, context)
+        if self.denoising_steps is not None:
+            plan = replace(plan, times=warp_steps(list(self.denoising_steps), training.time_shift))
+        return replace(plan, guidance=1.0 if self.guidance is None else self.guidance)
+
+    def _context(self, training: TrainingConfig) -> ContextWindow:
+        window = training.max_num_frames if training.window_frames is None else training.window_frames
+        context = ContextWindow(
+            window if self.window_frames is None else self.window_frames,
+            training.sink_frames if self.sink_frames is None else self.sink_frames,
+            independent_first_frame=training.independent_first_frame,
+        )
+        context.check(training.num_frames_per_block, "--")
+        return context
+
+    def _refuse_teacher_options(self) -> None:
+        """Raise ValueError naming what only a bidirectional teacher has."""
+        for name, value in (("eta", self.eta), ("ink_kept", self.ink_kept)):
+            if value is not None:
+                raise ValueError(f"--{name} is for a bidirectional teacher in many steps, and this is a rollout block by block: "
+                                 "leave it out")
+
+
+def require_at_least_one(name: str, value: int) -> None:
+    """Raise ValueError naming what is below 1."""
+    if value < 1:
+        raise ValueError(f"{name} is {value}: expected at least 1")
+
+
+def check_length(
+    num_frames: int, plan: RolloutPlan | BidirectionalPlan, training: TrainingConfig, schedule: PromptSchedule | None = None,
+    first_frames: Tensor | None = None,
+) -> None:
+    """Raise ValueError where a network trained with `training` cannot make such a video under the plan."""
+    if isinstance(plan, RolloutPlan):
+        starts = block_starts(num_frames, plan, None if first_frames is None else first_frames[None])
+        if schedule is not None:
+            schedule.check(starts)
+        return
+    if schedule is not None or first_frames is not None:
+        raise ValueError("--schedule and --init are for a rollout block by block, and the bidirectional teacher makes all frames at "
+                         "once: use a student, or give --causal")
+    check_num_frames("num_frames", num_frames, training.num_frames_per_block, training.independent_first_frame)
+    if num_frames > training.max_num_frames:
+        raise ValueError(
+            f"num_frames is {num_frames}: the bidirectional teacher makes at most the {training.max_num_frames} frames it was "
+            "trained on; lower it, use a student, or roll the teacher out with --causal"
+        )
+
+
+def prepared(
+    networks: LoadedNetworks, runtime: Runtime, compile_option: str | None = None, int8_option: str | None = None
+) -> LoadedNetworks:
+    """A copy of the networks for generation alone, whose weights no pass has to cast; compiled, and with products in 8-bit integers,
+    where the name of an option asks for it.
+
+    Raises ValueError naming the option where there is no compiler, or where such products are not made.
+    """
+    generator = copy.deepcopy(networks.generator)
+    if int8_option is not None:
+        require_exact_int8(int8_option, runtime.device)
+        generator.quantize_products(runtime.dtype)
+    generator.cast_products(runtime.dtype)
+    if compile_option is not None:
+        require_compiler(compile_option, runtime.device)
+        torch._dynamo.config.recompile_limit = MAX_GRAPHS
+        generator.compile_passes()
+    return replace(networks, generator=generator)
+
+
+def generate(
+    networks: LoadedNetworks, prompts: list[str], seeds: list[int], num_frames: int, settings: SamplerSettings, runtime: Runtime,
+    batch_size: int, show_progress: bool = False, schedule: PromptSchedule | None = None, switch: str = "recache",
+    first_frames: Tensor | None = None,
+) -> Tensor:
+    """One video per (prompt, seed): (B, F, C, H, W), float32, on the CPU, in model range but not clamped to [-1, 1].
+
+    batch_size: videos a forward pass. schedule, switch: prompts that take over later, see `sample_few_step`. first_frames
+    (F, C, H, W) in [-1, 1]: every video goes on from them and begins with them. Words that the grammar lacks are named in
+    one warning for the whole call. Raises ValueError where prompts, seeds, length or settings do not fit each other or the
+    checkpoint.
+    """
+    if not prompts or len(prompts) != len(seeds):
+        raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds: expected one seed for each of at least one prompt")
+    require_at_least_one("batch_size", batch_size)
+    plan = settings.make_plan(networks.config.training)
+    check_length(num_frames, plan, networks.config.training, schedule, first_frames)
+    later = [] if schedule is None else list(schedule.changes().values())
+    networks.text_encoder.tokenize(list(dict.fromkeys(prompts + later)))  # warns once, of all prompts together
+    videos = []
+    with warnings.catch_warnings(), tqdm(total=len(prompts), unit="video", disable=not show_progress, dynamic_ncols=True) as bar:
+        warnings.filterwarnings("ignore", category=UserWarning, module="network.text_encoder")  # the same again, batch by batch
+        for first in range(0, len(prompts), batch_size):
+            batch = slice(first, first + batch_size)
+            video = _sample(networks, prompts[batch], seeds[batch], num_frames, plan, runtime, schedule, switch, first_frames)
+            videos.append(video.cpu())
+            bar.update(len(videos[-1]))
+    return torch.cat(videos)
+
+
+def _sample(
+    networks: LoadedNetworks, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan | BidirectionalPlan,
+    runtime: Runtime, schedule: PromptSchedule | None, switch: str, first_frames: Tensor | None,
+) -> Tensor:
+    common = (networks.generator, networks.text_encoder, prompts, seeds, num_frames)
+    if isinstance(plan, BidirectionalPlan):
+        return sample_many_step(*common, plan, runtime)
+    given = None if first_frames is None else first_frames.to(runtime.device).expand(len(prompts), -1, -1, -1, -1)
+    return sample_few_step(*common, plan, runtime, schedule, switch, given)
+
+
+def describe_sampler(settings: SamplerSettings, training: TrainingConfig) -> str:
+    """A few words on how a network trained with `training` is sampled, such as "4 steps" or "50 steps, guidance 4, eta 1"."""
+    plan = settings.make_plan(training)
+    guidance = "" if plan.guidance == 1 else f", guidance {plan.guidance:g}"
+    if isinstance(plan, BidirectionalPlan):
+        return f"{plan.num_steps} steps{guidance}" + ("" if plan.eta == 0 else f", eta {plan.eta:g}")
+    return f"{len(plan.times)} steps{guidance}"

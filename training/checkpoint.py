@@ -1,0 +1,273 @@
+"""Checkpoints: atomic save, safe load, and building networks from a file.
+
+A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts, so that `torch.load(weights_only=True)` reads
+it and no file can run code. Keys that users rely on: `generator_state_dict`, `optimizer_state_dict`, `step`,
+`training_type` ("pretrain", "dmd2", "causal_ode" or "causal_consistency"), `config` (the run's configuration as a plain
+dict). Beside them are `text_encoder_state_dict`, `prompts_drawn` (seed: number of training captions drawn), `digits_seen` (the splits
+whose digits the network or its teacher learned from), `runtime` (device and number format), and in the checkpoint of a run
+`generator_ema_state_dict` and all that resuming needs.
+
+    python checkpoint.py IN OUT           strip IN to its averaged weights in float16, which is what `pretrained/` ships
+    python checkpoint.py IN IN ... OUT    the mean of several students of one teacher, stripped likewise
+"""
+
+from __future__ import annotations
+
+from machine import threads  # noqa: F401  before torch, which reads its settings once
+
+# isort: split
+import argparse
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from digits.mnist import SPLITS
+from machine.runtime import PRECISIONS
+from moving_mnist import DatasetConfig
+from network.text_encoder import TextEncoder
+from tiny_causal_wan import TinyCausalWanModel
+from training.config import Config, config_from_dict
+from training.sharding import placed_like
+
+REQUIRED_KEYS = (
+    "generator_state_dict", "optimizer_state_dict", "text_encoder_state_dict", "step", "training_type", "config", "prompts_drawn",
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, what is wrong and what to do."""
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write to a temporary file beside `path`, flush it to the disk, then rename, and flush the folder: `path` is always whole.
+
+    Raises OSError naming the folder or file if it cannot be written; what stood at `path` is then untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {path.parent} ({error.strerror}): choose another one") from error
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # a full disk comes as either, depending on who of torch notices
+        reason = str(_root_of(error)).partition("\n")[0]
+        raise OSError(f"cannot write {path} ({reason}): what stood there is untouched; free some space or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # gone already if the rename was reached
+
+
+def _root_of(error: BaseException) -> BaseException:
+    """The system's own refusal, where torch stumbled over it and raised an error of its own."""
+    context = error.__context__
+    return error if isinstance(error, OSError) or context is None else _root_of(context)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a new name in the folder last through a loss of power, where the system lets folders be opened (Windows does not)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what saves that were killed left in a folder. No other process may be saving there."""
+    for path in folder.glob(".*.pt.*.part"):
+        path.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, is_mapped: bool = False) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. is_mapped: leave tensors in the file until they are read, for a look at the rest.
+
+    Raises CheckpointError for a missing, broken, hostile or foreign file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: give the path of a .pt file that train.py wrote")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's musings about a foreign file; the refusal below says it all
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values, or is no checkpoint at all: refused, since reading it could run code"
+        ) from error
+    except Exception as error:  # bytes that are no checkpoint can raise nearly anything, and it all means the same
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: truncated, or another kind of file") from error
+    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED_KEYS):
+        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise CheckpointError(f"{path} is not a checkpoint of this project: found {found}, expected the keys {', '.join(REQUIRED_KEYS)}")
+    if "runtime" in checkpoint and not _is_runtime(checkpoint["runtime"]):
+        raise CheckpointError(f"{path}: runtime is {checkpoint['runtime']!r}: expected a device and a precision of {', '.join(PRECISIONS)}")
+    drawn = checkpoint["prompts_drawn"]
+    counts = [*drawn.keys(), *drawn.values()] if isinstance(drawn, dict) else [drawn]
+    if not all(isinstance(number, int) and number >= 0 for number in [checkpoint["step"], *counts]):
+        raise CheckpointError(f"{path}: step and prompts_drawn are {checkpoint['step']!r} and {drawn!r}: expected whole numbers")
+    if "digits_seen" in checkpoint and not (
+        isinstance(checkpoint["digits_seen"], list) and all(split in SPLITS for split in checkpoint["digits_seen"])
+    ):
+        raise CheckpointError(f"{path}: digits_seen is {checkpoint['digits_seen']!r}: expected a list of some of {', '.join(SPLITS)}")
+    return checkpoint
+
+
+def _is_runtime(stored: object) -> bool:
+    return isinstance(stored, dict) and {"device", "precision"} <= stored.keys() and stored["precision"] in list(PRECISIONS)
+
+
+@dataclass(frozen=True)
+class LoadedNetworks:
+    """Networks built from a file, in evaluation mode. generator holds the averaged weights where the file has them."""
+
+    generator: TinyCausalWanModel
+    text_encoder: TextEncoder
+    config: Config
+    step: int
+    prompts_drawn: dict[int, int]  # seed: n says that training drew the captions (seed, 0..n - 1): these are not held out
+    digits_seen: tuple[str, ...]  # splits of `mnist_digits` that this network, or one that it learned from, has seen digits of
+
+
+def checkpoint_config(path: Path, checkpoint: dict[str, Any]) -> Config:
+    """The typed configuration stored in a checkpoint. Raises CheckpointError if this version cannot read it."""
+    try:
+        return config_from_dict(checkpoint["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its configuration does not fit this version of the code ({error})") from error
+
+
+def generator_key(checkpoint: dict[str, Any]) -> str:
+    """Where the weights to use stand: the averaged ones in a run's checkpoint, the only ones in a stripped one."""
+    return "generator_ema_state_dict" if "generator_ema_state_dict" in checkpoint else "generator_state_dict"
+
+
+def load_networks(path: Path, device: torch.device) -> LoadedNetworks:
+    """Build generator and text encoder from a checkpoint, strictly, in float32. Raises CheckpointError.
+
+    The stored sizes are compared with the stored tensors before memory is taken for them.
+    """
+    checkpoint = load_checkpoint(path)
+    config = checkpoint_config(path, checkpoint)
+    weights = generator_key(checkpoint)
+    if isinstance(checkpoint[weights], dict) and config.model.num_layers > len(checkpoint[weights]):
+        raise CheckpointError(f"{path}: model.num_layers is {config.model.num_layers}, more than the file has tensors")
+    try:
+        with torch.device("meta"):  # shapes only
+            generator, text_encoder = TinyCausalWanModel(config.model), TextEncoder(config.text)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: no network can be built of its stored sizes ({error})") from error
+    for module, key in ((generator, weights), (text_encoder, "text_encoder_state_dict")):
+        check_state(module, checkpoint[key], f"{path}: {key}")
+        module.load_state_dict({name: value.float() for name, value in checkpoint[key].items()}, assign=True)
+        module.to(device).eval().requires_grad_(False)
+    return LoadedNetworks(generator, text_encoder, config, checkpoint["step"], checkpoint["prompts_drawn"], digits_seen(checkpoint))
+
+
+def check_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Raise CheckpointError, saying in one line what differs, unless `state` has exactly the module's tensors."""
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{name} is not a dict of this network's tensors")
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise CheckpointError(f"{name}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise CheckpointError(f"{name}: {key} is {tuple(value.shape)}, expected {tuple(own[key].shape)}")
+
+
+def load_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Strict `load_state_dict` in the module's own dtype; raises CheckpointError as `check_state` does."""
+    check_state(module, state, name)
+    own = module.state_dict()
+    module.load_state_dict({key: placed_like(value, own[key]) for key, value in state.items()})
+
+
+def digits_seen(checkpoint: dict[str, Any]) -> tuple[str, ...]:
+    """The splits that the networks of a checkpoint learned from; files from before digits were set aside for the judges saw these too."""
+    return tuple(checkpoint["digits_seen"]) if "digits_seen" in checkpoint else ("train", "judge")
+
+
+def splits_learned(dataset: DatasetConfig) -> tuple[str, ...]:
+    """The splits that a training on these data learns from: the judges' too where none are set aside for them, and with the original
+    files, among whose training digits the bundled ones are, all of those."""
+    if dataset.source == "idx":
+        return SPLITS
+    return ("train",) if dataset.judge_fraction > 0 else ("train", "judge")
+
+
+def merge_splits(*seen: Sequence[str]) -> tuple[str, ...]:
+    """The splits that several trainings have seen together, in the order of `SPLITS`."""
+    return tuple(split for split in SPLITS if any(split in one for one in seen))
+
+
+def merge_counts(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
+    """Prompts drawn by two trainings together: per seed, the larger number, as both count from 0."""
+    return {seed: max(one.get(seed, 0), other.get(seed, 0)) for seed in one.keys() | other.keys()}
+
+
+def slim_checkpoint(sources: Sequence[Path], target: Path) -> None:
+    """Write the averaged weights of a source in float16, without what only resuming needs; of several, their mean (a model soup,
+    Wortsman et al., arXiv 2203.05482), which only networks with a common past have. Settings are those of the last.
+
+    Raises CheckpointError for a source that no network can be built from, sources that do not go together and a target that
+    exists, OSError as `save_checkpoint`.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} exists already: give the name of a new file, or delete it first")
+    networks = [load_networks(source, torch.device("cpu")) for source in sources]  # refuses what could not be used
+    for source, other in zip(sources, networks, strict=True):
+        _check_goes_with(source, other, sources[-1], networks[-1])
+    checkpoint = load_checkpoint(sources[-1])
+    states = [item.generator.state_dict() for item in networks]
+    slim = {
+        "generator_state_dict": {key: (sum(state[key] for state in states) / len(states)).half() for key in states[-1]},
+        "text_encoder_state_dict": {key: value.half() for key, value in checkpoint["text_encoder_state_dict"].items()},
+        "optimizer_state_dict": {},
+        "prompts_drawn": reduce(merge_counts, (item.prompts_drawn for item in networks)),
+        "digits_seen": list(merge_splits(*(item.digits_seen for item in networks))),
+        **{key: checkpoint[key] for key in ("step", "training_type", "config", "runtime") if key in checkpoint},
+    }
+    save_checkpoint(target, slim)
+
+
+def _check_goes_with(path: Path, networks: LoadedNetworks, last_path: Path, last: LoadedNetworks) -> None:
+    """Raise CheckpointError where the mean of two networks would make no sense."""
+    for name, own, wanted in (("model", networks.config.model, last.config.model), ("text", networks.config.text, last.config.text)):
+        if own != wanted:
+            raise CheckpointError(f"{path} has other sizes than {last_path} ({name}: {own}, {wanted}): only equal ones have a mean")
+    for own, wanted in zip(networks.text_encoder.parameters(), last.text_encoder.parameters(), strict=True):
+        if not torch.allclose(own, wanted, rtol=1e-2, atol=1e-3):  # float16 files may stand beside float32 ones
+            raise CheckpointError(f"{path} has another text encoder than {last_path}: only networks of one teacher have a mean")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Strip a checkpoint, or the mean of several, to its averaged weights in float16.")
+    parser.add_argument("sources", type=Path, nargs="+", metavar="IN")
+    parser.add_argument("target", type=Path, metavar="OUT")
+    arguments = parser.parse_args()
+    try:
+        slim_checkpoint(arguments.sources, arguments.target)
+    except (CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{arguments.target}: {arguments.target.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The typed configuration: every default of a run stands in one dataclass field here or beside the class it sizes.
+
+YAML under `configs/` only deviates from these. Checks run when a configuration is built, before any work; each refusal
+names the key, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from method.settings import (
+    TRAINING_KINDS,
+    CausalConsistencyConfig,
+    CausalODEConfig,
+    PretrainConfig,
+    SelfForcingConfig,
+    TrainingConfig,
+    require,
+)
+from moving_mnist import DatasetConfig
+from network.text_encoder import TextEncoderConfig
+from tiny_causal_wan import ModelConfig
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "float32", "bfloat16")
+GROUPS = ("model", "dataset", "training", "experiment")  # of configs/, chosen by the name of a file
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases logging. No account is needed for "offline"; "disabled" writes nothing."""
+
+    mode: str = "offline"
+    project: str = "self-forcing-moving-mnist"
+
+    def __post_init__(self) -> None:
+        require(self.mode in ("offline", "online", "disabled"), "wandb.mode", self.mode, "offline, online or disabled")
+
+
+@dataclass
+class Config:
+    """One run of train.py."""
+
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"  # bfloat16 autocast where the processor multiplies it faster, else float32
+    log_dir: str = "logs/training"
+    run_name: str | None = None  # folder under log_dir; a date and time if not given
+    model: ModelConfig = field(default_factory=ModelConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    training: TrainingConfig = MISSING
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
+        require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
+        is_plain_name = self.run_name is None or Path(self.run_name).name == self.run_name
+        require(
+            is_plain_name and self.run_name not in ("..", "checkpoint_final.pt"), "run_name", self.run_name,
+            "the name of a new folder under log_dir, without a path",
+        )
+        for key, value in flatten(asdict(self)).items():
+            numbers = value if isinstance(value, list) else [value]
+            is_finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
+            require(is_finite, key, value, "a finite number")
+
+
+def check_parts_fit(config: Config) -> None:
+    """Raise ValueError where two parts of the configuration contradict each other."""
+    model, dataset, training = config.model, config.dataset, config.training
+    require(model.frame_size == dataset.frame_size, "model.frame_size", model.frame_size, f"dataset.frame_size={dataset.frame_size}")
+    require(model.channels == dataset.channels, "model.channels", model.channels, f"dataset.channels={dataset.channels}")
+    require(model.text_width == config.text.width, "model.text_width", model.text_width, f"text.width={config.text.width}")
+    require(
+        training.num_frames_per_block % model.patch_size[0] == 0, "model.patch_size", list(model.patch_size),
+        f"a temporal patch that divides training.num_frames_per_block={training.num_frames_per_block}",
+    )
+    for name, frames in (("window_frames", training.window_frames or 0), ("sink_frames", training.sink_frames)):
+        require(frames % model.patch_size[0] == 0, f"training.{name}", frames, f"a multiple of the temporal patch {model.patch_size[0]}")
+    require(
+        model.patch_size[0] == 1 or not training.independent_first_frame, "training.independent_first_frame", True,
+        f"false with a temporal patch of {model.patch_size[0]} frames",
+    )
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra, so that YAML and overrides are checked against them."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=Config)
+    store.store(group="model", name="schema", node=ModelConfig)
+    store.store(group="dataset", name="schema", node=DatasetConfig)
+    store.store(group="training", name="pretrain_schema", node=PretrainConfig)
+    store.store(group="training", name="self_forcing_schema", node=SelfForcingConfig)
+    store.store(group="training", name="causal_ode_schema", node=CausalODEConfig)
+    store.store(group="training", name="causal_consistency_schema", node=CausalConsistencyConfig)
+
+
+def build_config(composed: DictConfig) -> Config:
+    """The typed configuration of what Hydra composed; every check has run when it returns.
+
+    Raises ValueError naming the key for an impossible value and for a key that was forced in with `+key=value`.
+    """
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    known = flatten(config_to_dict(config))
+    for key in flatten(OmegaConf.to_container(composed)):
+        if key not in known:
+            raise ValueError(_unknown_key(key, [config.training]))
+    check_parts_fit(config)
+    return config
+
+
+def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted keys, as they are written on the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _unknown_key(key: str, kinds: list[TrainingConfig]) -> str:
+    keys = [known for kind in kinds for known in flatten(config_to_dict(Config(training=kind)))]
+    same_name = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+    nearest = difflib.get_close_matches(key, same_name or keys, n=1, cutoff=0.0)[0]
+    run = f" in a run of training type {kinds[0].training_type}" if len(kinds) == 1 else ""
+    return f"unknown key {key}{run}: the nearest known key is {nearest}; --help shows them all"
+
+
+def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> str:
+    """One line that says which key or choice was refused, and what would do; Hydra's own messages take a page.
+
+    known_keys: those of another configuration than a training run's.
+    """
+    if isinstance(error, OverrideParseException):
+        return f"{_shortened(error.override)} cannot be read ({_shortened(str(error))})"
+    root: BaseException = error
+    while root.__cause__ is not None and not (isinstance(root, OmegaConfBaseException) and root.full_key):  # under a tracer it has a cause
+        root = root.__cause__
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        known = [option for option in error.options if not option.endswith("schema")]
+        return f"unknown choice {group}={name}: expected one of {', '.join(known)}"
+    if isinstance(root, (ConfigAttributeError, ConfigKeyError)) and root.full_key:
+        typed = re.match(r"Could not override '([^']+)'", str(error))
+        key = typed.group(1) if typed else root.full_key
+        if known_keys is not None:
+            nearest = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.0)[0]
+            return f"unknown key {key}: the nearest known key is {nearest}; known are {', '.join(known_keys)}"
+        kinds = [kind() for kind in TRAINING_KINDS.values()]
+        return _unknown_key(key, [kind for kind in kinds if type(kind) is root.object_type] or kinds)
+    lines = [line.strip() for line in str(root if str(root) else error).splitlines() if line.strip()]
+    if isinstance(root, OmegaConfBaseException) and root.full_key:
+        kinds = [kind() for kind in TRAINING_KINDS.values()]
+        defaults = {
+            key: value for kind in kinds for key, value in flatten(config_to_dict(Config(training=kind))).items()
+        }
+        example = f"; expected a value such as {defaults[root.full_key]}, its default" if root.full_key in defaults else ""
+        return f"{root.full_key}: {lines[0]}{example}"
+    return "; ".join(lines)
+
+
+def explain_command_line(error: Exception, overrides: list[str]) -> str:
+    """`explain_refusal`, and the override at fault where Hydra's error does not know it."""
+    if isinstance(error, OverflowError):  # of an integer where a float belongs
+        longest = max(overrides, key=lambda override: max(map(len, re.findall(r"\d+", override)), default=0))
+        return f"{_shortened(longest)}: the number is too large"
+    reason = explain_refusal(error)
+    if reason.startswith("Config group override must be"):
+        groups = [override for override in overrides if override.partition("=")[0] in GROUPS]
+        return f"{', '.join(groups)}: {reason}"
+    interpolated = [override for override in overrides if "${" in override and override.partition("=")[0] not in reason]
+    return f"{_shortened(', '.join(interpolated))}: {reason}" if interpolated else reason
+
+
+def check_choices(overrides: list[str]) -> None:
+    """Raise ValueError for a choice of a group that Hydra would fail on: an interpolation, or a list of something else than names."""
+    name = r"(?!(?:null|true|false)\b)[a-z_][\w./-]*"
+    for override in overrides:
+        group, _, value = override.partition("=")
+        is_list = value.lstrip().startswith("[")
+        is_list_of_names = re.fullmatch(rf"\s*\[\s*{name}(\s*,\s*{name})*\s*\]\s*", value, re.IGNORECASE)
+        if group.lstrip("+~") in GROUPS and ("${" in value or (is_list and not is_list_of_names)):
+            raise ValueError(f"{_shortened(override)}: expected the name of a file in configs/{group.lstrip('+~')}/, without .yaml")
+
+
+def _shortened(text: str) -> str:
+    """Its first line, at most 200 characters of it."""
+    return text.partition("\n")[0][:200]
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """A plain dict of numbers, strings, lists and dicts, as checkpoints store it."""
+    return asdict(config)
+
+
+def config_from_dict(plain: dict[str, Any]) -> Config:
+    """The inverse of `config_to_dict`. Raises ValueError naming a key that this version does not know.
+
+    A configuration from before digits were set aside for the judges says so by dataset.judge_fraction = 0; one from when a run could be a
+    comparison held an empty `experiment`.
+    """
+    plain = {key: plain[key] for key in dict(plain) if key != "experiment" or plain[key] is not None}
+    plain = {**plain, "dataset": {"judge_fraction": 0.0, **plain["dataset"]}} if "dataset" in plain else plain
+    training_type = plain["training"]["training_type"]
+    if training_type not in TRAINING_KINDS:
+        raise ValueError(f"training_type is {training_type!r}: expected one of {', '.join(TRAINING_KINDS)}")
+    parts = {
+        "model": ModelConfig, "text": TextEncoderConfig, "dataset": DatasetConfig, "training": TRAINING_KINDS[training_type],
+        "wandb": WandbConfig,
+    }
+    typed = {key: _typed(key, parts[key], value) if key in parts else value for key, value in plain.items()}
+    return Config(**typed)
+
+
+def _typed(group: str, kind: type, plain: dict[str, Any]) -> Any:
+    """The dataclass `kind` of plain values, with every type checked as on the command line. Raises ValueError in one line."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
+    except OverflowError as error:
+        raise ValueError(f"{group}: holds a whole number too large for a float") from error
+    except OmegaConfBaseException as error:
+        key = f"{group}.{error.full_key}" if error.full_key else group
+        raise ValueError(f"{key}: {str(error).partition(chr(10))[0]}") from error

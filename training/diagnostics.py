@@ -1,0 +1,65 @@
+"""What a generator's turn says of a Self-Forcing run's health; made of what its loss has computed anyway.
+
+Dimensions: B batch, F frames, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from method.losses import Verdict
+
+NOISE_LEVELS = {"low": (0.0, 1 / 3), "middle": (1 / 3, 2 / 3), "high": (2 / 3, 1.0)}  # of t; the lower bound is inside
+LEAST_PUSH = 1e-12  # mean square of x_0_fake - x_0_real below which a critic that equals the teacher has no lag
+STEP_COLUMNS = ("critic_lag", *(f"score_distance_{name}" for name in NOISE_LEVELS))
+
+
+def mean_by_noise_level(values: Tensor, t: Tensor) -> dict[str, float]:
+    """Mean of values (B,) over the videos whose time t (B,) lies in each of `NOISE_LEVELS`; a level without a video is left out."""
+    level = sum((t >= low).long() for low, _ in NOISE_LEVELS.values()) - 1  # (B,)
+    return {name: values[level == index].mean().item() for index, name in enumerate(NOISE_LEVELS) if (level == index).any()}
+
+
+def exit_columns(denoising_steps: list[int]) -> tuple[str, ...]:
+    """The column of the loss at each exit step, by its timestep: loss_exit_750."""
+    return tuple(f"loss_exit_{step}" for step in denoising_steps)
+
+
+def mean_by_exit_step(terms: Tensor, frame_exits: Tensor, denoising_steps: list[int]) -> dict[str, float]:
+    """Mean of a loss's terms over the frames that left their walk at each denoising step; a step that none took is left out.
+
+    terms: (B, F, ...), or (B,) of a loss that judges whole videos, which says nothing of one step where a video's blocks
+    have different ones: then the result is empty. frame_exits: (B, F), indices into denoising_steps, -1 of frames that were given.
+    """
+    frame_exits = frame_exits.to(terms.device)
+    if terms.ndim == 1:
+        of_videos = frame_exits.amax(dim=1)
+        if ((frame_exits != of_videos[:, None]) & (frame_exits >= 0)).any():
+            return {}
+        frame_exits = of_videos
+    columns = exit_columns(denoising_steps)
+    return {columns[index]: terms[frame_exits == index].mean().item() for index in frame_exits.unique().tolist() if index >= 0}
+
+
+def critic_lag(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> float:
+    """The share of the generator's push that is the critic's own error: sum (x_0_fake - x_0) d / sum d^2, d = x_0_fake - x_0_real.
+
+    All (B, ...): videos that the generator makes now and the critic has not learned from yet, and what critic and guided
+    teacher make of them, noised. A critic that keeps up knows E[x_0 | x_t], whose error x_0_fake - x_0 is orthogonal to every
+    function of x_t, d among them: its lag is 0 but for the noise of a finite batch. One that still believes in an earlier
+    generator, part of whose way to the teacher is done, pushes on as if it were not: with Gaussians that differ in their
+    mean its lag is the share of the way that it has missed, 1 once the generator has arrived and more when it goes past.
+    """
+    push = x_0_fake.float() - x_0_real.float()
+    energy = push.square().mean().item()
+    return ((x_0_fake.float() - x_0.float()) * push).mean().item() / energy if energy > LEAST_PUSH else 0.0
+
+
+def generator_figures(verdict: Verdict, frame_exits: Tensor, denoising_steps: list[int]) -> dict[str, float]:
+    """What a generator's turn says of the run's health. Without scores (GAN) there is no score distance and no critic lag."""
+    figures = verdict.figures | mean_by_exit_step(verdict.terms, frame_exits, denoising_steps)
+    if verdict.x_0 is None or verdict.x_0_fake is None or verdict.x_0_real is None:
+        return figures
+    distance = (verdict.x_0_fake - verdict.x_0_real).abs().flatten(1).mean(1)  # (B,)
+    figures |= {f"score_distance_{name}": value for name, value in mean_by_noise_level(distance, verdict.t).items()}
+    return figures | {"critic_lag": critic_lag(verdict.x_0, verdict.x_0_fake, verdict.x_0_real)}

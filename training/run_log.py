@@ -1,0 +1,221 @@
+"""What a run leaves behind beside its checkpoints: its folder, scalars as CSV and curves, and an offline wandb run."""
+
+from __future__ import annotations
+
+import csv
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+from training.config import WandbConfig  # noqa: E402
+
+WANDB_TIMEOUT_S = 60.0  # for its first answer
+
+
+def make_run_folder(log_dir: Path, run_name: str | None) -> Path:
+    """Create and return a folder of this run alone; a name that is taken gets a number. Raises OSError naming log_dir."""
+    name = run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 10_000):
+            folder = log_dir / (name if attempt == 1 else f"{name}-{attempt}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {log_dir} ({error.strerror}): set log_dir to one that can be written") from error
+    raise OSError(f"{log_dir} holds 10,000 runs named {name}: set run_name to another name")
+
+
+def point_to_latest(link: Path, target: Path) -> None:
+    """Make `link` lead to `target` (both under the same folder) in one atomic step, replacing an earlier one.
+
+    A file system without symbolic links gets a copy.
+    """
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(os.path.relpath(target, link.parent))
+    except OSError:
+        shutil.copyfile(target, temporary)
+    os.replace(temporary, link)
+
+
+class RunLog:
+    """Scalars of one run, written as they come: to scalars.csv, and to wandb unless that is disabled or broken.
+
+    draw: makes of scalars.csv the run's picture, which has the name `picture`. wandb_run_id: of the run that is resumed; as an
+    attribute, that of this run, which stays the same where wandb is off.
+    """
+
+    def __init__(
+        self, folder: Path, columns: tuple[str, ...], config: dict[str, Any], wandb_config: WandbConfig, picture: str,
+        draw: Callable[[Path, Path], None], wandb_run_id: str | None = None,
+    ):
+        self.folder = folder
+        self._picture, self._draw, self._last_step = folder / picture, draw, 0
+        self.columns = ("step", "seconds", *columns)
+        self._file = open(folder / "scalars.csv", "w", newline="")
+        self._writer = csv.DictWriter(self._file, self.columns)
+        self._writer.writeheader()
+        self.wandb_run_id = wandb_run_id
+        self._wandb = self._start_wandb(config, wandb_config)
+
+    def _start_wandb(self, config: dict[str, Any], wandb_config: WandbConfig) -> Any | None:
+        if wandb_config.mode == "disabled":
+            return None
+        try:
+            import wandb  # here, as training must also run where it is missing or broken
+
+            self.wandb_run_id = self.wandb_run_id or secrets.token_hex(4)
+            return wandb.init(
+                project=wandb_config.project, mode=wandb_config.mode, dir=str(self.folder), name=self.folder.name, config=config,
+                id=self.wandb_run_id, resume="allow" if wandb_config.mode == "online" else None,  # offline: `wandb sync` joins by id
+                settings=wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT_S),
+            )
+        except Exception as error:  # whatever wandb raises, training goes on without it
+            self._give_up_wandb(error)
+            return None
+
+    def _give_up_wandb(self, error: Exception) -> None:
+        self._wandb = None
+        if isinstance(error, ConnectionError):  # its local process has died: else it would fail again, aloud, when this one exits
+            self._forget_wandb()
+        reason = " ".join(str(error).split())
+        warnings.warn(f"wandb is off for the rest of this run ({reason}); scalars.csv has every figure", stacklevel=3)
+
+    def _forget_wandb(self) -> None:
+        try:
+            import wandb
+
+            wandb.teardown()
+        except Exception:  # what is torn down is broken, whatever it says; the warning above names the cause
+            return
+
+    def scalars(self, step: int, seconds: float, figures: dict[str, float]) -> None:
+        """Write one row; a column without a figure stays empty."""
+        self._last_step = step
+        self._writer.writerow({"step": step, "seconds": f"{seconds:.2f}", **{k: f"{v:.6g}" for k, v in figures.items()}})
+        self._file.flush()
+        if self._wandb is not None:
+            try:
+                self._wandb.log(figures, step=step)
+            except Exception as error:  # as above
+                self._give_up_wandb(error)
+
+    def media(self, step: int, name: str, path: Path) -> None:
+        """Show a picture or GIF in wandb; the file itself is already in the run's folder."""
+        self._last_step = step
+        if self._wandb is not None:
+            try:
+                import wandb
+
+                self._wandb.log({name: wandb.Image(str(path))}, step=step)
+            except Exception as error:  # as above
+                self._give_up_wandb(error)
+
+    def verdict(self, words: str) -> None:
+        """Keep what became of the run: in verdict.txt, and in wandb's summary of the run. Nothing where there are no words."""
+        if not words:
+            return
+        (self.folder / "verdict.txt").write_text(words + "\n", encoding="utf-8")
+        if self._wandb is not None:
+            try:
+                self._wandb.summary["verdict"] = words
+            except Exception as error:  # as above
+                self._give_up_wandb(error)
+
+    def draw(self) -> None:
+        """Draw the run's picture from the rows so far, anew, and show it in wandb."""
+        self._draw(self.folder / "scalars.csv", self._picture)
+        if self._picture.exists():
+            self.media(self._last_step, self._picture.stem, self._picture)
+
+    def close(self) -> None:
+        """Close the files, draw the picture and finish the wandb run. A full disk here is a warning: it hides no other error."""
+        try:
+            self._file.close()
+            self.draw()
+        except OSError as error:
+            warnings.warn(f"the newest figures or their picture could not be written ({error})", stacklevel=2)
+        if self._wandb is not None:
+            try:
+                self._wandb.finish()
+            except Exception as error:  # as above
+                self._give_up_wandb(error)
+
+
+class SilentLog:
+    """The log of a process beside the one that writes."""
+
+    wandb_run_id: str | None = None
+
+    def scalars(self, step: int, seconds: float, figures: dict[str, float]) -> None: ...
+    def media(self, step: int, name: str, path: Path) -> None: ...
+    def draw(self) -> None: ...
+    def verdict(self, words: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def draw_curves(csv_path: Path, picture_path: Path) -> None:
+    """One panel per scalar over the step, the raw values pale and a running median over them."""
+    series = read_scalars(csv_path)
+    names = list(series)
+    if not names:
+        return
+    num_columns = min(3, len(names))
+    num_rows = -(-len(names) // num_columns)
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=(4.2 * num_columns, 2.8 * num_rows), squeeze=False)
+    for axis in axes.flat[len(names):]:
+        axis.axis("off")
+    for axis, name in zip(axes.flat, names, strict=False):
+        steps, values = series[name]
+        plot_series(axis, steps, values, "tab:blue")
+        finite = values[np.isfinite(values)]
+        if len(finite) and finite.min() > 0 and finite.max() > 20 * np.median(finite):
+            axis.set_yscale("log")
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(picture_path, dpi=110)
+    plt.close(figure)
+
+
+def read_scalars(csv_path: Path, with_seconds: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps and values of every column of a scalars.csv that has any; of the clock only where asked for. Raises ValueError for a file that
+    is none."""
+    series = {}
+    try:
+        with open(csv_path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for name in (name for name in (rows[0] if rows else {}) if name not in (("step",) if with_seconds else ("step", "seconds"))):
+            filled = [row for row in rows if row[name]]
+            if filled:
+                series[name] = (np.array([int(row["step"]) for row in filled]), np.array([float(row[name]) for row in filled]))
+    except (KeyError, TypeError, ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+        raise ValueError(f"{csv_path} is no table of a run's figures by step: give the folder of a run of train.py") from error
+    return series
+
+
+def plot_series(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> None:
+    """The values pale, and their running median over them."""
+    width = max(len(values) // 40, 1)
+    median = [np.median(values[max(i - width, 0): i + width + 1]) for i in range(len(values))]
+    axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, median, color=color, linewidth=1.5)

@@ -1,0 +1,395 @@
+"""Training on videos and Self-Forcing, each as one object with `train_step`, `shown` and `state_dict`.
+
+A stage owns its networks, averages and optimizers; the loop around it (`train.SimplifiedTrainer`) owns the step counter,
+the files and the logs. All randomness comes from one `torch.Generator`, and data are numbered, so a stage's state is
+complete in its `state_dict`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dynamic_video_sf import Rollout, ScorePrompts, SelfForcingEngine, draw_window_start
+from machine.batch_share import BatchShare
+from machine.runtime import Runtime, require_compiler
+from method.plans import BidirectionalPlan, RolloutPlan, baseline_plans, many_step_plan, teacher_plan
+from method.settings import PretrainConfig, SelfForcingConfig, TrainingConfig
+from moving_mnist import MovingMNISTGenerator
+from network.text_encoder import NULL_PROMPT, TextEncoder, caption_of_any_stretch
+from tiny_causal_wan import PromptContext, TinyCausalWanModel
+from training.checkpoint import CheckpointError, digits_seen, merge_counts, merge_splits, splits_learned
+from training.config import Config, config_from_dict
+from training.diagnostics import STEP_COLUMNS, exit_columns, generator_figures
+from training.distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
+from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
+from training.sharding import load_optimizer, shard_blocks, whole
+from training.starting_networks import check_is_bidirectional, load_modules, load_start, load_teacher
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A network and how videos are made with it; `sampling.samplers.sample` makes them."""
+
+    network: TinyCausalWanModel
+    text_encoder: TextEncoder
+    plan: RolloutPlan | BidirectionalPlan
+
+
+class Stage(Protocol):
+    """What the training loop needs of a stage."""
+
+    columns: tuple[str, ...]  # the scalars that train_step reports
+
+    def train_step(self, step: int) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None: ...
+    def shown(self) -> dict[str, Sampler]: ...
+    def networks(self) -> dict[str, nn.Module]: ...
+
+
+def draw_num_frames(config: TrainingConfig, random: torch.Generator) -> int:
+    """A uniform number of whole blocks between min_num_frames and max_num_frames, one for the whole batch."""
+    block, first = config.num_frames_per_block, 1 if config.independent_first_frame else 0
+    low, high = config.min_num_frames // block, config.max_num_frames // block
+    return first + block * int(torch.randint(low, high + 1, (1,), generator=random))
+
+
+def rate_factor(config: TrainingConfig, step: int, warmup_steps: int = 0) -> float:
+    """Of the learning rates at this step: linear warm-up, constant, linear decay over the last `decay_fraction` of the run."""
+    decay_steps = max(config.decay_fraction * config.num_steps, 1)
+    return min((step + 1) / max(warmup_steps, 1), (config.num_steps - step) / decay_steps, 1.0)
+
+
+def is_chosen(step: int, share: float) -> bool:
+    """Whether this step is among a share in [0, 1] of all steps, evenly spread: 0.5 chooses every even step."""
+    return math.ceil((step + 1) * share) > math.ceil(step * share)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let every group of the optimizer learn at this rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, live: nn.Module, decay: float, num_updates: int) -> None:
+    """Exponential moving average of the weights; the first updates forget faster, so the start does not linger."""
+    decay = min(decay, (1 + num_updates) / (10 + num_updates))
+    for averaged, current in zip(average.parameters(), live.parameters(), strict=True):
+        averaged.lerp_(current, 1 - decay)
+
+
+class PretrainStage:
+    """Training on the videos of Moving MNIST (see `objectives`): a share of the steps bidirectional, the others block-causal,
+    or with teacher or diffusion forcing every step causal."""
+
+    columns = ("loss_bidirectional", "loss_causal", "gradient_norm", "lr_factor")
+
+    def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
+        assert isinstance(config.training, PretrainConfig)
+        self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
+        self.parts = BatchParts(processes, self.config.accumulation_steps, random)
+        self.parts.check_divides("training.batch_size", self.config.batch_size)
+        if self.config.clip_steps:
+            self.parts.check_divides("training.clip_batch_size", self.config.clip_batch_size)
+        self.data = MovingMNISTGenerator(config.dataset, "train", self.config.digit_variation)
+        self.num_videos_seen = 0
+        self.earlier_prompts: dict[int, int] = {}  # drawn by the runs that this one goes on from
+        self.digits_seen = splits_learned(config.dataset)  # by this run and those
+        self.model = TinyCausalWanModel(config.model).to(runtime.device)
+        self.text_encoder = TextEncoder(config.text).to(runtime.device)
+        if self.config.pretrained_checkpoint is not None:
+            start = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
+            self.model.load_state_dict(start.generator.state_dict())
+            self.text_encoder.load_state_dict(start.text_encoder.state_dict())
+            self.text_encoder.requires_grad_(False)  # what is trained from one teacher stays fit to be combined
+            self.earlier_prompts = start.prompts_drawn
+            self.digits_seen = merge_splits(self.digits_seen, start.digits_seen)
+        if self.config.activation_checkpointing:
+            self.model.recompute_activations()
+        self.live = nn.ModuleDict({"generator": self.model, "text_encoder": self.text_encoder})
+        self.average = copy.deepcopy(self.live).requires_grad_(False).eval()
+        if self.config.sharding == "fsdp2":
+            shard_blocks((self.model, self.average["generator"]), processes.count, runtime.device)
+        if self.config.compile:
+            require_compiler("training.compile", runtime.device)
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
+        matrices = [p for n, p in self.model.blocks.named_parameters() if p.ndim == 2 and n.endswith(".weight")]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in self.live.parameters() if p.requires_grad and id(p) not in chosen]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "muon": torch.optim.Muon(
+                matrices, lr=self.config.muon_lr, weight_decay=self.config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
+            "adamw": torch.optim.AdamW(others, lr=self.config.lr, weight_decay=self.config.weight_decay),
+        }
+        self.base_rates = {"muon": self.config.muon_lr, "adamw": self.config.lr}
+
+    def train_step(self, step: int) -> dict[str, float]:
+        config = self.config
+        num_frames, batch_size = draw_num_frames(config, self.random), config.batch_size
+        if step < config.clip_steps:
+            num_frames, batch_size = config.clip_frames, config.clip_batch_size
+        indices = range(self.num_videos_seen, self.num_videos_seen + batch_size)
+        self.num_videos_seen += batch_size
+        losses = []
+        for share in self.parts.of(batch_size):
+            batch = self.data.sample(self.seed, share.of(indices), num_frames)
+            prompts = drop_prompts(batch.captions, config.prompt_dropout, NULL_PROMPT, self.random, share)
+            x_0 = batch.video.to(self.runtime.device)
+            with self.runtime.autocast():
+                prompt = self.model.encode_prompt(*self.text_encoder.encode(prompts))
+                kind, loss = self._loss(step, x_0, prompt, share)
+            self.parts.backward(loss)
+            losses.append({kind: loss.item()})
+        norm = self.parts.clip(self.live.parameters(), config.clip_norm)
+        factor = rate_factor(config, step, config.warmup_steps)
+        for name, optimizer in self.optimizers.items():
+            set_rate(optimizer, factor * self.base_rates[name])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        update_average(self.average, self.live, config.ema_decay, step)
+        return {**mean_figures(losses), "gradient_norm": norm, "lr_factor": factor}
+
+    def _loss(self, step: int, x_0: Tensor, prompt: PromptContext, share: BatchShare) -> tuple[str, Tensor]:
+        """The name and value of this step's loss."""
+        config, common = self.config, (self.config.time_shift, self.config.loss_time_floor, self.random)
+        if config.objective == "teacher_forcing":
+            return "loss_causal", teacher_forcing_loss(self.model, x_0, prompt, config.num_frames_per_block, *common, config.context, share)
+        if config.objective == "mixed" and is_chosen(step, config.bidirectional_share):
+            return "loss_bidirectional", bidirectional_loss(self.model, x_0, prompt, *common, share)
+        return "loss_causal", block_causal_loss(
+            self.model, x_0, prompt, config.num_frames_per_block, config.clean_prefix_probability, *common, config.context, share
+        )
+
+    def shown(self) -> dict[str, Sampler]:
+        """The averaged network in many steps, as the teacher or causally, and in few causal steps (`baseline_plans`)."""
+        config, num_steps = self.config, self.config.teacher_steps
+        if config.objective == "mixed":
+            plans: dict[str, RolloutPlan | BidirectionalPlan] = {f"teacher, {num_steps} steps": teacher_plan(config)}
+        else:
+            plan = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance, config.context)
+            plans = {f"causal, {num_steps} steps": plan}
+        networks = self.average["generator"], self.average["text_encoder"]
+        return {name: Sampler(*networks, plan) for name, plan in (plans | baseline_plans(config)).items()}
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.model, "text_encoder": self.text_encoder}
+
+    def state_dict(self) -> dict[str, Any]:
+        return whole({
+            "generator_state_dict": self.model.state_dict(),
+            "generator_ema_state_dict": self.average["generator"].state_dict(),
+            "text_encoder_state_dict": self.average["text_encoder"].state_dict(),
+            "text_encoder_live_state_dict": self.text_encoder.state_dict(),
+            "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "random_state": self.random.get_state(),
+            "num_videos_seen": self.num_videos_seen,
+            "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_videos_seen}),
+            "digits_seen": list(self.digits_seen),
+        })
+
+    def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
+        targets = {
+            "generator_state_dict": self.model, "generator_ema_state_dict": self.average["generator"],
+            "text_encoder_state_dict": self.average["text_encoder"], "text_encoder_live_state_dict": self.text_encoder,
+        }
+        load_modules(targets, checkpoint, name)
+        for key, optimizer in self.optimizers.items():
+            load_optimizer(optimizer, checkpoint["optimizer_state_dict"][key])
+            for group in optimizer.param_groups:  # the command line's wish, not that of the run that is resumed; rates: train_step
+                group["weight_decay"] = self.config.weight_decay
+        self.random.set_state(checkpoint["random_state"])
+        self.num_videos_seen = checkpoint["num_videos_seen"]
+        self.earlier_prompts, self.digits_seen = checkpoint["prompts_drawn"], merge_splits(self.digits_seen, digits_seen(checkpoint))
+
+
+class SelfForcingStage:
+    """Self-Forcing, or a distillation on real videos, with distribution matching: a critic update every step, a generator
+    update every few."""
+
+    def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
+        assert isinstance(config.training, SelfForcingConfig)
+        self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
+        self.parts = BatchParts(processes, self.config.accumulation_steps, random)
+        self.parts.check_divides("training.batch_size", self.config.batch_size)
+        self.columns = (
+            "loss_generator", "loss_critic", "dmd_gradient_norm", "score_distance", "logit_distance", "gradient_norm_generator",
+            "gradient_norm_critic", "exit_step", "num_frames", *(() if self.config.rollout_frames is None else ("first_frame",)),
+            *STEP_COLUMNS, *exit_columns(self.config.denoising_steps),
+        )
+        self.data = MovingMNISTGenerator(config.dataset, "train")  # of which only the prompts are used, unless config.uses_videos
+        self.num_prompts_seen = 0
+        loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
+        check_is_bidirectional(self.config.pretrained_checkpoint, loaded.config)
+        self.text_encoder, self.earlier_prompts = loaded.text_encoder, loaded.prompts_drawn
+        self.digits_seen = merge_splits(splits_learned(config.dataset), loaded.digits_seen)
+        start = None
+        if self.config.generator_checkpoint is not None:
+            start = load_start(Path(self.config.generator_checkpoint), config, loaded, runtime.device)
+            self.earlier_prompts = merge_counts(self.earlier_prompts, start.prompts_drawn)
+            self.digits_seen = merge_splits(self.digits_seen, start.digits_seen)
+        self.engine = SelfForcingEngine(self.config, loaded.generator, random, None if start is None else start.generator)
+        self.average = copy.deepcopy(self.engine.generator).requires_grad_(False).eval()
+        if self.config.sharding == "fsdp2":
+            shard_blocks((*self.engine.networks(), self.average), processes.count, runtime.device)
+        rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
+        modules = {"generator": self.engine.generator, "critic": self.engine.critic}
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                module.parameters(), lr=rates[name], betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay
+            )
+            for name, module in modules.items()
+        }
+        self.num_generator_updates = 0
+
+    def train_step(self, step: int) -> dict[str, float]:
+        num_frames = draw_num_frames(self.config, self.random)
+        return self.train_on_window(step, num_frames, draw_window_start(self.config, num_frames, self.random))
+
+    def train_on_window(self, step: int, num_frames: int, first_frame: int) -> dict[str, float]:
+        """A step on num_frames frames of the generator's, from first_frame of its rollouts on."""
+        config, engine = self.config, self.engine
+        indices = range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size)
+        self.num_prompts_seen += config.batch_size
+        is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
+        first_scored = first_frame + max(num_frames - config.gradient_frames, 0)
+        figures = {"num_frames": num_frames} | ({} if config.rollout_frames is None else {"first_frame": first_frame})
+        set_rate(self.optimizers["generator"], rate_factor(config, step) * config.lr)
+        set_rate(self.optimizers["critic"], config.critic_lr)  # never slower: the critic must keep up with the generator
+        made, seen = [], []  # of every part: its videos with what they are compared with, and the figures of its losses
+        for share in self.parts.of(config.batch_size):
+            text, x_real = self._read_data(share.of(indices), num_frames)
+            with self.runtime.autocast(), torch.set_grad_enabled(is_generator_turn):
+                prompt = engine.generator.encode_prompt(*text)
+                rollout = engine.make_videos(prompt, num_frames, is_generator_turn, x_real, share, first_frame)
+            if first_scored > 0 and config.loss != "gan":  # directions are those of first frames: the scores are asked for what still holds
+                text = self._encode([caption_of_any_stretch(caption) for caption in self.data.captions(self.seed, share.of(indices))])
+            figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video, where each has its own
+            if is_generator_turn:
+                seen.append(self._judge_generator(rollout, text, x_real, share))
+            made.append((rollout.scored.detach(), text, x_real))
+        if is_generator_turn:
+            figures["gradient_norm_generator"] = self._step("generator", engine.generator)
+            update_average(self.average, engine.generator, config.ema_decay, self.num_generator_updates)
+            self.num_generator_updates += 1
+            figures |= mean_figures(seen)
+        # The critic learns from the same videos: the rollout of the generator's turn serves twice.
+        losses = []
+        for share, (scored, text, x_real) in zip(self.parts.of(config.batch_size), made, strict=True):
+            with self.runtime.autocast():
+                loss = engine.critic_loss(scored, engine.fake_score.encode_prompt(*text), x_real, share)
+            self.parts.backward(loss)
+            losses.append({"loss_critic": loss.item()})
+        figures |= mean_figures(losses)
+        figures["gradient_norm_critic"] = self._step("critic", engine.critic)
+        update_average(engine.fake_average, engine.fake_score, config.critic_ema_decay, step)
+        return figures
+
+    def _read_data(self, indices: Sequence[int], num_frames: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """The prompts of these numbers, encoded, and their videos where the training uses any."""
+        x_real = None
+        if self.config.uses_videos:
+            x_real = self.data.sample(self.seed, indices, num_frames).video.to(self.runtime.device)
+        return self._encode(self.data.captions(self.seed, indices)), x_real
+
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Their embeddings and mask, without gradient: the text encoder is frozen."""
+        with torch.no_grad(), self.runtime.autocast():
+            return self.text_encoder.encode(prompts)
+
+    def _judge_generator(
+        self, rollout: Rollout, text: tuple[Tensor, Tensor], x_real: Tensor | None, share: BatchShare
+    ) -> dict[str, float]:
+        """The generator's loss on one part; leaves its gradient."""
+        engine = self.engine
+        with torch.no_grad(), self.runtime.autocast():  # prompts of the two scores, which are constants here
+            null = self.text_encoder.encode([NULL_PROMPT] * len(rollout.scored))
+            fake = engine.fake_score if self.config.loss == "gan" else engine.fake_average
+            real = engine.real_score
+            prompts = ScorePrompts(real.encode_prompt(*text), real.encode_prompt(*null), fake.encode_prompt(*text))
+        with self.runtime.autocast():
+            loss, verdict = engine.generator_loss(rollout.scored, prompts, x_real, share)
+        self.parts.backward(loss)
+        return {"loss_generator": loss.item(), **generator_figures(verdict, rollout.frame_exits, self.config.denoising_steps)}
+
+    def _step(self, name: str, module: nn.Module) -> float:
+        norm = self.parts.clip(module.parameters(), self.config.clip_norm)
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad(set_to_none=True)
+        return norm
+
+    def shown(self) -> dict[str, Sampler]:
+        """The averaged student beside its teacher, in many steps and block by block in few (`baseline_plans`)."""
+        config, plan, teacher = self.config, self.engine.plan, self.engine.real_score
+        plans = {f"teacher, {config.teacher_steps} steps": teacher_plan(config), **baseline_plans(config)}
+        samplers = {name: Sampler(teacher, self.text_encoder, each) for name, each in plans.items()}
+        return samplers | {f"student, {len(plan.times)} steps": Sampler(self.average, self.text_encoder, plan)}
+
+    def live(self) -> Sampler:
+        """The generator as it is now, not its average: a fault shows here first."""
+        return Sampler(self.engine.generator, self.text_encoder, self.engine.plan)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.engine.generator, "critic": self.engine.critic}
+
+    def state_dict(self) -> dict[str, Any]:
+        return whole({
+            "generator_state_dict": self.engine.generator.state_dict(),
+            "generator_ema_state_dict": self.average.state_dict(),
+            "critic_state_dict": self.engine.critic.state_dict(),
+            "critic_ema_state_dict": self.engine.fake_average.state_dict(),
+            "real_score_state_dict": self.engine.real_score.state_dict(),
+            "text_encoder_state_dict": self.text_encoder.state_dict(),
+            "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "random_state": self.random.get_state(),
+            "num_prompts_seen": self.num_prompts_seen,
+            "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_prompts_seen}),
+            "digits_seen": list(self.digits_seen),
+            "num_generator_updates": self.num_generator_updates,
+        })
+
+    def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
+        targets = {
+            "generator_state_dict": self.engine.generator, "generator_ema_state_dict": self.average,
+            "critic_state_dict": self.engine.critic, "critic_ema_state_dict": self.engine.fake_average,
+            "real_score_state_dict": self.engine.real_score,
+            "text_encoder_state_dict": self.text_encoder,
+        }
+        self._check_same_teacher(checkpoint, name)
+        load_modules(targets, checkpoint, name)
+        for key, optimizer in self.optimizers.items():
+            load_optimizer(optimizer, checkpoint["optimizer_state_dict"][key])
+            for group in optimizer.param_groups:  # the command line's wishes, not those of the run that is resumed; rates: train_step
+                group.update(betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
+        self.random.set_state(checkpoint["random_state"])
+        self.num_prompts_seen = checkpoint["num_prompts_seen"]
+        self.earlier_prompts, self.digits_seen = checkpoint["prompts_drawn"], merge_splits(self.digits_seen, digits_seen(checkpoint))
+        self.num_generator_updates = checkpoint["num_generator_updates"]
+
+    def _check_same_teacher(self, checkpoint: dict[str, Any], name: str) -> None:
+        """A run that goes on keeps its teacher: another one, or another start, would silently not be used."""
+        if self.config.generator_checkpoint is not None and not self._started_from_the_same(checkpoint):
+            raise CheckpointError(f"training.generator_checkpoint does not go with training.resume={name}, which brings the generator")
+        stored, own = checkpoint.get("real_score_state_dict", {}), whole(self.engine.real_score.state_dict())
+        if stored.keys() == own.keys() and not all(torch.equal(stored[key], value.cpu()) for key, value in own.items()):
+            raise CheckpointError(
+                f"{name} was trained with another teacher than training.pretrained_checkpoint={self.config.pretrained_checkpoint}: "
+                "give the teacher of that run, or start a new run with training.generator_checkpoint"
+            )
+
+    def _started_from_the_same(self, checkpoint: dict[str, Any]) -> bool:
+        """Did the run that goes on name this very generator_checkpoint? Then the wish is already part of what is resumed."""
+        if "config" not in checkpoint:
+            return False
+        stored = config_from_dict(checkpoint["config"]).training
+        return isinstance(stored, SelfForcingConfig) and stored.generator_checkpoint == self.config.generator_checkpoint

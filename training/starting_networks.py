@@ -1,0 +1,86 @@
+"""The networks that a training starts from or goes on with: read from files, and refused where they do not fit the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from machine.paths import REPOSITORY
+from method.settings import FewStepConfig, PretrainConfig
+from training.checkpoint import CheckpointError, LoadedNetworks, load_networks, load_state
+from training.config import Config
+
+DATA_GEOMETRY = ("frame_size", "digit_size", "num_digits", "channels")  # what two stages of one network must share
+
+
+def load_modules(targets: dict[str, nn.Module], checkpoint: dict[str, Any], name: str) -> None:
+    """Restore each module from its key of the checkpoint. Raises CheckpointError naming a key that is missing."""
+    for key, module in targets.items():
+        if key not in checkpoint:
+            raise CheckpointError(f"{name} lacks {key}: it was stripped for generation, or is of another kind of training; resume "
+                                  "from a checkpoint in the run's own folder")
+        load_state(module, checkpoint[key], f"{name}: {key}")
+
+
+def check_is_bidirectional(path: str, stored: Config) -> None:
+    """Raise CheckpointError where a network is no bidirectional teacher, because it was trained causally alone."""
+    training = stored.training
+    if isinstance(training, PretrainConfig) and training.objective != "mixed":
+        raise CheckpointError(
+            f"{path} was trained with objective={training.objective}, which makes a causal network, but a bidirectional teacher is "
+            "needed here: give one of objective=mixed, and this one as training.generator_checkpoint if it is to be the start"
+        )
+
+
+def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
+    """Raise CheckpointError naming both sides where a checkpoint's networks, or what its videos show, are not this run's."""
+    groups = (("model", stored.model, wanted.model), ("text", stored.text, wanted.text), ("dataset", stored.dataset, wanted.dataset))
+    found, asked = [], []
+    for group, theirs, ours in groups:
+        keys = DATA_GEOMETRY if group == "dataset" else tuple(vars(ours))
+        differing = [key for key in keys if vars(theirs)[key] != vars(ours)[key]]
+        found += [f"{group}.{key}={vars(theirs)[key]}" for key in differing]
+        asked += [f"{group}.{key}={vars(ours)[key]}" for key in differing]
+    if found:
+        raise CheckpointError(
+            f"{path} was trained with {', '.join(found)}, but this run asks for {', '.join(asked)}: give the same sizes or another file"
+        )
+
+
+def load_start(path: Path, config: Config, teacher: LoadedNetworks, device: torch.device) -> LoadedNetworks:
+    """The network that a generator starts from. Raises CheckpointError as `load_teacher` does, and if it was trained with
+    another text encoder than the teacher's, which alone is kept."""
+    start = load_fitting(path, config, device)
+    for ours, theirs in zip(start.text_encoder.parameters(), teacher.text_encoder.parameters(), strict=True):
+        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):  # float16 files may stand beside float32 ones
+            raise CheckpointError(
+                f"{path} was trained with another text encoder than the teacher {config.training.pretrained_checkpoint}: "
+                "give a generator that was trained from this teacher"
+            )
+    return start
+
+
+def load_teacher(path: Path, config: Config, device: torch.device) -> LoadedNetworks:
+    """The pretrained network and its text encoder, frozen. Raises CheckpointError as `load_fitting` does, and for a student."""
+    teacher = load_fitting(path, config, device)
+    if isinstance(teacher.config.training, FewStepConfig):
+        raise CheckpointError(
+            f"{path} is a few-step student, whose bidirectional side is no longer trained: give a pretrained network as the "
+            "teacher; training.generator_checkpoint=PATH lets a generator start from a student"
+        )
+    return teacher
+
+
+def load_fitting(path: Path, config: Config, device: torch.device) -> LoadedNetworks:
+    """The networks of a file, which must have this run's sizes. A relative path that is not here is looked for in the repository.
+
+    Raises CheckpointError naming both sides if sizes differ.
+    """
+    if not path.is_absolute() and not path.exists() and (REPOSITORY / path).exists():
+        path = REPOSITORY / path
+    stored = load_networks(path, device)
+    check_same_networks(path, stored.config, config)
+    return stored
