@@ -346,7 +346,7 @@ class SelfForcingEngine:
             return self.rollout(prompt, num_frames, with_gradient, share, first_frame)
         if x_real is None:
             key = "generator_inputs" if config.generator_inputs != "self_rollout" else "continuation_probability"
-            raise ValueError(f"training.{key}={vars(config)[key]} needs real videos: none were given")
+            raise ValueError(f"training.{key}={getattr(config, key)} needs real videos: none were given")
         if config.generator_inputs != "self_rollout":
             return self.denoise_real(prompt, x_real, with_gradient, share)
         goes_on = torch.rand((), generator=self.random).item() < config.continuation_probability

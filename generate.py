@@ -208,7 +208,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
     steps = arguments.denoising_steps
     wishes = ("num_steps", "guidance", "eta", "ink_kept", "window_frames", "sink_frames", "causal")
-    settings = SamplerSettings(None if steps is None else tuple(steps), **{name: vars(arguments)[name] for name in wishes})
+    settings = SamplerSettings(None if steps is None else tuple(steps), **{name: getattr(arguments, name) for name in wishes})
     schedule = None if arguments.schedule is None else PromptSchedule.parse(arguments.schedule)
     switch = arguments.switch or DEFAULT_SWITCH
     runtime = resolve_runtime(arguments.device, arguments.precision)

@@ -88,7 +88,7 @@ class DatasetConfig:
         )
         for name, is_valid, expected in checks:
             if not is_valid:
-                raise ValueError(f"dataset.{name} is {vars(self)[name]!r}: expected {expected}")
+                raise ValueError(f"dataset.{name} is {getattr(self, name)!r}: expected {expected}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ for single frames.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -118,7 +118,7 @@ class ComparisonConfig:
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         for name in ("budget", "num_frames", "checkpoint_interval", "num_videos", "many_steps", "batch_size", "processes"):
-            value = asdict(self)[name]
+            value = getattr(self, name)
             require(value >= 1, name, value, "at least 1")
         for row in self.rows:
             require(row in ROWS, "rows", row, f"any of {', '.join(ROWS)}")
@@ -126,7 +126,7 @@ class ComparisonConfig:
             fits = block >= 1 and self.num_frames % block == 0
             require(fits, "blocks", block, f"blocks that divide num_frames={self.num_frames}")
         for name in ("rows", "blocks", "seeds"):
-            values = asdict(self)[name]
+            values = getattr(self, name)
             require(bool(values), name, values, "at least one")
             require(len(set(values)) == len(values), name, values, "each one once")
         require(all(0 <= seed < 2**63 for seed in self.seeds), "seeds", self.seeds, "0 to 2**63 - 1")

@@ -176,7 +176,7 @@ def measure_switch(
         blocks = [next(stream) for _ in range(num_blocks_before)]
         blocks += [stream.send(new[part] if block == 0 else None) for block in range(num_blocks_after)]
         parts.append(read_videos(judge, torch.cat(blocks, dim=1).cpu()))
-    probabilities, mass, centres = (torch.cat([vars(part)[name] for part in parts]) for name in ("probabilities", "mass", "centres"))
+    probabilities, mass, centres = (torch.cat([getattr(part, name) for part in parts]) for name in ("probabilities", "mass", "centres"))
     classes = read_classes(probabilities, mass, judge.class_mass.cpu())
     digits = (torch.tensor(old_digits), facts_of_prompts(new)[0])
     return summarise_switch(classes, centres, digits, num_before, config)
@@ -234,7 +234,7 @@ def measure_continuation(
     wanted = torch.cat(digits).unsqueeze(1)
     results: dict[str, Any] = {"num_videos": num_videos, "num_frames": num_frames}
     for name, readings in parts.items():
-        probabilities, mass = (torch.cat([vars(part)[key] for part in readings]) for key in ("probabilities", "mass"))
+        probabilities, mass = (torch.cat([getattr(part, key) for part in readings]) for key in ("probabilities", "mass"))
         right = (read_classes(probabilities, mass, judge.class_mass.cpu()) == wanted)[:, block:]
         given = mass[:, :block].mean(dim=1)
         ratio = mass[:, block:].mean(dim=1) / given
@@ -391,7 +391,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         found = measure_drift(*common, arguments.num_frames, arguments.batch_size, arguments.seed)
     elif arguments.command == "switch":
         for key in ("num_before", "num_after"):
-            check_num_frames(f"--{key}", vars(arguments)[key], plan.num_frames_per_block)
+            check_num_frames(f"--{key}", getattr(arguments, key), plan.num_frames_per_block)
         sizes = (arguments.num_streams, arguments.num_before, arguments.num_after, arguments.batch_size, arguments.seed)
         found = {how: measure_switch(*common, *sizes, how) for how in SWITCHES}
     else:

@@ -297,7 +297,7 @@ class VideoReadings:
 
     def take(self, videos: Tensor | slice = slice(None), frames: Tensor | slice = slice(None)) -> VideoReadings:
         """The readings of some of the videos and, in each of them, of some of the frames, in the order given."""
-        return VideoReadings(**{field.name: vars(self)[field.name][videos][:, frames] for field in fields(self)})
+        return VideoReadings(**{field.name: getattr(self, field.name)[videos][:, frames] for field in fields(self)})
 
 
 @torch.no_grad()

@@ -174,7 +174,7 @@ def read_real_videos(
         batch = generator.sample(seed, range(first, min(first + 256, num_videos)), num_frames)
         parts.append(read_videos(judge, batch.video))
         right.append(answers(batch))
-    readings = VideoReadings(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+    readings = VideoReadings(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
     return readings, {name: torch.cat([part[name] for part in right]) for name in ANSWERS}
 
 

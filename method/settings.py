@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
@@ -90,28 +90,28 @@ class TrainingConfig(ABC):
         own_type = type(self).training_type
         require(self.training_type == own_type, "training.training_type", self.training_type, f"{own_type}, which training= has chosen")
         for name in ("num_steps", "batch_size", "num_frames_per_block", "teacher_steps", "log_interval", "keep_last", "accumulation_steps"):
-            value = asdict(self)[name]
+            value = getattr(self, name)
             require(value >= 1, f"training.{name}", value, "at least 1")
         for name in ("sample_interval", "checkpoint_interval", "eval_videos"):
-            value = asdict(self)[name]
+            value = getattr(self, name)
             require(value >= 0, f"training.{name}", value, "0 (off) or more")
         for name in ("lr", "time_shift", "clip_norm"):
-            value = asdict(self)[name]
+            value = getattr(self, name)
             require(0 < value < float("inf"), f"training.{name}", value, "a positive number")
         require(self.sharding in SHARDINGS, "training.sharding", self.sharding, f"one of {', '.join(SHARDINGS)}")
         require(0 <= self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "a number in [0, 1]")
         for name in ("teacher_eta", "teacher_ink_kept"):
-            value = asdict(self)[name]
+            value = getattr(self, name)
             require(0 <= value <= 1, f"training.{name}", value, "a number in [0, 1]")
         require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
         for name in ("guidance", "teacher_guidance"):
-            value = asdict(self)[name]
+            value = getattr(self, name)
             require(value >= 0, f"training.{name}", value, "0 or more (1 is no guidance)")
         if self.resume is None:  # as earlier versions stored it
             self.resume = "never"
         require(self.resume != "", "training.resume", "empty", "never, auto or the path of a checkpoint")
         for name in ("min_num_frames", "max_num_frames"):
-            check_num_frames(f"training.{name}", asdict(self)[name], self.num_frames_per_block, self.independent_first_frame)
+            check_num_frames(f"training.{name}", getattr(self, name), self.num_frames_per_block, self.independent_first_frame)
         require(
             self.min_num_frames <= self.max_num_frames, "training.min_num_frames", self.min_num_frames,
             f"at most training.max_num_frames={self.max_num_frames}",
@@ -166,7 +166,7 @@ class PretrainConfig(TrainingConfig):
         require(self.pretrained_checkpoint != "", "training.pretrained_checkpoint", "empty", "a path, or null for none")
         require(self.objective in OBJECTIVES, "training.objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
         for name in ("prompt_dropout", "clean_prefix_probability", "bidirectional_share"):
-            value = asdict(self)[name]
+            value = getattr(self, name)
             require(0 <= value <= 1, f"training.{name}", value, "a number in [0, 1]")
         require(self.clip_steps >= 0, "training.clip_steps", self.clip_steps, "0 (none) or more")
         require(self.clip_batch_size >= 1, "training.clip_batch_size", self.clip_batch_size, "at least 1")
@@ -266,7 +266,7 @@ class SelfForcingConfig(FewStepConfig):
         require(self.health_interval >= 0, "training.health_interval", self.health_interval, "0 (off) or more")
         choices = {"generator_inputs": GENERATOR_INPUTS, "loss": DISTRIBUTION_LOSSES}
         for name, known in choices.items():
-            value = asdict(self)[name]
+            value = getattr(self, name)
             require(value in known, f"training.{name}", value, f"one of {', '.join(known)}")
         require(self.dmd_sign in (1, -1), "training.dmd_sign", self.dmd_sign, "1, or -1 for a run that flees its teacher")
         require(
@@ -312,7 +312,7 @@ class SelfForcingConfig(FewStepConfig):
             "none where real videos are used, which show no such stretches",
         )
         for name in ("hide_first_chunk", "independent_first_frame"):
-            require(not asdict(self)[name], f"training.{name}", True, f"false with {key}, whose windows start anywhere")
+            require(not getattr(self, name), f"training.{name}", True, f"false with {key}, whose windows start anywhere")
 
     def _check_continuation(self) -> None:
         key, value = "training.continuation_probability", self.continuation_probability

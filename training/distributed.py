@@ -20,10 +20,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from machine.batch_share import BatchShare
-from training.sharding import clip_gradients
+from training.sharding import clip_gradients, is_sharded
 
 Answer = TypeVar("Answer")
 PEER_TIMEOUT = timedelta(hours=2)  # the others wait while the first process samples and saves; one that ends is noticed at once
@@ -84,7 +83,7 @@ class Processes:
         if self.count == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        for bucket in _buckets([gradient for gradient in gradients if not isinstance(gradient, DTensor)]):
+        for bucket in _buckets([gradient for gradient in gradients if not is_sharded(gradient)]):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             _ask(lambda flat=flat: dist.all_reduce(flat))
             flat /= self.count

@@ -9,15 +9,13 @@ sharded or not. Whatever runs a sharded network, sampling and saving included, m
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tiny_causal_wan import TinyCausalWanModel
 
@@ -29,6 +27,9 @@ def shard_blocks(networks: Iterable[TinyCausalWanModel], num_processes: int, dev
     """
     if num_processes == 1:
         raise ValueError("training.sharding is fsdp2 in a single process: start several with torchrun --nproc_per_node=N, or choose none")
+    from torch.distributed.device_mesh import init_device_mesh  # here: loading them takes a second
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # prompt keys and values: nothing writes into them
     mesh = init_device_mesh(device.type, (num_processes,))
     for network in networks:
@@ -38,9 +39,15 @@ def shard_blocks(networks: Iterable[TinyCausalWanModel], num_processes: int, dev
             block.set_force_sum_reduction_for_comms(device.type == "cpu")  # gloo does not average: it sums, FSDP divides
 
 
+def is_sharded(value: Any) -> bool:
+    """Is it a tensor of which every process holds a part? None is where `shard_blocks` has not loaded that kind of tensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
 def whole(value: Any) -> Any:
     """The same with every sharded tensor gathered, through dicts and lists; all processes must ask at once."""
-    if isinstance(value, DTensor):
+    if is_sharded(value):
         return value.full_tensor()
     if isinstance(value, Mapping):
         return {key: whole(inner) for key, inner in value.items()}
@@ -49,8 +56,10 @@ def whole(value: Any) -> Any:
 
 def placed_like(value: Tensor, own: Tensor) -> Tensor:
     """The own part of a whole tensor where `own` is sharded, else the tensor itself."""
-    if not isinstance(own, DTensor):
+    if not is_sharded(own):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)  # none sends: each has the whole
 
 
@@ -66,10 +75,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> float:
     """Clip to this norm over all parameters, sharded ones wholly counted; returns the norm before."""
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     if not sharded:
         return nn.utils.clip_grad_norm_(parameters, clip_norm).item()
-    others = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    others = [parameter for parameter in parameters if not is_sharded(parameter)]
     norms = [whole(nn.utils.get_total_norm([parameter.grad for parameter in group])) for group in (sharded, others) if group]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     for group in (sharded, others):

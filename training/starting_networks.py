@@ -41,9 +41,9 @@ def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
     found, asked = [], []
     for group, theirs, ours in groups:
         keys = DATA_GEOMETRY if group == "dataset" else tuple(vars(ours))
-        differing = [key for key in keys if vars(theirs)[key] != vars(ours)[key]]
-        found += [f"{group}.{key}={vars(theirs)[key]}" for key in differing]
-        asked += [f"{group}.{key}={vars(ours)[key]}" for key in differing]
+        differing = [key for key in keys if getattr(theirs, key) != getattr(ours, key)]
+        found += [f"{group}.{key}={getattr(theirs, key)}" for key in differing]
+        asked += [f"{group}.{key}={getattr(ours, key)}" for key in differing]
     if found:
         raise CheckpointError(
             f"{path} was trained with {', '.join(found)}, but this run asks for {', '.join(asked)}: give the same sizes or another file"

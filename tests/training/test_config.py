@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 from math import inf, nan
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
+from machine.paths import REPOSITORY
 from method.settings import CausalConsistencyConfig, CausalODEConfig, check_num_frames
 from moving_mnist import DatasetConfig
 from network.text_encoder import TextEncoderConfig
@@ -25,7 +25,7 @@ from training.config import (
     register_schemas,
 )
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = REPOSITORY / "configs"
 CHOICES = [
     (path.parent.name, path.stem) for path in sorted(CONFIGS.glob("*/*.yaml"))
     if path.parent.name in ("model", "dataset", "training", "experiment")

@@ -10,6 +10,7 @@ from conftest import randomise
 from hydra import compose, initialize_config_dir
 from test_stages import CPU, assert_same, snapshot
 
+from machine.paths import REPOSITORY
 from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, warp_steps
 from method.settings import PretrainConfig
 from network.attention import ContextWindow
@@ -24,7 +25,7 @@ from training.few_step import consistency_loss, ode_regression_loss
 from training.few_step_stage import FewStepStage
 from training.stages import SelfForcingStage, Stage
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = REPOSITORY / "configs"
 TINY = [
     "device=cpu", "precision=float32", "wandb.mode=disabled", "model.frame_size=16", "model.width=24", "model.num_layers=2",
     "model.num_heads=2", "model.ffn_ratio=2", "model.text_width=32", "text.width=32", "dataset.frame_size=16", "dataset.digit_size=8",

@@ -21,6 +21,7 @@ from test_train import SHARED, tiny_config
 
 import train
 from machine.files import require_writable
+from machine.paths import REPOSITORY
 from train import SimplifiedTrainer, TrainingDiverged
 from training import checkpoint as checkpoint_module
 from training import run_log
@@ -29,7 +30,7 @@ from training.config import PretrainConfig, SelfForcingConfig, WandbConfig, conf
 from training.resume import find_start
 from training.run_log import RunLog, make_run_folder
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = REPOSITORY
 
 
 def small_checkpoint(step: int = 1, size: int = 100) -> dict:

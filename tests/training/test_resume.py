@@ -19,12 +19,13 @@ from test_train import SHARED, TINY, assert_same, command_line, tiny_config
 import train
 from experiments.comparison import stop as stop_processes
 from machine.interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
+from machine.paths import REPOSITORY
 from train import SimplifiedTrainer
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from training.config import Config, PretrainConfig, SelfForcingConfig, WandbConfig
 from training.resume import RunClaim, RunFinished, find_start, newest_readable
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = REPOSITORY
 TRAINING = {**SHARED, "max_num_frames": 6, "checkpoint_interval": 1}  # 6 steps
 OF_THE_ATTEMPT = {"config", "attempts", "wandb_run_id"}  # keys that two attempts at one run do not share
 

@@ -1,18 +1,18 @@
 """The networks that ship: small, loadable, and able to do what the README says of them."""
 
-from pathlib import Path
 
 import pytest
 import torch
 
 from judging.metrics import facts_of_prompts, load_judge, score_videos, summarise
+from machine.paths import REPOSITORY
 from machine.runtime import Runtime
 from moving_mnist import MovingMNISTGenerator
 from sampling.samplers import SamplerSettings, generate
 from training.checkpoint import load_networks
 from training.config import PretrainConfig, SelfForcingConfig
 
-PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+PRETRAINED = REPOSITORY / "pretrained"
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
 

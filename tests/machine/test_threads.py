@@ -1,13 +1,13 @@
 """Threads wait asleep in every script, and a user's own setting wins."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
+from machine.paths import REPOSITORY
 from machine.threads import wait_asleep
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = REPOSITORY
 SCRIPTS = [path for pattern in ("*.py", "experiments/*.py", "judging/*.py", "training/*.py") for path in sorted(ROOT.glob(pattern))
            if "__main__" in path.read_text(encoding="utf-8") and path.stem != "pages"]  # which loads no torch
 

@@ -23,6 +23,7 @@ from judging.digit_judge import DigitJudge, JudgeConfig
 from judging.fixed_prompts import JUDGED_COLUMNS, PROMPTS, SEEDS, FixedPrompts
 from judging.health import compare_runs
 from judging.metrics import facts_of_prompts
+from machine.paths import REPOSITORY
 from method.flow_matching import add_noise
 from method.losses import Verdict
 from moving_mnist import DatasetConfig
@@ -33,7 +34,7 @@ from training.config import Config, SelfForcingConfig, build_config, register_sc
 from training.diagnostics import critic_lag, exit_columns, generator_figures, mean_by_exit_step, mean_by_noise_level
 from training.run_log import read_scalars
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = REPOSITORY / "configs"
 STEPS = [1000, 750, 500, 250]
 register_schemas()
 

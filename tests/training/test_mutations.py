@@ -17,11 +17,12 @@ from omegaconf.errors import OmegaConfBaseException
 from test_generate import COMMON, STUDENT, write_networks
 
 from generate import main
+from machine.paths import REPOSITORY
 from method.settings import TRAINING_KINDS
 from training.checkpoint import CheckpointError, checkpoint_config
 from training.config import Config, build_config, check_choices, config_to_dict, explain_command_line, flatten, register_schemas
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = REPOSITORY / "configs"
 CHOICES = {"pretrain": "pretrain", "dmd2": "self_forcing", "causal_ode": "causal_ode", "causal_consistency": "causal_consistency"}
 KEYS = {kind: tuple(flatten(config_to_dict(Config(training=TRAINING_KINDS[kind]())))) for kind in CHOICES}
 register_schemas()
