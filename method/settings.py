@@ -251,6 +251,9 @@ class SelfForcingConfig(FewStepConfig):
     rollout_frames: int | None = None
     # Of a step: that its videos go on from the first block of real ones, so that a student learns to keep the style of what it is given.
     continuation_probability: float = 0.0
+    # Blocks walk on to their last step after the exit step, so that later blocks and the critic see finished videos, as at inference.
+    # false: the exit step's prediction stands for the block (Self-Forcing, Algorithm 1); docs/decisions.md says what that does here.
+    finish_blocks: bool = True
     same_exit_step: bool = True  # one exit step for all blocks of a rollout; false draws one per block
     dfake_gen_update_ratio: int = 4
     critic_warmup_steps: int = 16  # critic updates before the generator's first

@@ -277,17 +277,17 @@ class SelfForcingStage:
             figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video, where each has its own
             if is_generator_turn:
                 seen.append(self._judge_generator(rollout, text, x_real, share))
-            made.append((rollout.scored.detach(), text, x_real))
+            made.append((rollout.finished, text, x_real))
         if is_generator_turn:
             figures["gradient_norm_generator"] = self._step("generator", engine.generator)
             update_average(self.average, engine.generator, config.ema_decay, self.num_generator_updates)
             self.num_generator_updates += 1
             figures |= mean_figures(seen)
-        # The critic learns from the same videos: the rollout of the generator's turn serves twice.
+        # The critic learns from the videos of the same rollout, which serves twice on the generator's turn.
         losses = []
-        for share, (scored, text, x_real) in zip(self.parts.of(config.batch_size), made, strict=True):
+        for share, (finished, text, x_real) in zip(self.parts.of(config.batch_size), made, strict=True):
             with self.runtime.autocast():
-                loss = engine.critic_loss(scored, engine.fake_score.encode_prompt(*text), x_real, share)
+                loss = engine.critic_loss(finished, engine.fake_score.encode_prompt(*text), x_real, share)
             self.parts.backward(loss)
             losses.append({"loss_critic": loss.item()})
         figures |= mean_figures(losses)

@@ -40,7 +40,7 @@ def test_what_is_given_comes_first_and_the_rest_is_what_inference_makes_of_it(is
         with torch.no_grad():
             expected = torch.cat(list(rollout_blocks(
                 engine.generator, prompt, make_noise_streams(seeds.pop()), 3, engine.plan, exit_steps=rollout.exit_steps,
-                first_frames=given,
+                first_frames=given, finished=[],
             )), dim=1)
         torch.testing.assert_close(rollout.x_0[:, first:].detach(), expected, atol=1e-5, rtol=1e-5)
         seen |= set(rollout.exit_steps)
@@ -54,7 +54,7 @@ def test_exit_steps_of_their_own_stay_those_of_their_blocks(monkeypatch):
     )
     prompt = random_prompt(engine.generator, 2)
     while True:
-        rollout = engine.rollout(prompt, NUM_FRAMES, with_gradient=False, given=real_videos()[:, :BLOCK])
+        rollout = engine.rollout(prompt, NUM_FRAMES, with_gradient=True, given=real_videos()[:, :BLOCK])
         if len(set(rollout.exit_steps)) > 2:
             break
     assert asked[-1]["exit_steps"] == rollout.exit_steps

@@ -55,17 +55,42 @@ def test_training_rollout_is_inference_bit_for_bit(monkeypatch, with_gradient: b
         return make_noise_streams(seeds)
 
     monkeypatch.setattr(dynamic_video_sf, "make_noise_streams", record)
-    engine = build_engine(context_noise=context_noise)
-    prompt = random_prompt(engine.generator, 2)
-    last = len(engine.plan.times) - 1
-    num_last = 0
-    for _ in range(12):
-        rollout = engine.rollout(prompt, 9, with_gradient)
-        if rollout.exit_steps == [last] * 3:
-            num_last += 1
-            assert torch.equal(rollout.x_0, run(engine.generator, prompt, drawn[-1], 3, few_step_plan(engine.config)))
-    assert num_last > 0
-    assert len(set(map(tuple, drawn))) == 12  # every rollout has seeds of its own
+    for finish_blocks in (False, True):
+        engine = build_engine(context_noise=context_noise, finish_blocks=finish_blocks)
+        prompt = random_prompt(engine.generator, 2)
+        last = len(engine.plan.times) - 1
+        num_compared, exits = 0, set()
+        for _ in range(12):
+            rollout = engine.rollout(prompt, 9, with_gradient)
+            exits |= set(rollout.exit_steps)
+            if finish_blocks or rollout.exit_steps == [last] * 3:
+                num_compared += 1
+                assert torch.equal(rollout.finished, run(engine.generator, prompt, drawn[-1], 3, few_step_plan(engine.config)))
+                assert not rollout.finished.requires_grad
+        assert num_compared > 0 and (len(exits) > 1) == (with_gradient or not finish_blocks)
+        assert len(set(map(tuple, drawn))) == 12  # every rollout has seeds of its own
+        drawn.clear()
+
+
+@pytest.mark.parametrize("exit_step", [0, 1, 3])
+def test_finished_blocks_are_what_later_blocks_see_and_the_exit_step_is_predicted_from_them(small_model, plan, exit_step: int):
+    """Gradient reaches the exit step's prediction alone, which is the one that inference makes on its way."""
+    prompt, finished, walks = random_prompt(small_model, 2), [], []
+    passes: list[bool] = []
+    small_model.head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
+    predicted = run(small_model, prompt, [1, 2], 3, plan, exit_steps=[exit_step] * 3, gradient_blocks=range(1, 3), finished=finished)
+    assert sum(passes) == 2 and not any(block.requires_grad for block in finished)
+    with torch.no_grad():
+        inferred = list(rollout_blocks(small_model, prompt, make_noise_streams([1, 2]), 3, plan, trace=walks))
+    assert all(torch.equal(made, wanted) for made, wanted in zip(finished, inferred, strict=True))
+    cache = small_model.new_cache()
+    for index, block in enumerate(predicted.split(BLOCK, 1)):
+        x_t = walks[index][exit_step]
+        t = torch.full(x_t.shape[:2], plan.times[exit_step])
+        with torch.no_grad():
+            x_0 = clamp_to_data(x_t - plan.times[exit_step] * small_model.forward_cached(x_t, t, prompt, cache))
+            small_model.write_cache(inferred[index], torch.zeros(x_t.shape[:2]), prompt, cache)
+        torch.testing.assert_close(block.detach(), x_0, atol=1e-5, rtol=1e-5)
 
 
 def test_a_longer_video_begins_with_the_shorter_one(small_model, plan):
@@ -110,7 +135,7 @@ def test_exit_step_is_shared_or_drawn_per_block_and_every_one_occurs():
     for same_exit_step in (True, False):
         engine = build_engine(same_exit_step=same_exit_step)
         prompt = random_prompt(engine.generator, 1)
-        draws = [engine.rollout(prompt, 9, with_gradient=False).exit_steps for _ in range(24)]
+        draws = [engine.rollout(prompt, 9, with_gradient=True).exit_steps for _ in range(24)]
         assert all(len(draw) == 3 for draw in draws)
         assert all(len(set(draw)) == 1 for draw in draws) == same_exit_step
         assert {step for draw in draws for step in draw} == {0, 1, 2, 3}

@@ -89,7 +89,7 @@ def test_frames_before_the_window_are_those_of_inference_and_carry_no_gradient(w
         with torch.no_grad():
             expected = list(rollout_blocks(
                 engine.generator, prompt, make_noise_streams(seeds), num_before + 3, engine.plan,
-                exit_steps=[last] * num_before + rollout.exit_steps,
+                exit_steps=[last] * num_before + rollout.exit_steps, finished=[],
             ))
         assert all(torch.equal(block, wanted) for block, wanted in zip(made[:num_before], expected, strict=False))
         torch.testing.assert_close(rollout.x_0, torch.cat(expected[num_before:], dim=1), atol=1e-5, rtol=1e-5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -48,9 +46,8 @@ def _check_one_rollout(engine: SelfForcingEngine, prompt: PromptContext) -> Find
         torch.randint(len(engine.plan.times), (1,), generator=engine.random)  # the exit step comes first
         seeds = torch.randint(2**62, (2,), generator=engine.random).tolist()
         engine.random.set_state(final)
-        plan = replace(engine.plan, times=engine.plan.times[: rollout.exit_steps[0] + 1])
-        video = torch.cat(list(rollout_blocks(engine.generator, prompt, make_noise_streams(seeds), 4, plan)), dim=1)
-        num_equal += torch.equal(rollout.x_0, video)
+        video = torch.cat(list(rollout_blocks(engine.generator, prompt, make_noise_streams(seeds), 4, engine.plan)), dim=1)
+        num_equal += torch.equal(rollout.finished, video[:, -rollout.finished.shape[1]:])
         seen.add(rollout.exit_steps[0])
     return (
         num_equal == num_rollouts and len(seen) == len(engine.plan.times),
