@@ -490,7 +490,11 @@ class SelfForcingEngine:
             torch.cat([x_t, x_t]), torch.cat([t, t]), prompts.real.concatenate(prompts.real_null)
         ).chunk(2)
         weight = expand_time(interval_weight(t, self.config.guidance, self.config.guidance_interval), x_t)
-        x_0_real = x_0_from_velocity(x_t, classifier_free_guidance(cond, uncond, weight), t)
+        if self.config.guidance_ink_kept == 1.0:
+            x_0_real = x_0_from_velocity(x_t, classifier_free_guidance(cond, uncond, weight), t)
+        else:
+            cond, uncond = x_0_from_velocity(x_t, cond, t), x_0_from_velocity(x_t, uncond, t)
+            x_0_real = projected_guidance(cond, uncond, weight, cond + 1, self.config.guidance_ink_kept)
         if self.config.clamp_real_score:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): guidance overshoots
             x_0_real = x_0_real.clamp(-1, 1)
         return x_0_fake, x_0_real, t[:, 0]

@@ -101,7 +101,7 @@ def classifier_free_guidance(cond: Tensor, uncond: Tensor, weight: float | Tenso
     return uncond + weight * (cond - uncond)
 
 
-def projected_guidance(cond: Tensor, uncond: Tensor, weight: float, direction: Tensor, kept: float) -> Tensor:
+def projected_guidance(cond: Tensor, uncond: Tensor, weight: float | Tensor, direction: Tensor, kept: float) -> Tensor:
     """`classifier_free_guidance` that keeps a share, 0 to 1, of what it adds along a direction, of each video on its own (projected
     guidance, arXiv 2410.02416, section 4; 1 is classifier-free guidance). All (B, F, C, H, W).
 

@@ -229,9 +229,12 @@ class SelfForcingConfig(FewStepConfig):
     """
 
     training_type: str = "dmd2"
-    num_steps: int = 560
-    lr: float = 3e-4
-    decay_fraction: float = 0.5  # of the generator's rate alone; as it falls, critic and generator stop chasing each other
+    pretrained_checkpoint: str = "pretrained/teacher_long.pt"
+    num_steps: int = 400
+    min_num_frames: int = 9  # shorter videos cost less, and most of what is to be learned shows in the first blocks
+    lr: float = 1.2e-4
+    decay_fraction: float = 1.0  # of the generator's rate alone; as it falls, critic and generator stop chasing each other
+    ema_decay: float = 0.95
     generator_inputs: str = "self_rollout"
     loss: str = "dmd"
     dmd_sign: int = 1  # of the DMD gradient; -1 is a fault on purpose, to see what it does to a run (docs/health.md)
@@ -239,12 +242,13 @@ class SelfForcingConfig(FewStepConfig):
     gan_penalty: float = 0.1  # weight of R1 and of R2 in the discriminator's loss
     gan_penalty_sigma: float = 0.05  # step of their finite differences
     guidance: float = 2.5
-    # Times of the scores at which the teacher is guided. At higher ones guidance makes strokes bolder, at these the digit clearer.
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 0.85])
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # times of the scores at which the teacher is guided
+    # Of what guidance adds to the teacher's prediction along its ink: 1 is classifier-free guidance, less makes thinner strokes.
+    guidance_ink_kept: float = 0.5
     clamp_real_score: bool = False  # keep the guided teacher's x_0 in [-1, 1], which guidance leaves
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
-    critic_lr: float = 2e-4
-    critic_ema_decay: float = 0.9  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
+    critic_lr: float = 4e-4
+    critic_ema_decay: float = 0.8  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
     context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
     # Score a window of min_num_frames to max_num_frames frames somewhere in a rollout of up to so many; that of the start if not given.
@@ -257,12 +261,12 @@ class SelfForcingConfig(FewStepConfig):
     same_exit_step: bool = True  # one exit step for all blocks of a rollout; false draws one per block
     dfake_gen_update_ratio: int = 4
     critic_warmup_steps: int = 16  # critic updates before the generator's first
-    min_score_time: float = 0.02
+    min_score_time: float = 0.35  # below it the DMD gradient is mostly the critic's error (docs/decisions.md)
     max_score_time: float = 0.98
     # Shift of the times of scores and critic, toward noise above 1. The default departs from the public code, which shifts by 5.
     score_time_shift: float = 1.0
     loss_time_floor: float = 0.3
-    health_interval: int = 70  # steps between two readings of the generator's videos of fixed prompts (`health`); 0 switches them off
+    health_interval: int = 40  # steps between two readings of the generator's videos of fixed prompts (`health`); 0 switches them off
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -276,6 +280,7 @@ class SelfForcingConfig(FewStepConfig):
             self.dmd_sign == 1 or self.loss == "dmd", "training.dmd_sign", self.dmd_sign,
             f"1 with training.loss={self.loss}, which has no DMD gradient",
         )
+        require(0 <= self.guidance_ink_kept <= 1, "training.guidance_ink_kept", self.guidance_ink_kept, "a number in [0, 1]")
         require(self.gan_penalty >= 0, "training.gan_penalty", self.gan_penalty, "0 (none) or more")
         require(self.gan_penalty_sigma > 0, "training.gan_penalty_sigma", self.gan_penalty_sigma, "a positive number")
         check_num_frames("training.gradient_frames", self.gradient_frames, self.num_frames_per_block)

@@ -151,7 +151,7 @@ def test_a_score_that_is_not_a_number_gives_a_loss_that_is_not_finite(loss, brok
 
 
 def test_generator_loss_is_dmd_with_guided_teacher_and_bidirectional_scores():
-    engine = build_engine(guidance=2.5)
+    engine = build_engine(guidance=2.5, guidance_ink_kept=1.0)
     perturb(engine.fake_average)
     prompts = prompts_of(engine)
     x_0 = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=False).scored.requires_grad_()
@@ -170,6 +170,21 @@ def test_generator_loss_is_dmd_with_guided_teacher_and_bidirectional_scores():
     torch.testing.assert_close(derivative, expected / x_0.numel(), rtol=1e-3, atol=1e-3 * derivative.abs().max().item())
     assert verdict.figures["score_distance"] == pytest.approx((x_0_fake - x_0_real).abs().mean().item(), rel=1e-3)
     assert verdict.figures["dmd_gradient_norm"] == pytest.approx(expected.square().mean().sqrt().item(), rel=1e-3)
+
+
+def test_guidance_of_the_real_score_keeps_the_asked_share_of_its_ink():
+    """The share 1 is classifier-free guidance; of what any other share takes away, all lies along the predicted ink."""
+    over, found = (1, 2, 3, 4), {}
+    for kept in (1.0, 0.5, 0.0):
+        engine = build_engine(guidance=2.5, guidance_ink_kept=kept)
+        x_0 = 0.3 * torch.randn(2, 6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            _, found[kept], _ = engine._denoised(x_0, prompts_of(engine), None)
+            _, cond, _ = build_engine(guidance=1.0)._denoised(x_0, prompts_of(engine), None)
+    torch.testing.assert_close(found[0.5], (found[0.0] + found[1.0]) / 2, atol=1e-5, rtol=1e-5)
+    ink = cond + 1
+    torch.testing.assert_close(((found[0.0] - cond) * ink).sum(over), torch.zeros(2), atol=1e-3, rtol=0)
+    assert ((found[1.0] - cond) * ink).sum(over).abs().min() > 0.1
 
 
 def test_score_times_are_uniform_between_their_bounds():
@@ -222,7 +237,7 @@ def shift_prompt(batch_size: int, shift: list[float]) -> PromptContext:
 def test_on_gaussians_the_engines_gradient_is_the_closed_form(interval: list[float], clamp: bool):
     """Fake N(m_f, s^2), teacher N(m_u, s^2) and N(m_c, s^2) guided, inside the interval, to the mean m_u + w (m_c - m_u)."""
     s, weight = 0.6, 2.0
-    config = SelfForcingConfig(guidance=weight, guidance_interval=interval, clamp_real_score=clamp)
+    config = SelfForcingConfig(guidance=weight, guidance_interval=interval, guidance_ink_kept=1.0, clamp_real_score=clamp)
     engine = SelfForcingEngine(config, GaussianScore(torch.zeros(2), s * torch.eye(2)), torch.Generator().manual_seed(0))
     fake, cond, uncond = [0.8, -0.1], [-0.5, 0.4], [0.2, 0.1]
     x_0 = (torch.tensor(fake) + s * torch.randn(32, 3, 1, 1, 2, generator=engine.random)).requires_grad_()
