@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from machine.paths import REPOSITORY
@@ -25,6 +26,12 @@ FIGURES = {
     "frames_right": "frames right", "one_class": "one class in all 21", "track_within_1px": "track within 1 px", "direction_obeyed": "direction",
     "stroke_mass_ratio": "stroke mass", "frechet_distance": "Frechet (our net)", "glyph_diversity": "glyph diversity",
     "glyph_frechet": "glyph Frechet",
+}
+
+
+SEED_FIGURES = {  # of results/seeds.json
+    "frames_right": "frames right", "one_class": "one class", "track_within_1px": "track", "direction_obeyed": "direction",
+    "stroke_mass": "stroke mass", "frechet": "Frechet", "diversity": "glyph diversity", "worst_reading_frames_right": "worst reading",
 }
 
 
@@ -106,10 +113,25 @@ def public_code(results: Path) -> str:
     return as_table(["frames/s, medians", "public code", "the same, compiled", "ours", "ours, compiled"], rows)
 
 
+def seeds(results: Path) -> str:
+    """Default runs that differ in their seed alone: each, then median and worst."""
+    found = read(results, "seeds.json")
+    names = [name for name in SEED_FIGURES if all(name in run for run in found["runs"])]
+    rows = [[str(run["seed"]), *(number(run[name]) for name in names), f"{run['minutes']:.0f}"] for run in found["runs"]]
+    columns = {name: [run[name] for run in found["runs"]] for name in names}
+    rows.append(["**median**", *(number(median(columns[name])) for name in names), f"{median(run['minutes'] for run in found['runs']):.0f}"])
+    worst = {
+        name: max(columns[name], key=lambda value: abs(value - 1) if name == "stroke_mass" else value if name == "frechet" else -value)
+        for name in names
+    }
+    rows.append(["**worst**", *(number(worst[name]) for name in names), ""])
+    return as_table(["seed", *(SEED_FIGURES[name] for name in names), "minutes"], rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "evaluation": lambda results: evaluation(results, with_intervals=False),
     "evaluation_with_intervals": lambda results: evaluation(results, with_intervals=True),
-    "drift": drift, "continuation": continuation, "switch": switch, "public_code": public_code,
+    "seeds": seeds, "drift": drift, "continuation": continuation, "switch": switch, "public_code": public_code,
 }
 
 

@@ -241,14 +241,14 @@ class SelfForcingConfig(FewStepConfig):
     sid_alpha: float = 1.0  # weight of the squared term of SiD's loss
     gan_penalty: float = 0.1  # weight of R1 and of R2 in the discriminator's loss
     gan_penalty_sigma: float = 0.05  # step of their finite differences
-    guidance: float = 2.5
+    guidance: float = 3.0
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # times of the scores at which the teacher is guided
     # Of what guidance adds to the teacher's prediction along its ink: 1 is classifier-free guidance, less makes thinner strokes.
     guidance_ink_kept: float = 0.5
     clamp_real_score: bool = False  # keep the guided teacher's x_0 in [-1, 1], which guidance leaves
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
-    critic_lr: float = 4e-4
-    critic_ema_decay: float = 0.8  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
+    critic_lr: float = 5e-4
+    critic_ema_decay: float = 0.7  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
     context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
     # Score a window of min_num_frames to max_num_frames frames somewhere in a rollout of up to so many; that of the start if not given.
@@ -259,7 +259,7 @@ class SelfForcingConfig(FewStepConfig):
     # false: the exit step's prediction stands for the block (Self-Forcing, Algorithm 1); docs/decisions.md says what that does here.
     finish_blocks: bool = True
     same_exit_step: bool = True  # one exit step for all blocks of a rollout; false draws one per block
-    dfake_gen_update_ratio: int = 4
+    dfake_gen_update_ratio: int = 5
     critic_warmup_steps: int = 16  # critic updates before the generator's first
     min_score_time: float = 0.35  # below it the DMD gradient is mostly the critic's error (docs/decisions.md)
     max_score_time: float = 0.98

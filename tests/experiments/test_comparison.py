@@ -147,7 +147,7 @@ def test_flops_are_the_mean_over_whole_cycles_and_all_exit_steps(runs: dict[str,
             break
     generator, critic = (sum(seen[turn, exit_step].pop() for exit_step in range(4)) / 4 for turn in (True, False))
     assert all(not left for left in seen.values())  # the cost of a turn depends on its exit step alone
-    assert flops_per_step(config) == pytest.approx((generator + 3 * critic) / 4, rel=1e-12)
+    assert flops_per_step(config) == pytest.approx((generator + 4 * critic) / 5, rel=1e-12)
 
 
 def test_finished_blocks_cost_the_same_at_every_exit_step(runs: dict[str, Config]):
@@ -158,7 +158,7 @@ def test_finished_blocks_cost_the_same_at_every_exit_step(runs: dict[str, Config
         turns.setdefault(step, set()).add(_count_step(stage, step))
     (generator,), ((critic, last),) = {flops for flops, _ in turns[19]}, turns[20]
     assert len(turns[19]) > 2 and last == 3  # exits differ, their cost does not; the critic sees none but finished blocks
-    assert flops_per_step(config) == pytest.approx((generator + 3 * critic) / 4, rel=1e-12)
+    assert flops_per_step(config) == pytest.approx((generator + 4 * critic) / 5, rel=1e-12)
 
 
 def test_flops_of_forcing_count_the_optimizer_once(runs: dict[str, Config]):

@@ -72,7 +72,7 @@ def test_sid_is_the_papers_loss_in_other_words():
 
 
 def test_sid_passes_through_both_scores_and_reaches_the_generator_alone():
-    engine = build_engine(loss="sid", guidance=2.0)
+    engine = build_engine(loss="sid", guidance=2.0, guidance_ink_kept=1.0)
     before = {name: value.clone() for name, value in engine.real_score.state_dict().items()}
     rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
     state, prompts = engine.random.get_state(), prompts_of(engine)

@@ -323,7 +323,7 @@ def test_a_teacher_of_another_text_encoder_is_refused(teacher: Path):
 
 def test_a_resumed_run_takes_its_rates_from_the_new_configuration(teacher: Path):
     state = build_self_forcing(teacher).state_dict()
-    resumed = build_self_forcing(teacher, lr=3e-6, critic_lr=4e-6)
+    resumed = build_self_forcing(teacher, lr=3e-6, critic_lr=4e-6, decay_fraction=0.0)
     resumed.load_state_dict(state, "run")
     resumed.train_step(1)
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in resumed.optimizers.items()}
