@@ -229,26 +229,24 @@ class SelfForcingConfig(FewStepConfig):
     """
 
     training_type: str = "dmd2"
-    pretrained_checkpoint: str = "pretrained/teacher_long.pt"
-    num_steps: int = 400
-    min_num_frames: int = 9  # shorter videos cost less, and most of what is to be learned shows in the first blocks
-    lr: float = 1.2e-4
-    decay_fraction: float = 1.0  # of the generator's rate alone; as it falls, critic and generator stop chasing each other
-    ema_decay: float = 0.95
+    num_steps: int = 560
+    lr: float = 3e-4
+    decay_fraction: float = 0.5  # of the generator's rate alone; as it falls, critic and generator stop chasing each other
     generator_inputs: str = "self_rollout"
     loss: str = "dmd"
     dmd_sign: int = 1  # of the DMD gradient; -1 is a fault on purpose, to see what it does to a run (docs/health.md)
     sid_alpha: float = 1.0  # weight of the squared term of SiD's loss
     gan_penalty: float = 0.1  # weight of R1 and of R2 in the discriminator's loss
     gan_penalty_sigma: float = 0.05  # step of their finite differences
-    guidance: float = 3.0
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # times of the scores at which the teacher is guided
+    guidance: float = 2.5
+    # Times of the scores at which the teacher is guided. At higher ones guidance makes strokes bolder, at these the digit clearer.
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 0.85])
     # Of what guidance adds to the teacher's prediction along its ink: 1 is classifier-free guidance, less makes thinner strokes.
-    guidance_ink_kept: float = 0.5
+    guidance_ink_kept: float = 1.0
     clamp_real_score: bool = False  # keep the guided teacher's x_0 in [-1, 1], which guidance leaves
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
-    critic_lr: float = 5e-4
-    critic_ema_decay: float = 0.7  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
+    critic_lr: float = 2e-4
+    critic_ema_decay: float = 0.9  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
     context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
     # Score a window of min_num_frames to max_num_frames frames somewhere in a rollout of up to so many; that of the start if not given.
@@ -256,12 +254,12 @@ class SelfForcingConfig(FewStepConfig):
     # Of a step: that its videos go on from the first block of real ones, so that a student learns to keep the style of what it is given.
     continuation_probability: float = 0.0
     # Blocks walk on to their last step after the exit step, so that later blocks and the critic see finished videos, as at inference.
-    # false: the exit step's prediction stands for the block (Self-Forcing, Algorithm 1); docs/decisions.md says what that does here.
-    finish_blocks: bool = True
+    # Else the exit step's prediction stands for the block (Self-Forcing, Algorithm 1); docs/decisions.md says what either does here.
+    finish_blocks: bool = False
     same_exit_step: bool = True  # one exit step for all blocks of a rollout; false draws one per block
-    dfake_gen_update_ratio: int = 5
+    dfake_gen_update_ratio: int = 4
     critic_warmup_steps: int = 16  # critic updates before the generator's first
-    min_score_time: float = 0.35  # below it the DMD gradient is mostly the critic's error (docs/decisions.md)
+    min_score_time: float = 0.02
     max_score_time: float = 0.98
     # Shift of the times of scores and critic, toward noise above 1. The default departs from the public code, which shifts by 5.
     score_time_shift: float = 1.0

@@ -28,7 +28,7 @@ def real_videos(num_videos: int = 2, num_frames: int = NUM_FRAMES) -> torch.Tens
 @pytest.mark.parametrize("is_first_frame_alone", [False, True])
 def test_what_is_given_comes_first_and_the_rest_is_what_inference_makes_of_it(is_first_frame_alone: bool, monkeypatch):
     lengths = {"min_num_frames": 10, "max_num_frames": 10} if is_first_frame_alone else {}
-    engine, seeds = build_engine(independent_first_frame=is_first_frame_alone, **lengths), []
+    engine, seeds = build_engine(independent_first_frame=is_first_frame_alone, finish_blocks=True, **lengths), []
     monkeypatch.setattr(dynamic_video_sf, "make_noise_streams", lambda drawn: seeds.append(drawn) or make_noise_streams(drawn))
     num_frames, first = (10, 1) if is_first_frame_alone else (NUM_FRAMES, BLOCK)
     given, prompt, seen = real_videos()[:, :first], random_prompt(engine.generator, 2), set()

@@ -75,7 +75,7 @@ def test_steps_draw_their_windows_and_say_where_they_start(teacher: Path):  # no
 
 @pytest.mark.parametrize(("first_frame", "sink_frames"), [(0, 0), (3, 0), (12, 0), (12, 3), (30, 0)])
 def test_frames_before_the_window_are_those_of_inference_and_carry_no_gradient(watched, first_frame: int, sink_frames: int):
-    engine = build_engine(sink_frames=sink_frames)
+    engine = build_engine(sink_frames=sink_frames, finish_blocks=True)
     prompt, last = random_prompt(engine.generator, 2), len(engine.plan.times) - 1
     passes: list[bool] = []
     engine.generator.head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))

@@ -307,7 +307,7 @@ def test_the_command_line_trains(tmp_path, monkeypatch, capsys):
 def test_help_and_the_composed_job_are_shown(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         command_line(monkeypatch, "--help")
-    assert caught.value.code in (0, None) and "num_steps: 400" in capsys.readouterr().out
+    assert caught.value.code in (0, None) and "num_steps: 560" in capsys.readouterr().out
     command_line(monkeypatch, "--cfg", "job", "training.num_steps=7")
     assert "num_steps: 7" in capsys.readouterr().out
 

@@ -90,7 +90,7 @@ def test_overrides_arrive_with_their_type():
     ("training.num_steps", ["training.num_steps"]),
     ("training.min_num_frames=10", ["training.min_num_frames is 10", "9 or 12"]),
     ("training.max_num_frames=1", ["training.max_num_frames is 1", "nearest valid: 3"]),
-    ("training.max_num_frames=6", ["training.min_num_frames is 9", "training.max_num_frames=6"]),
+    ("training.max_num_frames=18", ["training.min_num_frames is 21", "training.max_num_frames=18"]),
     ("training.denoising_steps=[]", ["training.denoising_steps is []", "descending"]),
     ("training.denoising_steps=[1000,500,500]", ["training.denoising_steps is [1000, 500, 500]", "descending"]),
     ("training.denoising_steps=[750,500]", ["training.denoising_steps", "1000"]),
