@@ -19,7 +19,6 @@ from machine import threads  # noqa: F401  before torch, which reads its setting
 
 # isort: split
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,9 +27,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from judging.held_out import JUDGED_CODE, new_indices, who_saw_the_judges_digits
@@ -57,7 +54,7 @@ from moving_mnist import MovingMNISTGenerator
 from sampling.samplers import SamplerSettings, check_length, describe_sampler, generate, prepared
 from sampling.video_io import comparison_gif, comparison_sheet, to_display
 from training.checkpoint import LoadedNetworks, load_networks
-from training.config import DEVICES, PRECISIONS, explain_refusal
+from training.config import DEVICES, PRECISIONS, run_in_one_line
 
 NUM_SHOWN = 6  # prompts in the pictures
 MAX_SEED = 2**63 - 1
@@ -233,12 +230,8 @@ def main(composed: DictConfig) -> None:
 
 
 def run_command_line() -> None:
-    """`main`, where what Hydra refuses is one line too."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its refusals, instead of printing a page and exiting
-    try:
-        main()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {explain_refusal(error, [field.name for field in fields(EvaluateConfig)])}")
+    """`main`, with every refusal of Hydra as one line."""
+    run_in_one_line(main, [field.name for field in fields(EvaluateConfig)])
 
 
 if __name__ == "__main__":

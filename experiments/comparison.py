@@ -30,9 +30,7 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from experiments.comparison_jobs import UNFINISHED, Job, Score, Training, fingerprint, quote, stop
 from experiments.comparison_report import put_by, read_table, results_of, write_table
@@ -44,7 +42,7 @@ from machine.paths import CONFIGS, REPOSITORY
 from machine.runtime import code_digest, describe_machine, file_digest, resolve_runtime
 from sampling.samplers import SamplerSettings
 from training.checkpoint import checkpoint_config, load_checkpoint
-from training.config import Config, build_config, explain_refusal, register_schemas
+from training.config import Config, build_config, register_schemas, run_in_one_line
 from training.resume import describe_difference, settings_without
 
 SCRIPTS = REPOSITORY  # where train.py and evaluate.py stand
@@ -465,11 +463,7 @@ def main(composed: DictConfig) -> None:
 
 def run_command_line() -> None:
     """`main`, with every refusal of Hydra as one line."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its refusals, instead of printing a page and exiting
-    try:
-        main()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {explain_refusal(error, [field.name for field in fields(ComparisonConfig)])}")
+    run_in_one_line(main, [field.name for field in fields(ComparisonConfig)])
 
 
 if __name__ == "__main__":

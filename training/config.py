@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -169,6 +172,15 @@ def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> st
         example = f"; expected a value such as {defaults[root.full_key]}, its default" if root.full_key in defaults else ""
         return f"{root.full_key}: {lines[0]}{example}"
     return "; ".join(lines)
+
+
+def run_in_one_line(main: Callable[[], None], known_keys: list[str]) -> None:
+    """Run a Hydra entry point whose configuration has these keys; exits with one line where Hydra refuses."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its refusals, instead of printing a page and exiting
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {explain_refusal(error, known_keys)}")
 
 
 def explain_command_line(error: Exception, overrides: list[str]) -> str:
