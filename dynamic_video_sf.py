@@ -108,30 +108,40 @@ class Past:
         """Forget everything."""
         self.cache = self.model.new_cache(self.plan.context.window_frames, self.plan.context.sink_frames)
         self._deferred: tuple[Tensor, Tensor, PromptContext] | None = None  # a finished block as the cache is to see it
-        self._sink: list[Tensor] = []  # frames of the sink
+        self._sink: list[Tensor] = []  # the blocks, whole, that frames of the sink belong to
         self._blocks: list[Tensor] = []  # later blocks of which a frame is still visible
+        self._num_frames = 0  # appended so far
 
     def append(self, x_0: Tensor, prompt: PromptContext) -> None:
         """Add a finished block x_0 (B, F_block, C, H, W): its keys and values at the context time join the cache."""
         self._write(x_0, prompt)
-        window, sink = self.plan.context.window_frames, self.plan.context.sink_frames
-        missing = sink - sum(frames.shape[1] for frames in self._sink)
-        if missing > 0:
-            self._sink.append(x_0[:, :missing])
-            x_0 = x_0[:, missing:]
-        self._blocks += [x_0] if x_0.shape[1] else []
-        if window is not None:
-            visible = window - sink - self.plan.num_frames_per_block  # what the next block sees behind the sink
-            while self._blocks and sum(block.shape[1] for block in self._blocks[1:]) >= visible:
-                del self._blocks[0]
+        belongs_to_sink = self._num_frames < self.plan.context.sink_frames
+        (self._sink if belongs_to_sink else self._blocks).append(x_0)
+        self._num_frames += x_0.shape[1]
+        while self._blocks and sum(block.shape[1] for block in self._blocks[1:]) >= self._num_frames - self._first_visible():
+            del self._blocks[0]
 
     def encode_again(self, prompt: PromptContext) -> None:
-        """Make the cache again under another prompt, from the frames that the next block sees."""
-        frames, sink, blocks = [*self._sink, *self._blocks], self._sink, self._blocks
+        """Make the cache again under another prompt, from the frames that the next block sees, block by block as they were made:
+        frames of one block see each other."""
+        sink, blocks, num_frames = self._sink, self._blocks, self._num_frames
+        end_of_sink = min(sum(block.shape[1] for block in sink), self._first_visible())
         self.clear()
-        for x_0 in frames:
+        for x_0 in sink:
             self._write(x_0, prompt)
-        self._sink, self._blocks = sink, blocks
+        if end_of_sink > self.plan.context.sink_frames:  # the rest of the sink's last block, as far as it has left the window
+            self.flush()
+            self.cache.forget_behind_sink(end_of_sink - self.plan.context.sink_frames)
+        for x_0 in blocks:
+            self._write(x_0, prompt)
+        self._sink, self._blocks, self._num_frames = sink, blocks, num_frames
+
+    def _first_visible(self) -> int:
+        """The number of the first frame behind the sink that the next block sees."""
+        window, sink = self.plan.context.window_frames, self.plan.context.sink_frames
+        if window is None:
+            return 0
+        return self._num_frames - (window - sink - self.plan.num_frames_per_block)
 
     def forget_first(self, num_frames: int) -> None:
         """Hide the first num_frames frames from what follows."""

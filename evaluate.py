@@ -46,7 +46,7 @@ from judging.report import (
 from judging.sanity import check_sanity
 from machine.files import free_paths, require_writable
 from machine.interruption import EXIT_CTRL_C
-from machine.paths import CONFIGS, PRETRAINED
+from machine.paths import CONFIGS, PRETRAINED, at_home
 from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime
 from machine.seeds import Purpose, video_seeds
 from method.plans import NAIVE_STEPS
@@ -92,9 +92,10 @@ class EvaluateConfig:
             raise ValueError(f"checkpoint is {self.checkpoint}: expected a path, or several as 'checkpoint=[PATH,PATH]'")
         if "" in paths or self.output_dir == "":
             raise ValueError(f"{'checkpoint' if '' in paths else 'output_dir'} is empty: expected a path")
-        self.checkpoint = paths
+        self.checkpoint = [at_home(path) for path in paths]
         if self.output_dir is None:
             self.output_dir = "results" if self.sanity else "outputs/evaluation"
+        self.output_dir = at_home(self.output_dir)
         for name, value in (("num_videos", self.num_videos), ("num_frames", self.num_frames), ("batch_size", self.batch_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: expected at least 1")

@@ -40,7 +40,7 @@ from torch import Tensor
 from dynamic_video_sf import SWITCHES
 from machine.files import free_paths, require_writable
 from machine.interruption import EXIT_CTRL_C
-from machine.paths import PRETRAINED
+from machine.paths import PRETRAINED, user_path
 from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime
 from method.plans import BidirectionalPlan, RolloutPlan
 from method.settings import TrainingConfig
@@ -116,7 +116,7 @@ def _shortened(prompt: str) -> str:
 
 def _path(text: str) -> Path | None:
     """None for an empty one, which is refused: `Path("")` would be the current folder."""
-    return Path(text) if text else None
+    return user_path(text) if text else None
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -130,7 +130,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--schedule", nargs="+", metavar="FRAME:PROMPT", help="prompts that take turns in one video: \"0: a 3\" \"42: a 7 moving left\""
     )
     parser.add_argument("--switch", choices=SWITCHES, help=f"the cache, when --schedule changes the prompt; default: {DEFAULT_SWITCH}")
-    parser.add_argument("--init", type=Path, metavar="PATH", help="go on from this picture or clip: PNG (a strip too), GIF, MP4 or npz")
+    parser.add_argument("--init", type=user_path, metavar="PATH", help="go on from this picture or clip: PNG (a strip too), GIF, MP4 or npz")
     parser.add_argument("--window_frames", type=int, help="a block sees so many frames, itself included; default: as trained")
     parser.add_argument("--sink_frames", type=int, help="of these so many first ones for ever; default: as trained")
     parser.add_argument("--samples_per_prompt", type=int, default=1)

@@ -30,7 +30,7 @@ from digits.deformation import MAX_VARIATION, deform, draw_deformations
 from digits.mnist import MNIST_SIDE, SPLITS, DigitSet, load_bundled_split, load_idx_split, unit_ink
 from digits.mnist import NUM_CLASSES as NUM_CLASSES  # for those who know digits only from videos
 from machine.files import free_paths
-from machine.paths import REPOSITORY
+from machine.paths import REPOSITORY, user_path
 from machine.seeds import Purpose, stream
 from network.text_encoder import SPEEDS, MotionFacts, compose_caption
 
@@ -331,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mnist_root", help="folder of the MNIST IDX files; without it, the bundled digits")
     parser.add_argument("--download", action="store_true", help="fetch the files that --mnist_root lacks")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/moving_mnist"))
+    parser.add_argument("--output_dir", type=user_path, default=Path("outputs/moving_mnist"))
     options = parser.parse_args(arguments)
     if options.num_viz < 1:
         parser.error(f"--num_viz is {options.num_viz}: expected at least 1")

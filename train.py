@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from judging.digit_judge import JUDGE_PATH, DigitJudge, load_judge
+from judging.digit_judge import JUDGE_PATH, DigitJudge, load_judge, warn_of_foreign_digits
 from judging.fixed_prompts import JUDGED_COLUMNS, FixedPrompts
 from judging.health import draw_run
 from judging.metrics import facts_of_prompts, score_videos, summarise
@@ -54,12 +54,13 @@ from training.resume import (
 )
 from training.run_log import RunLog, SilentLog, draw_curves, make_run_folder, point_to_latest
 from training.sharding import whole
-from training.stages import PretrainStage, Sampler, SelfForcingStage, Stage
+from training.stages import PretrainStage, Sampler, SelfForcingStage, Stage, rate_factor
 from training.starting_networks import check_same_networks
 from training.watchdog import Watchdog
 
 NUM_SHOWN = 6  # prompts in the sample sheets
 EVAL_BATCH = 32
+RATE_LEAP = 1.5  # how far rates may rise unsaid where a run goes on
 MIN_JUDGED_FRAMES = 3  # a track needs as many
 REPORTED = {
     "frames_right": "frames right", "one_class": "one class throughout", "track_within_1px": "track within 1 px",
@@ -136,6 +137,7 @@ class SimplifiedTrainer:
         judge = load_judge(JUDGE_PATH, self.runtime.device)
         readable = (dataset.num_digits, dataset.frame_size, dataset.digit_size) == (1, judge.config.frame_size, judge.config.digit_size)
         if readable and training.max_num_frames >= MIN_JUDGED_FRAMES:
+            warn_of_foreign_digits(judge, dataset)
             return judge
         self._say(
             f"no figures of identity and motion: the judge reads one digit of {judge.config.digit_size} px on "
@@ -171,7 +173,8 @@ class SimplifiedTrainer:
                 f"training.resume={path} is of training type {checkpoint['training_type']}, this run is "
                 f"{self.config.training.training_type}: choose the same training= or another file"
             )
-        check_same_networks(path, checkpoint_config(path, checkpoint), self.config)
+        stored = checkpoint_config(path, checkpoint)
+        check_same_networks(path, stored, self.config)
         try:
             self.stage.load_state_dict(checkpoint, str(path))
             self.first_step = int(checkpoint["step"])
@@ -186,7 +189,18 @@ class SimplifiedTrainer:
             raise CheckpointError(f"{path} does not hold what resuming needs ({reason}): give an untouched checkpoint of a run") from error
         if self.first_step >= self.config.training.num_steps:
             raise ValueError(f"{path} stands at step {self.first_step}: set training.num_steps above it to go on")
+        self._say_if_rates_leap(path, stored.training.num_steps)
         self.last_checkpoint = path
+
+    def _say_if_rates_leap(self, path: Path, num_steps_then: int) -> None:
+        """The decay belongs to the end of a run: with more steps than before, rates that had fallen rise again."""
+        training, last = self.config.training, self.first_step - 1
+        then, now = (rate_factor(replace(training, num_steps=steps), last) for steps in (num_steps_then, training.num_steps))
+        if now > RATE_LEAP * then:
+            self._say(
+                f"{path} is of a run of {num_steps_then} steps, whose rates had fallen to {then:.2g} of training.lr; with "
+                f"training.num_steps={training.num_steps} they go on from {now:.2g} of it: a lower training.lr goes on more gently"
+            )
 
     def train(self) -> Path:
         """Run all steps. Returns the run's folder."""

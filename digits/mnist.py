@@ -13,6 +13,7 @@ import os
 import tempfile
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ MNIST_SHA256 = {
     "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
     "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
+LAYOUTS = ("", "raw", "MNIST/raw")  # under dataset.mnist_root: as downloaded, and as torchvision lays them
 _SPLIT_SEED = 1502_04681  # fixed for ever: another value would move held-out digits into the training set
 
 
@@ -121,8 +123,8 @@ def _write_cache(cache_file: Path, images: np.ndarray, labels: np.ndarray) -> No
 
 
 def load_idx_split(root: Path, split: str, judge_fraction: float, download: bool) -> DigitSet:
-    """One split of the standard files in `root`, each plain or with .gz; all four must be there. The test files are the split "test";
-    of every class of the training files `judge_fraction` is kept for the judges.
+    """One split of the standard files in `root`, each plain or with .gz; all four must be there, in one of `LAYOUTS`. The test files are
+    the split "test"; of every class of the training files `judge_fraction` is kept for the judges. Warns where the two share images.
 
     download: fetch what is missing first. Raises FileNotFoundError where files are missing, ValueError naming a corrupt one and as
     `split_rows`, OSError where one cannot be downloaded.
@@ -132,28 +134,44 @@ def load_idx_split(root: Path, split: str, judge_fraction: float, download: bool
     missing = [name for name in MNIST_SHA256 if _idx_file(root, name) is None]
     if missing:
         raise FileNotFoundError(
-            f"{root} lacks the MNIST files {', '.join(missing)}: copy them there (with or without .gz), "
-            "or set dataset.download=true"
+            f"{root} lacks the MNIST files {', '.join(missing)}: copy them there (with or without .gz; they are looked for in "
+            f"{', '.join(str(Path(root, layout)) for layout in LAYOUTS)}), or set dataset.download=true"
         )
     prefix = "t10k" if split == "test" else "train"
     image_file = _idx_file(root, f"{prefix}-images-idx3-ubyte.gz")
     label_file = _idx_file(root, f"{prefix}-labels-idx1-ubyte.gz")
     images, labels = read_idx(image_file, num_axes=3), read_idx(label_file, num_axes=1)
-    if images.shape != (len(labels), MNIST_SIDE, MNIST_SIDE) or len(labels) == 0:
+    if len(labels) == 0:
+        raise _corrupt(label_file, "no labels", "one for every image")
+    if images.shape != (len(labels), MNIST_SIDE, MNIST_SIDE):
         raise _corrupt(image_file, f"images of shape {images.shape}",
                        f"({len(labels)}, {MNIST_SIDE}, {MNIST_SIDE}), an image for every label in {label_file.name}")
     if labels.max() >= NUM_CLASSES:
         raise _corrupt(label_file, f"the label {labels.max()}", f"0 to {NUM_CLASSES - 1}")
     labels = labels.astype(np.int64)
-    if split != "test":
+    if split == "test":
+        _warn_of_shared_images(images, _idx_file(root, "train-images-idx3-ubyte.gz"))
+    else:
         rows = split_rows(labels, 0.0, judge_fraction, split)
         images, labels = images[rows], labels[rows]
     return DigitSet(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 def _idx_file(root: Path, name: str) -> Path | None:
-    """The plain file if it is there, else the .gz, else None."""
-    return next((path for path in (root / name.removesuffix(".gz"), root / name) if path.is_file()), None)
+    """The plain file if it is there, else the .gz, else None; by the standard name or with a dot before idx."""
+    plain = name.removesuffix(".gz")
+    names = [spelled + ending for spelled in (plain, plain.replace("-idx", ".idx")) for ending in ("", ".gz")]
+    return next((path for layout in LAYOUTS for path in (root / layout / each for each in names) if path.is_file()), None)
+
+
+def _warn_of_shared_images(test_images: np.ndarray, train_file: Path) -> None:
+    train = {image.tobytes() for image in read_idx(train_file, num_axes=3)}
+    num_shared = sum(image.tobytes() in train for image in test_images)
+    if num_shared:
+        warnings.warn(
+            f"{num_shared} of {len(test_images)} test images in {train_file.parent} are training images too: figures on held-out digits "
+            "flatter whatever learned from them; give other test files", stacklevel=4,
+        )
 
 
 def _corrupt(path: Path, found: str, expected: str) -> ValueError:

@@ -44,7 +44,7 @@ from experiments.speed import (
 )
 from machine.files import require_writable
 from machine.interruption import EXIT_CTRL_C
-from machine.paths import PRETRAINED
+from machine.paths import PRETRAINED, user_path
 from machine.runtime import Runtime, describe_machine, resolve_runtime
 from method.settings import SelfForcingConfig
 from sampling.samplers import check_length
@@ -57,10 +57,10 @@ PRECISIONS = ("float32", "bfloat16")
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Speed of generation and training, measured in one run.", allow_abbrev=False)
-    parser.add_argument("--student", type=Path, default=PRETRAINED / "student.pt")
-    parser.add_argument("--teacher", type=Path, default=PRETRAINED / "teacher.pt")
+    parser.add_argument("--student", type=user_path, default=PRETRAINED / "student.pt")
+    parser.add_argument("--teacher", type=user_path, default=PRETRAINED / "teacher.pt")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:-1]))
-    parser.add_argument("--public_code", type=Path, metavar="DIR", help="clone of the public code, for --parts public")
+    parser.add_argument("--public_code", type=user_path, metavar="DIR", help="clone of the public code, for --parts public")
     parser.add_argument("--patch_sizes", type=int, nargs="+", default=[4, 8], help="of --parts public: pixels a side")
     parser.add_argument("--num_frames", type=int, default=21, help="of every video, in training too")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16], help="of generation")
@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--compile", action="store_true", help="the student compiled, too, as by generate.py --compile")
     parser.add_argument("--int8", action="store_true", help="and compiled with products in 8-bit integers, as by --compile --int8")
-    parser.add_argument("--output", type=Path, metavar="PATH.json", help="write every figure there too; an older file is replaced")
+    parser.add_argument("--output", type=user_path, metavar="PATH.json", help="write every figure there too; an older file is replaced")
     return parser.parse_args(argv)
 
 

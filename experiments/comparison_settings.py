@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from machine.paths import at_home
 from method.settings import check_denoising_steps, require
 from training.config import DEVICES, PRECISIONS
 
@@ -115,6 +116,7 @@ class ComparisonConfig:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
+        self.folder, self.output_dir, self.teacher = (at_home(path) for path in (self.folder, self.output_dir, self.teacher))
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         for name in ("budget", "num_frames", "checkpoint_interval", "num_videos", "many_steps", "batch_size", "processes"):

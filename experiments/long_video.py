@@ -43,7 +43,7 @@ from judging.metrics import facts_of_prompts, read_classes, score_videos, share_
 from judging.tracking import fit_bouncing_track  # noqa: E402
 from machine.files import require_writable  # noqa: E402
 from machine.interruption import EXIT_CTRL_C  # noqa: E402
-from machine.paths import REPOSITORY  # noqa: E402
+from machine.paths import REPOSITORY, user_path  # noqa: E402
 from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime  # noqa: E402
 from machine.seeds import Purpose  # noqa: E402
 from method.plans import RolloutPlan  # noqa: E402
@@ -335,7 +335,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     go_on.add_argument("--num_videos", type=int, default=256)
     go_on.add_argument("--num_frames", type=int, default=21, help="frames that are made")
     for command, batch_size in ((drift, 16), (switch, 32), (go_on, 32)):
-        command.add_argument("--checkpoint", type=Path, default=REPOSITORY / "pretrained" / "student.pt")
+        command.add_argument("--checkpoint", type=user_path, default=REPOSITORY / "pretrained" / "student.pt")
         command.add_argument("--name", help="of the row in the results; default: the checkpoint's name")
         command.add_argument("--window_frames", type=int)
         command.add_argument("--sink_frames", type=int)
@@ -347,7 +347,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--device", choices=DEVICES, default="auto")
         command.add_argument("--precision", choices=PRECISIONS, default="auto")
-        command.add_argument("--output_dir", type=Path, default=REPOSITORY / "results" / "long_video")
+        command.add_argument("--output_dir", type=user_path, default=REPOSITORY / "results" / "long_video")
         command.add_argument("--replace", action="store_true", help="put the row in the place of one of the same name")
     return parser.parse_args(argv)
 

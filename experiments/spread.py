@@ -29,6 +29,7 @@ import torch  # noqa: E402
 
 from evaluate import EvaluateConfig, evaluate  # noqa: E402
 from machine.files import free_paths, require_writable  # noqa: E402
+from machine.paths import user_path  # noqa: E402
 from machine.runtime import describe_machine  # noqa: E402
 from training.checkpoint import checkpoint_config, load_checkpoint  # noqa: E402
 from training.config import DEVICES, PRECISIONS  # noqa: E402
@@ -149,12 +150,12 @@ def draw(path: Path, table: dict[str, Any]) -> None:
 def main() -> None:
     """Score finished runs of one recipe on the same prompts and write seeds.json, seeds.md and seeds.png."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("run_folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="folders under logs/training")
+    parser.add_argument("run_folders", nargs="+", type=user_path, metavar="RUN_FOLDER", help="folders under logs/training")
     parser.add_argument("--num_videos", type=int, default=512)
     parser.add_argument("--seed", type=int, default=1, help="of the held-out prompts and of the videos' noise")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
-    parser.add_argument("--output_dir", type=Path, default=Path("results"))
+    parser.add_argument("--output_dir", type=user_path, default=Path("results"))
     arguments = parser.parse_args()
     try:
         table = score_runs(

@@ -8,6 +8,7 @@ and y down. The judge learns from digits of its own, which no network sees, and 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from math import cos, pi
@@ -28,6 +29,7 @@ from moving_mnist import NUM_CLASSES, DatasetConfig, MovingMNISTGenerator
 JUDGE_PATH = PRETRAINED / "judge.pt"
 POOLING = 2  # side of the judge's last average pooling
 HELD_OUT_PLACES = 4  # frames of each digit that classes are measured and the judge is examined on
+NUM_TRIED, LEAST_READ = 256, 0.9  # images of a user's own files that are tried, and the share below which the judge says so
 READ_BATCH = 2048  # frames that the judge reads at a time
 
 Judging = TypeVar("Judging", bound=nn.Module)  # a network that the figures stand on: this one, or the video judge
@@ -324,3 +326,18 @@ def held_out_accuracy(judge: DigitJudge, generator: MovingMNISTGenerator, rng: t
     """Share of real frames read right: every digit of the split, in `HELD_OUT_PLACES` random places."""
     video = render_in_places(generator, rng)
     return (read_digits(judge, video).argmax(dim=-1) == generator.digit_set.labels.unsqueeze(1)).float().mean().item()
+
+
+def warn_of_foreign_digits(judge: DigitJudge, config: DatasetConfig) -> None:
+    """Warn where the judge hardly reads the digits of dataset.mnist_root: transposed ones, as EMNIST's files hold, or no digits at all."""
+    if config.source != "idx":
+        return
+    real = MovingMNISTGenerator(config, "test", purpose=Purpose.EXAMINATION).sample(0, range(NUM_TRIED), 1)
+    device = next(judge.parameters()).device
+    accuracy = (read_digits(judge, real.video.to(device)).argmax(dim=-1).cpu() == real.digits).float().mean().item()
+    if accuracy < LEAST_READ:
+        warnings.warn(
+            f"the judge reads {accuracy:.0%} of the images in dataset.mnist_root={config.mnist_root} as their labels say (it reads "
+            f"{judge.config.accuracy:.0%} of MNIST's): are they transposed, as EMNIST's are, or no digits, as Fashion-MNIST's? Then captions "
+            "and every figure of identity are wrong", stacklevel=3,
+        )

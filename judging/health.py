@@ -21,6 +21,7 @@ import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from judging.fixed_prompts import JUDGED_COLUMNS  # noqa: E402
+from machine.paths import user_path  # noqa: E402
 from training.diagnostics import NOISE_LEVELS  # noqa: E402
 from training.run_log import plot_series, read_scalars  # noqa: E402
 
@@ -139,8 +140,8 @@ def compare_runs(folders: list[Path], output: Path) -> None:
 def main() -> None:
     """Draw the health panel of one finished or running run, or of several over each other."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("run_folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="folders under logs/training")
-    parser.add_argument("--output", required=True, type=Path, metavar="PATH", help="the picture, a new .png file")
+    parser.add_argument("run_folders", nargs="+", type=user_path, metavar="RUN_FOLDER", help="folders under logs/training")
+    parser.add_argument("--output", required=True, type=user_path, metavar="PATH", help="the picture, a new .png file")
     arguments = parser.parse_args()
     try:
         compare_runs(arguments.run_folders, arguments.output)

@@ -32,6 +32,7 @@ from judging.ink import centres_of_mass as centres_of_mass
 from judging.ink import stroke_mass as stroke_mass
 from judging.tracking import FittedTrack as FittedTrack
 from judging.tracking import fit_bouncing_track as fit_bouncing_track
+from machine.paths import at_home
 from machine.seeds import Purpose, torch_generator
 from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTGenerator
 from network.text_encoder import parse_caption
@@ -342,7 +343,7 @@ def main() -> None:
     """Without arguments check the judge and the measures; with --train_judge make a judge."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--train_judge", action="store_true", help="train a judge and write it to --output")
-    parser.add_argument("--output", default=str(JUDGE_PATH), help="the judge's file, written or checked")
+    parser.add_argument("--output", type=at_home, default=str(JUDGE_PATH), help="the judge's file, written or checked")
     parser.add_argument("--steps", type=int, default=2400, help="training steps of 128 frames")
     parser.add_argument("--seed", type=int, default=0, help="seed of the judge's weights and of its training frames")
     arguments = parser.parse_args()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from judging.digit_count import count_digits, scale_to_judge
-from judging.digit_judge import DigitJudge, VideoReadings, load_judge, read_videos, render_in_places
+from judging.digit_judge import DigitJudge, VideoReadings, load_judge, read_videos, render_in_places, warn_of_foreign_digits
 from judging.distribution import LEAST_VIDEOS, Estimate, compare_distributions
 from judging.glyphs import GlyphCode, glyph_diversity, glyph_frechet
 from judging.metrics import facts_of_prompts, read_classes, score_readings, summarise, videos_right
@@ -58,6 +58,7 @@ def make_panel(config: DatasetConfig, num_videos: int, num_frames: int, seed: in
     judge = load_judge()
     if config.num_digits == 1:
         judge.check_matches(config)
+        warn_of_foreign_digits(judge, config)
     else:
         scale_to_judge(judge, config)
     if config.num_digits > 1 or num_videos < LEAST_VIDEOS:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from judging.digit_judge import DigitJudge, VideoReadings, load_judge, load_judging_network, read_videos, save_judging_network
-from machine.paths import PRETRAINED
+from machine.paths import PRETRAINED, at_home
 from machine.seeds import Purpose, seed_global_generators, torch_generator
 from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
 from network.text_encoder import SPEEDS
@@ -216,7 +216,7 @@ def main() -> None:
     """Without arguments examine the video judge on fresh held-out videos; with --train make one."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--train", action="store_true", help="train a video judge and write it to --output")
-    parser.add_argument("--output", default=str(VIDEO_JUDGE_PATH), help="the network's file, written or examined")
+    parser.add_argument("--output", type=at_home, default=str(VIDEO_JUDGE_PATH), help="the network's file, written or examined")
     parser.add_argument("--steps", type=int, default=2000, help="training steps of 64 videos")
     parser.add_argument("--videos", type=int, default=3000, help="different real videos to train on")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the training videos")

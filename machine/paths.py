@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "configs"
 PRETRAINED = REPOSITORY / "pretrained"
+
+
+def at_home(path: str) -> str:
+    """A path as a user typed it, with a leading ~ as the home folder: no shell has replaced it inside `key=value`."""
+    return os.path.expanduser(path)
+
+
+def user_path(text: str) -> Path:
+    """The type of a path on the command line."""
+    return Path(at_home(text))

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from machine.paths import REPOSITORY
 
 WINGS = ("machine", "digits", "network", "method", "training", "sampling", "judging", "experiments")  # folders of modules
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WORTH_A_WARNING = 0.8  # a format slower than this share of float32's speed was hardly meant
 LEAST_GAIN = 1.2  # of bfloat16 over float32 in speed, for precision=auto to choose it
 
 
@@ -62,6 +64,11 @@ def resolve_runtime(device: str, precision: str) -> Runtime:
     resolved = torch.device(device)
     if precision == "auto":
         precision = "bfloat16" if _bfloat16_pays(resolved) else "float32"
+    elif precision == "bfloat16" and resolved.type == "cpu" and gain_over_float32(torch.bfloat16) < WORTH_A_WARNING:
+        warnings.warn(
+            f"a product in bfloat16 takes {1 / gain_over_float32(torch.bfloat16):.1f} times as long as in float32 on this processor: "
+            "precision=float32 is the faster one here", stacklevel=2,
+        )
     return Runtime(resolved, PRECISIONS[precision])
 
 
@@ -71,21 +78,22 @@ def _bfloat16_pays(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has_instructions = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    return has_instructions and _gain_of_bfloat16() > LEAST_GAIN
+    return has_instructions and gain_over_float32(torch.bfloat16) > LEAST_GAIN
 
 
 @cache
-def _gain_of_bfloat16() -> float:
-    """How many times as fast as in float32 a matrix product is on this CPU. Of tries in turns the best count, so that what else the
-    machine does matters little: processors are far from 1, on either side."""
-    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+def gain_over_float32(dtype: torch.dtype) -> float:
+    """How many times as fast as in float32 a matrix product in bfloat16 or int8 is on this CPU. Of tries in turns the best count, so that
+    what else the machine does matters little: processors are far from 1, on either side."""
+    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], dtype: []}
     for _ in range(10):
-        for dtype, tries in seconds.items():
-            matrix = torch.ones(512, 512, dtype=dtype)
+        for each, tries in seconds.items():
+            matrix = torch.ones(512, 512, dtype=each)
+            product = torch._int_mm if each == torch.int8 else torch.mm
             start = time.perf_counter()
-            matrix @ matrix
+            product(matrix, matrix)
             tries.append(time.perf_counter() - start)
-    return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
+    return min(seconds[torch.float32]) / min(seconds[dtype])
 
 
 def require_compiler(name: str, device: torch.device) -> None:

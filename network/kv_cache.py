@@ -80,6 +80,10 @@ class KVCache:
         num_forgotten = self.num_frames // self._frames_per_row - (self._end - self._first)
         self._first += max(num_frames // self._frames_per_row - num_forgotten, 0)
 
+    def forget_behind_sink(self, num_frames: int) -> None:
+        """Forget the first num_frames frames that stand behind the sink."""
+        self._forget(num_frames // self._frames_per_row)
+
     def attends(
         self, batch_size: int, dtype: torch.dtype, device: torch.device, num_frames: int, num_next: int | None = None
     ) -> list[Attend]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynamic_video_sf import make_noise_streams, sample_bidirectional, split_first_frames
-from machine.runtime import Runtime, require_compiler
+from machine.runtime import Runtime, gain_over_float32, require_compiler
 from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, teacher_plan, warp_steps
 from method.settings import FewStepConfig, PretrainConfig, TrainingConfig, check_denoising_steps, check_num_frames
 from network.attention import ContextWindow
@@ -211,6 +211,11 @@ def prepared(
     generator = copy.deepcopy(networks.generator)
     if int8_option is not None:
         require_exact_int8(int8_option, runtime.device)
+        if gain_over_float32(torch.int8) < 1:  # processors without instructions for them are several times slower
+            warnings.warn(
+                f"a product of 8-bit integers takes {1 / gain_over_float32(torch.int8):.1f} times as long as one of float32 on this "
+                f"processor: leave {int8_option} out", stacklevel=2,
+            )
         generator.quantize_products(runtime.dtype)
     generator.cast_products(runtime.dtype)
     if compile_option is not None:

@@ -5,65 +5,103 @@ Dimensions: F frames, C channels, H height, W width.
 
 from __future__ import annotations
 
+import warnings
+import zipfile
 from pathlib import Path
 
-import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import torch
 from einops import reduce
+from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from sampling.video_io import GAP, load_array
 
-INPUT_SUFFIXES = (".png", ".gif", ".mp4", ".npz")
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
+DELAY_TOLERANCE = 0.1  # of a frame: how far a picture's delay may be from a whole number of frames
+MAX_FRAMES_OF_A_PICTURE = 1000  # that one delay may stand for: more is no video but a pause
 
 
 def load_frames(path: Path, frame_size: int, channels: int) -> Tensor:
-    """The frames (F, C, H, W) in [-1, 1] of a PNG (one frame, or a strip of them side by side), GIF, MP4 or npz.
+    """The frames (F, C, H, W) in [-1, 1] of an npz as `save_array` writes it, of a picture (one frame, or a strip of them side by side),
+    of an animation such as a GIF, or of a film such as an MP4. The kind is told by the file's content, not by its name.
 
-    Pictures may be enlarged by a whole factor, as `save_video` does, which is undone. Colour becomes grey for a grey
-    model. Raises OSError for a file that is not there, and ValueError for one that is no video of square frames of frame_size.
+    Pictures may be enlarged by a whole factor, as `save_video` does, which is undone. Colour becomes grey for a grey model. A picture of
+    an animation that is shown k times as long as the shortest one is k frames. Raises OSError for a file that is not there, and
+    ValueError for one that is no video of square frames of frame_size.
     """
     path = Path(path)
-    if path.suffix.lower() not in INPUT_SUFFIXES:
-        raise ValueError(f"{path} cannot be gone on from: expected a file in one of {', '.join(INPUT_SUFFIXES)}")
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}: give the path of a picture or a clip")
-    if path.suffix.lower() == ".npz":
+    if zipfile.is_zipfile(path):
         video = load_array(path)[0]
-        if video.ndim != 4 or tuple(video.shape[1:]) != (channels, frame_size, frame_size) or not video.shape[0]:
+        if tuple(video.shape[1:]) != (channels, frame_size, frame_size):
             raise ValueError(f"{path} holds {tuple(video.shape)}: expected frames of (F, {channels}, {frame_size}, {frame_size})")
-        if not bool(torch.isfinite(video).all()):
-            raise ValueError(f"{path} has values that are not finite: expected numbers in [-1, 1]")
-        return video.float().clamp(-1, 1)
-    try:
-        pictures = [_as_rgb(np.asarray(picture)) for picture in imageio.mimread(path, memtest=False)]
-    except Exception as error:  # every reader has errors of its own for bytes that are no picture
-        raise ValueError(f"{path} cannot be read as a picture or clip: truncated, or another kind of file") from error
-    if path.suffix.lower() == ".png" and pictures:
-        pictures = _cut_strip(pictures[0])
-    if not pictures or any(picture.shape != pictures[0].shape for picture in pictures):
-        raise ValueError(f"{path} holds no frames of one size")
+        return video.clamp(-1, 1)
+    pictures = _read_pictures(path)
+    if any(picture.shape != pictures[0].shape for picture in pictures):
+        raise ValueError(f"{path} holds frames of several sizes: expected one")
     height, width = pictures[0].shape[:2]
     if height != width or height % frame_size:
         raise ValueError(
             f"{path} has frames of {width} x {height} pixels: expected {frame_size} x {frame_size}, or a whole multiple of it"
         )
-    frames = torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1
+    frames = torch.from_numpy(np.stack(pictures)) * 2 - 1
     frames = reduce(frames, "f (h sh) (w sw) c -> f c h w", "mean", h=frame_size, w=frame_size)
     if channels == 1:
         frames = (frames * torch.tensor(GREY_WEIGHTS).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
     return frames.clamp(-1, 1)
 
 
-def _as_rgb(picture: np.ndarray) -> np.ndarray:
-    """(H, W), (H, W, 1), (H, W, 3) or (H, W, 4) bytes as (H, W, 3)."""
-    if picture.dtype != np.uint8:
-        raise ValueError(f"pixels of type {picture.dtype}: expected bytes")
-    if picture.ndim == 2:
-        picture = picture[..., None]
-    return np.broadcast_to(picture[..., :1], (*picture.shape[:2], 3)) if picture.shape[2] < 3 else picture[..., :3]
+def _read_pictures(path: Path) -> list[np.ndarray]:
+    """The frames of a picture, animation or film, float32 (H, W, 3) in [0, 1] each; at least one."""
+    unreadable = f"{path} cannot be read as a picture or clip: truncated, or another kind of file; expected PNG, GIF, MP4 or npz"
+    try:
+        with Image.open(path) as image:
+            pages = [(page.info.get("duration", 0), _as_rgb(page)) for page in ImageSequence.Iterator(image)]
+    except UnidentifiedImageError:
+        try:
+            return _read_film(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(unreadable) from error
+    except Exception as error:  # so has every format of pictures
+        raise ValueError(unreadable) from error
+    if len(pages) == 1:
+        return _cut_strip(pages[0][1])
+    repeats = _frames_of_each([delay for delay, _ in pages], path)
+    return [picture for (_, picture), times in zip(pages, repeats, strict=True) for _ in range(times)]
+
+
+def _read_film(path: Path) -> list[np.ndarray]:
+    """What ffmpeg decodes, float32 (H, W, 3) in [0, 1] each. Raises OSError or ValueError where that is nothing."""
+    frames = imageio_ffmpeg.read_frames(str(path))  # not by imageio, which goes by the name's ending
+    width, height = next(frames)["size"]
+    film = [np.frombuffer(frame, np.uint8).reshape(height, width, 3).astype(np.float32) / 255 for frame in frames]
+    if not film:
+        raise ValueError("no frames")
+    return film
+
+
+def _as_rgb(image: Image.Image) -> np.ndarray:
+    """float32 (H, W, 3) in [0, 1]; a picture of 16 bits keeps them."""
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow reads 16-bit colour as 8-bit
+        grey = np.asarray(image, dtype=np.float32) / 65535
+        return np.broadcast_to(grey[..., None], (*grey.shape, 3)).clip(0, 1)
+    return np.float32(image.convert("RGB")) / 255
+
+
+def _frames_of_each(delays: list[float], path: Path) -> list[int]:
+    """How many frames each picture of an animation stands for: writers merge equal neighbours into one picture with a longer delay."""
+    shortest = min(delays)
+    if shortest <= 0:
+        return [1] * len(delays)
+    ratios = [delay / shortest for delay in delays]
+    if any(abs(ratio - round(ratio)) > DELAY_TOLERANCE or ratio > MAX_FRAMES_OF_A_PICTURE for ratio in ratios):
+        shown = ", ".join(f"{delay:g}" for delay in sorted(set(delays)))
+        warnings.warn(f"{path} shows its pictures for {shown} ms, no multiples of one frame: each is taken as one frame", stacklevel=2)
+        return [1] * len(delays)
+    return [round(ratio) for ratio in ratios]
 
 
 def _cut_strip(picture: np.ndarray) -> list[np.ndarray]:

@@ -30,6 +30,7 @@ from torch import Tensor
 CHANNELS = (1, 3)
 VIDEO_SUFFIXES = (".gif", ".mp4", ".png")
 MAX_GIF_FPS = 50  # a GIF counts delays in 1/100 s, and browsers play a delay below 2/100 s at 10 frames a second
+LARGEST_STORED = 2.0  # of a value in an array: a network may overshoot 1, bytes or display range never look like this
 MP4_QUALITY = 8  # imageio's scale, 0 worst to 10 best
 GAP = 2  # between frames of one strip
 ROW_GAP = 20  # between videos of a contact sheet
@@ -251,19 +252,29 @@ def save_array(path: Path, video_model_range: Tensor, prompt: str) -> None:
 
 
 def load_array(path: Path) -> tuple[Tensor, str]:
-    """Read what `save_array` wrote: video float32 (F, C, H, W) in [-1, 1], and its prompt.
+    """Read what `save_array` wrote: video float32 (F, C, H, W), about [-1, 1], and its prompt, empty where the file has none.
 
     Raises FileNotFoundError, or ValueError where the file is no such archive. Runs no code from the file (no pickle).
     """
+    wanted = "expected an .npz file with the array 'video', floating-point numbers (F, C, H, W) in [-1, 1]"
+    if not zipfile.is_zipfile(path) and Path(path).exists():
+        raise ValueError(f"{path} is not an .npz archive: {wanted}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = {Path(name).stem for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not an .npz archive; expected a file written by save_array") from error
-    if not {"video", "prompt"} <= names:
-        raise ValueError(f"{path} holds the arrays {sorted(names)}; expected 'video' and 'prompt' from save_array")
-    with np.load(path, allow_pickle=False) as arrays:
-        return torch.from_numpy(arrays["video"]), str(arrays["prompt"])
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in ("video", "prompt") if name in arrays.files}
+            others = sorted(arrays.files)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of a checksum, a compression, a header, objects that would need pickle: numpy has one for each
+        raise ValueError(f"{path} cannot be read, it is damaged or holds objects: {wanted}") from error
+    if "video" not in found:
+        raise ValueError(f"{path} holds the arrays {others}: {wanted}")
+    video, prompt = found["video"], str(found.get("prompt", ""))
+    if video.ndim != 4 or video.size == 0 or video.dtype.kind != "f":
+        raise ValueError(f"{path} has a 'video' of shape {video.shape} and type {video.dtype}: {wanted}")
+    if not np.isfinite(video).all() or np.abs(video).max() > LARGEST_STORED:
+        raise ValueError(f"{path} has values from {video.min():g} to {video.max():g}: {wanted}")
+    return torch.from_numpy(video.astype(np.float32)), prompt
 
 
 # --- sheets -----------------------------------------------------------------------------------------------------------

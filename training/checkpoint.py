@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from digits.mnist import SPLITS
+from machine.paths import user_path
 from machine.runtime import PRECISIONS
 from moving_mnist import DatasetConfig
 from network.text_encoder import TextEncoder
@@ -259,8 +260,8 @@ def _check_goes_with(path: Path, networks: LoadedNetworks, last_path: Path, last
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Strip a checkpoint, or the mean of several, to its averaged weights in float16.")
-    parser.add_argument("sources", type=Path, nargs="+", metavar="IN")
-    parser.add_argument("target", type=Path, metavar="OUT")
+    parser.add_argument("sources", type=user_path, nargs="+", metavar="IN")
+    parser.add_argument("target", type=user_path, metavar="OUT")
     arguments = parser.parse_args()
     try:
         slim_checkpoint(arguments.sources, arguments.target)

@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from machine.paths import at_home
 from method.settings import (
     TRAINING_KINDS,
     CausalConsistencyConfig,
@@ -36,6 +39,7 @@ from tiny_causal_wan import ModelConfig
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
+PATH_KEYS = ("log_dir", "dataset.mnist_root", "training.resume", "training.pretrained_checkpoint", "training.generator_checkpoint")
 GROUPS = ("model", "dataset", "training", "experiment")  # of configs/, chosen by the name of a file
 
 
@@ -115,6 +119,10 @@ def build_config(composed: DictConfig) -> Config:
 
     Raises ValueError naming the key for an impossible value and for a key that was forced in with `+key=value`.
     """
+    for key in PATH_KEYS:
+        path = OmegaConf.select(composed, key, default=None)
+        if isinstance(path, str):
+            OmegaConf.update(composed, key, at_home(path))
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     known = flatten(config_to_dict(config))
@@ -147,7 +155,7 @@ def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> st
     known_keys: those of another configuration than a training run's.
     """
     if isinstance(error, OverrideParseException):
-        return f"{_shortened(error.override)} cannot be read ({_shortened(str(error))})"
+        return f"{_shortened(error.override)} cannot be read{_quoting_advice(error.override) or f' ({_shortened(str(error))})'}"
     root: BaseException = error
     while root.__cause__ is not None and not (isinstance(root, OmegaConfBaseException) and root.full_key):  # under a tracer it has a cause
         root = root.__cause__
@@ -172,6 +180,18 @@ def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> st
         example = f"; expected a value such as {defaults[root.full_key]}, its default" if root.full_key in defaults else ""
         return f"{root.full_key}: {lines[0]}{example}"
     return "; ".join(lines)
+
+
+def _quoting_advice(override: str) -> str:
+    """How to type an override whose value has characters that Hydra's grammar keeps for itself; empty where quoting is no help."""
+    key, _, value = override.partition("=")
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    quoted = f'{key}="{escaped}"'
+    try:
+        OverridesParser.create().parse_override(quoted)
+    except HydraException:
+        return ""
+    return f": its value needs quotes within quotes, {shlex.quote(quoted)}"
 
 
 def run_in_one_line(main: Callable[[], None], known_keys: list[str]) -> None:

@@ -134,6 +134,26 @@ def test_idx_files_are_read_plain_and_compressed(tmp_path, mnist_files, is_plain
     assert MovingMNISTGenerator(config).sample(0, range(4), 3).video.shape == (4, 3, 1, 32, 32)
 
 
+@pytest.mark.parametrize("layout", ["raw", "MNIST/raw"])
+def test_the_layouts_of_others_are_found(tmp_path, mnist_files, layout):
+    (tmp_path / layout).mkdir(parents=True)
+    write_files(tmp_path / layout, {name.replace("-idx", ".idx"): content for name, content in mnist_files.items()}, is_plain=True)
+    assert len(load_digits(DatasetConfig(mnist_root=str(tmp_path), judge_fraction=0.0), "train").labels) == 30
+
+
+def test_test_images_among_the_training_images_are_counted(tmp_path, mnist_files):
+    config = write_files(tmp_path, {name: mnist_files[name.replace("t10k", "train")] for name in mnist_files})
+    with pytest.warns(UserWarning, match="30 of 30 test images in .* are training images too"):
+        load_digits(config, "test")
+
+
+def test_files_without_images_are_refused(tmp_path, mnist_files):
+    shapes = {"images": (0, 28, 28), "labels": (0,)}
+    empty = {name: gzip.compress(idx_bytes(np.zeros(shapes[name.split("-")[1]], np.uint8))) for name in mnist_files}
+    with pytest.raises(ValueError, match="train-labels-idx1-ubyte.gz is not a sound MNIST file: found no labels, expected one for every image"):
+        load_digits(write_files(tmp_path, empty), "train")
+
+
 def damage(content: bytes, kind: str) -> bytes:
     plain = bytearray(gzip.decompress(content))
     if kind == "cut archive":

@@ -1,15 +1,25 @@
 """The judge and the exact measures: right on real videos, and each moved by the fault that it is there to see."""
 
+import warnings
 from dataclasses import replace
 from math import cos, pi, sin
 
+import numpy as np
 import pytest
 import torch
 
 from judging import metrics, tracking
-from judging.digit_judge import JUDGE_PATH, DigitJudge, JudgeConfig, augmented_frames, held_out_accuracy, measure_classes
+from judging.digit_judge import (
+    JUDGE_PATH,
+    DigitJudge,
+    JudgeConfig,
+    augmented_frames,
+    held_out_accuracy,
+    measure_classes,
+    warn_of_foreign_digits,
+)
 from judging.metrics import NO_DIGIT, NO_DIRECTION
-from moving_mnist import DatasetConfig, MovingMNISTGenerator, bounce
+from moving_mnist import DatasetConfig, MovingMNISTGenerator, bounce, load_digits
 
 CONFIG = DatasetConfig()
 NUM_FRAMES = 21
@@ -498,3 +508,21 @@ def test_the_command_line_refuses_in_one_line_and_overwrites_nothing(arguments, 
     with pytest.raises(SystemExit, match=f"^error: .*{words}") as caught:
         metrics.main()
     assert "\n" not in caught.value.code and metrics.JUDGE_PATH.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["as they are", "transposed", "shuffled labels"])
+def test_images_that_the_judge_hardly_reads_are_said(judge, tmp_path, kind):
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        digits = load_digits(CONFIG, split)
+        images, labels = digits.images.numpy(), digits.labels.numpy().astype(np.uint8)
+        images = images.transpose(0, 2, 1) if kind == "transposed" else images  # as EMNIST's files are
+        labels = (labels + 1) % 10 if kind == "shuffled labels" else labels
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (tmp_path / f"{prefix}-{name}-ubyte").write_bytes(header + np.ascontiguousarray(array).tobytes())
+    config = DatasetConfig(mnist_root=str(tmp_path))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warn_of_foreign_digits(judge, config)
+    assert len(said) == (kind != "as they are")
+    assert all("of the images in dataset.mnist_root" in str(each.message) for each in said)

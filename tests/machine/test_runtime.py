@@ -36,6 +36,7 @@ def test_auto_takes_the_best_that_is_there(monkeypatch):
 @pytest.mark.parametrize("pays, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_precision_follows_the_processor_and_an_explicit_one_is_obeyed(monkeypatch, pays, dtype):
     monkeypatch.setattr(runtime, "_bfloat16_pays", lambda device: pays)
+    monkeypatch.setattr(runtime, "gain_over_float32", lambda dtype: 1.0)
     assert resolve_runtime("cpu", "auto").dtype == dtype
     assert resolve_runtime("cpu", "float32").dtype == torch.float32
     assert resolve_runtime("cpu", "bfloat16").dtype == torch.bfloat16
@@ -45,16 +46,24 @@ def test_auto_precision_follows_the_processor_and_an_explicit_one_is_obeyed(monk
 def test_bfloat16_must_be_there_and_be_faster(monkeypatch, has_it, gain, pays):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
-    monkeypatch.setattr(runtime, "_gain_of_bfloat16", lambda: gain)
+    monkeypatch.setattr(runtime, "gain_over_float32", lambda dtype: gain)
     assert resolve_runtime("cpu", "auto").dtype == (torch.bfloat16 if pays else torch.float32)
 
 
-def test_the_gain_is_a_ratio_of_times_measured_once(monkeypatch):
-    runtime._gain_of_bfloat16.cache_clear()
-    ticks = iter([tick for _ in range(10) for tick in (0.0, 3.0, 0.0, 2.0)])  # float32 takes 3, bfloat16 2
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_the_gain_is_a_ratio_of_times_measured_once(monkeypatch, dtype):
+    runtime.gain_over_float32.cache_clear()
+    ticks = iter([tick for _ in range(10) for tick in (0.0, 3.0, 0.0, 2.0)])  # float32 takes 3, the other 2
     monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(ticks))
-    assert runtime._gain_of_bfloat16() == runtime._gain_of_bfloat16() == 1.5
-    runtime._gain_of_bfloat16.cache_clear()
+    assert runtime.gain_over_float32(dtype) == runtime.gain_over_float32(dtype) == 1.5
+    runtime.gain_over_float32.cache_clear()
+
+
+@pytest.mark.parametrize("gain, words", [(0.01, "takes 100.0 times as long as in float32"), (0.9, None), (2.0, None)])
+def test_a_format_that_this_processor_is_slow_in_is_said(monkeypatch, recwarn, gain, words):
+    monkeypatch.setattr(runtime, "gain_over_float32", lambda dtype: gain)
+    assert resolve_runtime("cpu", "bfloat16").dtype == torch.bfloat16
+    assert [words in str(each.message) for each in recwarn] == ([] if words is None else [True])
 
 
 def test_mps_computes_in_float32(monkeypatch):

@@ -105,10 +105,39 @@ def test_a_switch_under_guidance_is_one_of_both_branches(small_model, small_text
                 small_model.write_cache(x, torch.zeros(1, 3), prompt, cache)
 
 
-def test_recaching_the_same_prompt_changes_nothing_before_a_frame_has_left(small_model, small_text_encoder):
-    plain = take(small_model, small_text_encoder, [None] * 4)
-    again = take(small_model, small_text_encoder, [None, None, [OLD], None])
-    torch.testing.assert_close(torch.cat(again, 1), torch.cat(plain, 1), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("first_picture", [False, True])
+@pytest.mark.parametrize("window", [None, 15])
+@pytest.mark.parametrize("sink", [0, 1, 2, 3, 4])
+def test_recaching_the_same_prompt_changes_nothing_before_a_frame_has_left(
+    small_model, small_text_encoder, sink, window, first_picture, guidance
+):
+    """Also where the sink ends inside a block, whose frames must go on seeing each other."""
+    context = ContextWindow(window, sink, independent_first_frame=first_picture)
+    plan = many_step_plan(2, 3.0, 3, guidance, context)
+    plain = take(small_model, small_text_encoder, [None] * 4, plan=plan)
+    again = take(small_model, small_text_encoder, [None, None, [OLD], None], plan=plan)
+    torch.testing.assert_close(torch.cat(again, 1), torch.cat(plain, 1), rtol=0, atol=1e-5)
+
+
+def test_frames_of_the_sinks_last_block_that_have_left_are_not_seen_when_the_cache_is_made_again(small_model, small_text_encoder):
+    """Blocks of 3, a sink of 1, a window of 7: the sixth block sees frame 0 and the frames 12 to 14."""
+    plan = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500]), ContextWindow(7, 1))
+    blocks = take(small_model, small_text_encoder, [None] * 5 + [[NEW]], plan=plan)
+    prompt = small_model.encode_prompt(*small_text_encoder.encode([NEW]))
+    cache, streams = small_model.new_cache(7, 1), make_noise_streams([0])
+    for _ in range(10):  # two passes a block
+        draw_noise(streams, (3, 1, 8, 8), CPU.device)
+    with torch.no_grad():
+        small_model.write_cache(blocks[0], torch.zeros(1, 3), prompt, cache)
+        cache.forget_behind_sink(2)
+        small_model.write_cache(blocks[4], torch.zeros(1, 3), prompt, cache)
+        x_t = draw_noise(streams, (3, 1, 8, 8), CPU.device)
+        x_0 = (x_t - small_model.forward_cached(x_t, torch.ones(1, 3), prompt, cache)).clamp(-1, 1)
+        time = plan.times[1]
+        x_t = (1 - time) * x_0 + time * draw_noise(streams, (3, 1, 8, 8), CPU.device)
+        x_0 = (x_t - time * small_model.forward_cached(x_t, torch.full((1, 3), time), prompt, cache)).clamp(-1, 1)
+    torch.testing.assert_close(blocks[5], x_0, rtol=0, atol=1e-5)
 
 
 def test_a_video_does_not_depend_on_who_shares_its_batch(small_model, small_text_encoder):
@@ -213,7 +242,7 @@ def test_a_schedule_makes_the_cache_anew_unless_told_otherwise(student_path: Pat
     (["--schedule", "a 7"], r"--schedule has 'a 7': expected a frame and a prompt"),
     (["--schedule", "0: a 7", "--prompts", "a 3"], r"--prompts and --schedule exclude each other"),
     (["--init", "nowhere.gif"], r"no file at nowhere.gif"),
-    (["--init", "README.md"], r"README.md cannot be gone on from"),
+    (["--init", "README.md"], r"README.md cannot be read as a picture or clip"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(student_path: Path, arguments: list[str], message: str):
     assert re.search(message, refusal("--checkpoint", str(student_path), *arguments))

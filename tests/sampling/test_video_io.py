@@ -107,7 +107,7 @@ def test_load_array_refuses_other_files(tmp_path):
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     with pytest.raises(ValueError, match="not an .npz archive"):
         video_io.load_array(tmp_path / "text.npz")
-    with pytest.raises(ValueError, match="weights.*expected 'video' and 'prompt'"):
+    with pytest.raises(ValueError, match="weights.*expected an .npz file with the array 'video'"):
         video_io.load_array(tmp_path / "other.npz")
 
 

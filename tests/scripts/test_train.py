@@ -119,6 +119,18 @@ def test_a_resumed_run_keeps_its_number_format_and_says_where_it_changes(pretrai
         load_checkpoint(tmp_path / "odd.pt")
 
 
+def test_a_finished_run_that_goes_on_says_that_its_rates_rise_again(pretrained, tmp_path, capsys):
+    """The decay belongs to the end of a run, so a longer one has not begun it yet."""
+    def resumed(name: str, num_steps: int) -> str:
+        training = PretrainConfig(**{**SHARED, "num_steps": num_steps, "resume": str(pretrained / name)}, warmup_steps=2)
+        SimplifiedTrainer(tiny_config(tmp_path, training))
+        return capsys.readouterr().out
+
+    message = resumed("checkpoint_final.pt", 12)
+    assert "of a run of 6 steps, whose rates had fallen to 0." in message and "a lower training.lr goes on more gently" in message
+    assert "rates" not in resumed("checkpoint_0000004.pt", 6)
+
+
 @pytest.mark.parametrize("stage", ["pretrained", "student"])
 def test_resuming_equals_not_having_stopped(request, stage, tmp_path):
     folder = request.getfixturevalue(stage)

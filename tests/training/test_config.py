@@ -1,7 +1,9 @@
 """Configuration: every YAML composes, impossible values and unknown keys are refused by name, round trips are exact."""
 
+import shlex
 from dataclasses import replace
 from math import inf, nan
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -111,11 +113,26 @@ def test_overrides_arrive_with_their_type():
     ("training.context_noise=1001", ["training.context_noise is 1001"]), ("training.adam_betas=[0.9]", ["training.adam_betas is [0.9]"]),
     ("device=gpu", ["device is gpu", "auto, cpu, cuda, mps"]), ("precision=half", ["precision is half"]),
     ("seed=-1", ["seed is -1"]), ("wandb.mode=on", ["wandb.mode is"]),
+    ("training.resume=~/x.pt", ["""needs quotes within quotes, 'training.resume="~/x.pt"'"""]),
+    ("training.resume=/tmp/run=1/c.pt", ["""'training.resume="/tmp/run=1/c.pt"'"""]),
+    ("log_dir=/tmp/José", ["""'log_dir="/tmp/José"'"""]), ("log_dir=/tmp/a[1]", ["""'log_dir="/tmp/a[1]"'"""]),
+    ("log_dir=/tmp/a#1", ["""'log_dir="/tmp/a#1"'"""]),
     ("run_name=../elsewhere", ["run_name is ../elsewhere", "without a path"]), ("run_name=checkpoint_final.pt", ["run_name"]),
 ])
 def test_a_refused_override_is_one_line_that_names_it(override, words):
     message = refusal(override)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("path", ["~/runs", "/tmp/José", "/tmp/run=1", "/tmp/a[1]", "/tmp/a#1", "/tmp/a b", 'C:\\runs\\', 'a"b'])
+def test_what_the_refusal_of_a_path_advises_is_understood(path):
+    override = f"log_dir={path}"
+    try:
+        config = composed(override)
+    except HydraException as error:
+        advised, = shlex.split(explain_refusal(error).partition("within quotes, ")[2])
+        config = composed(advised)
+    assert config.log_dir == str(Path(path).expanduser())
 
 
 @pytest.mark.parametrize("changes, key", [
