@@ -116,6 +116,13 @@ class PromptContext:
             torch.cat([self.mask, other.mask]), torch.cat([self.pooled, other.pooled]),
         )
 
+    def repeat(self, times: int) -> PromptContext:
+        """The batch so many times, one behind the other."""
+        return PromptContext(
+            [keys.repeat(times, 1, 1, 1) for keys in self.keys], [values.repeat(times, 1, 1, 1) for values in self.values],
+            self.mask.repeat(times, 1, 1, 1), self.pooled.repeat(times, 1),
+        )
+
     def serve_every_length(self) -> None:
         """Let a pass that is compiled with this prompt serve prompts of other lengths too."""
         for tensor in (*self.keys, *self.values):

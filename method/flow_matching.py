@@ -14,6 +14,7 @@ Conventions of the whole project
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -75,6 +76,14 @@ def unshift_time(t: Tensor, shift: float) -> Tensor:
 def sample_time(shape: tuple[int, ...], shift: float, generator: torch.Generator) -> Tensor:
     """Training times: uniform in [0, 1), then shifted. float32, on the generator's device."""
     return shift_time(torch.rand(shape, generator=generator, device=generator.device), shift)
+
+
+def even_times(shape: tuple[int, ...], shift: float, generator: torch.Generator) -> Tensor:
+    """Training times of one batch: each uniform in [0, 1), all at even distances in the order of their flat index, then shifted. float32,
+    on the generator's device."""
+    number = math.prod(shape)
+    first = torch.rand((), generator=generator, device=generator.device)
+    return shift_time((torch.arange(number, device=generator.device) + first).reshape(shape) / number, shift)
 
 
 def sampling_times(num_steps: int, shift: float) -> Tensor:

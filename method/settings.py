@@ -17,6 +17,7 @@ from network.attention import NUM_TRAIN_TIMESTEPS, ContextWindow
 OBJECTIVES = ("mixed", "teacher_forcing", "diffusion_forcing")
 GENERATOR_INPUTS = ("self_rollout", "diffusion_forced", "teacher_forced")
 DISTRIBUTION_LOSSES = ("dmd", "sid", "gan")
+GRADIENT_STEPS = ("all", "exit")
 SHARDINGS = ("none", "fsdp2")
 TRAJECTORY_TEACHERS = ("causal", "bidirectional")
 
@@ -229,9 +230,10 @@ class SelfForcingConfig(FewStepConfig):
     """
 
     training_type: str = "dmd2"
-    num_steps: int = 560
-    lr: float = 3e-4
-    decay_fraction: float = 0.5  # of the generator's rate alone; as it falls, critic and generator stop chasing each other
+    num_steps: int = 280
+    lr: float = 1e-4
+    ema_decay: float = 0.95
+    decay_fraction: float = 0.8  # of the generator's rate alone; as it falls, critic and generator stop chasing each other
     generator_inputs: str = "self_rollout"
     loss: str = "dmd"
     dmd_sign: int = 1  # of the DMD gradient; -1 is a fault on purpose, to see what it does to a run (docs/health.md)
@@ -245,19 +247,25 @@ class SelfForcingConfig(FewStepConfig):
     guidance_ink_kept: float = 1.0
     clamp_real_score: bool = False  # keep the guided teacher's x_0 in [-1, 1], which guidance leaves
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
-    critic_lr: float = 2e-4
-    critic_ema_decay: float = 0.9  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
+    critic_lr: float = 4e-4
+    critic_ema_decay: float = 0.7  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
     context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
+    # Muon's rates, for the matrices of the transformer blocks; lr and critic_lr are AdamW's for the rest. 0 gives it the matrices too.
+    muon_lr: float = 1e-3
+    critic_muon_lr: float = 2e-3
+    muon_momentum: float = 0.5
+    critic_muon_momentum: float = 0.8
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
     # Score a window of min_num_frames to max_num_frames frames somewhere in a rollout of up to so many; that of the start if not given.
     rollout_frames: int | None = None
     # Of a step: that its videos go on from the first block of real ones, so that a student learns to keep the style of what it is given.
     continuation_probability: float = 0.0
-    # Blocks walk on to their last step after the exit step, so that later blocks and the critic see finished videos, as at inference.
-    # Else the exit step's prediction stands for the block (Self-Forcing, Algorithm 1); docs/decisions.md says what either does here.
-    finish_blocks: bool = False
-    same_exit_step: bool = True  # one exit step for all blocks of a rollout; false draws one per block
+    # "all": every block is finished as at inference, and gradient goes through all steps of its walk. "exit": the block ends at a random
+    # exit step, which alone carries gradient (Self-Forcing, Algorithm 1); it needs less memory and can collapse (docs/decisions.md).
+    gradient_steps: str = "all"
+    same_exit_step: bool = True  # with "exit": one exit step for all blocks of a rollout; false draws one per block
     dfake_gen_update_ratio: int = 4
+    critic_draws: int = 2  # noised copies of every video in a critic update, at noise levels of their own
     critic_warmup_steps: int = 16  # critic updates before the generator's first
     min_score_time: float = 0.02
     max_score_time: float = 0.98
@@ -269,7 +277,7 @@ class SelfForcingConfig(FewStepConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.health_interval >= 0, "training.health_interval", self.health_interval, "0 (off) or more")
-        choices = {"generator_inputs": GENERATOR_INPUTS, "loss": DISTRIBUTION_LOSSES}
+        choices = {"generator_inputs": GENERATOR_INPUTS, "loss": DISTRIBUTION_LOSSES, "gradient_steps": GRADIENT_STEPS}
         for name, known in choices.items():
             value = getattr(self, name)
             require(value in known, f"training.{name}", value, f"one of {', '.join(known)}")
@@ -291,7 +299,12 @@ class SelfForcingConfig(FewStepConfig):
             self._check_rollout_frames(self.rollout_frames)
         self._check_continuation()
         require(self.dfake_gen_update_ratio >= 1, "training.dfake_gen_update_ratio", self.dfake_gen_update_ratio, "at least 1")
+        require(self.critic_draws >= 1, "training.critic_draws", self.critic_draws, "at least 1")
         require(self.critic_warmup_steps >= 0, "training.critic_warmup_steps", self.critic_warmup_steps, "0 or more")
+        for name in ("muon_lr", "critic_muon_lr"):
+            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 (AdamW alone) or more")
+        for name in ("muon_momentum", "critic_muon_momentum"):
+            require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "a number in [0, 1)")
         require(self.critic_lr > 0, "training.critic_lr", self.critic_lr, "a positive number")
         require(0 <= self.critic_ema_decay < 1, "training.critic_ema_decay", self.critic_ema_decay, "0 (none) to below 1")
         require(0 < self.loss_time_floor <= 1, "training.loss_time_floor", self.loss_time_floor, "a number in (0, 1]")

@@ -112,7 +112,10 @@ def load_checkpoint(path: Path, is_mapped: bool = False) -> dict[str, Any]:
             f"{path} holds more than tensors and plain values, or is no checkpoint at all: refused, since reading it could run code"
         ) from error
     except Exception as error:  # bytes that are no checkpoint can raise nearly anything, and it all means the same
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: truncated, or another kind of file") from error
+        kind = "truncated, or another kind of file"
+        if path.suffix == ".safetensors":
+            kind = "a safetensors file holds weights without the settings of their training; expected a .pt file that train.py wrote"
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {kind}") from error
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED_KEYS):
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise CheckpointError(f"{path} is not a checkpoint of this project: found {found}, expected the keys {', '.join(REQUIRED_KEYS)}")
@@ -126,7 +129,14 @@ def load_checkpoint(path: Path, is_mapped: bool = False) -> dict[str, Any]:
         isinstance(checkpoint["digits_seen"], list) and all(split in SPLITS for split in checkpoint["digits_seen"])
     ):
         raise CheckpointError(f"{path}: digits_seen is {checkpoint['digits_seen']!r}: expected a list of some of {', '.join(SPLITS)}")
-    return checkpoint
+    return {key: _without_wrappers(value) if key.endswith("_state_dict") else value for key, value in checkpoint.items()}
+
+
+def _without_wrappers(state: object) -> object:
+    """A state dict without what DistributedDataParallel and torch.compile put into the names of a network that they wrap."""
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        return state
+    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
 
 
 def _is_runtime(stored: object) -> bool:

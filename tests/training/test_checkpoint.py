@@ -119,6 +119,21 @@ def test_a_truncated_file_is_refused_wherever_it_ends(path):
         assert refused(path).startswith(str(path)), length
 
 
+@pytest.mark.parametrize("wrapped", [lambda key: f"module.{key}", lambda key: f"_orig_mod.{key}", lambda key: f"module._orig_mod.{key}",
+                                     lambda key: key.replace("blocks.0.", "blocks.0._orig_mod.")])
+def test_names_that_a_wrapper_changed_are_taken_back(tmp_path, whole, wrapped):
+    states = ("generator_state_dict", "generator_ema_state_dict", "text_encoder_state_dict")
+    save_checkpoint(tmp_path / "c.pt", {**whole, **{key: {wrapped(name): value for name, value in whole[key].items()} for key in states}})
+    loaded = load_checkpoint(tmp_path / "c.pt")
+    assert all(loaded[key].keys() == whole[key].keys() for key in states)
+    load_networks(tmp_path / "c.pt", torch.device("cpu"))
+
+
+def test_a_safetensors_file_is_refused_for_what_it_lacks(tmp_path):
+    (tmp_path / "c.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    assert "holds weights without the settings of their training" in refused(tmp_path / "c.safetensors")
+
+
 def test_other_kinds_of_files_are_refused(tmp_path, path):
     buffer = io.BytesIO()
     torch.save([1, 2], buffer)
