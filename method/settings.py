@@ -230,10 +230,9 @@ class SelfForcingConfig(FewStepConfig):
     """
 
     training_type: str = "dmd2"
-    num_steps: int = 280
-    lr: float = 1e-4
-    ema_decay: float = 0.95
-    decay_fraction: float = 0.8  # of the generator's rate alone; as it falls, critic and generator stop chasing each other
+    num_steps: int = 560
+    lr: float = 3e-4
+    decay_fraction: float = 0.5  # of the generator's rate alone; as it falls, critic and generator stop chasing each other
     generator_inputs: str = "self_rollout"
     loss: str = "dmd"
     dmd_sign: int = 1  # of the DMD gradient; -1 is a fault on purpose, to see what it does to a run (docs/health.md)
@@ -247,12 +246,12 @@ class SelfForcingConfig(FewStepConfig):
     guidance_ink_kept: float = 1.0
     clamp_real_score: bool = False  # keep the guided teacher's x_0 in [-1, 1], which guidance leaves
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
-    critic_lr: float = 4e-4
-    critic_ema_decay: float = 0.7  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
+    critic_lr: float = 2e-4
+    critic_ema_decay: float = 0.9  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
     context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
-    # Muon's rates, for the matrices of the transformer blocks; lr and critic_lr are AdamW's for the rest. 0 gives it the matrices too.
-    muon_lr: float = 1e-3
-    critic_muon_lr: float = 2e-3
+    # Muon's rates, for the matrices of the transformer blocks; lr and critic_lr are then AdamW's for the rest. 0: AdamW for all.
+    muon_lr: float = 0.0
+    critic_muon_lr: float = 0.0
     muon_momentum: float = 0.5
     critic_muon_momentum: float = 0.8
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
@@ -260,12 +259,12 @@ class SelfForcingConfig(FewStepConfig):
     rollout_frames: int | None = None
     # Of a step: that its videos go on from the first block of real ones, so that a student learns to keep the style of what it is given.
     continuation_probability: float = 0.0
-    # "all": every block is finished as at inference, and gradient goes through all steps of its walk. "exit": the block ends at a random
-    # exit step, which alone carries gradient (Self-Forcing, Algorithm 1); it needs less memory and can collapse (docs/decisions.md).
-    gradient_steps: str = "all"
+    # "exit": a block ends at a random exit step, which alone carries gradient (Self-Forcing, Algorithm 1). "all": every block is finished
+    # as at inference, with gradient through all steps of its walk, so that the critic learns from finished videos alone.
+    gradient_steps: str = "exit"
     same_exit_step: bool = True  # with "exit": one exit step for all blocks of a rollout; false draws one per block
     dfake_gen_update_ratio: int = 4
-    critic_draws: int = 2  # noised copies of every video in a critic update, at noise levels of their own
+    critic_draws: int = 1  # noised copies of every video in a critic update, at noise levels of their own
     critic_warmup_steps: int = 16  # critic updates before the generator's first
     min_score_time: float = 0.02
     max_score_time: float = 0.98

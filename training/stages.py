@@ -370,7 +370,8 @@ class SelfForcingStage:
         self._check_same_teacher(checkpoint, name)
         load_modules(targets, checkpoint, name)
         for key, optimizer in self.optimizers.items():
-            load_optimizer(optimizer, checkpoint["optimizer_state_dict"][key])
+            stored = checkpoint["optimizer_state_dict"]
+            load_optimizer(optimizer, stored[key if key in stored else key.removesuffix("_adamw")])  # as it was before there was Muon
             self._set_wishes(key, optimizer)
         self.random.set_state(checkpoint["random_state"])
         self.num_prompts_seen = checkpoint["num_prompts_seen"]

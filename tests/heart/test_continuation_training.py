@@ -61,12 +61,15 @@ def test_exit_steps_of_their_own_stay_those_of_their_blocks(monkeypatch):
     assert rollout.frame_exits[0].tolist() == [-1] * BLOCK + [exit_step for exit_step in rollout.exit_steps for _ in range(BLOCK)]
 
 
+@pytest.mark.parametrize(("gradient_steps", "passes_a_block"), [("exit", 1), ("all", 4)])
 @pytest.mark.parametrize(("gradient_frames", "blocks_with_gradient"), [(21, 3), (9, 3), (6, 2), (3, 1)])
-def test_gradient_flows_in_the_last_frames_that_were_made(gradient_frames: int, blocks_with_gradient: int):
-    engine, passes = build_engine(gradient_frames=gradient_frames), []
+def test_gradient_flows_in_the_last_frames_that_were_made(
+    gradient_frames: int, blocks_with_gradient: int, gradient_steps: str, passes_a_block: int
+):
+    engine, passes = build_engine(gradient_frames=gradient_frames, gradient_steps=gradient_steps), []
     engine.generator.head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
     rollout = engine.rollout(random_prompt(engine.generator, 2), NUM_FRAMES, with_gradient=True, given=real_videos()[:, :BLOCK])
-    assert sum(passes) == blocks_with_gradient and rollout.scored.requires_grad
+    assert sum(passes) == blocks_with_gradient * passes_a_block and rollout.scored.requires_grad
     assert torch.equal(rollout.scored, rollout.x_0[:, -min(gradient_frames, NUM_FRAMES):])
 
 

@@ -145,7 +145,7 @@ def test_a_clamped_rollout_stays_in_the_range_of_data_and_still_feels_the_pull_f
 
 def test_exit_step_is_shared_or_drawn_per_block_and_every_one_occurs():
     for same_exit_step in (True, False):
-        engine = build_engine(same_exit_step=same_exit_step)
+        engine = build_engine(same_exit_step=same_exit_step, gradient_steps="exit")
         prompt = random_prompt(engine.generator, 1)
         draws = [engine.rollout(prompt, 9, with_gradient=True).exit_steps for _ in range(24)]
         assert all(len(draw) == 3 for draw in draws)

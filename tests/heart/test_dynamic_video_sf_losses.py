@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import dynamic_video_sf
 from dynamic_video_sf import ScorePrompts, SelfForcingEngine
+from machine.batch_share import BatchShare
 from method.flow_matching import x_0_from_velocity
 from method.losses import NORMALISER_FLOOR, dmd_gradient, dmd_loss, sid_loss
 from tiny_causal_wan import PromptContext
@@ -199,15 +200,13 @@ def test_score_times_are_uniform_between_their_bounds():
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])
-def test_score_times_are_shifted_as_asked_and_not_by_default(shift: float):
+def test_score_times_lie_at_even_distances_and_are_shifted_as_asked_and_not_by_default(shift: float):
     changes = {} if shift == 1 else {"score_time_shift": shift}
     engine = build_engine(min_score_time=0.1, max_score_time=0.9, **changes)
     state = engine.random.get_state()
     _, t = engine._noised(torch.zeros(20_000, 1, 1, 1, 1))
     engine.random.set_state(state)
-    u = torch.rand((20_000, 1), generator=engine.random)
-    if shift == 1:
-        assert torch.equal(t, 0.1 + (0.9 - 0.1) * u)
+    u = (torch.arange(20_000)[:, None] + torch.rand((), generator=engine.random)) / 20_000
     torch.testing.assert_close(t, 0.1 + 0.8 * shift * u / (1 + (shift - 1) * u))
     mean = 0.5 if shift == 1 else shift / (shift - 1) - shift * math.log(shift) / (shift - 1) ** 2
     assert t.mean().item() == pytest.approx(0.1 + 0.8 * mean, abs=0.008)  # five standard errors
@@ -311,3 +310,30 @@ def test_critic_loss_is_smallest_at_the_generators_distribution():
         engine.random.set_state(state)
         losses[offset] = engine.critic_loss(x_0, shift_prompt(4096, [0.6 + offset, -0.3])).item()
     assert losses[0.0] < min(losses[-0.2], losses[0.2])
+
+
+def test_every_video_of_a_critic_update_is_seen_at_noise_levels_of_its_own(monkeypatch):
+    """With k draws of B videos the times are those of one grid of k B, and two shares of the batch see the halves of it."""
+    engine = build_engine(critic_draws=3, min_score_time=0.1, max_score_time=0.9)
+    videos, prompt = torch.rand(4, 3, 1, 8, 8) * 2 - 1, random_prompt(engine.generator, 4)
+    asked = []
+    forward = engine.fake_score.forward_bidirectional
+    monkeypatch.setattr(
+        engine.fake_score, "forward_bidirectional", lambda x, t, prompt: asked.append((x, t, prompt)) or forward(x, t, prompt)
+    )
+    loss = engine.critic_loss(videos, prompt)
+    (x_t, t, prompts), = asked
+    assert x_t.shape == (12, 3, 1, 8, 8) and torch.equal(prompts.pooled, prompt.pooled.repeat(3, 1))
+    torch.testing.assert_close(t[:, 0].diff(), torch.full((11,), 0.8 / 12))
+    assert torch.equal(t, t[:, :1].expand_as(t)) and loss.requires_grad
+    state = engine.random.get_state()
+    both = []
+    for share in (BatchShare(0, 2, 4), BatchShare(2, 2, 4)):
+        engine.random.set_state(state)
+        part = slice(share.first, share.first + share.count)
+        both.append(engine._noised(videos[part].repeat(3, 1, 1, 1, 1), share, 3))
+    engine.random.set_state(state)
+    whole = engine._noised(videos.repeat(3, 1, 1, 1, 1), None, 3)
+    for halves, expected in zip(zip(*both, strict=True), whole, strict=True):
+        parts = torch.cat([half.unflatten(0, (3, 2)) for half in halves], dim=1).flatten(0, 1)
+        assert torch.equal(parts, expected)

@@ -21,7 +21,7 @@ def self_test() -> bool:
     with torch.no_grad():
         for parameter in teacher.parameters():  # a fresh network's head and gates are 0, which would hide every error
             parameter.copy_(0.15 * torch.randn(parameter.shape, generator=random))
-    config = SelfForcingConfig(gradient_frames=6, guidance=1.0)
+    config = SelfForcingConfig(gradient_frames=6, guidance=1.0, gradient_steps="exit")
     engine = SelfForcingEngine(config, teacher, random)
     text, mask = torch.randn(2, 4, 32, generator=random), torch.ones(2, 4, dtype=torch.bool)
     findings = [

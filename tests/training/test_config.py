@@ -85,7 +85,7 @@ def test_overrides_arrive_with_their_type():
     ("training.lr=abc", ["training.lr", "abc", "Float"]),
     ("training.num_steps=2.5", ["training.num_steps", "2.5", "Integer"]),
     ("training.denoising_steps=[1000,soon]", ["training.denoising_steps", "soon", "Integer"]),
-    ("training=selfforcing", ["unknown choice training=selfforcing", "pretrain, self_forcing, teacher_forcing"]),
+    ("training=selfforcing", ["unknown choice training=selfforcing", "pretrain, self_forcing, steady, teacher_forcing"]),
     ("training.loss=wgan", ["training.loss is wgan", "dmd, sid, gan"]), ("training.generator_inputs=data", ["generator_inputs is data"]),
     ("training.gan_penalty_sigma=0", ["training.gan_penalty_sigma is 0"]), ("training.gan_penalty=-1", ["training.gan_penalty is -1"]),
     ("model=huge", ["unknown choice model=huge", "tiny, tiny_64"]),

@@ -331,7 +331,7 @@ def test_a_teacher_of_another_text_encoder_is_refused(teacher: Path):
 
 
 def test_a_resumed_run_takes_its_rates_from_the_new_configuration(teacher: Path):
-    state = build_self_forcing(teacher).state_dict()
+    state = build_self_forcing(teacher, muon_lr=1e-3, critic_muon_lr=2e-3).state_dict()
     resumed = build_self_forcing(
         teacher, lr=3e-6, critic_lr=4e-6, muon_lr=5e-6, critic_muon_lr=6e-6, muon_momentum=0.1, critic_muon_momentum=0.2, decay_fraction=0.0
     )
@@ -340,6 +340,16 @@ def test_a_resumed_run_takes_its_rates_from_the_new_configuration(teacher: Path)
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in resumed.optimizers.items()}
     assert rates == {"generator_adamw": 3e-6, "critic_adamw": 4e-6, "generator_muon": 5e-6, "critic_muon": 6e-6}
     assert [resumed.optimizers[f"{name}_muon"].param_groups[0]["momentum"] for name in ("generator", "critic")] == [0.1, 0.2]
+
+
+def test_a_checkpoint_from_when_each_network_had_one_optimizer_goes_on(teacher: Path):
+    stage = build_self_forcing(teacher)
+    stage.train_step(3)
+    state = stage.state_dict()
+    state["optimizer_state_dict"] = {name: state["optimizer_state_dict"][f"{name}_adamw"] for name in ("generator", "critic")}
+    resumed = build_self_forcing(teacher)
+    resumed.load_state_dict(state, "run")
+    assert resumed.train_step(7) == stage.train_step(7)
 
 
 def test_the_generators_rate_falls_at_the_end_of_the_run_and_the_critics_does_not(teacher: Path):
