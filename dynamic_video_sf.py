@@ -151,8 +151,7 @@ class Past:
     def velocity(self, x_t: Tensor, t: Tensor, prompt: PromptContext, is_last: bool) -> Tensor:
         """v (B, F_block, C, H, W) of the next block, which sees the past; under the plan's guidance.
 
-        A walk's last pass runs alone, whether or not it carries gradient: so training and inference make the same bits. So does every
-        pass with gradient.
+        A walk's last pass runs alone, whether or not it carries gradient: so training and inference make the same bits.
         """
         if self.plan.guidance == 1.0:
             return self._forward(x_t, t, prompt, is_last)
@@ -166,7 +165,7 @@ class Past:
             self.model.write_cache(x, t, prompt, self.cache)
 
     def _forward(self, x_t: Tensor, t: Tensor, prompt: PromptContext, is_last: bool) -> Tensor:
-        if is_last or torch.is_grad_enabled() or self._deferred is None or self._deferred[2] is not prompt:
+        if is_last or self._deferred is None or self._deferred[2] is not prompt:
             self.flush()
             return self.model.forward_cached(x_t, t, prompt, self.cache)
         (x, t_x, _), self._deferred = self._deferred, None
@@ -183,15 +182,17 @@ class Past:
 def rollout_blocks(
     model: TinyCausalWanModel, prompt: PromptContext, streams: list[np.random.Generator], num_blocks: int | None, plan: RolloutPlan,
     null_prompt: PromptContext | None = None, exit_steps: list[int] | None = None, gradient_blocks: range = range(0),
-    trace: list[list[Tensor]] | None = None, first_frames: Tensor | None = None, all_steps: bool = False,
+    trace: list[list[Tensor]] | None = None, first_frames: Tensor | None = None, finished: list[Tensor] | None = None,
 ) -> Generator[Tensor, PromptSwitch | None, None]:
     """Make a video block by block (Self-Forcing, Algorithm 1); yields x_0 of each block, (B, F_block, C, H, W).
 
     num_blocks: None for no end. A `PromptSwitch` that is sent between two blocks holds from the next one on.
     exit_steps: per block, the index into `plan.times` whose prediction is the result; None for the last.
-    gradient_blocks: in these the exit step's forward pass carries gradient; with all_steps those before it too. null_prompt: the unconditional branch, needed
+    gradient_blocks: in these the exit step's forward pass carries gradient. null_prompt: the unconditional branch, needed
     where plan.guidance is not 1. trace: collects, for each block, its x_t at every time of the walk. first_frames: frames
-    (B, F, C, H, W) that come before the first block and are only written into the cache, see `split_first_frames`.
+    (B, F, C, H, W) that come before the first block and are only written into the cache, see `split_first_frames`. finished: collects
+    every block as inference makes it. Blocks then walk on past their exit step, and the finished ones enter the cache; without it the
+    walk stops there, and what it predicted enters.
     """
     config, device = model.config, next(model.parameters()).device
     prompt = _both_branches(prompt, null_prompt, plan)
@@ -205,21 +206,30 @@ def rollout_blocks(
         # 1. Start from noise.
         shape = (_block_frames(plan, block, first_frames), config.channels, config.frame_size, config.frame_size)
         x_t, walk = draw_noise(streams, shape, device), []
-        for step in range(exit_step + 1):
+        last_step = exit_step if finished is None else len(plan.times) - 1
+        for step in range(last_step + 1):
             walk.append(x_t)
             t = torch.full(x_t.shape[:2], plan.times[step], device=device)
-            # 2. Predict x_0. Only the exit step builds a graph, unless all are asked for: the other steps simulate inference.
-            with torch.set_grad_enabled(block in gradient_blocks and (all_steps or step == exit_step)):
-                v = past.velocity(x_t, t, prompt, is_last=step == exit_step)
+            # 2. Predict x_0. Only the exit step builds a graph: the other steps simulate inference.
+            has_gradient = block in gradient_blocks and step == exit_step
+            with torch.set_grad_enabled(has_gradient and finished is None):
+                v = past.velocity(x_t, t, prompt, is_last=step == last_step)
                 x_0 = predict_x_0(x_t, v, t, plan)
-                # 3. Noise it to the next time: with fresh noise, or along the ODE with the noise that was predicted.
-                if step < exit_step:
-                    eps = draw_noise(streams, shape, device) if plan.fresh_noise else eps_from_velocity(x_t, v, t)
-                    x_t = add_noise(x_0, eps, torch.full_like(t, plan.times[step + 1]))
+            if step == exit_step:
+                x_0_exit = x_0
+                if has_gradient and finished is not None:  # once more: the video itself is made as at inference, bit for bit
+                    with torch.enable_grad():
+                        x_0_exit = predict_x_0(x_t, past.velocity(x_t, t, prompt, is_last=True), t, plan)
+            # 3. Noise it to the next time: with fresh noise, or along the ODE with the noise that was predicted.
+            if step < last_step:
+                eps = draw_noise(streams, shape, device) if plan.fresh_noise else eps_from_velocity(x_t, v, t)
+                x_t = add_noise(x_0, eps, torch.full_like(t, plan.times[step + 1]))
         if trace is not None:
             trace.append(walk)
+        if finished is not None:
+            finished.append(x_0)
         # 4. Hand the block out; a new prompt may come back.
-        switch = yield x_0
+        switch = yield x_0_exit
         if block + 1 == num_blocks:
             return
         # 5. Write it into the cache, without gradient, unless a new prompt starts from nothing.
@@ -294,7 +304,8 @@ class Rollout:
     rollout started earlier, x_0 is the window at its end."""
 
     x_0: Tensor
-    scored: Tensor  # (B, min(F, gradient_frames), C, H, W): what the losses see
+    scored: Tensor  # (B, min(F, gradient_frames), C, H, W): what the generator's loss sees
+    finished: Tensor  # of the same frames, without gradient: what the critic learns from
     exit_steps: list[int]  # of the blocks that were made; those of the first video, where each has its own; -1 of clean data
     frame_exits: Tensor  # (B, min(F, gradient_frames)): the exit step of every scored frame, -1 of one that was given or is clean data
 
@@ -373,7 +384,7 @@ class SelfForcingEngine:
         self, prompt: PromptContext, num_frames: int, with_gradient: bool, share: BatchShare | None = None, first_frame: int = 0,
         given: Tensor | None = None,
     ) -> Rollout:
-        """Generate from noise as inference does; with gradient_steps "exit" stopping at a random exit step (Algorithm 1).
+        """Generate from noise as inference does, stopping at a random exit step (Algorithm 1).
 
         given: the first block (B, F_block, C, H, W), which is then not made but gone on from; it counts among num_frames.
         first_frame, whole blocks: the num_frames frames are a window that starts there, of a longer rollout that ends with it
@@ -393,26 +404,29 @@ class SelfForcingEngine:
         num_made = num_earlier + len(sizes) - num_given
         num_exits = 1 if config.same_exit_step else len(sizes)
         last_step = len(self.plan.times) - 1
-        exits = [last_step] * num_exits  # as at inference
-        if config.gradient_steps == "exit":
+        exits = [last_step] * num_exits  # as at inference, where nothing but the finished video is asked for
+        if with_gradient or not config.finish_blocks:
             exits = torch.randint(len(self.plan.times), (num_exits,), generator=self.random).tolist()
         exit_steps = (exits * len(sizes) if config.same_exit_step else exits)[num_given:]
         share = share_or_whole(share, prompt.pooled.shape[0])
         seeds = share.draw(lambda total: torch.randint(2**62, (total,), generator=self.random)).tolist()
         first_scored = max(num_frames - config.gradient_frames, 0)
         first_with_gradient = num_earlier + max(sum(end <= first_scored for end in accumulate(sizes)) - num_given, 0)
+        made: list[Tensor] | None = [] if config.finish_blocks else None
         blocks = rollout_blocks(
             self.generator, prompt, make_noise_streams(seeds), num_made, self.plan, exit_steps=[last_step] * num_earlier + exit_steps,
-            gradient_blocks=range(first_with_gradient, num_made if with_gradient else 0), first_frames=given,
-            all_steps=config.gradient_steps == "all",
+            gradient_blocks=range(first_with_gradient, num_made if with_gradient else 0), first_frames=given, finished=made,
         )
         for _ in range(num_earlier):  # forgotten at once: memory must not grow with what the window does not show
             next(blocks)
+            if made is not None:
+                made.clear()
         before = [] if given is None else [given]
         with torch.set_grad_enabled(with_gradient):
             x_0 = torch.cat([*before, *blocks], dim=1)
+            finished = x_0.detach() if made is None else torch.cat([*before, *made], dim=1)
             frame_exits = torch.tensor([[-1] * num_given + exit_steps] * len(x_0)).repeat_interleave(torch.tensor(sizes), 1)
-            return Rollout(x_0, x_0[:, first_scored:], exit_steps, frame_exits[:, first_scored:])
+            return Rollout(x_0, x_0[:, first_scored:], finished[:, first_scored:], exit_steps, frame_exits[:, first_scored:])
 
     def stream(
         self, prompt: PromptContext, seed: int, switch: str = "recache"
@@ -459,7 +473,7 @@ class SelfForcingEngine:
             x_0 = x_0_from_velocity(x_t, v, t)
             x_0 = clamp_to_data(x_0) if self.config.clamp_x_0 else x_0
         scored = slice(max(num_frames - self.config.gradient_frames, 0), None)
-        return Rollout(x_0, x_0[:, scored], exits[0].tolist(), frame_exits[:, scored])
+        return Rollout(x_0, x_0[:, scored], x_0[:, scored].detach(), exits[0].tolist(), frame_exits[:, scored])
 
     def generator_loss(
         self, x_0: Tensor, prompts: ScorePrompts, x_real: Tensor | None = None, share: BatchShare | None = None

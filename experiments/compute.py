@@ -93,7 +93,7 @@ def _mean_over_exits(stage: SelfForcingStage, step: int, first_frame: int) -> fl
     """Mean FLOPs of this step over uniform exit steps: the line through two of them, at its middle."""
     num_exits = len(stage.config.denoising_steps)
     flops, exit_step = _count_step(stage, step, first_frame)
-    if num_exits == 1 or stage.config.generator_inputs != "self_rollout" or stage.config.gradient_steps == "all":  # as many passes at every exit
+    if num_exits == 1 or stage.config.generator_inputs != "self_rollout" or stage.config.finish_blocks:  # as many passes at every exit
         return flops
     for _ in range(MAX_TRIES):
         other_flops, other = _count_step(stage, step, first_frame)

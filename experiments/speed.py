@@ -326,7 +326,7 @@ def train_in_phases(stage: SelfForcingStage, step: int, phases: Phases) -> dict[
         (engine, "make_videos", ROLLOUT), (engine, "generator_loss", SCORES), (engine, "critic_loss", CRITIC_LOSS),
         (torch.Tensor, "backward", lambda: BACKWARD.format(learner())),
         (torch.nn.utils, "clip_grad_norm_", lambda: OPTIMIZER.format(learner())),
-        *((optimizer, "step", OPTIMIZER.format(name.partition("_")[0])) for name, optimizer in stage.optimizers.items()),
+        *((optimizer, "step", OPTIMIZER.format(name)) for name, optimizer in stage.optimizers.items()),
         (stages, "update_average", AVERAGES),
     ):
         return stage.train_step(step)

@@ -17,7 +17,6 @@ from network.attention import NUM_TRAIN_TIMESTEPS, ContextWindow
 OBJECTIVES = ("mixed", "teacher_forcing", "diffusion_forcing")
 GENERATOR_INPUTS = ("self_rollout", "diffusion_forced", "teacher_forced")
 DISTRIBUTION_LOSSES = ("dmd", "sid", "gan")
-GRADIENT_STEPS = ("all", "exit")
 SHARDINGS = ("none", "fsdp2")
 TRAJECTORY_TEACHERS = ("causal", "bidirectional")
 
@@ -249,20 +248,15 @@ class SelfForcingConfig(FewStepConfig):
     critic_lr: float = 2e-4
     critic_ema_decay: float = 0.9  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
     context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
-    # Muon's rates, for the matrices of the transformer blocks; lr and critic_lr are then AdamW's for the rest. 0: AdamW for all.
-    muon_lr: float = 0.0
-    critic_muon_lr: float = 0.0
-    muon_momentum: float = 0.5
-    critic_muon_momentum: float = 0.8
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
     # Score a window of min_num_frames to max_num_frames frames somewhere in a rollout of up to so many; that of the start if not given.
     rollout_frames: int | None = None
     # Of a step: that its videos go on from the first block of real ones, so that a student learns to keep the style of what it is given.
     continuation_probability: float = 0.0
-    # "exit": a block ends at a random exit step, which alone carries gradient (Self-Forcing, Algorithm 1). "all": every block is finished
-    # as at inference, with gradient through all steps of its walk, so that the critic learns from finished videos alone.
-    gradient_steps: str = "exit"
-    same_exit_step: bool = True  # with "exit": one exit step for all blocks of a rollout; false draws one per block
+    # Blocks walk on to their last step after the exit step, so that later blocks and the critic see finished videos, as at inference.
+    # Else the exit step's prediction stands for the block (Self-Forcing, Algorithm 1); docs/decisions.md says what either does here.
+    finish_blocks: bool = False
+    same_exit_step: bool = True  # one exit step for all blocks of a rollout; false draws one per block
     dfake_gen_update_ratio: int = 4
     critic_draws: int = 1  # noised copies of every video in a critic update, at noise levels of their own
     critic_warmup_steps: int = 16  # critic updates before the generator's first
@@ -276,7 +270,7 @@ class SelfForcingConfig(FewStepConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.health_interval >= 0, "training.health_interval", self.health_interval, "0 (off) or more")
-        choices = {"generator_inputs": GENERATOR_INPUTS, "loss": DISTRIBUTION_LOSSES, "gradient_steps": GRADIENT_STEPS}
+        choices = {"generator_inputs": GENERATOR_INPUTS, "loss": DISTRIBUTION_LOSSES}
         for name, known in choices.items():
             value = getattr(self, name)
             require(value in known, f"training.{name}", value, f"one of {', '.join(known)}")
@@ -299,11 +293,11 @@ class SelfForcingConfig(FewStepConfig):
         self._check_continuation()
         require(self.dfake_gen_update_ratio >= 1, "training.dfake_gen_update_ratio", self.dfake_gen_update_ratio, "at least 1")
         require(self.critic_draws >= 1, "training.critic_draws", self.critic_draws, "at least 1")
+        require(
+            self.critic_draws == 1 or self.loss != "gan", "training.critic_draws", self.critic_draws,
+            "1 with training.loss=gan, whose discriminator sees every video once",
+        )
         require(self.critic_warmup_steps >= 0, "training.critic_warmup_steps", self.critic_warmup_steps, "0 or more")
-        for name in ("muon_lr", "critic_muon_lr"):
-            require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 (AdamW alone) or more")
-        for name in ("muon_momentum", "critic_muon_momentum"):
-            require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "a number in [0, 1)")
         require(self.critic_lr > 0, "training.critic_lr", self.critic_lr, "a positive number")
         require(0 <= self.critic_ema_decay < 1, "training.critic_ema_decay", self.critic_ema_decay, "0 (none) to below 1")
         require(0 < self.loss_time_floor <= 1, "training.loss_time_floor", self.loss_time_floor, "a number in (0, 1]")

@@ -30,7 +30,6 @@ from training.config import Config, config_from_dict
 from training.diagnostics import STEP_COLUMNS, exit_columns, generator_figures
 from training.distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
 from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
-from training.optimizers import muon_and_adamw
 from training.sharding import load_optimizer, shard_blocks, whole
 from training.starting_networks import check_is_bidirectional, load_modules, load_start, load_teacher
 
@@ -124,9 +123,15 @@ class PretrainStage:
             require_compiler("training.compile", runtime.device)
             for block in self.model.blocks:
                 block.compile(dynamic=False)
-        self.optimizers = muon_and_adamw(
-            self.live.parameters(), self.model.blocks, self.config.muon_lr, self.config.lr, self.config.weight_decay
-        )
+        matrices = [p for n, p in self.model.blocks.named_parameters() if p.ndim == 2 and n.endswith(".weight")]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in self.live.parameters() if p.requires_grad and id(p) not in chosen]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "muon": torch.optim.Muon(
+                matrices, lr=self.config.muon_lr, weight_decay=self.config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
+            "adamw": torch.optim.AdamW(others, lr=self.config.lr, weight_decay=self.config.weight_decay),
+        }
         self.base_rates = {"muon": self.config.muon_lr, "adamw": self.config.lr}
 
     def train_step(self, step: int) -> dict[str, float]:
@@ -237,19 +242,14 @@ class SelfForcingStage:
         self.average = copy.deepcopy(self.engine.generator).requires_grad_(False).eval()
         if self.config.sharding == "fsdp2":
             shard_blocks((*self.engine.networks(), self.average), processes.count, runtime.device)
-        c = self.config
-        common = {"weight_decay": c.weight_decay, "betas": c.adam_betas}
-        learners = {
-            "generator": muon_and_adamw(
-                self.engine.generator.parameters(), self.engine.generator.blocks, c.muon_lr, c.lr, momentum=c.muon_momentum, **common
-            ),
-            "critic": muon_and_adamw(
-                self.engine.critic.parameters(), self.engine.fake_score.blocks, c.critic_muon_lr, c.critic_lr,
-                momentum=c.critic_muon_momentum, **common,
-            ),
+        rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
+        modules = {"generator": self.engine.generator, "critic": self.engine.critic}
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                module.parameters(), lr=rates[name], betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay
+            )
+            for name, module in modules.items()
         }
-        self.optimizers = {f"{name}_{kind}": each for name, both in learners.items() for kind, each in both.items()}
-        self.base_rates = {"generator_adamw": c.lr, "generator_muon": c.muon_lr, "critic_adamw": c.critic_lr, "critic_muon": c.critic_muon_lr}
         self.num_generator_updates = 0
 
     def train_step(self, step: int) -> dict[str, float]:
@@ -264,8 +264,8 @@ class SelfForcingStage:
         is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
         first_scored = first_frame + max(num_frames - config.gradient_frames, 0)
         figures = {"num_frames": num_frames} | ({} if config.rollout_frames is None else {"first_frame": first_frame})
-        for name, optimizer in self.optimizers.items():  # the critic is never slower: it must keep up with the generator
-            set_rate(optimizer, self.base_rates[name] * (rate_factor(config, step) if name.startswith("generator") else 1.0))
+        set_rate(self.optimizers["generator"], rate_factor(config, step) * config.lr)
+        set_rate(self.optimizers["critic"], config.critic_lr)  # never slower: the critic must keep up with the generator
         made, seen = [], []  # of every part: its videos with what they are compared with, and the figures of its losses
         for share in self.parts.of(config.batch_size):
             text, x_real = self._read_data(share.of(indices), num_frames)
@@ -277,7 +277,7 @@ class SelfForcingStage:
             figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video, where each has its own
             if is_generator_turn:
                 seen.append(self._judge_generator(rollout, text, x_real, share))
-            made.append((rollout.scored.detach(), text, x_real))
+            made.append((rollout.finished, text, x_real))
         if is_generator_turn:
             figures["gradient_norm_generator"] = self._step("generator", engine.generator)
             update_average(self.average, engine.generator, config.ema_decay, self.num_generator_updates)
@@ -285,9 +285,9 @@ class SelfForcingStage:
             figures |= mean_figures(seen)
         # The critic learns from the videos of the same rollout, which serves twice on the generator's turn.
         losses = []
-        for share, (x_0, text, x_real) in zip(self.parts.of(config.batch_size), made, strict=True):
+        for share, (finished, text, x_real) in zip(self.parts.of(config.batch_size), made, strict=True):
             with self.runtime.autocast():
-                loss = engine.critic_loss(x_0, engine.fake_score.encode_prompt(*text), x_real, share)
+                loss = engine.critic_loss(finished, engine.fake_score.encode_prompt(*text), x_real, share)
             self.parts.backward(loss)
             losses.append({"loss_critic": loss.item()})
         figures |= mean_figures(losses)
@@ -324,10 +324,8 @@ class SelfForcingStage:
 
     def _step(self, name: str, module: nn.Module) -> float:
         norm = self.parts.clip(module.parameters(), self.config.clip_norm)
-        for each, optimizer in self.optimizers.items():
-            if each.startswith(name):
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad(set_to_none=True)
         return norm
 
     def shown(self) -> dict[str, Sampler]:
@@ -370,21 +368,13 @@ class SelfForcingStage:
         self._check_same_teacher(checkpoint, name)
         load_modules(targets, checkpoint, name)
         for key, optimizer in self.optimizers.items():
-            stored = checkpoint["optimizer_state_dict"]
-            load_optimizer(optimizer, stored[key if key in stored else key.removesuffix("_adamw")])  # as it was before there was Muon
-            self._set_wishes(key, optimizer)
+            load_optimizer(optimizer, checkpoint["optimizer_state_dict"][key])
+            for group in optimizer.param_groups:  # the command line's wishes, not those of the run that is resumed; rates: train_step
+                group.update(betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
         self.random.set_state(checkpoint["random_state"])
         self.num_prompts_seen = checkpoint["num_prompts_seen"]
         self.earlier_prompts, self.digits_seen = checkpoint["prompts_drawn"], merge_splits(self.digits_seen, digits_seen(checkpoint))
         self.num_generator_updates = checkpoint["num_generator_updates"]
-
-    def _set_wishes(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """The command line's wishes, not those of the run that is resumed; rates: `train_step`."""
-        config = self.config
-        momentum = config.muon_momentum if name.startswith("generator") else config.critic_muon_momentum
-        own = {"momentum": momentum} if name.endswith("muon") else {"betas": tuple(config.adam_betas)}
-        for group in optimizer.param_groups:
-            group.update(weight_decay=config.weight_decay, **own)
 
     def _check_same_teacher(self, checkpoint: dict[str, Any], name: str) -> None:
         """A run that goes on keeps its teacher: another one, or another start, would silently not be used."""

@@ -28,7 +28,7 @@ def real_videos(num_videos: int = 2, num_frames: int = NUM_FRAMES) -> torch.Tens
 @pytest.mark.parametrize("is_first_frame_alone", [False, True])
 def test_what_is_given_comes_first_and_the_rest_is_what_inference_makes_of_it(is_first_frame_alone: bool, monkeypatch):
     lengths = {"min_num_frames": 10, "max_num_frames": 10} if is_first_frame_alone else {}
-    engine, seeds = build_engine(independent_first_frame=is_first_frame_alone, gradient_steps="exit", **lengths), []
+    engine, seeds = build_engine(independent_first_frame=is_first_frame_alone, finish_blocks=True, **lengths), []
     monkeypatch.setattr(dynamic_video_sf, "make_noise_streams", lambda drawn: seeds.append(drawn) or make_noise_streams(drawn))
     num_frames, first = (10, 1) if is_first_frame_alone else (NUM_FRAMES, BLOCK)
     given, prompt, seen = real_videos()[:, :first], random_prompt(engine.generator, 2), set()
@@ -40,7 +40,7 @@ def test_what_is_given_comes_first_and_the_rest_is_what_inference_makes_of_it(is
         with torch.no_grad():
             expected = torch.cat(list(rollout_blocks(
                 engine.generator, prompt, make_noise_streams(seeds.pop()), 3, engine.plan, exit_steps=rollout.exit_steps,
-                first_frames=given,
+                first_frames=given, finished=[],
             )), dim=1)
         torch.testing.assert_close(rollout.x_0[:, first:].detach(), expected, atol=1e-5, rtol=1e-5)
         seen |= set(rollout.exit_steps)
@@ -48,7 +48,7 @@ def test_what_is_given_comes_first_and_the_rest_is_what_inference_makes_of_it(is
 
 
 def test_exit_steps_of_their_own_stay_those_of_their_blocks(monkeypatch):
-    engine, asked = build_engine(same_exit_step=False, gradient_steps="exit"), []
+    engine, asked = build_engine(same_exit_step=False), []
     monkeypatch.setattr(
         dynamic_video_sf, "rollout_blocks", lambda *args, **options: asked.append(options) or rollout_blocks(*args, **options)
     )
@@ -61,15 +61,12 @@ def test_exit_steps_of_their_own_stay_those_of_their_blocks(monkeypatch):
     assert rollout.frame_exits[0].tolist() == [-1] * BLOCK + [exit_step for exit_step in rollout.exit_steps for _ in range(BLOCK)]
 
 
-@pytest.mark.parametrize(("gradient_steps", "passes_a_block"), [("exit", 1), ("all", 4)])
 @pytest.mark.parametrize(("gradient_frames", "blocks_with_gradient"), [(21, 3), (9, 3), (6, 2), (3, 1)])
-def test_gradient_flows_in_the_last_frames_that_were_made(
-    gradient_frames: int, blocks_with_gradient: int, gradient_steps: str, passes_a_block: int
-):
-    engine, passes = build_engine(gradient_frames=gradient_frames, gradient_steps=gradient_steps), []
+def test_gradient_flows_in_the_last_frames_that_were_made(gradient_frames: int, blocks_with_gradient: int):
+    engine, passes = build_engine(gradient_frames=gradient_frames), []
     engine.generator.head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
     rollout = engine.rollout(random_prompt(engine.generator, 2), NUM_FRAMES, with_gradient=True, given=real_videos()[:, :BLOCK])
-    assert sum(passes) == blocks_with_gradient * passes_a_block and rollout.scored.requires_grad
+    assert sum(passes) == blocks_with_gradient and rollout.scored.requires_grad
     assert torch.equal(rollout.scored, rollout.x_0[:, -min(gradient_frames, NUM_FRAMES):])
 
 

@@ -55,54 +55,42 @@ def test_training_rollout_is_inference_bit_for_bit(monkeypatch, with_gradient: b
         return make_noise_streams(seeds)
 
     monkeypatch.setattr(dynamic_video_sf, "make_noise_streams", record)
-    for gradient_steps in ("exit", "all"):
-        engine = build_engine(context_noise=context_noise, gradient_steps=gradient_steps)
+    for finish_blocks in (False, True):
+        engine = build_engine(context_noise=context_noise, finish_blocks=finish_blocks)
         prompt = random_prompt(engine.generator, 2)
         last = len(engine.plan.times) - 1
         num_compared, exits = 0, set()
         for _ in range(12):
             rollout = engine.rollout(prompt, 9, with_gradient)
             exits |= set(rollout.exit_steps)
-            if rollout.exit_steps == [last] * 3:
+            if finish_blocks or rollout.exit_steps == [last] * 3:
                 num_compared += 1
-                inferred = run(engine.generator, prompt, drawn[-1], 3, few_step_plan(engine.config))
-                if gradient_steps == "exit" or not with_gradient:
-                    assert torch.equal(rollout.x_0, inferred)
-                torch.testing.assert_close(rollout.x_0.detach(), inferred, atol=1e-5, rtol=1e-5)  # with gradient no pass writes two blocks
-        assert num_compared > 0 and (len(exits) > 1) == (gradient_steps == "exit")
+                assert torch.equal(rollout.finished, run(engine.generator, prompt, drawn[-1], 3, few_step_plan(engine.config)))
+                assert not rollout.finished.requires_grad
+        assert num_compared > 0 and (len(exits) > 1) == (with_gradient or not finish_blocks)
         assert len(set(map(tuple, drawn))) == 12  # every rollout has seeds of its own
         drawn.clear()
 
 
-def test_gradient_through_all_steps_is_that_of_the_whole_walk_of_each_block_and_of_no_other(small_model, plan):
-    """Against the walk written out: x_0 of one step, noised, is what the next step reads, and the cache holds constants."""
-    small_model.requires_grad_(True)
-    prompt = random_prompt(small_model, 2)
+@pytest.mark.parametrize("exit_step", [0, 1, 3])
+def test_finished_blocks_are_what_later_blocks_see_and_the_exit_step_is_predicted_from_them(small_model, plan, exit_step: int):
+    """Gradient reaches the exit step's prediction alone, which is the one that inference makes on its way."""
+    prompt, finished, walks = random_prompt(small_model, 2), [], []
     passes: list[bool] = []
-    handle = small_model.head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
-    made = run(small_model, prompt, [1, 2], 3, plan, gradient_blocks=range(1, 3), all_steps=True)
-    handle.remove()
-    assert sum(passes) == 2 * len(plan.times)
-    streams, cache, written = make_noise_streams([1, 2]), small_model.new_cache(), []
-    for block in range(3):
-        x_t = draw_noise(streams, (BLOCK, 1, 8, 8), torch.device("cpu"))
-        for time, later in zip(plan.times, (*plan.times[1:], None), strict=True):
-            t = torch.full(x_t.shape[:2], time)
-            with torch.set_grad_enabled(block > 0):
-                x_0 = clamp_to_data(x_t - time * small_model.forward_cached(x_t, t, prompt, cache))
-                if later is not None:
-                    x_t = (1 - later) * x_0 + later * draw_noise(streams, (BLOCK, 1, 8, 8), torch.device("cpu"))
-        small_model.write_cache(x_0.detach(), torch.zeros(x_t.shape[:2]), prompt, cache)
-        written.append(x_0)
-    expected = torch.cat(written, 1)
-    torch.testing.assert_close(made.detach(), expected.detach(), atol=1e-5, rtol=1e-5)
-    weight = torch.randn(made.shape, generator=torch.Generator().manual_seed(3))
-    parameters = [each for name, each in small_model.named_parameters() if not name.startswith("text")]
-    one, other = (torch.autograd.grad((weight * video).sum(), parameters, retain_graph=True, allow_unused=True) for video in (made, expected))
-    for own, wanted in zip(one, other, strict=True):
-        assert (own is None) == (wanted is None)
-        if own is not None:
-            torch.testing.assert_close(own, wanted, atol=1e-4, rtol=1e-3)
+    small_model.head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
+    predicted = run(small_model, prompt, [1, 2], 3, plan, exit_steps=[exit_step] * 3, gradient_blocks=range(1, 3), finished=finished)
+    assert sum(passes) == 2 and not any(block.requires_grad for block in finished)
+    with torch.no_grad():
+        inferred = list(rollout_blocks(small_model, prompt, make_noise_streams([1, 2]), 3, plan, trace=walks))
+    assert all(torch.equal(made, wanted) for made, wanted in zip(finished, inferred, strict=True))
+    cache = small_model.new_cache()
+    for index, block in enumerate(predicted.split(BLOCK, 1)):
+        x_t = walks[index][exit_step]
+        t = torch.full(x_t.shape[:2], plan.times[exit_step])
+        with torch.no_grad():
+            x_0 = clamp_to_data(x_t - plan.times[exit_step] * small_model.forward_cached(x_t, t, prompt, cache))
+            small_model.write_cache(inferred[index], torch.zeros(x_t.shape[:2]), prompt, cache)
+        torch.testing.assert_close(block.detach(), x_0, atol=1e-5, rtol=1e-5)
 
 
 def test_a_longer_video_begins_with_the_shorter_one(small_model, plan):
@@ -145,7 +133,7 @@ def test_a_clamped_rollout_stays_in_the_range_of_data_and_still_feels_the_pull_f
 
 def test_exit_step_is_shared_or_drawn_per_block_and_every_one_occurs():
     for same_exit_step in (True, False):
-        engine = build_engine(same_exit_step=same_exit_step, gradient_steps="exit")
+        engine = build_engine(same_exit_step=same_exit_step)
         prompt = random_prompt(engine.generator, 1)
         draws = [engine.rollout(prompt, 9, with_gradient=True).exit_steps for _ in range(24)]
         assert all(len(draw) == 3 for draw in draws)

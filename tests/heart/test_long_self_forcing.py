@@ -75,7 +75,7 @@ def test_steps_draw_their_windows_and_say_where_they_start(teacher: Path):  # no
 
 @pytest.mark.parametrize(("first_frame", "sink_frames"), [(0, 0), (3, 0), (12, 0), (12, 3), (30, 0)])
 def test_frames_before_the_window_are_those_of_inference_and_carry_no_gradient(watched, first_frame: int, sink_frames: int):
-    engine = build_engine(sink_frames=sink_frames, gradient_steps="exit")
+    engine = build_engine(sink_frames=sink_frames, finish_blocks=True)
     prompt, last = random_prompt(engine.generator, 2), len(engine.plan.times) - 1
     passes: list[bool] = []
     engine.generator.head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
@@ -89,7 +89,7 @@ def test_frames_before_the_window_are_those_of_inference_and_carry_no_gradient(w
         with torch.no_grad():
             expected = list(rollout_blocks(
                 engine.generator, prompt, make_noise_streams(seeds), num_before + 3, engine.plan,
-                exit_steps=[last] * num_before + rollout.exit_steps,
+                exit_steps=[last] * num_before + rollout.exit_steps, finished=[],
             ))
         assert all(torch.equal(block, wanted) for block, wanted in zip(made[:num_before], expected, strict=False))
         torch.testing.assert_close(rollout.x_0, torch.cat(expected[num_before:], dim=1), atol=1e-5, rtol=1e-5)

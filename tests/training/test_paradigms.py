@@ -161,7 +161,7 @@ CONTINUOUS = {  # trainings with times from a whole range, and how near to each 
 TIMED = {
     **PARADIGMS, "self_forcing": ["training=self_forcing", *SELF_FORCING], "pretrain": ["training=pretrain", "training.clip_steps=0"],
     "context_noise": ["training=self_forcing", "training.context_noise=100", *SELF_FORCING],
-    "steady": ["training=steady", *SELF_FORCING],
+    "finished_blocks": ["training=finished_blocks", *SELF_FORCING],
     "exit_by_block": ["training=self_forcing", "training.same_exit_step=false", *SELF_FORCING],
 }
 
