@@ -546,11 +546,11 @@ class SelfForcingEngine:
         """x_t and t, one time per video: uniform, shifted by score_time_shift, scaled into [min_score_time, max_score_time]. x_0 holds
         every video of the share `draws` times, one batch behind the other.
 
-        Each time is uniform, but a batch's times are not drawn alone: they lie at even distances, all moved by one random number
+        Each time is uniform, but those of a batch are not independent: they lie at even distances, all moved by one random number
         (Variational Diffusion Models, arXiv 2107.00630, appendix I.1), so that every batch sees all noise levels.
 
         The public code draws a timestep of 1000 and shifts it by 5 for both scores and the critic (its timestep_shift), then clamps
-        it into the interval. The default here shifts less, and never clamps, which would heap times at the ends.
+        it into the interval. The default here departs from it: no shift, and never a clamp, which would heap times at the ends.
         """
         low, high = self.config.min_score_time, self.config.max_score_time
         share = share_or_whole(share, len(x_0) // draws)

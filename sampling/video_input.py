@@ -63,9 +63,9 @@ def _read_pictures(path: Path) -> list[np.ndarray]:
     except UnidentifiedImageError:
         try:
             return _read_film(path)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # so has ffmpeg's reader
             raise ValueError(unreadable) from error
-    except Exception as error:  # so has every format of pictures
+    except Exception as error:  # every format of pictures has errors of its own
         raise ValueError(unreadable) from error
     if len(pages) == 1:
         return _cut_strip(pages[0][1])
@@ -74,7 +74,7 @@ def _read_pictures(path: Path) -> list[np.ndarray]:
 
 
 def _read_film(path: Path) -> list[np.ndarray]:
-    """What ffmpeg decodes, float32 (H, W, 3) in [0, 1] each. Raises OSError or ValueError where that is nothing."""
+    """What ffmpeg decodes, float32 (H, W, 3) in [0, 1] each. Raises where that is nothing."""
     frames = imageio_ffmpeg.read_frames(str(path))  # not by imageio, which goes by the name's ending
     width, height = next(frames)["size"]
     film = [np.frombuffer(frame, np.uint8).reshape(height, width, 3).astype(np.float32) / 255 for frame in frames]

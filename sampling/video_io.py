@@ -262,13 +262,13 @@ def load_array(path: Path) -> tuple[Tensor, str]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in ("video", "prompt") if name in arrays.files}
-            others = sorted(arrays.files)
+            names = sorted(arrays.files)
     except FileNotFoundError:
         raise
     except Exception as error:  # of a checksum, a compression, a header, objects that would need pickle: numpy has one for each
         raise ValueError(f"{path} cannot be read, it is damaged or holds objects: {wanted}") from error
     if "video" not in found:
-        raise ValueError(f"{path} holds the arrays {others}: {wanted}")
+        raise ValueError(f"{path} holds the arrays {names}: {wanted}")
     video, prompt = found["video"], str(found.get("prompt", ""))
     if video.ndim != 4 or video.size == 0 or video.dtype.kind != "f":
         raise ValueError(f"{path} has a 'video' of shape {video.shape} and type {video.dtype}: {wanted}")

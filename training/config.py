@@ -39,7 +39,7 @@ from tiny_causal_wan import ModelConfig
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
-PATH_KEYS = ("log_dir", "dataset.mnist_root", "training.resume", "training.pretrained_checkpoint", "training.generator_checkpoint")
+PATH_KEYS = ("log_dir", "training.resume", "training.pretrained_checkpoint", "training.generator_checkpoint")
 GROUPS = ("model", "dataset", "training", "experiment")  # of configs/, chosen by the name of a file
 
 

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import sys
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -144,7 +145,11 @@ def test_the_layouts_of_others_are_found(tmp_path, mnist_files, layout):
 def test_test_images_among_the_training_images_are_counted(tmp_path, mnist_files):
     config = write_files(tmp_path, {name: mnist_files[name.replace("t10k", "train")] for name in mnist_files})
     with pytest.warns(UserWarning, match="30 of 30 test images in .* are training images too"):
-        load_digits(config, "test")
+        assert len(load_digits(config, "test").labels) == 30  # said, not refused
+    write_files(tmp_path, mnist_files)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # files that share none are read in silence
+        assert len(load_digits(config, "test").labels) == 12
 
 
 def test_files_without_images_are_refused(tmp_path, mnist_files):
