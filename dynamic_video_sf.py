@@ -17,7 +17,7 @@ from machine import threads  # noqa: F401  before torch, which reads its setting
 import copy
 import runpy
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, count
 
@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from machine.batch_share import BatchShare, share_or_whole
+from machine.batch_random import BatchRandom
 from machine.paths import REPOSITORY
 from machine.seeds import Purpose, stream
+from method.diagnostics import mean_by_exit_step, score_figures
 from method.flow_matching import (
     add_noise,
     ancestral_sampler,
@@ -41,14 +42,15 @@ from method.flow_matching import (
     sampling_times,
     x_0_from_velocity,
 )
-from method.losses import Verdict, discriminator_loss, dmd_gradient, dmd_loss, relativistic_loss, sid_loss, x_0_prediction_loss
+from method.losses import discriminator_loss, dmd_gradient, dmd_loss, relativistic_loss, sid_loss, x_0_prediction_loss
 from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan
 from method.settings import SelfForcingConfig, check_num_frames
 from network.discriminator import Discriminator
-from network.recomputation import frozen
+from network.weights import frozen, update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 
 SWITCHES = ("recache", "keep", "reset")
+Text = tuple[Tensor, Tensor]  # encoded prompts, as `TextEncoder.encode` returns them: embeddings (B, L, text_width) and mask (B, L)
 
 
 # ------------------------------------------------------------------------------------------------------------ the rollout
@@ -300,24 +302,14 @@ def sample_bidirectional(
 
 @dataclass
 class Rollout:
-    """A batch of generated videos: x_0 (B, F, C, H, W), the last `gradient_frames` of it, and the exit step of each block. Where the
+    """A batch of generated videos: x_0 (B, F, C, H, W), its last `gradient_frames` frames, and the exit step of each block. If the
     rollout started earlier, x_0 is the window at its end."""
 
     x_0: Tensor
     scored: Tensor  # (B, min(F, gradient_frames), C, H, W): what the generator's loss sees
-    finished: Tensor  # of the same frames, without gradient: what the critic learns from
-    exit_steps: list[int]  # of the blocks that were made; those of the first video, where each has its own; -1 of clean data
-    frame_exits: Tensor  # (B, min(F, gradient_frames)): the exit step of every scored frame, -1 of one that was given or is clean data
-
-
-@dataclass(frozen=True)
-class ScorePrompts:
-    """One batch of prompts as the generator's judges read them: encoded by the teacher, the null prompt too, and by the critic
-    (its average; with the GAN loss the critic itself)."""
-
-    real: PromptContext
-    real_null: PromptContext
-    fake: PromptContext
+    finished: Tensor  # the same frames, without gradient: what the critic learns from
+    exit_steps: list[int]  # of the generated blocks; of the first video if each video has its own; -1 for clean data
+    frame_exits: Tensor  # (B, min(F, gradient_frames)): the exit step of every scored frame, -1 for one that is data
 
 
 def window_starts(config: SelfForcingConfig, num_frames: int) -> range:
@@ -327,20 +319,22 @@ def window_starts(config: SelfForcingConfig, num_frames: int) -> range:
 
 
 def draw_window_start(config: SelfForcingConfig, num_frames: int, random: torch.Generator) -> int:
-    """One of `window_starts`, uniform, one for the whole batch; draws nothing where there is no choice."""
+    """One of `window_starts`, uniform, one for the whole batch; draws nothing if there is no choice."""
     starts = window_starts(config, num_frames)
     return starts[int(torch.randint(len(starts), (1,), generator=random))] if len(starts) > 1 else 0
 
 
 class SelfForcingEngine:
-    """The three networks of Self-Forcing and the losses between them.
+    """The networks of Self-Forcing, their moving averages and the losses between them.
 
-    generator: the student, trained by `generator_loss`. real_score: the frozen teacher. fake_score: the critic's network.
-    critic: what `critic_loss` trains on what the generator makes: fake_score itself, or with the GAN loss a discriminator
-    built on it. fake_average: the moving average of fake_score, which is what the generator is judged by: the critic that has
-    just learned from a batch is off by far more than generator and teacher differ. The engine owns no optimizer, moves no
-    average and draws all randomness from `random`. All networks start as copies of `teacher`, the generator of `start` where one is given.
-    share, of its methods: which videos of a batch are at hand, all of them if not given.
+    generator: the student, trained by `generator_loss`; generator_average: its moving average, which ships. real_score: the frozen
+    teacher. fake_score: the critic's network. critic: what `critic_loss` trains, which is fake_score, or with the GAN loss a
+    discriminator built on it. fake_average: the moving average of fake_score, which judges the generator: the error of a critic that
+    has just learned from one batch is larger than the difference between generator and teacher.
+
+    A training step makes videos, steps the generator's optimizer on its loss and the critic's on its own, and then calls
+    `update_averages`. The engine owns no optimizer and encodes prompts for its networks. All networks start as copies of `teacher`,
+    the generator of `start` if given. All randomness is drawn from `random`.
     """
 
     def __init__(
@@ -348,11 +342,12 @@ class SelfForcingEngine:
     ):
         self.config = config
         self.plan = few_step_plan(config)
-        self.random = random
+        self.random = BatchRandom(random)
         self.generator = copy.deepcopy(teacher if start is None else start).train().requires_grad_(True)
         self.fake_score = copy.deepcopy(teacher).train().requires_grad_(True)
         self.fake_average = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.real_score = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.generator_average = copy.deepcopy(self.generator).eval().requires_grad_(False)
         if config.activation_checkpointing:
             for network in self.networks():  # with SiD gradient passes through all
                 network.recompute_activations()
@@ -360,56 +355,56 @@ class SelfForcingEngine:
 
     def networks(self) -> tuple[TinyCausalWanModel, ...]:
         """All that it holds, trained or not."""
-        return self.generator, self.fake_score, self.fake_average, self.real_score
+        return self.generator, self.fake_score, self.fake_average, self.real_score, self.generator_average
 
-    def make_videos(
-        self, prompt: PromptContext, num_frames: int, with_gradient: bool, x_real: Tensor | None = None,
-        share: BatchShare | None = None, first_frame: int = 0,
-    ) -> Rollout:
-        """The generator's videos by the configured inputs: a self-rollout, one that goes on from the first block of real videos x_real
-        with the configured probability, or x_real noised and denoised."""
+    def update_averages(self, num_critic_updates: int, num_generator_updates: int | None) -> None:
+        """Move the averages after the optimizers' steps. The counts are of earlier updates; None if the generator has not moved."""
+        if num_generator_updates is not None:
+            update_average(self.generator_average, self.generator, self.config.ema_decay, num_generator_updates)
+        update_average(self.fake_average, self.fake_score, self.config.critic_ema_decay, num_critic_updates)
+
+    # --- videos
+
+    def make_videos(self, text: Text, num_frames: int, with_gradient: bool, x_real: Tensor | None = None, first_frame: int = 0) -> Rollout:
+        """The generator's videos of these prompts, from the configured inputs: a self-rollout, a self-rollout that continues the first
+        block of the real videos x_real (B, F, C, H, W) with the configured probability, or x_real noised and denoised.
+
+        first_frame: see `rollout`. Raises ValueError if real videos are needed and not given.
+        """
         config = self.config
+        with torch.set_grad_enabled(with_gradient):
+            prompt = self.generator.encode_prompt(*text)
         if config.generator_inputs == "self_rollout" and config.continuation_probability == 0:
-            return self.rollout(prompt, num_frames, with_gradient, share, first_frame)
+            return self.rollout(prompt, num_frames, with_gradient, first_frame)
         if x_real is None:
             key = "generator_inputs" if config.generator_inputs != "self_rollout" else "continuation_probability"
             raise ValueError(f"training.{key}={getattr(config, key)} needs real videos: none were given")
         if config.generator_inputs != "self_rollout":
-            return self.denoise_real(prompt, x_real, with_gradient, share)
-        goes_on = torch.rand((), generator=self.random).item() < config.continuation_probability
-        given = x_real[:, : config.context.block_sizes(num_frames, config.num_frames_per_block)[0]] if goes_on else None
-        return self.rollout(prompt, num_frames, with_gradient, share, given=given)
+            return self.denoise_real(prompt, x_real, with_gradient)
+        continues = torch.rand((), generator=self.random.generator).item() < config.continuation_probability
+        given = x_real[:, : config.context.block_sizes(num_frames, config.num_frames_per_block)[0]] if continues else None
+        return self.rollout(prompt, num_frames, with_gradient, given=given)
 
     def rollout(
-        self, prompt: PromptContext, num_frames: int, with_gradient: bool, share: BatchShare | None = None, first_frame: int = 0,
-        given: Tensor | None = None,
+        self, prompt: PromptContext, num_frames: int, with_gradient: bool, first_frame: int = 0, given: Tensor | None = None
     ) -> Rollout:
-        """Generate from noise as inference does, stopping at a random exit step (Algorithm 1).
+        """Generate num_frames frames from noise as inference does, up to a random exit step (Algorithm 1).
 
-        given: the first block (B, F_block, C, H, W), which is then not made but gone on from; it counts among num_frames.
-        first_frame, whole blocks: the num_frames frames are a window that starts there, of a longer rollout that ends with it
-        (the idea of Self-Forcing++, arXiv 2510.02283). The blocks before it carry no gradient and walk all steps, whatever the
-        exit step: an early exit makes blurred frames, and what is to be corrected is what the window goes on from at
-        inference. They are forgotten as they leave the cache, so memory does not grow with first_frame where the cache rolls.
+        given: the first block (B, F_block, C, H, W), which is continued; it counts among num_frames.
+        first_frame, whole blocks: the num_frames frames are a window that starts there, at the end of a longer rollout
+        (the idea of Self-Forcing++, arXiv 2510.02283). The blocks before it carry no gradient and take all denoising steps: an early
+        exit makes blurred frames, and the window must continue what it continues at inference. They are freed as they leave the
+        cache, so memory does not grow with first_frame if the cache rolls.
         """
-        config = self.config
-        check_num_frames("num_frames", num_frames, config.num_frames_per_block, config.independent_first_frame)
-        sizes = config.context.block_sizes(num_frames, config.num_frames_per_block)
-        num_earlier, rest = divmod(first_frame, config.num_frames_per_block)
-        if first_frame < 0 or rest:
-            raise ValueError(f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of {config.num_frames_per_block}")
-        if given is not None and (first_frame or given.shape[1] != sizes[0] or len(sizes) == 1):
-            raise ValueError(f"{given.shape[1]} frames given: expected a first block of {sizes[0]}, first_frame 0 and a block behind it")
-        num_given = 0 if given is None else 1  # of the window's blocks
+        config, last_step = self.config, len(self.plan.times) - 1
+        sizes = self._check_window(num_frames, first_frame, given)
+        num_earlier, num_given = first_frame // config.num_frames_per_block, 0 if given is None else 1  # blocks
         num_made = num_earlier + len(sizes) - num_given
-        num_exits = 1 if config.same_exit_step else len(sizes)
-        last_step = len(self.plan.times) - 1
-        exits = [last_step] * num_exits  # as at inference, where nothing but the finished video is asked for
-        if with_gradient or not config.finish_blocks:
-            exits = torch.randint(len(self.plan.times), (num_exits,), generator=self.random).tolist()
-        exit_steps = (exits * len(sizes) if config.same_exit_step else exits)[num_given:]
-        share = share_or_whole(share, prompt.pooled.shape[0])
-        seeds = share.draw(lambda total: torch.randint(2**62, (total,), generator=self.random)).tolist()
+        # 1. Draw the exit steps, one for all blocks or one each, and a seed for every video.
+        exit_steps = self._draw_exit_steps(len(sizes), with_gradient)[num_given:]
+        generator = self.random.generator
+        seeds = self.random.draw(len(prompt.pooled), lambda total: torch.randint(2**62, (total,), generator=generator)).tolist()
+        # 2. Roll out. Blocks before the window are dropped at once: memory must not grow with them.
         first_scored = max(num_frames - config.gradient_frames, 0)
         first_with_gradient = num_earlier + max(sum(end <= first_scored for end in accumulate(sizes)) - num_given, 0)
         made: list[Tensor] | None = [] if config.finish_blocks else None
@@ -417,10 +412,11 @@ class SelfForcingEngine:
             self.generator, prompt, make_noise_streams(seeds), num_made, self.plan, exit_steps=[last_step] * num_earlier + exit_steps,
             gradient_blocks=range(first_with_gradient, num_made if with_gradient else 0), first_frames=given, finished=made,
         )
-        for _ in range(num_earlier):  # forgotten at once: memory must not grow with what the window does not show
+        for _ in range(num_earlier):
             next(blocks)
             if made is not None:
                 made.clear()
+        # 3. Join the window's blocks.
         before = [] if given is None else [given]
         with torch.set_grad_enabled(with_gradient):
             x_0 = torch.cat([*before, *blocks], dim=1)
@@ -428,77 +424,106 @@ class SelfForcingEngine:
             frame_exits = torch.tensor([[-1] * num_given + exit_steps] * len(x_0)).repeat_interleave(torch.tensor(sizes), 1)
             return Rollout(x_0, x_0[:, first_scored:], finished[:, first_scored:], exit_steps, frame_exits[:, first_scored:])
 
-    def stream(
-        self, prompt: PromptContext, seed: int, switch: str = "recache"
-    ) -> Generator[Tensor, PromptContext | None, None]:
-        """The generator's video of each prompt for ever, one block (B, F_block, C, H, W) at a time, without gradient.
+    def _check_window(self, num_frames: int, first_frame: int, given: Tensor | None) -> list[int]:
+        """Frames of each block of the window. Raises ValueError for what does not fit blocks."""
+        block, config = self.config.num_frames_per_block, self.config
+        check_num_frames("num_frames", num_frames, block, config.independent_first_frame)
+        sizes = config.context.block_sizes(num_frames, block)
+        if first_frame < 0 or first_frame % block:
+            raise ValueError(f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of {block}")
+        if given is not None and (first_frame or given.shape[1] != sizes[0] or len(sizes) == 1):
+            raise ValueError(f"{given.shape[1]} frames given: expected a first block of {sizes[0]}, first_frame 0 and a block behind it")
+        return sizes
 
-        A prompt that is sent holds from the next block on, which is what `send` returns; switch: see `PromptSwitch`. Video k of
-        the batch has the seed `seed` + k. Memory is constant where training has a window, which is that of the length otherwise.
-        """
-        window = self.config.max_num_frames if self.config.window_frames is None else self.config.window_frames
-        plan = replace(self.plan, context=replace(self.plan.context, window_frames=window, hide_first_block=False))
-        seeds = list(range(seed, seed + len(prompt.pooled)))
-        blocks = rollout_blocks(self.generator, prompt, make_noise_streams(seeds), None, plan)
-        sent: PromptContext | None = None
-        while True:
-            with torch.no_grad():  # closed before the yield: it must not hold for whoever consumes the stream
-                block = blocks.send(None if sent is None else PromptSwitch(sent, switch))
-            sent = yield block
+    def _draw_exit_steps(self, num_blocks: int, with_gradient: bool) -> list[int]:
+        """Exit step of every block; the last step if only finished videos are asked for, as at inference."""
+        num_exits = 1 if self.config.same_exit_step else num_blocks
+        if self.config.finish_blocks and not with_gradient:
+            return [len(self.plan.times) - 1] * num_blocks
+        exits = torch.randint(len(self.plan.times), (num_exits,), generator=self.random.generator).tolist()
+        return exits * num_blocks if self.config.same_exit_step else exits
 
-    def denoise_real(self, prompt: PromptContext, x_real: Tensor, with_gradient: bool, share: BatchShare | None = None) -> Rollout:
-        """Noise real videos (B, F, C, H, W), every block to a few-step time of its own, and denoise them in one pass.
+    def denoise_real(self, prompt: PromptContext, x_real: Tensor, with_gradient: bool) -> Rollout:
+        """Noise real videos (B, F, C, H, W), every block to a random few-step time, and denoise them in one pass.
 
-        What a block sees of the past is noised too ("diffusion_forced": CausVid, arXiv 2412.07772, section 4.2) or clean
+        The past that a block sees is noised too ("diffusion_forced": CausVid, arXiv 2412.07772, section 4.2) or clean
         ("teacher_forced"): in both cases data, never what the generator made, which is what Self-Forcing changes.
 
-        A diffusion-forced block may also be left clean, as the published steps include 0: at that time inference writes finished blocks
+        A diffusion-forced block may also stay clean, as the published steps include 0: at that time inference writes finished blocks
         into the cache. Its x_0 is x_real and carries no gradient, as x_0 = x_t - t v, and its exit step is -1.
         """
-        block, num_frames = self.config.num_frames_per_block, x_real.shape[1]
-        context, share, num_exits = self.config.context, share_or_whole(share, len(x_real)), len(self.plan.times)
-        sizes = torch.tensor(context.block_sizes(num_frames, block))
-        clean = () if self.config.generator_inputs == "teacher_forced" else (self.plan.context_time,)  # 0: see training_config
-        times = torch.tensor([*self.plan.times, *clean])
-        exits = share.draw(lambda total: torch.randint(len(times), (total, len(sizes)), generator=self.random))
+        config, context, block, num_exits = self.config, self.config.context, self.config.num_frames_per_block, len(self.plan.times)
+        is_teacher_forced = config.generator_inputs == "teacher_forced"
+        sizes = torch.tensor(context.block_sizes(x_real.shape[1], block))
+        # 1. Noise: one time a block.
+        times = torch.tensor([*self.plan.times, *(() if is_teacher_forced else (self.plan.context_time,))])  # context_time is 0 here
+        generator = self.random.generator
+        exits = self.random.draw(len(x_real), lambda total: torch.randint(len(times), (total, len(sizes)), generator=generator))
         t = times[exits.repeat_interleave(sizes, 1)].to(x_real.device)  # (B, F)
-        exits = torch.where(exits < num_exits, exits, -1)
-        frame_exits = exits.repeat_interleave(sizes, 1)
-        x_t = add_noise(x_real, share.draw_normal(tuple(x_real.shape[1:]), self.random).to(x_real.device), t)
+        x_t = add_noise(x_real, self.random.normal_like(x_real), t)
+        # 2. Denoise in one pass.
         with torch.set_grad_enabled(with_gradient):
-            if self.config.generator_inputs == "teacher_forced":
+            if is_teacher_forced:
                 v = self.generator.forward_teacher_forced(x_t, t, x_real, prompt, block, context)
             else:
                 v = self.generator.forward_block_causal(x_t, t, prompt, block, context)
-            x_0 = x_0_from_velocity(x_t, v, t)
-            x_0 = clamp_to_data(x_0) if self.config.clamp_x_0 else x_0
-        scored = slice(max(num_frames - self.config.gradient_frames, 0), None)
-        return Rollout(x_0, x_0[:, scored], x_0[:, scored].detach(), exits[0].tolist(), frame_exits[:, scored])
+            x_0 = predict_x_0(x_t, v, t, self.plan)
+        exits = torch.where(exits < num_exits, exits, -1)
+        scored = slice(max(x_real.shape[1] - config.gradient_frames, 0), None)
+        frame_exits = exits.repeat_interleave(sizes, 1)[:, scored]
+        return Rollout(x_0, x_0[:, scored], x_0[:, scored].detach(), exits[0].tolist(), frame_exits)
+
+    # --- losses
 
     def generator_loss(
-        self, x_0: Tensor, prompts: ScorePrompts, x_real: Tensor | None = None, share: BatchShare | None = None
-    ) -> tuple[Tensor, Verdict]:
-        """The loss that pulls x_0 (B, F, C, H, W) toward the teacher's distribution, or with "gan" that of x_real."""
+        self, x_0: Tensor, text: Text, null_text: Text, x_real: Tensor | None = None, frame_exits: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss that pulls x_0 (B, F, C, H, W) toward the teacher's distribution, or with "gan" that of x_real; and its figures.
+
+        text, null_text: the prompts, and as many null prompts. frame_exits (B, F): if given, the figures include the mean loss at every
+        exit step. The other figures: `score_figures` and dmd_gradient_norm, or with "gan" logit_distance.
+        """
         if self.config.loss == "gan":
-            return self._gan_generator_loss(x_0, prompts.fake, x_real, share)
-        if self.config.loss == "sid":
-            x_0_fake, x_0_real, t = self._denoised(x_0, prompts, share)  # gradient passes through both scores, which are frozen
-            terms, figures = sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha), {}
+            terms, figures = self._gan_terms(x_0, text, x_real)
+        elif self.config.loss == "sid":
+            x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text)  # gradient passes through both scores, which are frozen
+            terms = sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha)
+            figures = score_figures(x_0, x_0_fake, x_0_real, t)
         else:
             with torch.no_grad():  # the two scores only supply a direction
-                x_0_fake, x_0_real, t = self._denoised(x_0.detach(), prompts, share)
-                gradient = self.config.dmd_sign * dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
-            terms, figures = dmd_loss(x_0, gradient), {"dmd_gradient_norm": gradient.square().mean().sqrt().item()}
-        figures["score_distance"] = (x_0_fake - x_0_real).abs().mean().item()
-        return terms.mean(), Verdict(terms.detach(), t, figures, x_0.detach(), x_0_fake.detach(), x_0_real.detach())
+                x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text)
+                gradient = self.config.dmd_sign * dmd_gradient(x_0, x_0_fake, x_0_real)
+            terms = dmd_loss(x_0, gradient)
+            figures = {"dmd_gradient_norm": gradient.square().mean().sqrt().item(), **score_figures(x_0, x_0_fake, x_0_real, t)}
+        if frame_exits is not None:
+            figures |= mean_by_exit_step(terms.detach(), frame_exits, self.config.denoising_steps)
+        return terms.mean(), figures
 
-    def _denoised(self, x_0: Tensor, prompts: ScorePrompts, share: BatchShare | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What averaged critic and guided teacher make of x_0 (B, F, C, H, W), noised: x_0_fake and x_0_real; and t (B,)."""
-        x_t, t = self._noised(x_0, share)
-        x_0_fake = x_0_from_velocity(x_t, self.fake_average.forward_bidirectional(x_t, t, prompts.fake), t)
-        cond, uncond = self.real_score.forward_bidirectional(
-            torch.cat([x_t, x_t]), torch.cat([t, t]), prompts.real.concatenate(prompts.real_null)
-        ).chunk(2)
+    def critic_loss(self, x_0: Tensor, text: Text, x_real: Tensor | None = None) -> Tensor:
+        """Flow matching of the critic on the generator's own videos x_0 (B, F, C, H, W); with "gan" the discriminator's loss."""
+        x_0, prompt = x_0.detach(), self.fake_score.encode_prompt(*text)  # the critic's loss must not reach the generator
+        if self.config.loss == "gan":
+            fake_t, real_t, t = self._noised_pair(x_0, x_real)
+            eps_real, eps_fake = self.random.normal_like(real_t), self.random.normal_like(fake_t)
+            logits = partial(self.critic, t=t, prompt=prompt)
+            return discriminator_loss(logits, real_t, fake_t, eps_real, eps_fake, self.config.gan_penalty_sigma, self.config.gan_penalty)
+        copies = self.config.critic_draws
+        x_0 = x_0.repeat(copies, 1, 1, 1, 1)
+        x_t, t = self._noised(x_0, copies)
+        v = self.fake_score.forward_bidirectional(x_t, t, prompt.repeat(copies))
+        return x_0_prediction_loss(v, x_t, x_0, t, self.config.loss_time_floor)
+
+    def _denoised(self, x_0: Tensor, text: Text, null_text: Text) -> tuple[Tensor, Tensor, Tensor]:
+        """What averaged critic and guided teacher predict from x_0 (B, F, C, H, W), noised: x_0_fake and x_0_real; and t (B,)."""
+        with torch.no_grad():  # the prompts are constants here
+            fake_prompt = self.fake_average.encode_prompt(*text)
+            real_prompts = self.real_score.encode_prompt(*text).concatenate(self.real_score.encode_prompt(*null_text))
+        # 1. Noise the videos, to one time each.
+        x_t, t = self._noised(x_0)
+        # 2. The critic's prediction.
+        x_0_fake = x_0_from_velocity(x_t, self.fake_average.forward_bidirectional(x_t, t, fake_prompt), t)
+        # 3. The teacher's, under guidance.
+        cond, uncond = self.real_score.forward_bidirectional(torch.cat([x_t, x_t]), torch.cat([t, t]), real_prompts).chunk(2)
         weight = expand_time(interval_weight(t, self.config.guidance, self.config.guidance_interval), x_t)
         if self.config.guidance_ink_kept == 1.0:
             x_0_real = x_0_from_velocity(x_t, classifier_free_guidance(cond, uncond, weight), t)
@@ -509,57 +534,39 @@ class SelfForcingEngine:
             x_0_real = x_0_real.clamp(-1, 1)
         return x_0_fake, x_0_real, t[:, 0]
 
-    def critic_loss(
-        self, x_0: Tensor, fake_prompt: PromptContext, x_real: Tensor | None = None, share: BatchShare | None = None
-    ) -> Tensor:
-        """Flow matching of the critic on the generator's own videos x_0 (B, F, C, H, W); with "gan" the discriminator's loss."""
-        x_0 = x_0.detach()  # the critic's loss must not reach the generator
-        if self.config.loss == "gan":
-            (fake_t, real_t), t = self._noised_pair(x_0, x_real, share)
-            config, logits = self.config, partial(self.critic, t=t, prompt=fake_prompt)
-            return discriminator_loss(logits, real_t, fake_t, config.gan_penalty, config.gan_penalty_sigma, self.random, share)
-        draws = self.config.critic_draws
-        x_0, prompt = x_0.repeat(draws, 1, 1, 1, 1), fake_prompt.repeat(draws)
-        x_t, t = self._noised(x_0, share, draws)
-        v = self.fake_score.forward_bidirectional(x_t, t, prompt)
-        return x_0_prediction_loss(v, x_t, x_0, t, self.config.loss_time_floor)
-
-    def _gan_generator_loss(
-        self, x_0: Tensor, prompt: PromptContext, x_real: Tensor | None, share: BatchShare | None
-    ) -> tuple[Tensor, Verdict]:
+    def _gan_terms(self, x_0: Tensor, text: Text, x_real: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+        """The generator's side of the GAN loss, (B,), and its figure."""
+        with torch.no_grad():  # the prompt is a constant here
+            prompt = self.fake_score.encode_prompt(*text)
         with frozen(self.critic):
-            (fake_t, real_t), t = self._noised_pair(x_0, x_real, share)
+            fake_t, real_t, t = self._noised_pair(x_0, x_real)
             fake, real = self.critic(fake_t, t, prompt), self.critic(real_t, t, prompt)
-        terms = relativistic_loss(fake, real)
-        return terms.mean(), Verdict(terms.detach(), t[:, 0], {"logit_distance": (real - fake).mean().item()})
+        return relativistic_loss(fake, real), {"logit_distance": (real - fake).mean().item()}
 
-    def _noised_pair(self, x_0: Tensor, x_real: Tensor | None, share: BatchShare | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Generated and real videos of the same prompts, with noise of their own at the same times."""
+    def _noised_pair(self, x_0: Tensor, x_real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Generated and real videos of the same prompts, noised independently to the same times t."""
         if x_real is None:
             raise ValueError("training.loss=gan compares with real videos: none were given")
-        x_t, t = self._noised(x_0, share)
+        x_t, t = self._noised(x_0)
         real = x_real[:, x_real.shape[1] - x_0.shape[1]:]  # the frames that are scored
-        eps = share_or_whole(share, len(real)).draw_normal(tuple(real.shape[1:]), self.random).to(real.device)
-        return (x_t, add_noise(real, eps, t)), t
+        return x_t, add_noise(real, self.random.normal_like(real), t), t
 
-    def _noised(self, x_0: Tensor, share: BatchShare | None = None, draws: int = 1) -> tuple[Tensor, Tensor]:
+    def _noised(self, x_0: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
         """x_t and t, one time per video: uniform, shifted by score_time_shift, scaled into [min_score_time, max_score_time]. x_0 holds
-        every video of the share `draws` times, one batch behind the other.
+        the batch `copies` times.
 
-        Each time is uniform, but those of a batch are not independent: they lie at even distances, all moved by one random number
+        Each time is uniform, but those of a batch are not independent: they are evenly spaced, all moved by one random number
         (Variational Diffusion Models, arXiv 2107.00630, appendix I.1), so that every batch sees all noise levels.
 
         The public code draws a timestep of 1000 and shifts it by 5 for both scores and the critic (its timestep_shift), then clamps
         it into the interval. The default here departs from it: no shift, and never a clamp, which would heap times at the ends.
         """
-        low, high = self.config.min_score_time, self.config.max_score_time
-        share = share_or_whole(share, len(x_0) // draws)
-        t = share.draw(lambda total: even_times((draws, total), self.config.score_time_shift, self.random), dim=1).reshape(-1, 1)
-        t = (low + (high - low) * t).to(x_0.device).expand(x_0.shape[:2])
-        shape = tuple(x_0.shape[1:])
-        eps = share.draw(lambda total: torch.randn((draws, total, *shape), generator=self.random), dim=1).flatten(0, 1)
-        eps = eps.to(x_0.device)
-        return add_noise(x_0, eps, t), t
+        low, high, num_videos = self.config.min_score_time, self.config.max_score_time, len(x_0) // copies
+        generator, shape = self.random.generator, x_0.shape[1:]
+        t = self.random.draw(num_videos, lambda total: even_times((copies, total), self.config.score_time_shift, generator), dim=1)
+        t = (low + (high - low) * t.reshape(-1, 1)).to(x_0.device).expand(x_0.shape[:2])
+        eps = self.random.draw(num_videos, lambda total: torch.randn((copies, total, *shape), generator=generator), dim=1)
+        return add_noise(x_0, eps.flatten(0, 1).to(x_0.device), t), t
 
 
 if __name__ == "__main__":

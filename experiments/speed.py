@@ -29,7 +29,6 @@ from method.settings import SelfForcingConfig
 from sampling.samplers import SamplerSettings, prepared, sample_few_step, sample_many_step
 from sampling.video_io import save_array, save_video, to_display
 from tiny_causal_wan import TinyCausalWanModel
-from training import stages
 from training.checkpoint import LoadedNetworks
 from training.config import Config
 from training.stages import SelfForcingStage
@@ -327,7 +326,7 @@ def train_in_phases(stage: SelfForcingStage, step: int, phases: Phases) -> dict[
         (torch.Tensor, "backward", lambda: BACKWARD.format(learner())),
         (torch.nn.utils, "clip_grad_norm_", lambda: OPTIMIZER.format(learner())),
         *((optimizer, "step", OPTIMIZER.format(name)) for name, optimizer in stage.optimizers.items()),
-        (stages, "update_average", AVERAGES),
+        (engine, "update_averages", AVERAGES),
     ):
         return stage.train_step(step)
 
@@ -362,7 +361,7 @@ def count_training(config: Config, runtime: Runtime) -> dict[tuple[str, int], tu
     found: dict[tuple[str, int], tuple[int, dict[str, float]]] = {}
     for seed in count():
         for kind, (step, _) in kinds.items():
-            stage.random.set_state(torch_generator(seed, Purpose.TRAINING).get_state())
+            stage.random.generator.set_state(torch_generator(seed, Purpose.TRAINING).get_state())
             with flop_counter() as counter:
                 phases = Phases(counter.get_total_flops)
                 exit_step = int(train_in_phases(stage, step, phases)["exit_step"])
@@ -382,7 +381,7 @@ def measure_training(config: Config, runtimes: dict[str, Runtime], repeats: int)
     watched: dict[tuple[str, str, int], list[Phases]] = {}
 
     def watch(stage: SelfForcingStage, precision: str, kind: str, exit_step: int) -> None:
-        stage.random.set_state(torch_generator(found[kind, exit_step][0], Purpose.TRAINING).get_state())
+        stage.random.generator.set_state(torch_generator(found[kind, exit_step][0], Purpose.TRAINING).get_state())
         watched.setdefault((precision, kind, exit_step), []).append(Phases(clock(device)))
         train_in_phases(stage, kinds[kind][0], watched[precision, kind, exit_step][-1])
 

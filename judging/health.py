@@ -22,7 +22,7 @@ from matplotlib.axes import Axes  # noqa: E402
 
 from judging.fixed_prompts import JUDGED_COLUMNS  # noqa: E402
 from machine.paths import user_path  # noqa: E402
-from training.diagnostics import NOISE_LEVELS  # noqa: E402
+from method.diagnostics import NOISE_LEVELS  # noqa: E402
 from training.run_log import plot_series, read_scalars  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------ the picture

@@ -4,39 +4,19 @@ relativistic GAN.
 Dimensions: B batch, F frames, C channels, H height, W width.
 
 The last three are those that Self-Forcing was shown with (arXiv 2506.08009, Table 2). Two scores, or one discriminator, look at a
-noised video; the losses know only what they answered.
+noised video; the losses see their answers alone. Nothing here draws random numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from machine.batch_share import BatchShare, share_or_whole
 from method.flow_matching import expand_time, x_0_from_velocity
 
 NORMALISER_FLOOR = 1e-3  # of mean |x_0 - x_0_real|: no division by zero on a perfect sample
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a generator's loss was made of, detached: the figures of a run's health are taken from it (`health`).
-
-    terms: their mean is the loss; (B, F, C, H, W), or (B,) where a discriminator judges whole videos. t: (B,) noise levels.
-    figures: scalars of this kind of loss. x_0, x_0_fake, x_0_real: the videos (B, F, C, H, W) and what critic and guided teacher
-    made of them, noised; None with a discriminator, which denoises nothing.
-    """
-
-    terms: Tensor
-    t: Tensor
-    figures: dict[str, float]
-    x_0: Tensor | None = None
-    x_0_fake: Tensor | None = None
-    x_0_real: Tensor | None = None
 
 
 def x_0_prediction_loss(
@@ -95,24 +75,23 @@ def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:
     return F.softplus(worse - better)
 
 
-def gradient_penalty(
-    logits: Callable[[Tensor], Tensor], x: Tensor, logits_at_x: Tensor, sigma: float, generator: torch.Generator,
-    share: BatchShare | None = None,
-) -> Tensor:
+def gradient_penalty(logits: Callable[[Tensor], Tensor], x: Tensor, logits_at_x: Tensor, eps: Tensor, sigma: float) -> Tensor:
     """mean [(D(x + sigma eps) - D(x)) / sigma]^2: the expected |grad D(x)|^2 for small sigma, without a second derivative.
 
     R1 where x is real, R2 where it is generated (arXiv 2501.05441, section 2); the finite difference is arXiv 2501.08316's.
+    eps: standard normal noise, (B, ...) as x.
     """
-    eps = share_or_whole(share, len(x)).draw_normal(tuple(x.shape[1:]), generator).to(x)
     return ((logits(x + sigma * eps) - logits_at_x) / sigma).square().mean()
 
 
 def discriminator_loss(
-    logits: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, penalty_weight: float, sigma: float, generator: torch.Generator,
-    share: BatchShare | None = None,
+    logits: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, eps_real: Tensor, eps_fake: Tensor, sigma: float, penalty_weight: float
 ) -> Tensor:
-    """The relativistic loss, real videos the better ones, plus the weighted R1 and R2 (R3GAN, arXiv 2501.05441, section 2)."""
+    """The relativistic loss, real videos the better ones, plus the weighted R1 and R2 (R3GAN, arXiv 2501.05441, section 2).
+
+    eps_real, eps_fake, sigma: of the two penalties, see `gradient_penalty`.
+    """
     at_real, at_fake = logits(real), logits(fake)
-    r_1 = gradient_penalty(logits, real, at_real, sigma, generator, share)
-    r_2 = gradient_penalty(logits, fake, at_fake, sigma, generator, share)
+    r_1 = gradient_penalty(logits, real, at_real, eps_real, sigma)
+    r_2 = gradient_penalty(logits, fake, at_fake, eps_fake, sigma)
     return relativistic_loss(at_real, at_fake).mean() + penalty_weight * (r_1 + r_2)

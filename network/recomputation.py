@@ -3,25 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Within, the module's parameters are constants: gradient passes through to its input and not into them."""
-    switched = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        for parameter in switched:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in switched:
-            parameter.requires_grad_(True)
+from network.weights import frozen
 
 
 def recomputed(module: nn.Module, *inputs: Any) -> Tensor:

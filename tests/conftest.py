@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from machine.batch_random import BatchRandom
 from network.text_encoder import TextEncoder, TextEncoderConfig
 from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
 
@@ -50,12 +51,21 @@ def build_small_model(seed: int = 0, **sizes: int | list[int]) -> TinyCausalWanM
     return randomise(TinyCausalWanModel(ModelConfig(**{**SMALL_SIZES, **sizes})), seed).eval()
 
 
-def random_prompt(model: TinyCausalWanModel, batch_size: int, seed: int = 0, num_tokens: int = 5) -> PromptContext:
-    """The context of prompts of 2 to num_tokens random token embeddings."""
+def batch_random(seed: int = 0) -> BatchRandom:
+    return BatchRandom(torch.Generator().manual_seed(seed))
+
+
+def random_text(model: TinyCausalWanModel, batch_size: int, seed: int = 0, num_tokens: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of 2 to num_tokens random token embeddings, as a text encoder returns them."""
     random = torch.Generator().manual_seed(seed)
     text = torch.randn(batch_size, num_tokens, model.config.text_width, generator=random)
     length = torch.randint(2, num_tokens + 1, (batch_size, 1), generator=random)
-    return model.encode_prompt(text, torch.arange(num_tokens) < length)
+    return text, torch.arange(num_tokens) < length
+
+
+def random_prompt(model: TinyCausalWanModel, batch_size: int, seed: int = 0, num_tokens: int = 5) -> PromptContext:
+    """The context of `random_text`."""
+    return model.encode_prompt(*random_text(model, batch_size, seed, num_tokens))
 
 
 def random_video(model: TinyCausalWanModel, batch_size: int, num_frames: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Several processes as one: who they are, how they average gradients and agree, and who may write and speak.
 
 `torchrun --nproc_per_node=N train.py` starts N processes, which this room makes a group: gloo for the CPU, nccl for gradients
-on GPUs. Each takes its share of every batch (`batch_share`). Gradients are averaged by an explicit all-reduce after the last backward
+on GPUs. Each takes its share of every batch (`machine/batch_random.py`). Gradients are averaged by an explicit all-reduce after the last backward
 pass and before clipping: PyTorch's DistributedDataParallel hooks into a network's `forward`, and this project calls other methods
 of its networks (forward_cached, write_cache, forward_bidirectional, ...), several of them in one step. All processes must see one
 file system: the first writes, all read.
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from machine.batch_share import BatchShare
+from machine.batch_random import BatchRandom
 from training.sharding import clip_gradients, is_sharded
 
 Answer = TypeVar("Answer")
@@ -176,13 +176,10 @@ def _connect(host: str, port: int, count: int, keeps_store: bool) -> dist.Store:
 
 
 class BatchParts:
-    """The parts of every batch that fall to this process: one, or `accumulation_steps` micro-batches one after the other.
+    """The parts of every batch that fall to this process: one, or `accumulation_steps` micro-batches one after the other."""
 
-    random: the stream that all processes hold in the same state.
-    """
-
-    def __init__(self, processes: Processes, accumulation_steps: int, random: torch.Generator):
-        self.processes, self.accumulation_steps, self.random = processes, accumulation_steps, random
+    def __init__(self, processes: Processes, accumulation_steps: int):
+        self.processes, self.accumulation_steps = processes, accumulation_steps
 
     def check_divides(self, key: str, batch_size: int) -> None:
         """Raise ValueError where a batch cannot be cut into equal parts."""
@@ -195,13 +192,11 @@ class BatchParts:
                 f"times training.accumulation_steps={self.accumulation_steps}); nearest valid: {' or '.join(nearest)}"
             )
 
-    def of(self, batch_size: int) -> Iterator[BatchShare]:
-        """The own parts. Each finds the random stream as the first one found it, so that all cut theirs from the same draws."""
-        state = self.random.get_state()
-        count = batch_size // (self.processes.count * self.accumulation_steps)
-        for part in range(self.accumulation_steps):
-            self.random.set_state(state)
-            yield BatchShare((self.processes.rank * self.accumulation_steps + part) * count, count, batch_size)
+    def of(self, batch_size: int, random: BatchRandom) -> Iterator[slice]:
+        """This process's parts of a batch, one after the other; `random` draws for the part in work."""
+        size = batch_size // (self.processes.count * self.accumulation_steps)
+        first = self.processes.rank * self.accumulation_steps * size
+        return random.parts([slice(first + i * size, first + (i + 1) * size) for i in range(self.accumulation_steps)], batch_size)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one part, whose loss is a mean over equal parts."""

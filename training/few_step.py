@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dynamic_video_sf import rollout_blocks, sample_bidirectional
-from machine.batch_share import BatchShare, share_or_whole
+from machine.batch_random import BatchRandom
 from method.flow_matching import add_noise, classifier_free_guidance, expand_time, sampling_times, x_0_from_velocity
 from method.plans import BidirectionalPlan, many_step_plan
 from network.attention import WHOLE_PAST, ContextWindow
@@ -106,7 +106,7 @@ class TeacherPrompts:
 def consistency_loss(
     student: TinyCausalWanModel, target: TinyCausalWanModel, teacher: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext,
     target_prompt: PromptContext, teacher_prompts: TeacherPrompts, num_frames_per_block: int, times: Tensor, guidance: float,
-    generator: torch.Generator, context: ContextWindow = WHOLE_PAST, share: BatchShare | None = None,
+    random: BatchRandom, context: ContextWindow = WHOLE_PAST,
 ) -> Tensor:
     """mean |f(x_t, t) - f_target(x_s, s)|^2 with f the prediction of x_0 (consistency distillation, arXiv 2303.01469, Eq. 7).
 
@@ -115,11 +115,10 @@ def consistency_loss(
     x_0 before the block. At s = 0 the velocity does not count and f is x_s: the boundary condition holds by itself.
     """
     sizes = torch.tensor(context.block_sizes(x_0.shape[1], num_frames_per_block))
-    share = share_or_whole(share, len(x_0))
-    index = share.draw(lambda total: torch.randint(len(times) - 1, (total, len(sizes)), generator=generator))
+    index = random.draw(len(x_0), lambda total: torch.randint(len(times) - 1, (total, len(sizes)), generator=random.generator))
     index = index.repeat_interleave(sizes, 1)  # (B, F)
     t, s = times[index].to(x_0.device), times[index + 1].to(x_0.device)  # (B, F)
-    x_t = add_noise(x_0, share.draw_normal(tuple(x_0.shape[1:]), generator).to(x_0.device), t)
+    x_t = add_noise(x_0, random.normal_like(x_0), t)
     with torch.no_grad():  # teacher and target are constants here
         cond, null = (
             teacher.forward_teacher_forced(x_t, t, x_0, encoded, num_frames_per_block, context)

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from dynamic_video_sf import make_noise_streams
-from machine.batch_share import BatchShare
+from machine.batch_random import BatchRandom
 from machine.runtime import Runtime
 from method.flow_matching import sampling_times
 from method.plans import baseline_plans, few_step_plan, many_step_plan, teacher_plan
 from method.settings import CausalConsistencyConfig, CausalODEConfig
 from moving_mnist import MovingMNISTGenerator
 from network.text_encoder import NULL_PROMPT
+from network.weights import update_average
 from training.checkpoint import digits_seen, merge_counts, merge_splits, splits_learned
 from training.config import Config
 from training.distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
 from training.few_step import TeacherPrompts, consistency_loss, draw_step_orders, nearest_steps, ode_regression_loss, ode_trajectory
 from training.sharding import load_optimizer, shard_blocks, whole
-from training.stages import Sampler, draw_num_frames, rate_factor, set_rate, update_average
+from training.stages import Sampler, draw_num_frames, rate_factor, set_rate
 from training.starting_networks import check_is_bidirectional, load_modules, load_teacher
 
 
@@ -34,8 +35,8 @@ class FewStepStage:
 
     def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
         assert isinstance(config.training, (CausalODEConfig, CausalConsistencyConfig))
-        self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
-        self.parts = BatchParts(processes, self.config.accumulation_steps, random)
+        self.config, self.runtime, self.seed = config.training, runtime, config.seed
+        self.random, self.parts = BatchRandom(random), BatchParts(processes, self.config.accumulation_steps)
         self.parts.check_divides("training.batch_size", self.config.batch_size)
         self.data = MovingMNISTGenerator(config.dataset, "train")
         self.num_prompts_seen = 0
@@ -58,15 +59,15 @@ class FewStepStage:
 
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
-        num_frames = draw_num_frames(config, self.random)
+        num_frames = draw_num_frames(config, self.random.generator)
         indices = range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size)
         self.num_prompts_seen += config.batch_size
         losses = []
-        for share in self.parts.of(config.batch_size):
+        for part in self.parts.of(config.batch_size, self.random):
             if isinstance(config, CausalODEConfig):
-                loss = self._regress_on_trajectories(config, share.of(indices), num_frames, share)
+                loss = self._regress_on_trajectories(config, indices[part], num_frames)
             else:
-                loss = self._make_neighbours_agree(config, share.of(indices), num_frames, share)
+                loss = self._make_neighbours_agree(config, indices[part], num_frames)
             losses.append({"loss_few_step": loss})
         norm = self.parts.clip(self.student.parameters(), config.clip_norm)
         set_rate(self.optimizer, rate_factor(config, step) * config.lr)
@@ -75,19 +76,21 @@ class FewStepStage:
         update_average(self.average, self.student, config.ema_decay, step)
         return {**mean_figures(losses), "gradient_norm": norm, "num_frames": num_frames}
 
-    def _regress_on_trajectories(self, config: CausalODEConfig, indices: Sequence[int], num_frames: int, share: BatchShare) -> float:
+    def _regress_on_trajectories(self, config: CausalODEConfig, indices: Sequence[int], num_frames: int) -> float:
         """Make one batch of trajectories and let every block meet every denoising step on it; leaves the gradient."""
         text, prompts = self._encode(self.data.captions(self.seed, indices))
-        streams = make_noise_streams(share.draw(lambda total: torch.randint(2**62, (total,), generator=self.random)).tolist())
+        random = self.random
+        seeds = random.draw(len(indices), lambda total: torch.randint(2**62, (total,), generator=random.generator)).tolist()
         kept = nearest_steps(config.trajectory_steps, config.time_shift, self.plan.times)
         with self.runtime.autocast():
             trajectory = ode_trajectory(
-                self.teacher, prompts.cond, prompts.null, streams, num_frames, config.num_frames_per_block, config.trajectory_steps,
+                self.teacher, prompts.cond, prompts.null, make_noise_streams(seeds), num_frames, config.num_frames_per_block, config.trajectory_steps,
                 kept, config.time_shift, config.guidance, self.is_causal, config.context,
             )
         total = 0.0
         num_blocks = len(config.context.block_sizes(num_frames, config.num_frames_per_block))
-        for steps in share.draw(lambda total: draw_step_orders(len(trajectory.times), total, num_blocks, self.random), dim=1):
+        orders = random.draw(len(indices), lambda total: draw_step_orders(len(trajectory.times), total, num_blocks, random.generator), dim=1)
+        for steps in orders:
             with self.runtime.autocast():
                 loss = ode_regression_loss(
                     self.student, trajectory, steps, self.student.encode_prompt(*text), config.num_frames_per_block, self.is_causal,
@@ -97,9 +100,7 @@ class FewStepStage:
             total += loss.item()
         return total
 
-    def _make_neighbours_agree(
-        self, config: CausalConsistencyConfig, indices: Sequence[int], num_frames: int, share: BatchShare
-    ) -> float:
+    def _make_neighbours_agree(self, config: CausalConsistencyConfig, indices: Sequence[int], num_frames: int) -> float:
         """Consistency distillation on one batch of real videos; leaves the gradient."""
         batch = self.data.sample(self.seed, indices, num_frames)
         text, prompts = self._encode(batch.captions)
@@ -109,7 +110,7 @@ class FewStepStage:
             loss = consistency_loss(
                 self.student, self.average, self.teacher, batch.video.to(self.runtime.device), self.student.encode_prompt(*text),
                 target_prompt, prompts, config.num_frames_per_block, sampling_times(config.consistency_steps, config.time_shift),
-                config.guidance, self.random, config.context, share,
+                config.guidance, self.random, config.context,
             )
         self.parts.backward(loss)
         return loss.item()
@@ -142,7 +143,7 @@ class FewStepStage:
             "teacher_state_dict": self.teacher.state_dict(),
             "text_encoder_state_dict": self.text_encoder.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
-            "random_state": self.random.get_state(),
+            "random_state": self.random.generator.get_state(),
             "num_prompts_seen": self.num_prompts_seen,
             "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_prompts_seen}),
             "digits_seen": list(self.digits_seen),
@@ -157,6 +158,6 @@ class FewStepStage:
         load_optimizer(self.optimizer, checkpoint["optimizer_state_dict"])
         for group in self.optimizer.param_groups:  # the command line's wishes, not those of the run that is resumed; rate: train_step
             group.update(betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
-        self.random.set_state(checkpoint["random_state"])
+        self.random.generator.set_state(checkpoint["random_state"])
         self.num_prompts_seen = checkpoint["num_prompts_seen"]
         self.earlier_prompts, self.digits_seen = checkpoint["prompts_drawn"], merge_splits(self.digits_seen, digits_seen(checkpoint))

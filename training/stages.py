@@ -17,17 +17,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynamic_video_sf import Rollout, ScorePrompts, SelfForcingEngine, draw_window_start
-from machine.batch_share import BatchShare
+from dynamic_video_sf import Rollout, SelfForcingEngine, Text, draw_window_start
+from machine.batch_random import BatchRandom
 from machine.runtime import Runtime, require_compiler
+from method.diagnostics import STEP_COLUMNS, exit_columns
 from method.plans import BidirectionalPlan, RolloutPlan, baseline_plans, many_step_plan, teacher_plan
 from method.settings import PretrainConfig, SelfForcingConfig, TrainingConfig
 from moving_mnist import MovingMNISTGenerator
 from network.text_encoder import NULL_PROMPT, TextEncoder, caption_of_any_stretch
+from network.weights import update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training.checkpoint import CheckpointError, digits_seen, merge_counts, merge_splits, splits_learned
 from training.config import Config, config_from_dict
-from training.diagnostics import STEP_COLUMNS, exit_columns, generator_figures
 from training.distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
 from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
 from training.sharding import load_optimizer, shard_blocks, whole
@@ -79,14 +80,6 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, live: nn.Module, decay: float, num_updates: int) -> None:
-    """Exponential moving average of the weights; the first updates forget faster, so the start does not linger."""
-    decay = min(decay, (1 + num_updates) / (10 + num_updates))
-    for averaged, current in zip(average.parameters(), live.parameters(), strict=True):
-        averaged.lerp_(current, 1 - decay)
-
-
 class PretrainStage:
     """Training on the videos of Moving MNIST (see `objectives`): a share of the steps bidirectional, the others block-causal,
     or with teacher or diffusion forcing every step causal."""
@@ -95,8 +88,8 @@ class PretrainStage:
 
     def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
         assert isinstance(config.training, PretrainConfig)
-        self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
-        self.parts = BatchParts(processes, self.config.accumulation_steps, random)
+        self.config, self.runtime, self.seed = config.training, runtime, config.seed
+        self.random, self.parts = BatchRandom(random), BatchParts(processes, self.config.accumulation_steps)
         self.parts.check_divides("training.batch_size", self.config.batch_size)
         if self.config.clip_steps:
             self.parts.check_divides("training.clip_batch_size", self.config.clip_batch_size)
@@ -136,19 +129,19 @@ class PretrainStage:
 
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
-        num_frames, batch_size = draw_num_frames(config, self.random), config.batch_size
+        num_frames, batch_size = draw_num_frames(config, self.random.generator), config.batch_size
         if step < config.clip_steps:
             num_frames, batch_size = config.clip_frames, config.clip_batch_size
         indices = range(self.num_videos_seen, self.num_videos_seen + batch_size)
         self.num_videos_seen += batch_size
         losses = []
-        for share in self.parts.of(batch_size):
-            batch = self.data.sample(self.seed, share.of(indices), num_frames)
-            prompts = drop_prompts(batch.captions, config.prompt_dropout, NULL_PROMPT, self.random, share)
+        for part in self.parts.of(batch_size, self.random):
+            batch = self.data.sample(self.seed, indices[part], num_frames)
+            prompts = drop_prompts(batch.captions, config.prompt_dropout, NULL_PROMPT, self.random)
             x_0 = batch.video.to(self.runtime.device)
             with self.runtime.autocast():
                 prompt = self.model.encode_prompt(*self.text_encoder.encode(prompts))
-                kind, loss = self._loss(step, x_0, prompt, share)
+                kind, loss = self._loss(step, x_0, prompt)
             self.parts.backward(loss)
             losses.append({kind: loss.item()})
         norm = self.parts.clip(self.live.parameters(), config.clip_norm)
@@ -160,15 +153,15 @@ class PretrainStage:
         update_average(self.average, self.live, config.ema_decay, step)
         return {**mean_figures(losses), "gradient_norm": norm, "lr_factor": factor}
 
-    def _loss(self, step: int, x_0: Tensor, prompt: PromptContext, share: BatchShare) -> tuple[str, Tensor]:
+    def _loss(self, step: int, x_0: Tensor, prompt: PromptContext) -> tuple[str, Tensor]:
         """The name and value of this step's loss."""
         config, common = self.config, (self.config.time_shift, self.config.loss_time_floor, self.random)
         if config.objective == "teacher_forcing":
-            return "loss_causal", teacher_forcing_loss(self.model, x_0, prompt, config.num_frames_per_block, *common, config.context, share)
+            return "loss_causal", teacher_forcing_loss(self.model, x_0, prompt, config.num_frames_per_block, *common, config.context)
         if config.objective == "mixed" and is_chosen(step, config.bidirectional_share):
-            return "loss_bidirectional", bidirectional_loss(self.model, x_0, prompt, *common, share)
+            return "loss_bidirectional", bidirectional_loss(self.model, x_0, prompt, *common)
         return "loss_causal", block_causal_loss(
-            self.model, x_0, prompt, config.num_frames_per_block, config.clean_prefix_probability, *common, config.context, share
+            self.model, x_0, prompt, config.num_frames_per_block, config.clean_prefix_probability, *common, config.context
         )
 
     def shown(self) -> dict[str, Sampler]:
@@ -192,7 +185,7 @@ class PretrainStage:
             "text_encoder_state_dict": self.average["text_encoder"].state_dict(),
             "text_encoder_live_state_dict": self.text_encoder.state_dict(),
             "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "random_state": self.random.get_state(),
+            "random_state": self.random.generator.get_state(),
             "num_videos_seen": self.num_videos_seen,
             "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_videos_seen}),
             "digits_seen": list(self.digits_seen),
@@ -208,7 +201,7 @@ class PretrainStage:
             load_optimizer(optimizer, checkpoint["optimizer_state_dict"][key])
             for group in optimizer.param_groups:  # the command line's wish, not that of the run that is resumed; rates: train_step
                 group["weight_decay"] = self.config.weight_decay
-        self.random.set_state(checkpoint["random_state"])
+        self.random.generator.set_state(checkpoint["random_state"])
         self.num_videos_seen = checkpoint["num_videos_seen"]
         self.earlier_prompts, self.digits_seen = checkpoint["prompts_drawn"], merge_splits(self.digits_seen, digits_seen(checkpoint))
 
@@ -219,8 +212,8 @@ class SelfForcingStage:
 
     def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
         assert isinstance(config.training, SelfForcingConfig)
-        self.config, self.runtime, self.random, self.seed = config.training, runtime, random, config.seed
-        self.parts = BatchParts(processes, self.config.accumulation_steps, random)
+        self.config, self.runtime, self.seed = config.training, runtime, config.seed
+        self.parts = BatchParts(processes, self.config.accumulation_steps)
         self.parts.check_divides("training.batch_size", self.config.batch_size)
         self.columns = (
             "loss_generator", "loss_critic", "dmd_gradient_norm", "score_distance", "logit_distance", "gradient_norm_generator",
@@ -239,91 +232,86 @@ class SelfForcingStage:
             self.earlier_prompts = merge_counts(self.earlier_prompts, start.prompts_drawn)
             self.digits_seen = merge_splits(self.digits_seen, start.digits_seen)
         self.engine = SelfForcingEngine(self.config, loaded.generator, random, None if start is None else start.generator)
-        self.average = copy.deepcopy(self.engine.generator).requires_grad_(False).eval()
+        self.random = self.engine.random
         if self.config.sharding == "fsdp2":
-            shard_blocks((*self.engine.networks(), self.average), processes.count, runtime.device)
+            shard_blocks(self.engine.networks(), processes.count, runtime.device)
         rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
-        modules = {"generator": self.engine.generator, "critic": self.engine.critic}
         self.optimizers = {
             name: torch.optim.AdamW(
                 module.parameters(), lr=rates[name], betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay
             )
-            for name, module in modules.items()
+            for name, module in self.networks().items()
         }
         self.num_generator_updates = 0
 
     def train_step(self, step: int) -> dict[str, float]:
-        num_frames = draw_num_frames(self.config, self.random)
-        return self.train_on_window(step, num_frames, draw_window_start(self.config, num_frames, self.random))
+        num_frames = draw_num_frames(self.config, self.random.generator)
+        return self.train_on_window(step, num_frames, draw_window_start(self.config, num_frames, self.random.generator))
 
     def train_on_window(self, step: int, num_frames: int, first_frame: int) -> dict[str, float]:
-        """A step on num_frames frames of the generator's, from first_frame of its rollouts on."""
+        """A step on num_frames generated frames, from frame first_frame of the rollouts on."""
         config, engine = self.config, self.engine
+        is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
         indices = range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size)
         self.num_prompts_seen += config.batch_size
-        is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
-        first_scored = first_frame + max(num_frames - config.gradient_frames, 0)
         figures = {"num_frames": num_frames} | ({} if config.rollout_frames is None else {"first_frame": first_frame})
         set_rate(self.optimizers["generator"], rate_factor(config, step) * config.lr)
         set_rate(self.optimizers["critic"], config.critic_lr)  # never slower: the critic must keep up with the generator
-        made, seen = [], []  # of every part: its videos with what they are compared with, and the figures of its losses
-        for share in self.parts.of(config.batch_size):
-            text, x_real = self._read_data(share.of(indices), num_frames)
-            with self.runtime.autocast(), torch.set_grad_enabled(is_generator_turn):
-                prompt = engine.generator.encode_prompt(*text)
-                rollout = engine.make_videos(prompt, num_frames, is_generator_turn, x_real, share, first_frame)
-            if first_scored > 0 and config.loss != "gan":  # directions are those of first frames: the scores are asked for what still holds
-                text = self._encode([caption_of_any_stretch(caption) for caption in self.data.captions(self.seed, share.of(indices))])
-            figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video, where each has its own
+        # 1. The generator makes videos, and on its turn learns from its loss on them.
+        made, seen = [], []  # of every part: what the critic will learn from, and the figures of the generator's loss
+        for part in self.parts.of(config.batch_size, self.random):
+            rollout, text, x_real = self._make_videos(indices[part], num_frames, first_frame, is_generator_turn)
+            figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video if each has its own
             if is_generator_turn:
-                seen.append(self._judge_generator(rollout, text, x_real, share))
+                seen.append(self._generator_gradient(rollout, text, x_real))
             made.append((rollout.finished, text, x_real))
         if is_generator_turn:
-            figures["gradient_norm_generator"] = self._step("generator", engine.generator)
-            update_average(self.average, engine.generator, config.ema_decay, self.num_generator_updates)
-            self.num_generator_updates += 1
-            figures |= mean_figures(seen)
-        # The critic learns from the videos of the same rollout, which serves twice on the generator's turn.
+            figures |= {"gradient_norm_generator": self._step_optimizer("generator"), **mean_figures(seen)}
+        # 2. The critic learns from the same videos.
         losses = []
-        for share, (finished, text, x_real) in zip(self.parts.of(config.batch_size), made, strict=True):
+        for _, (finished, text, x_real) in zip(self.parts.of(config.batch_size, self.random), made, strict=True):
             with self.runtime.autocast():
-                loss = engine.critic_loss(finished, engine.fake_score.encode_prompt(*text), x_real, share)
+                loss = engine.critic_loss(finished, text, x_real)
             self.parts.backward(loss)
             losses.append({"loss_critic": loss.item()})
-        figures |= mean_figures(losses)
-        figures["gradient_norm_critic"] = self._step("critic", engine.critic)
-        update_average(engine.fake_average, engine.fake_score, config.critic_ema_decay, step)
+        figures |= {"gradient_norm_critic": self._step_optimizer("critic"), **mean_figures(losses)}
+        # 3. The averages follow.
+        engine.update_averages(step, self.num_generator_updates if is_generator_turn else None)
+        self.num_generator_updates += is_generator_turn
         return figures
 
-    def _read_data(self, indices: Sequence[int], num_frames: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-        """The prompts of these numbers, encoded, and their videos where the training uses any."""
+    def _make_videos(
+        self, indices: Sequence[int], num_frames: int, first_frame: int, with_gradient: bool
+    ) -> tuple[Rollout, Text, Tensor | None]:
+        """The generator's videos of these prompts, the text for which they are scored, and the real videos if the training uses any."""
         x_real = None
         if self.config.uses_videos:
             x_real = self.data.sample(self.seed, indices, num_frames).video.to(self.runtime.device)
-        return self._encode(self.data.captions(self.seed, indices)), x_real
+        captions = self.data.captions(self.seed, indices)
+        text = self._encode(captions)
+        with self.runtime.autocast():
+            rollout = self.engine.make_videos(text, num_frames, with_gradient, x_real, first_frame)
+        first_scored = first_frame + max(num_frames - self.config.gradient_frames, 0)
+        if first_scored > 0 and self.config.loss != "gan":  # a caption's direction is that of the first frames, which are not scored
+            text = self._encode([caption_of_any_stretch(caption) for caption in captions])
+        return rollout, text, x_real
 
-    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def _encode(self, prompts: list[str]) -> Text:
         """Their embeddings and mask, without gradient: the text encoder is frozen."""
         with torch.no_grad(), self.runtime.autocast():
             return self.text_encoder.encode(prompts)
 
-    def _judge_generator(
-        self, rollout: Rollout, text: tuple[Tensor, Tensor], x_real: Tensor | None, share: BatchShare
-    ) -> dict[str, float]:
-        """The generator's loss on one part; leaves its gradient."""
-        engine = self.engine
-        with torch.no_grad(), self.runtime.autocast():  # prompts of the two scores, which are constants here
-            null = self.text_encoder.encode([NULL_PROMPT] * len(rollout.scored))
-            fake = engine.fake_score if self.config.loss == "gan" else engine.fake_average
-            real = engine.real_score
-            prompts = ScorePrompts(real.encode_prompt(*text), real.encode_prompt(*null), fake.encode_prompt(*text))
+    def _generator_gradient(self, rollout: Rollout, text: Text, x_real: Tensor | None) -> dict[str, float]:
+        """Add the gradient of the generator's loss on one part; returns its figures."""
+        null_text = self._encode([NULL_PROMPT] * len(rollout.scored))
         with self.runtime.autocast():
-            loss, verdict = engine.generator_loss(rollout.scored, prompts, x_real, share)
+            loss, figures = self.engine.generator_loss(rollout.scored, text, null_text, x_real, rollout.frame_exits)
         self.parts.backward(loss)
-        return {"loss_generator": loss.item(), **generator_figures(verdict, rollout.frame_exits, self.config.denoising_steps)}
+        return {"loss_generator": loss.item(), **figures}
 
-    def _step(self, name: str, module: nn.Module) -> float:
-        norm = self.parts.clip(module.parameters(), self.config.clip_norm)
+    def _step_optimizer(self, name: str) -> float:
+        """Clip the gradients of a network and step its optimizer; returns their norm before clipping."""
+        norm = self.parts.clip(self.networks()[name].parameters(), self.config.clip_norm)
         self.optimizers[name].step()
         self.optimizers[name].zero_grad(set_to_none=True)
         return norm
@@ -333,7 +321,7 @@ class SelfForcingStage:
         config, plan, teacher = self.config, self.engine.plan, self.engine.real_score
         plans = {f"teacher, {config.teacher_steps} steps": teacher_plan(config), **baseline_plans(config)}
         samplers = {name: Sampler(teacher, self.text_encoder, each) for name, each in plans.items()}
-        return samplers | {f"student, {len(plan.times)} steps": Sampler(self.average, self.text_encoder, plan)}
+        return samplers | {f"student, {len(plan.times)} steps": Sampler(self.engine.generator_average, self.text_encoder, plan)}
 
     def live(self) -> Sampler:
         """The generator as it is now, not its average: a fault shows here first."""
@@ -345,13 +333,13 @@ class SelfForcingStage:
     def state_dict(self) -> dict[str, Any]:
         return whole({
             "generator_state_dict": self.engine.generator.state_dict(),
-            "generator_ema_state_dict": self.average.state_dict(),
+            "generator_ema_state_dict": self.engine.generator_average.state_dict(),
             "critic_state_dict": self.engine.critic.state_dict(),
             "critic_ema_state_dict": self.engine.fake_average.state_dict(),
             "real_score_state_dict": self.engine.real_score.state_dict(),
             "text_encoder_state_dict": self.text_encoder.state_dict(),
             "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "random_state": self.random.get_state(),
+            "random_state": self.random.generator.get_state(),
             "num_prompts_seen": self.num_prompts_seen,
             "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_prompts_seen}),
             "digits_seen": list(self.digits_seen),
@@ -360,7 +348,7 @@ class SelfForcingStage:
 
     def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
         targets = {
-            "generator_state_dict": self.engine.generator, "generator_ema_state_dict": self.average,
+            "generator_state_dict": self.engine.generator, "generator_ema_state_dict": self.engine.generator_average,
             "critic_state_dict": self.engine.critic, "critic_ema_state_dict": self.engine.fake_average,
             "real_score_state_dict": self.engine.real_score,
             "text_encoder_state_dict": self.text_encoder,
@@ -371,7 +359,7 @@ class SelfForcingStage:
             load_optimizer(optimizer, checkpoint["optimizer_state_dict"][key])
             for group in optimizer.param_groups:  # the command line's wishes, not those of the run that is resumed; rates: train_step
                 group.update(betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
-        self.random.set_state(checkpoint["random_state"])
+        self.random.generator.set_state(checkpoint["random_state"])
         self.num_prompts_seen = checkpoint["num_prompts_seen"]
         self.earlier_prompts, self.digits_seen = checkpoint["prompts_drawn"], merge_splits(self.digits_seen, digits_seen(checkpoint))
         self.num_generator_updates = checkpoint["num_generator_updates"]

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_small_model, random_prompt
+from conftest import build_small_model, random_prompt, random_text
 from test_stages import build_self_forcing, run_config, self_forcing_config, teacher  # noqa: F401 (a fixture)
 
 import dynamic_video_sf
 from dynamic_video_sf import SelfForcingEngine, make_noise_streams, rollout_blocks
 from experiments.compute import flops_per_step
+from method.diagnostics import mean_by_exit_step
 from training.config import SelfForcingConfig
-from training.diagnostics import mean_by_exit_step
 
 BLOCK, NUM_FRAMES = 3, 12
 STEPS = [1000, 750, 500, 250]
@@ -76,12 +76,12 @@ def test_as_many_go_on_as_asked(probability: float, low: int, high: int, monkeyp
     engine, givens = build_engine(continuation_probability=probability), []
     monkeypatch.setattr(engine, "rollout", lambda *args, given=None, **options: givens.append(given))
     x_real = real_videos()
-    state = engine.random.get_state()
+    state = engine.random.generator.get_state()
     for _ in range(200):
-        engine.make_videos(random_prompt(engine.generator, 2), NUM_FRAMES, False, x_real)
+        engine.make_videos(random_text(engine.generator, 2), NUM_FRAMES, False, x_real)
     going_on = [given for given in givens if given is not None]
     assert low <= len(going_on) <= high and all(torch.equal(given, x_real[:, :BLOCK]) for given in going_on)
-    assert torch.equal(engine.random.get_state(), state) == (probability == 0)  # the default draws as if the option were not there
+    assert torch.equal(engine.random.generator.get_state(), state) == (probability == 0)  # the default draws as if the option were not there
 
 
 def test_a_step_goes_on_from_the_videos_of_its_own_prompts(teacher: Path, monkeypatch):  # noqa: F811
@@ -141,4 +141,4 @@ def test_flops_are_those_of_both_kinds_of_steps_in_their_shares(teacher: Path): 
 def test_real_videos_are_asked_for_where_none_are_given():
     engine = build_engine(continuation_probability=0.5)
     with pytest.raises(ValueError, match="training.continuation_probability=0.5 needs real videos: none were given"):
-        engine.make_videos(random_prompt(engine.generator, 2), NUM_FRAMES, False)
+        engine.make_videos(random_text(engine.generator, 2), NUM_FRAMES, False)

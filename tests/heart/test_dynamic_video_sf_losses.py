@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import build_small_model, random_prompt
+from conftest import build_small_model, random_prompt, random_text
 from torch import Tensor, nn
 
 import dynamic_video_sf
-from dynamic_video_sf import ScorePrompts, SelfForcingEngine
-from machine.batch_share import BatchShare
+from dynamic_video_sf import SelfForcingEngine, Text
 from method.flow_matching import x_0_from_velocity
 from method.losses import NORMALISER_FLOOR, dmd_gradient, dmd_loss, sid_loss
 from tiny_causal_wan import PromptContext
@@ -20,9 +19,9 @@ def build_engine(**changes: object) -> SelfForcingEngine:
     return SelfForcingEngine(SelfForcingConfig(**changes), build_small_model(), torch.Generator().manual_seed(0))
 
 
-def prompts_of(engine: SelfForcingEngine) -> ScorePrompts:
-    real, null = random_prompt(engine.real_score, 2), random_prompt(engine.real_score, 2, seed=9)
-    return ScorePrompts(real, null, random_prompt(engine.fake_average, 2))
+def texts_of(engine: SelfForcingEngine) -> tuple[Text, Text]:
+    """Two prompts and two null prompts."""
+    return random_text(engine.real_score, 2), random_text(engine.real_score, 2, seed=9)
 
 
 def perturb(module: nn.Module) -> None:
@@ -40,7 +39,7 @@ def test_the_generators_loss_reaches_the_generator_alone():
     score_passes: list[bool] = []
     for score in (engine.fake_average, engine.real_score):
         score.head.register_forward_hook(lambda module, args, output: score_passes.append(output.requires_grad))
-    engine.generator_loss(rollout.scored, prompts_of(engine))[0].backward()
+    engine.generator_loss(rollout.scored, *texts_of(engine))[0].backward()
     assert score_passes == [False, False]
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in engine.generator.parameters())
     assert all(parameter.grad is None for score in (engine.fake_score, engine.fake_average) for parameter in score.parameters())
@@ -52,7 +51,7 @@ def test_the_critics_loss_reaches_the_critic_alone():
     engine = build_engine()
     rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
     assert rollout.scored.requires_grad
-    engine.critic_loss(rollout.scored, random_prompt(engine.fake_score, 2)).backward()
+    engine.critic_loss(rollout.scored, random_text(engine.fake_score, 2)).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in engine.fake_score.parameters())
     assert all(parameter.grad is None for parameter in [*engine.generator.parameters(), *engine.real_score.parameters()])
 
@@ -69,8 +68,8 @@ def test_the_generator_is_judged_by_the_critics_average_and_not_by_the_newest_cr
     rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=False)
 
     def distance() -> float:  # the same noise and times at every call
-        engine.random.manual_seed(1)
-        return engine.generator_loss(rollout.scored, prompts_of(engine))[1].figures["score_distance"]
+        engine.random.generator.manual_seed(1)
+        return engine.generator_loss(rollout.scored, *texts_of(engine))[1]["score_distance"]
 
     start = distance()
     perturb(engine.fake_score)
@@ -141,36 +140,37 @@ def test_a_score_that_is_the_video_itself_gives_finite_gradients(loss):
 def test_a_score_that_is_not_a_number_gives_a_loss_that_is_not_finite(loss, broken):
     engine = build_engine(loss=loss)
     x_0 = (0.3 * torch.randn(2, 6, 1, 8, 8)).requires_grad_()
-    assert engine.generator_loss(x_0, prompts_of(engine))[0].isfinite()
+    assert engine.generator_loss(x_0, *texts_of(engine))[0].isfinite()
     network = {"fake_average": engine.fake_average, "real_score": engine.real_score}[broken]
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.fill_(torch.nan)
-    value, verdict = engine.generator_loss(x_0, prompts_of(engine))
+    value, figures = engine.generator_loss(x_0, *texts_of(engine))
     (derivative,) = torch.autograd.grad(value, x_0)
-    assert value.isnan() and verdict.terms.isnan().all() and derivative.isnan().any()
+    assert value.isnan() and math.isnan(figures["score_distance"]) and derivative.isnan().any()
 
 
 def test_generator_loss_is_dmd_with_guided_teacher_and_bidirectional_scores():
     engine = build_engine(guidance=2.5, guidance_ink_kept=1.0)
     perturb(engine.fake_average)
-    prompts = prompts_of(engine)
+    text, null_text = texts_of(engine)
     x_0 = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=False).scored.requires_grad_()
-    state = engine.random.get_state()
-    loss, verdict = engine.generator_loss(x_0, prompts)
+    state = engine.random.generator.get_state()
+    loss, figures = engine.generator_loss(x_0, text, null_text)
     (derivative,) = torch.autograd.grad(loss, x_0)
-    engine.random.set_state(state)
+    engine.random.generator.set_state(state)
     with torch.no_grad():
         x_t, t = engine._noised(x_0)
-        x_0_fake = x_0_from_velocity(x_t, engine.fake_average.forward_bidirectional(x_t, t, prompts.fake), t)
+        fake, teacher = engine.fake_average, engine.real_score
+        x_0_fake = x_0_from_velocity(x_t, fake.forward_bidirectional(x_t, t, fake.encode_prompt(*text)), t)
         cond, uncond = (
-            x_0_from_velocity(x_t, engine.real_score.forward_bidirectional(x_t, t, p), t) for p in (prompts.real, prompts.real_null)
+            x_0_from_velocity(x_t, teacher.forward_bidirectional(x_t, t, teacher.encode_prompt(*each)), t) for each in (text, null_text)
         )
         x_0_real = uncond + 2.5 * (cond - uncond)
     expected = dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
     torch.testing.assert_close(derivative, expected / x_0.numel(), rtol=1e-3, atol=1e-3 * derivative.abs().max().item())
-    assert verdict.figures["score_distance"] == pytest.approx((x_0_fake - x_0_real).abs().mean().item(), rel=1e-3)
-    assert verdict.figures["dmd_gradient_norm"] == pytest.approx(expected.square().mean().sqrt().item(), rel=1e-3)
+    assert figures["score_distance"] == pytest.approx((x_0_fake - x_0_real).abs().mean().item(), rel=1e-3)
+    assert figures["dmd_gradient_norm"] == pytest.approx(expected.square().mean().sqrt().item(), rel=1e-3)
 
 
 def test_guidance_of_the_real_score_keeps_the_asked_share_of_its_ink():
@@ -180,8 +180,8 @@ def test_guidance_of_the_real_score_keeps_the_asked_share_of_its_ink():
         engine = build_engine(guidance=2.5, guidance_ink_kept=kept)
         x_0 = 0.3 * torch.randn(2, 6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            _, found[kept], _ = engine._denoised(x_0, prompts_of(engine), None)
-            _, cond, _ = build_engine(guidance=1.0)._denoised(x_0, prompts_of(engine), None)
+            _, found[kept], _ = engine._denoised(x_0, *texts_of(engine))
+            _, cond, _ = build_engine(guidance=1.0)._denoised(x_0, *texts_of(engine))
     torch.testing.assert_close(found[0.5], (found[0.0] + found[1.0]) / 2, atol=1e-5, rtol=1e-5)
     ink = cond + 1
     torch.testing.assert_close(((found[0.0] - cond) * ink).sum(over), torch.zeros(2), atol=1e-3, rtol=0)
@@ -203,10 +203,10 @@ def test_score_times_are_uniform_between_their_bounds():
 def test_score_times_lie_at_even_distances_and_are_shifted_as_asked_and_not_by_default(shift: float):
     changes = {} if shift == 1 else {"score_time_shift": shift}
     engine = build_engine(min_score_time=0.1, max_score_time=0.9, **changes)
-    state = engine.random.get_state()
+    state = engine.random.generator.get_state()
     _, t = engine._noised(torch.zeros(20_000, 1, 1, 1, 1))
-    engine.random.set_state(state)
-    u = (torch.arange(20_000)[:, None] + torch.rand((), generator=engine.random)) / 20_000
+    engine.random.generator.set_state(state)
+    u = (torch.arange(20_000)[:, None] + torch.rand((), generator=engine.random.generator)) / 20_000
     torch.testing.assert_close(t, 0.1 + 0.8 * shift * u / (1 + (shift - 1) * u))
     mean = 0.5 if shift == 1 else shift / (shift - 1) - shift * math.log(shift) / (shift - 1) ** 2
     assert t.mean().item() == pytest.approx(0.1 + 0.8 * mean, abs=0.008)  # five standard errors
@@ -219,6 +219,9 @@ class GaussianScore(nn.Module):
         super().__init__()
         self.mean, self.factor = nn.Parameter(mean), nn.Parameter(factor)
 
+    def encode_prompt(self, shift: Tensor, mask: Tensor) -> PromptContext:
+        return PromptContext([], [], mask, shift)
+
     def forward_bidirectional(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
         """E[x_0 | x_t] = m + (1 - t) S ((1 - t)^2 S + t^2 I)^-1 (x_t - (1 - t) m), handed out as a velocity."""
         t, mean = t[..., None, None, None], self.mean + prompt.pooled[:, None, None, None]
@@ -228,8 +231,9 @@ class GaussianScore(nn.Module):
         return (x_t - (mean + (1 - t) * solved @ covariance)) / t
 
 
-def shift_prompt(batch_size: int, shift: list[float]) -> PromptContext:
-    return PromptContext([], [], torch.ones(batch_size, 1, 1, 1, dtype=torch.bool), torch.tensor([shift]).expand(batch_size, -1))
+def shift_text(batch_size: int, shift: list[float]) -> Text:
+    """The prompt that moves the mean by shift."""
+    return torch.tensor([shift]).expand(batch_size, -1), torch.ones(batch_size, 1, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(("interval", "clamp"), [([0.0, 1.0], False), ([0.4, 0.7], False), ([0.0, 1.0], True)])
@@ -239,11 +243,13 @@ def test_on_gaussians_the_engines_gradient_is_the_closed_form(interval: list[flo
     config = SelfForcingConfig(guidance=weight, guidance_interval=interval, guidance_ink_kept=1.0, clamp_real_score=clamp)
     engine = SelfForcingEngine(config, GaussianScore(torch.zeros(2), s * torch.eye(2)), torch.Generator().manual_seed(0))
     fake, cond, uncond = [0.8, -0.1], [-0.5, 0.4], [0.2, 0.1]
-    x_0 = (torch.tensor(fake) + s * torch.randn(32, 3, 1, 1, 2, generator=engine.random)).requires_grad_()
-    state = engine.random.get_state()
-    loss, _ = engine.generator_loss(x_0, ScorePrompts(shift_prompt(32, cond), shift_prompt(32, uncond), shift_prompt(32, fake)))
+    x_0 = (torch.tensor(fake) + s * torch.randn(32, 3, 1, 1, 2, generator=engine.random.generator)).requires_grad_()
+    state = engine.random.generator.get_state()
+    with torch.no_grad():  # the critic reads the prompt of the teacher, and its mean is fake under it
+        engine.fake_average.mean.copy_(torch.tensor(fake) - torch.tensor(cond))
+    loss, _ = engine.generator_loss(x_0, shift_text(32, cond), shift_text(32, uncond))
     (derivative,) = torch.autograd.grad(loss, x_0)
-    engine.random.set_state(state)
+    engine.random.generator.set_state(state)
     x_t, t = engine._noised(x_0.detach())
     t = t[..., None, None, None]
     spread = (1 - t) ** 2 * s**2 + t**2
@@ -266,7 +272,7 @@ def train_toy_generator(sign: float, num_steps: int, monkeypatch: pytest.MonkeyP
     target_mean, target_factor = torch.tensor([1.5, -1.0]), torch.tensor([[0.7, 0.0], [0.4, 0.5]])
     random = torch.Generator().manual_seed(0)
     engine = SelfForcingEngine(SelfForcingConfig(guidance=1.0), GaussianScore(target_mean, target_factor), random)
-    prompt = shift_prompt(256, [0.0, 0.0])
+    text = shift_text(256, [0.0, 0.0])
     mean, factor = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.eye(2))
     with torch.no_grad():  # the critic starts at what the generator makes, not at the teacher
         engine.fake_score.mean.copy_(mean)
@@ -280,10 +286,10 @@ def train_toy_generator(sign: float, num_steps: int, monkeypatch: pytest.MonkeyP
         x_0 = (mean + torch.randn(256, 2, generator=random) @ factor.T).view(256, 1, 1, 1, 2)
         if step % 3 == 2:
             generator_optimizer.zero_grad()
-            engine.generator_loss(x_0, ScorePrompts(prompt, prompt, prompt))[0].backward()
+            engine.generator_loss(x_0, text, text)[0].backward()
             generator_optimizer.step()
         critic_optimizer.zero_grad()
-        engine.critic_loss(x_0, prompt).backward()
+        engine.critic_loss(x_0, text).backward()
         critic_optimizer.step()
         engine.fake_average.load_state_dict(engine.fake_score.state_dict())
     reached = (mean.detach(), (factor @ factor.T).detach())
@@ -304,36 +310,33 @@ def test_with_the_sign_flipped_the_toy_generator_flees_its_target(monkeypatch):
 def test_critic_loss_is_smallest_at_the_generators_distribution():
     """The critic's minimum is the denoiser of what the generator makes: shifted means cost more."""
     engine = SelfForcingEngine(SelfForcingConfig(), GaussianScore(torch.zeros(2), 0.5 * torch.eye(2)), torch.Generator().manual_seed(0))
-    x_0 = torch.tensor([0.6, -0.3]) + 0.5 * torch.randn(4096, 1, 1, 1, 2, generator=engine.random)
-    state, losses = engine.random.get_state(), {}
+    x_0 = torch.tensor([0.6, -0.3]) + 0.5 * torch.randn(4096, 1, 1, 1, 2, generator=engine.random.generator)
+    state, losses = engine.random.generator.get_state(), {}
     for offset in (-0.2, 0.0, 0.2):
-        engine.random.set_state(state)
-        losses[offset] = engine.critic_loss(x_0, shift_prompt(4096, [0.6 + offset, -0.3])).item()
+        engine.random.generator.set_state(state)
+        losses[offset] = engine.critic_loss(x_0, shift_text(4096, [0.6 + offset, -0.3])).item()
     assert losses[0.0] < min(losses[-0.2], losses[0.2])
 
 
 def test_every_video_of_a_critic_update_is_seen_at_noise_levels_of_its_own(monkeypatch):
-    """With k draws of B videos the times are those of one grid of k B, and two shares of the batch see the halves of it."""
+    """With k draws of B videos the times are those of one grid of k B, and two parts of the batch see the halves of it."""
     engine = build_engine(critic_draws=3, min_score_time=0.1, max_score_time=0.9)
-    videos, prompt = torch.rand(4, 3, 1, 8, 8) * 2 - 1, random_prompt(engine.generator, 4)
+    videos, text = torch.rand(4, 3, 1, 8, 8) * 2 - 1, random_text(engine.generator, 4)
     asked = []
     forward = engine.fake_score.forward_bidirectional
     monkeypatch.setattr(
         engine.fake_score, "forward_bidirectional", lambda x, t, prompt: asked.append((x, t, prompt)) or forward(x, t, prompt)
     )
-    loss = engine.critic_loss(videos, prompt)
+    loss = engine.critic_loss(videos, text)
     (x_t, t, prompts), = asked
-    assert x_t.shape == (12, 3, 1, 8, 8) and torch.equal(prompts.pooled, prompt.pooled.repeat(3, 1))
+    assert x_t.shape == (12, 3, 1, 8, 8) and torch.equal(prompts.pooled, engine.fake_score.encode_prompt(*text).pooled.repeat(3, 1))
     torch.testing.assert_close(t[:, 0].diff(), torch.full((11,), 0.8 / 12))
     assert torch.equal(t, t[:, :1].expand_as(t)) and loss.requires_grad
-    state = engine.random.get_state()
-    both = []
-    for share in (BatchShare(0, 2, 4), BatchShare(2, 2, 4)):
-        engine.random.set_state(state)
-        part = slice(share.first, share.first + share.count)
-        both.append(engine._noised(videos[part].repeat(3, 1, 1, 1, 1), share, 3))
-    engine.random.set_state(state)
-    whole = engine._noised(videos.repeat(3, 1, 1, 1, 1), None, 3)
+    state = engine.random.generator.get_state()
+    parts = engine.random.parts([slice(0, 2), slice(2, 4)], 4)
+    both = [engine._noised(videos[part].repeat(3, 1, 1, 1, 1), 3) for part in parts]
+    engine.random.generator.set_state(state)
+    whole = engine._noised(videos.repeat(3, 1, 1, 1, 1), 3)
     for halves, expected in zip(zip(*both, strict=True), whole, strict=True):
         parts = torch.cat([half.unflatten(0, (3, 2)) for half in halves], dim=1).flatten(0, 1)
         assert torch.equal(parts, expected)

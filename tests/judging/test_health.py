@@ -10,28 +10,27 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from test_dynamic_video_sf_losses import GaussianScore, shift_prompt
+from test_dynamic_video_sf_losses import GaussianScore, shift_text
 from test_stages import build_self_forcing, snapshot
 from test_stages import teacher as teacher
 from test_train import SHARED, assert_same, tiny_config
 from torch import nn
 
 import train
-from dynamic_video_sf import ScorePrompts, SelfForcingEngine
+from dynamic_video_sf import SelfForcingEngine
 from judging import health
 from judging.digit_judge import DigitJudge, JudgeConfig
 from judging.fixed_prompts import JUDGED_COLUMNS, PROMPTS, SEEDS, FixedPrompts
 from judging.health import compare_runs
 from judging.metrics import facts_of_prompts
 from machine.paths import REPOSITORY
+from method.diagnostics import critic_lag, exit_columns, mean_by_exit_step, mean_by_noise_level, score_figures
 from method.flow_matching import add_noise
-from method.losses import Verdict
 from moving_mnist import DatasetConfig
 from sampling.samplers import sample
 from train import SimplifiedTrainer
 from training.checkpoint import load_checkpoint
 from training.config import Config, SelfForcingConfig, build_config, register_schemas
-from training.diagnostics import critic_lag, exit_columns, generator_figures, mean_by_exit_step, mean_by_noise_level
 from training.run_log import read_scalars
 
 CONFIGS = REPOSITORY / "configs"
@@ -76,7 +75,7 @@ def test_on_gaussians_critic_lag_is_the_share_of_the_way_that_the_critic_has_mis
 
 def lags_of_a_toy_run(critic_rate: float, num_steps: int = 240) -> list[float]:
     """Critic lag at every generator's turn while an affine map of 2-D noise is trained by the engine's own two losses."""
-    random, prompt = torch.Generator().manual_seed(0), shift_prompt(256, [0.0, 0.0])
+    random, text = torch.Generator().manual_seed(0), shift_text(256, [0.0, 0.0])
     teacher = GaussianScore(torch.tensor([1.5, -1.0]), torch.tensor([[0.7, 0.0], [0.4, 0.5]]))
     engine = SelfForcingEngine(SelfForcingConfig(guidance=1.0), teacher, random)
     mean, factor = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.eye(2))
@@ -90,13 +89,13 @@ def lags_of_a_toy_run(critic_rate: float, num_steps: int = 240) -> list[float]:
     for step in range(num_steps):
         x_0 = (mean + torch.randn(256, 2, generator=random) @ factor.T).view(256, 1, 1, 1, 2)
         if step % 3 == 2:
-            loss, verdict = engine.generator_loss(x_0, ScorePrompts(prompt, prompt, prompt))
-            lags.append(generator_figures(verdict, torch.zeros(256, 1, dtype=torch.long), STEPS)["critic_lag"])
+            loss, figures = engine.generator_loss(x_0, text, text)
+            lags.append(figures["critic_lag"])
             generator.zero_grad()
             loss.backward()
             generator.step()
         critic.zero_grad()
-        engine.critic_loss(x_0, prompt).backward()
+        engine.critic_loss(x_0, text).backward()
         critic.step()
         engine.fake_average.load_state_dict(engine.fake_score.state_dict())
     return lags
@@ -111,15 +110,12 @@ def test_critic_lag_shows_a_critic_that_is_too_slow():
     assert np.median(too_slow[-10:]) > 0.9
 
 
-def test_a_verdict_becomes_the_columns_it_defines():
+def test_score_figures_are_the_distance_of_the_scores_by_noise_level_and_the_lag():
     x_0, x_0_real = torch.zeros(2, 2, 1, 2, 2), torch.zeros(2, 2, 1, 2, 2)
     x_0_fake = torch.tensor([0.5, 2.0]).view(2, 1, 1, 1, 1).expand_as(x_0)
-    verdict = Verdict(torch.ones(2, 2, 1, 2, 2), torch.tensor([0.1, 0.9]), {"dmd_gradient_norm": 3.0}, x_0, x_0_fake, x_0_real)
-    assert generator_figures(verdict, torch.ones(2, 2, dtype=torch.long), STEPS) == {
-        "dmd_gradient_norm": 3.0, "loss_exit_750": 1.0, "score_distance_low": 0.5, "score_distance_high": 2.0, "critic_lag": 1.0,
+    assert score_figures(x_0, x_0_fake, x_0_real, torch.tensor([0.1, 0.9])) == {
+        "score_distance": 1.25, "score_distance_low": 0.5, "score_distance_high": 2.0, "critic_lag": 1.0,
     }
-    judged = Verdict(torch.ones(2), torch.tensor([0.1, 0.9]), {"logit_distance": 0.5})
-    assert generator_figures(judged, torch.ones(2, 2, dtype=torch.long), STEPS) == {"logit_distance": 0.5, "loss_exit_750": 1.0}
 
 
 @pytest.mark.parametrize("loss", ["dmd", "sid", "gan"])
@@ -147,8 +143,7 @@ def test_every_scored_frame_knows_its_exit_step(changes, teacher: Path, monkeypa
     engine, times = stage.engine, []
     forward = engine.generator.forward_block_causal
     monkeypatch.setattr(engine.generator, "forward_block_causal", lambda x, t, *rest: times.append(t) or forward(x, t, *rest))
-    prompt = engine.generator.encode_prompt(*stage.text_encoder.encode(["a 3", "a 4"]))
-    rollout = engine.make_videos(prompt, 9, False, torch.zeros(2, 9, 1, 16, 16))
+    rollout = engine.make_videos(stage.text_encoder.encode(["a 3", "a 4"]), 9, False, torch.zeros(2, 9, 1, 16, 16))
     assert rollout.frame_exits.shape == rollout.scored.shape[:2] == (2, 6)
     assert torch.equal(rollout.frame_exits[0, ::3], torch.tensor(rollout.exit_steps[1:]))
     for t in times:
@@ -202,9 +197,9 @@ def test_the_fixed_prompts_are_the_same_at_every_reading_and_ask_for_every_digit
 
 def test_a_reading_leaves_the_stage_as_it_is(teacher: Path):
     stage = build_self_forcing(teacher)
-    state, weights, of_torch = stage.random.get_state(), snapshot(stage.engine.generator), torch.get_rng_state()
+    state, weights, of_torch = stage.random.generator.get_state(), snapshot(stage.engine.generator), torch.get_rng_state()
     sample(stage.live(), list(PROMPTS), list(SEEDS), 6, stage.runtime)
-    assert torch.equal(stage.random.get_state(), state) and torch.equal(snapshot(stage.engine.generator), weights)
+    assert torch.equal(stage.random.generator.get_state(), state) and torch.equal(snapshot(stage.engine.generator), weights)
     assert torch.equal(torch.get_rng_state(), of_torch)
     assert all(parameter.grad is None for parameter in stage.engine.generator.parameters())
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_small_model, random_prompt
+from conftest import build_small_model, random_prompt, random_text
 from torch import Tensor, nn
 
-from dynamic_video_sf import ScorePrompts, SelfForcingEngine
+from dynamic_video_sf import SelfForcingEngine, Text
 from method.flow_matching import add_noise, x_0_from_velocity
 from method.losses import discriminator_loss, distance_to_teacher, gradient_penalty, relativistic_loss, sid_loss
 from method.settings import SelfForcingConfig
 from network.discriminator import Discriminator
-from network.recomputation import frozen
+from network.weights import frozen
 
 
 def build_engine(**changes: object) -> SelfForcingEngine:
@@ -26,10 +26,9 @@ def build_engine(**changes: object) -> SelfForcingEngine:
     return engine
 
 
-def prompts_of(engine: SelfForcingEngine) -> ScorePrompts:
-    real, null = random_prompt(engine.real_score, 2), random_prompt(engine.real_score, 2, seed=9)
-    with torch.no_grad():
-        return ScorePrompts(real, null, random_prompt(engine.fake_score, 2))
+def texts_of(engine: SelfForcingEngine) -> tuple[Text, Text]:
+    """Two prompts and two null prompts."""
+    return random_text(engine.real_score, 2), random_text(engine.real_score, 2, seed=9)
 
 
 def real_videos(num_frames: int = 6) -> Tensor:
@@ -75,24 +74,27 @@ def test_sid_passes_through_both_scores_and_reaches_the_generator_alone():
     engine = build_engine(loss="sid", guidance=2.0, guidance_ink_kept=1.0)
     before = {name: value.clone() for name, value in engine.real_score.state_dict().items()}
     rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
-    state, prompts = engine.random.get_state(), prompts_of(engine)
-    loss, verdict = engine.generator_loss(rollout.scored, prompts)
+    state, (text, null_text) = engine.random.generator.get_state(), texts_of(engine)
+    loss, figures = engine.generator_loss(rollout.scored, text, null_text)
     (whole,) = torch.autograd.grad(loss, rollout.scored, retain_graph=True)
     loss.backward()
     assert moved(engine.generator) and not moved(engine.critic) and not moved(engine.real_score)
     assert not moved(engine.fake_average)
     torch.testing.assert_close(dict(engine.real_score.state_dict()), before, rtol=0, atol=0)
     x_0 = rollout.scored.detach().requires_grad_()
-    engine.random.set_state(state)
+    engine.random.generator.set_state(state)
     x_t, t = engine._noised(x_0)
-    fake = x_0_from_velocity(x_t, engine.fake_score.forward_bidirectional(x_t, t, prompts.fake), t)
-    cond, null = (x_0_from_velocity(x_t, engine.real_score.forward_bidirectional(x_t, t, p), t) for p in (prompts.real, prompts.real_null))
+    critic, teacher = engine.fake_average, engine.real_score
+    with torch.no_grad():
+        prompt, of_teacher = critic.encode_prompt(*text), [teacher.encode_prompt(*each) for each in (text, null_text)]
+    fake = x_0_from_velocity(x_t, critic.forward_bidirectional(x_t, t, prompt), t)
+    cond, null = (x_0_from_velocity(x_t, teacher.forward_bidirectional(x_t, t, each), t) for each in of_teacher)
     real = null + 2.0 * (cond - null)
     (expected,) = torch.autograd.grad(sid_loss(x_0, fake, real, 1.0).mean(), x_0)
     torch.testing.assert_close(whole, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
     (constant,) = torch.autograd.grad(sid_loss(x_0, fake.detach(), real.detach(), 1.0).mean(), x_0)
     assert (whole - constant).abs().max() > 0.1 * whole.abs().max()  # the scores' own derivatives matter
-    assert verdict.figures["score_distance"] == pytest.approx((fake - real).abs().mean().item(), rel=1e-3)
+    assert figures["score_distance"] == pytest.approx((fake - real).abs().mean().item(), rel=1e-3)
 
 
 # GAN
@@ -108,22 +110,23 @@ def test_relativistic_loss_compares_pairs():
 
 
 def test_the_penalty_is_the_squared_slope_and_zero_for_a_constant():
-    random, x = torch.Generator().manual_seed(0), torch.randn(20000, 1, 3, dtype=torch.float64)
+    x, eps = torch.randn(2, 20000, 1, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     slope = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
 
     def linear(x: Tensor) -> Tensor:
         return (x @ slope).squeeze(1) + 4
 
-    penalty = gradient_penalty(linear, x, linear(x), 0.01, random)
+    penalty = gradient_penalty(linear, x, linear(x), eps, 0.01)
     assert penalty.item() == pytest.approx(slope.square().sum().item(), rel=0.05)
-    assert gradient_penalty(lambda x: torch.full((len(x),), 3.0), x, torch.full((len(x),), 3.0), 0.01, random) == 0
+    assert gradient_penalty(lambda x: torch.full((len(x),), 3.0), x, torch.full((len(x),), 3.0), eps, 0.01) == 0
 
 
 def test_the_discriminators_loss_is_relativistic_plus_both_penalties():
     real, fake, slope = torch.tensor([[1.0]] * 5000), torch.tensor([[-1.0]] * 5000), torch.tensor(2.0, requires_grad=True)
-    loss = discriminator_loss(lambda x: slope * x.squeeze(1), real, fake, 0.1, 0.01, torch.Generator().manual_seed(0))
+    noises = torch.randn(2, 5000, 1, generator=torch.Generator().manual_seed(0))
+    loss = discriminator_loss(lambda x: slope * x.squeeze(1), real, fake, *noises, 0.01, 0.1)
     assert loss.item() == pytest.approx(F.softplus(torch.tensor(-4.0)).item() + 0.1 * 2 * 4, rel=0.05)
-    (without,) = torch.autograd.grad(discriminator_loss(lambda x: slope * x.squeeze(1), real, fake, 0.0, 0.01, torch.Generator()), slope)
+    (without,) = torch.autograd.grad(discriminator_loss(lambda x: slope * x.squeeze(1), real, fake, *noises, 0.01, 0.0), slope)
     (penalised,) = torch.autograd.grad(loss, slope)
     assert without < 0 < penalised  # it wants to tell them apart, and the penalty holds it back
 
@@ -131,7 +134,7 @@ def test_the_discriminators_loss_is_relativistic_plus_both_penalties():
 def test_the_discriminator_sees_noised_real_and_generated_videos_of_the_same_prompts_and_times():
     engine = build_engine(loss="gan", gradient_frames=3)
     x_0, x_real, prompt = torch.zeros(2, 3, 1, 8, 8), real_videos(), random_prompt(engine.fake_score, 2)
-    (fake_t, real_t), t = engine._noised_pair(x_0, x_real)
+    fake_t, real_t, t = engine._noised_pair(x_0, x_real)
     time = t[..., None, None, None]
     noises = fake_t / time, (real_t - (1 - time) * x_real[:, 3:]) / time  # the scored, last frames
     assert all(0.7 < noise.std() < 1.3 for noise in noises) and not torch.allclose(*noises)
@@ -139,38 +142,38 @@ def test_the_discriminator_sees_noised_real_and_generated_videos_of_the_same_pro
     assert isinstance(engine.critic, Discriminator) and logits.shape == (2,) and logits.dtype == torch.float32
     assert not torch.equal(logits, engine.critic(real_t, t, random_prompt(engine.fake_score, 2, seed=4)))
     with pytest.raises(ValueError, match="training.loss=gan compares with real videos"):
-        engine.critic_loss(x_0, prompt)
+        engine.critic_loss(x_0, random_text(engine.fake_score, 2))
 
 
 def test_each_gan_loss_reaches_its_own_network_alone():
     engine = build_engine(loss="gan")
     before = {name: value.clone() for name, value in engine.real_score.state_dict().items()}
     rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
-    loss, verdict = engine.generator_loss(rollout.scored, prompts_of(engine), real_videos())
+    loss, figures = engine.generator_loss(rollout.scored, *texts_of(engine), real_videos())
     loss.backward()
-    assert moved(engine.generator) and not moved(engine.critic) and verdict.figures.keys() == {"logit_distance"}
+    assert moved(engine.generator) and not moved(engine.critic) and figures.keys() == {"logit_distance"}
     engine.generator.zero_grad()
     rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
-    engine.critic_loss(rollout.scored, random_prompt(engine.fake_score, 2), real_videos()).backward()
+    engine.critic_loss(rollout.scored, random_text(engine.fake_score, 2), real_videos()).backward()
     assert moved(engine.critic.head) and moved(engine.critic.backbone) and not moved(engine.generator) and not moved(engine.real_score)
     torch.testing.assert_close(dict(engine.real_score.state_dict()), before, rtol=0, atol=0)
 
 
 def test_the_two_players_pull_the_logits_apart_and_together():
     engine, x_real = build_engine(loss="gan", gan_penalty=0.0), real_videos()
-    prompts = prompts_of(engine)
+    text, null_text = texts_of(engine)
     x_0 = torch.zeros(2, 6, 1, 8, 8, requires_grad=True)
 
     def distance(at: Tensor) -> float:  # the same noise and times at every call
-        engine.random.manual_seed(1)
-        return engine.generator_loss(at, prompts, x_real)[1].figures["logit_distance"]
+        engine.random.generator.manual_seed(1)
+        return engine.generator_loss(at, text, null_text, x_real)[1]["logit_distance"]
 
     start = distance(x_0)
-    engine.random.manual_seed(1)
-    (gradient,) = torch.autograd.grad(engine.generator_loss(x_0, prompts, x_real)[0], x_0)
+    engine.random.generator.manual_seed(1)
+    (gradient,) = torch.autograd.grad(engine.generator_loss(x_0, text, null_text, x_real)[0], x_0)
     assert distance(x_0.detach() - 1e-2 * gradient / gradient.norm()) < start  # generated videos look more real
-    engine.random.manual_seed(1)
-    engine.critic_loss(x_0, prompts.fake, x_real).backward()
+    engine.random.generator.manual_seed(1)
+    engine.critic_loss(x_0, text, x_real).backward()
     with torch.no_grad():
         norm = torch.cat([p.grad.flatten() for p in engine.critic.parameters() if p.grad is not None]).norm()
         for parameter in engine.critic.parameters():
@@ -198,11 +201,12 @@ def test_real_videos_are_noised_per_block_to_few_step_times_and_denoised_in_one_
     name = "forward_teacher_forced" if inputs == "teacher_forced" else "forward_block_causal"
     forward = getattr(engine.generator, name)
     monkeypatch.setattr(engine.generator, name, lambda *arguments: seen.append(arguments) or forward(*arguments))
-    prompt = random_prompt(engine.generator, 16)
-    rollout = engine.make_videos(prompt, 9, True, x_real)
+    text = random_text(engine.generator, 16)
+    rollout = engine.make_videos(text, 9, True, x_real)
     ((x_t, t, *rest),) = seen
-    expected = [prompt, 3, engine.config.context]
-    assert rest == ([x_real, *expected] if inputs == "teacher_forced" else expected)
+    *clean_past, prompt, block, context = rest
+    assert clean_past == ([x_real] if inputs == "teacher_forced" else []) and (block, context) == (3, engine.config.context)
+    assert torch.equal(prompt.pooled, engine.generator.encode_prompt(*text).pooled)
     of_block = t.unflatten(1, (3, 3))
     assert (of_block == of_block[..., :1]).all() and of_block.std(dim=1).max() > 0
     clean = [] if inputs == "teacher_forced" else [0.0]  # at which inference writes the cache
@@ -212,18 +216,18 @@ def test_real_videos_are_noised_per_block_to_few_step_times_and_denoised_in_one_
     torch.testing.assert_close(add_noise(x_real[t > 0][None], eps[None], t[t > 0][None])[0], x_t[t > 0])
     assert 0.95 < eps.std() < 1.05
     torch.testing.assert_close(rollout.x_0, x_0_from_velocity(x_t, forward(*seen[0]), t).clamp(-1, 1))
-    assert torch.equal(rollout.scored, rollout.x_0[:, 3:]) and not engine.make_videos(prompt, 9, False, x_real).x_0.requires_grad
+    assert torch.equal(rollout.scored, rollout.x_0[:, 3:]) and not engine.make_videos(text, 9, False, x_real).x_0.requires_grad
     with pytest.raises(ValueError, match=f"generator_inputs={inputs} needs real videos"):
-        engine.make_videos(prompt, 9, True)
+        engine.make_videos(text, 9, True)
 
 
 @pytest.mark.parametrize("inputs", ["diffusion_forced", "teacher_forced"])
 def test_on_real_videos_too_the_loss_reaches_the_generator_alone(inputs):
     engine = build_engine(generator_inputs=inputs)
-    rollout = engine.make_videos(random_prompt(engine.generator, 2), 6, True, real_videos())
-    engine.generator_loss(rollout.scored, prompts_of(engine))[0].backward()
+    rollout = engine.make_videos(random_text(engine.generator, 2), 6, True, real_videos())
+    engine.generator_loss(rollout.scored, *texts_of(engine))[0].backward()
     assert moved(engine.generator) and not moved(engine.critic) and not moved(engine.real_score)
     engine.generator.zero_grad()
-    rollout = engine.make_videos(random_prompt(engine.generator, 2), 6, True, real_videos())
-    engine.critic_loss(rollout.scored, prompts_of(engine).fake).backward()
+    rollout = engine.make_videos(random_text(engine.generator, 2), 6, True, real_videos())
+    engine.critic_loss(rollout.scored, random_text(engine.fake_score, 2)).backward()
     assert moved(engine.critic) and not moved(engine.generator)

@@ -11,7 +11,7 @@ from test_generate import student as student  # a fixture
 from test_generate import student_path as student_path
 from torch import Tensor
 
-from dynamic_video_sf import PromptSwitch, SelfForcingEngine, draw_noise, make_noise_streams, rollout_blocks, split_first_frames
+from dynamic_video_sf import SelfForcingEngine, draw_noise, make_noise_streams, split_first_frames
 from generate import main
 from machine.runtime import Runtime
 from method.plans import few_step_plan, many_step_plan
@@ -40,20 +40,6 @@ def test_a_stream_begins_as_the_video_of_its_prompt_and_goes_on(small_model, sma
     blocks = take(small_model, small_text_encoder, [None] * 12)
     assert torch.equal(torch.cat(blocks[:7], dim=1), video)
     assert not blocks[-1].requires_grad and torch.is_grad_enabled() and blocks[-1].isfinite().all()
-
-
-def test_the_engine_streams_the_same_blocks():
-    engine = SelfForcingEngine(SelfForcingConfig(max_num_frames=21), build_small_model(), torch.Generator().manual_seed(0))
-    prompt, other = random_prompt(engine.generator, 2), random_prompt(engine.generator, 2, seed=5)
-    stream = engine.stream(prompt, 3, switch="keep")
-    plan = few_step_plan(engine.config, ContextWindow(21))
-    blocks = rollout_blocks(engine.generator, prompt, make_noise_streams([3, 4]), None, plan)
-    for step in range(9):
-        is_switched = step == 4
-        with torch.no_grad():
-            expected = blocks.send(PromptSwitch(other, "keep") if is_switched else None)
-        block = stream.send(other if is_switched else None)
-        assert torch.equal(block, expected) and not block.requires_grad and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("how", ["recache", "keep", "reset"])

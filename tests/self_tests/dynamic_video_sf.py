@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynamic_video_sf import ScorePrompts, SelfForcingEngine, make_noise_streams, rollout_blocks
+from dynamic_video_sf import SelfForcingEngine, make_noise_streams, rollout_blocks
 from machine.seeds import Purpose, torch_generator
 from method.losses import dmd_gradient, dmd_loss
 from method.settings import SelfForcingConfig
@@ -39,13 +39,13 @@ def _check_one_rollout(engine: SelfForcingEngine, prompt: PromptContext) -> Find
     """The rollouts of training, from all exit steps drawn, against inference from the same random state."""
     num_equal, num_rollouts, seen = 0, 16, set()
     for _ in range(num_rollouts):
-        state = engine.random.get_state()
+        state = engine.random.generator.get_state()
         rollout = engine.rollout(prompt, 12, with_gradient=True)
-        final = engine.random.get_state()
-        engine.random.set_state(state)
-        torch.randint(len(engine.plan.times), (1,), generator=engine.random)  # the exit step comes first
-        seeds = torch.randint(2**62, (2,), generator=engine.random).tolist()
-        engine.random.set_state(final)
+        final = engine.random.generator.get_state()
+        engine.random.generator.set_state(state)
+        torch.randint(len(engine.plan.times), (1,), generator=engine.random.generator)  # the exit step comes first
+        seeds = torch.randint(2**62, (2,), generator=engine.random.generator).tolist()
+        engine.random.generator.set_state(final)
         video = torch.cat(list(rollout_blocks(engine.generator, prompt, make_noise_streams(seeds), 4, engine.plan)), dim=1)
         num_equal += torch.equal(rollout.finished, video[:, -rollout.finished.shape[1]:])
         seen.add(rollout.exit_steps[0])
@@ -76,15 +76,13 @@ def _check_gradient_passes(engine: SelfForcingEngine, prompt: PromptContext) -> 
 
 def _check_losses(engine: SelfForcingEngine, text: Tensor, mask: Tensor) -> list[Finding]:
     """Who feels which loss, before and after the critic moves away from the teacher."""
-    null = engine.real_score.encode_prompt(torch.zeros_like(text), mask)
     before = [parameter.clone() for parameter in engine.real_score.parameters()]
 
     def generator_gradient() -> tuple[float, float]:
-        prompts = [score.encode_prompt(text, mask) for score in (engine.real_score, engine.fake_average)]
         x_0 = engine.rollout(engine.generator.encode_prompt(text, mask), 6, with_gradient=True).scored
-        loss, verdict = engine.generator_loss(x_0, ScorePrompts(prompts[0], null, prompts[1]))
+        loss, figures = engine.generator_loss(x_0, (text, mask), (torch.zeros_like(text), mask))
         loss.backward()
-        return _total_gradient(engine.generator), verdict.figures["score_distance"]
+        return _total_gradient(engine.generator), figures["score_distance"]
 
     agreeing, distance = generator_gradient()
     findings = [(agreeing < 1e-4, f"scores {distance:.1e} apart give the generator a gradient of {agreeing:.1e}")]
@@ -97,7 +95,7 @@ def _check_losses(engine: SelfForcingEngine, text: Tensor, mask: Tensor) -> list
     findings.append((moved > 1e-3 and felt == 0, finding))
     engine.generator.zero_grad()
     x_0 = engine.rollout(engine.generator.encode_prompt(text, mask), 6, with_gradient=True).scored
-    engine.critic_loss(x_0, engine.fake_score.encode_prompt(text, mask)).backward()
+    engine.critic_loss(x_0, (text, mask)).backward()
     own, other = _total_gradient(engine.fake_score), _total_gradient(engine.generator)
     finding = f"the critic's loss gives the critic {own:.1e} and the generator {other:.0f}"
     findings.append((own > 1e-3 and other == 0, finding))

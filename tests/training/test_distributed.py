@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 import train
-from machine.batch_share import BatchShare, share_or_whole
+from machine.batch_random import BatchRandom
 from machine.runtime import Runtime
 from train import SimplifiedTrainer
 from training.config import PretrainConfig
@@ -87,7 +87,7 @@ def assert_same_training(actual, expected) -> None:
 def test_micro_batches_equal_the_large_batch(kind, teacher):  # noqa: F811
     parts, whole = build(kind, teacher, accumulation_steps=2), build(kind, teacher)
     assert_same_training(run(parts), run(whole))
-    assert torch.equal(parts.random.get_state(), whole.random.get_state())
+    assert torch.equal(parts.random.generator.get_state(), whole.random.generator.get_state())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,7 +162,7 @@ def sharding_worker(rank: int, port: int, folder: Path, teacher_path: Path, kind
         sharded = [value for network in stage.networks().values() for value in network.parameters() if isinstance(value, DTensor)]
         shares = sum(value.to_local().numel() for value in sharded) / sum(value.numel() for value in sharded)
         gradients, figures, prompts = run(stage)
-        average = stage.average["generator"] if isinstance(stage, PretrainStage) else stage.average
+        average = stage.average["generator"] if isinstance(stage, PretrainStage) else stage.engine.generator_average
         results[kind] = (whole(gradients), figures, prompts), whole(average.state_dict()), shares
     processes.leave()
     torch.save(results, folder / f"{rank}.pt")
@@ -186,7 +186,7 @@ def test_sharded_networks_have_the_gradients_of_whole_ones(kinds, changes, teach
         expected = run(stage)
         (results, average, share), (other_results, other_average, other_share) = first[kind], second[kind]
         assert_same_training((results[0], [mean_figures(pair) for pair in zip(results[1], other_results[1], strict=True)], []), expected)
-        wanted = stage.average["generator"] if isinstance(stage, PretrainStage) else stage.average
+        wanted = stage.average["generator"] if isinstance(stage, PretrainStage) else stage.engine.generator_average
         for name, value in wanted.state_dict().items():
             assert torch.equal(average[name], other_average[name])
             # Muon's matrices are left out: its bfloat16 iteration magnifies rounding, and what they do shows in the later steps' gradients.
@@ -198,8 +198,12 @@ def test_sharded_networks_have_the_gradients_of_whole_ones(kinds, changes, teach
 def test_a_batch_that_cannot_be_shared_is_refused(teacher):  # noqa: F811
     with pytest.raises(ValueError, match=r"training.batch_size is 4.*multiple of 3 .*accumulation_steps=3\); nearest valid: 3 or 6"):
         build("dmd", teacher, accumulation_steps=3)
-    with pytest.raises(ValueError, match="3 videos: expected 2"):
-        share_or_whole(BatchShare(0, 2, 4), 3)
+    random = BatchRandom(torch.Generator())
+    for _ in random.parts([slice(0, 2), slice(2, 4)], 4):
+        assert random.batch_size(2) == 4
+        with pytest.raises(ValueError, match="3 videos: expected 2, the size of this part of a batch of 4"):
+            random.draw(3, torch.rand)
+    assert random.batch_size(3) == 3
 
 
 def test_an_incomplete_environment_is_refused_and_none_is_one_process():

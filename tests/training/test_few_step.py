@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import build_small_model, random_prompt
+from conftest import batch_random, build_small_model, random_prompt
 from torch import Tensor
 
 from dynamic_video_sf import make_noise_streams, rollout_blocks, sample_bidirectional
@@ -163,7 +163,7 @@ def test_consistency_loss_is_zero_for_the_consistency_function_and_for_no_other(
 
     def loss(error: float = 0.0, rate: float = 0.8, seed: int = 0) -> float:
         student, teacher = ConsistentStudent(0.8, times, error), LinearTeacher(rate)
-        random = torch.Generator().manual_seed(seed)
+        random = batch_random(seed)
         value = consistency_loss(student, student, teacher, x_0, None, None, TeacherPrompts(None, None), BLOCK, times, 2.0, random)
         assert all(clean is x_0 for _, clean in student.seen) and all(clean is x_0 for clean in teacher.clean)
         return value.item()
@@ -177,7 +177,7 @@ def test_consistency_loss_is_zero_for_the_consistency_function_and_for_no_other(
 def test_consistency_draws_neighbours_for_every_block_down_to_time_zero():
     times, x_0 = sampling_times(3, SHIFT), torch.zeros(64, 9, 1, 1, 1)
     student = ConsistentStudent(0.8, times)
-    random = torch.Generator().manual_seed(0)
+    random = batch_random()
     consistency_loss(student, student, LinearTeacher(0.8), x_0, None, None, TeacherPrompts(None, None), BLOCK, times, 2.0, random)
     (s, _), (t, _) = student.seen
     pairs = set(zip(t.flatten().tolist(), s.flatten().tolist(), strict=True))
@@ -194,7 +194,7 @@ def test_consistency_gradient_reaches_the_student_alone():
     x_0 = torch.randn(2, 6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     consistency_loss(
         student, target, teacher, x_0, random_prompt(student, 2), random_prompt(target, 2), prompts, BLOCK, sampling_times(4, SHIFT), 2.0,
-        torch.Generator().manual_seed(0),
+        batch_random(),
     ).backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
     assert all(parameter.grad is None for model in (target, teacher) for parameter in model.parameters())

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import random_prompt
+from conftest import batch_random, random_prompt
 from torch import Tensor
 
 from method.flow_matching import add_noise, shift_time, velocity
@@ -80,7 +80,7 @@ def test_frame_weights_choose_the_frames_that_count(videos):
 
 def test_bidirectional_loss_gives_one_time_to_a_video(videos):
     model = OracleModel(videos[0].float())
-    random = torch.Generator().manual_seed(0)
+    random = batch_random()
     losses = [bidirectional_loss(model, model.x_0, None, 3.0, TINY_FLOOR, random) for _ in range(4)]
     torch.testing.assert_close(torch.stack(losses), torch.ones(4), rtol=1e-3, atol=1e-3)
     times = torch.cat([t for _, t in model.calls])  # (12, F)
@@ -111,7 +111,7 @@ def test_clean_prefixes_have_time_zero_weight_zero_and_their_share(num_frames_pe
 def test_block_causal_loss_shows_a_clean_prefix_and_does_not_count_it(videos):
     x_0 = videos[0].float().repeat(8, 1, 1, 1, 1)
     model = OracleModel(x_0)
-    loss = block_causal_loss(model, x_0, None, 2, 1.0, 3.0, TINY_FLOOR, torch.Generator().manual_seed(0))
+    loss = block_causal_loss(model, x_0, None, 2, 1.0, 3.0, TINY_FLOOR, batch_random())
     (x_t, t), = model.calls
     is_clean = t == 0
     assert 0.1 < is_clean.float().mean() < 0.6 and model.blocks == [2]
@@ -122,7 +122,7 @@ def test_block_causal_loss_shows_a_clean_prefix_and_does_not_count_it(videos):
 def test_teacher_forcing_noises_every_block_and_shows_the_clean_past(videos):
     x_0 = videos[0].float().repeat(8, 1, 1, 1, 1)
     model = OracleModel(x_0)
-    loss = teacher_forcing_loss(model, x_0, None, 2, 3.0, TINY_FLOOR, torch.Generator().manual_seed(0))
+    loss = teacher_forcing_loss(model, x_0, None, 2, 3.0, TINY_FLOOR, batch_random())
     (x_t, t), = model.calls
     (x_clean,) = model.cleans
     assert torch.equal(x_clean, x_0) and model.blocks == [2]
@@ -134,12 +134,12 @@ def test_teacher_forcing_noises_every_block_and_shows_the_clean_past(videos):
 
 def test_prompts_are_dropped_with_the_probability():
     prompts = [f"a {i}" for i in range(5000)]
-    kept = drop_prompts(prompts, 0.2, "", torch.Generator().manual_seed(0))
+    kept = drop_prompts(prompts, 0.2, "", batch_random())
     assert abs(kept.count("") / 5000 - 0.2) < 0.025
     assert all(now in ("", before) for now, before in zip(kept, prompts, strict=True))
-    assert kept == drop_prompts(prompts, 0.2, "", torch.Generator().manual_seed(0))
-    assert drop_prompts(prompts, 0.0, "", torch.Generator()) == prompts
-    assert set(drop_prompts(prompts, 1.0, "null", torch.Generator())) == {"null"}
+    assert kept == drop_prompts(prompts, 0.2, "", batch_random())
+    assert drop_prompts(prompts, 0.0, "", batch_random()) == prompts
+    assert set(drop_prompts(prompts, 1.0, "null", batch_random())) == {"null"}
 
 
 @pytest.mark.parametrize("objective", ["bidirectional", "block_causal"])
@@ -148,7 +148,7 @@ def test_losses_fall_when_one_batch_is_learned(small_model, objective):
     optimizer = torch.optim.Adam(small_model.parameters(), lr=3e-3)
 
     def loss() -> Tensor:
-        random, prompt = torch.Generator().manual_seed(5), random_prompt(small_model, 2)
+        random, prompt = batch_random(5), random_prompt(small_model, 2)
         if objective == "bidirectional":
             return bidirectional_loss(small_model, x_0, prompt, 3.0, 0.05, random)
         return block_causal_loss(small_model, x_0, prompt, 1, 0.5, 3.0, 0.05, random)
@@ -166,7 +166,7 @@ def test_losses_are_a_function_of_the_generator(small_model):
     x_0, prompt = torch.zeros(2, 3, 1, 8, 8), random_prompt(small_model, 2)
 
     def losses(seed: int) -> list[float]:
-        random = torch.Generator().manual_seed(seed)
+        random = batch_random(seed)
         return [
             bidirectional_loss(small_model, x_0, prompt, 3.0, 0.05, random).item(),
             block_causal_loss(small_model, x_0, prompt, 1, 0.5, 3.0, 0.05, random).item(),

@@ -89,11 +89,11 @@ def assert_same(actual: Any, expected: Any, name: str) -> None:
 def test_generator_moves_every_few_steps_after_the_warm_up_and_the_critic_at_each(teacher: Path):
     stage = build_self_forcing(teacher)
     for step in range(8):
-        generator, critic, average = snapshot(stage.engine.generator), snapshot(stage.engine.fake_score), snapshot(stage.average)
+        generator, critic, average = snapshot(stage.engine.generator), snapshot(stage.engine.fake_score), snapshot(stage.engine.generator_average)
         figures = stage.train_step(step)
         is_turn = step in (3, 5, 7)
         assert (not torch.equal(generator, snapshot(stage.engine.generator))) == is_turn, step
-        assert (not torch.equal(average, snapshot(stage.average))) == is_turn, step
+        assert (not torch.equal(average, snapshot(stage.engine.generator_average))) == is_turn, step
         assert ("loss_generator" in figures) == is_turn
         assert not torch.equal(critic, snapshot(stage.engine.fake_score)), step
         assert figures.keys() <= set(stage.columns) and "loss_critic" in figures
@@ -109,13 +109,13 @@ def test_warm_up_holds_the_generator_back(teacher: Path):
 
 def test_average_follows_the_generator_and_lags(teacher: Path):
     stage = build_self_forcing(teacher, dfake_gen_update_ratio=1, critic_warmup_steps=0, ema_decay=0.5)
-    assert torch.equal(snapshot(stage.average), snapshot(stage.engine.generator))
+    assert torch.equal(snapshot(stage.engine.generator_average), snapshot(stage.engine.generator))
     for step, decay in enumerate((0.1, 2 / 11, 3 / 12)):  # (1 + n) / (10 + n) until it reaches ema_decay
-        before = snapshot(stage.average)
+        before = snapshot(stage.engine.generator_average)
         stage.train_step(step)
         live = snapshot(stage.engine.generator)
-        torch.testing.assert_close(snapshot(stage.average), decay * before + (1 - decay) * live)
-        assert not torch.equal(snapshot(stage.average), live)
+        torch.testing.assert_close(snapshot(stage.engine.generator_average), decay * before + (1 - decay) * live)
+        assert not torch.equal(snapshot(stage.engine.generator_average), live)
 
 
 def test_update_average_reaches_its_decay():
@@ -171,7 +171,7 @@ def test_samples_show_the_averaged_student_by_the_one_rollout(teacher: Path):
     few = ["no guidance, 4 steps", "guided, 4 steps", "guided, 2 steps"]
     assert list(samples) == ["teacher, 2 steps", *few, "student, 4 steps"]
     with torch.no_grad():
-        for name, network in ((few[0], stage.engine.real_score), ("student, 4 steps", stage.average)):
+        for name, network in ((few[0], stage.engine.real_score), ("student, 4 steps", stage.engine.generator_average)):
             prompt = network.encode_prompt(*stage.text_encoder.encode(prompts))
             expected = torch.cat(list(rollout_blocks(network, prompt, make_noise_streams(seeds), 2, stage.engine.plan)), dim=1)
             assert torch.equal(samples[name], expected)
@@ -344,7 +344,7 @@ def test_a_generator_can_start_from_another_network_than_the_teacher(teacher: Pa
     save_checkpoint(tmp_path / "start.pt", {**start, "prompts_drawn": {0: 3, 7: 5}})
     stage = build_self_forcing(teacher, generator_checkpoint=str(tmp_path / "start.pt"))
     assert_same(dict(stage.engine.generator.state_dict()), start["generator_state_dict"], "generator")
-    assert_same(dict(stage.average.state_dict()), start["generator_state_dict"], "average")
+    assert_same(dict(stage.engine.generator_average.state_dict()), start["generator_state_dict"], "average")
     own = dict(load_checkpoint(teacher)["generator_state_dict"])
     assert_same(dict(stage.engine.real_score.state_dict()), own, "teacher")
     assert_same(dict(stage.engine.fake_score.state_dict()), own, "critic")

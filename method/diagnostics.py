@@ -1,4 +1,4 @@
-"""What a generator's turn says of a Self-Forcing run's health; made of what its loss has computed anyway.
+"""Figures of a Self-Forcing run's health, computed from what the generator's loss has computed anyway.
 
 Dimensions: B batch, F frames, C channels, H height, W width.
 """
@@ -6,8 +6,6 @@ Dimensions: B batch, F frames, C channels, H height, W width.
 from __future__ import annotations
 
 from torch import Tensor
-
-from method.losses import Verdict
 
 NOISE_LEVELS = {"low": (0.0, 1 / 3), "middle": (1 / 3, 2 / 3), "high": (2 / 3, 1.0)}  # of t; the lower bound is inside
 LEAST_PUSH = 1e-12  # mean square of x_0_fake - x_0_real below which a critic that equals the teacher has no lag
@@ -26,10 +24,10 @@ def exit_columns(denoising_steps: list[int]) -> tuple[str, ...]:
 
 
 def mean_by_exit_step(terms: Tensor, frame_exits: Tensor, denoising_steps: list[int]) -> dict[str, float]:
-    """Mean of a loss's terms over the frames that left their walk at each denoising step; a step that none took is left out.
+    """Mean of a loss's terms over the frames with each exit step; exit steps without a frame are left out.
 
-    terms: (B, F, ...), or (B,) of a loss that judges whole videos, which says nothing of one step where a video's blocks
-    have different ones: then the result is empty. frame_exits: (B, F), indices into denoising_steps, -1 of frames that were given.
+    terms: (B, F, ...), or (B,) of a loss on whole videos; then the result is empty where the blocks of one video have different
+    exit steps. frame_exits: (B, F), indices into denoising_steps, -1 of frames that were given.
     """
     frame_exits = frame_exits.to(terms.device)
     if terms.ndim == 1:
@@ -55,11 +53,14 @@ def critic_lag(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> float:
     return ((x_0_fake.float() - x_0.float()) * push).mean().item() / energy if energy > LEAST_PUSH else 0.0
 
 
-def generator_figures(verdict: Verdict, frame_exits: Tensor, denoising_steps: list[int]) -> dict[str, float]:
-    """What a generator's turn says of the run's health. Without scores (GAN) there is no score distance and no critic lag."""
-    figures = verdict.figures | mean_by_exit_step(verdict.terms, frame_exits, denoising_steps)
-    if verdict.x_0 is None or verdict.x_0_fake is None or verdict.x_0_real is None:
-        return figures
-    distance = (verdict.x_0_fake - verdict.x_0_real).abs().flatten(1).mean(1)  # (B,)
-    figures |= {f"score_distance_{name}": value for name, value in mean_by_noise_level(distance, verdict.t).items()}
-    return figures | {"critic_lag": critic_lag(verdict.x_0, verdict.x_0_fake, verdict.x_0_real)}
+def score_figures(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor, t: Tensor) -> dict[str, float]:
+    """How far critic and guided teacher are apart, over all and by noise level, and the critic's lag.
+
+    x_0, x_0_fake, x_0_real: see `critic_lag`. t (B,): the time to which each video was noised.
+    """
+    difference = (x_0_fake - x_0_real).detach().abs()
+    by_level = mean_by_noise_level(difference.flatten(1).mean(1), t)
+    return {
+        "score_distance": difference.mean().item(), **{f"score_distance_{name}": value for name, value in by_level.items()},
+        "critic_lag": critic_lag(x_0.detach(), x_0_fake.detach(), x_0_real.detach()),
+    }
