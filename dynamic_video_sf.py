@@ -78,6 +78,11 @@ def predict_x_0(x_t: Tensor, v: Tensor, t: Tensor, plan: RolloutPlan) -> Tensor:
     return clamp_to_data(x_0) if plan.clamp_x_0 else x_0
 
 
+def full_time(x: Tensor, time: float) -> Tensor:
+    """t (B, F): the same time for every frame of x (B, F, ...)."""
+    return torch.full(x.shape[:2], time, device=x.device)
+
+
 @dataclass(frozen=True)
 class PromptSwitch:
     """From the next block on, another prompt. how: what becomes of the cache, one of `SWITCHES`.
@@ -97,9 +102,9 @@ class PromptSwitch:
 
 
 class Past:
-    """The blocks made so far: the cache, and the frames in it, from which it can be made again for another prompt.
+    """The blocks made so far: the KV cache, and the frames that are still visible, from which another prompt's cache can be computed.
 
-    `append` defers the pass that writes a finished block; the next block's first pass then does both in one. `flush` runs it alone.
+    The pass that writes a finished block is deferred and fused with the first pass of the next block; `flush` runs it alone.
     """
 
     def __init__(self, model: TinyCausalWanModel, plan: RolloutPlan, streams: list[np.random.Generator]):
@@ -124,41 +129,41 @@ class Past:
             del self._blocks[0]
 
     def encode_again(self, prompt: PromptContext) -> None:
-        """Make the cache again under another prompt, from the frames that the next block sees, block by block as they were made:
+        """Compute the cache again under another prompt, from the frames that the next block sees, block by block as they were made:
         frames of one block see each other."""
         sink, blocks, num_frames = self._sink, self._blocks, self._num_frames
         end_of_sink = min(sum(block.shape[1] for block in sink), self._first_visible())
         self.clear()
         for x_0 in sink:
             self._write(x_0, prompt)
-        if end_of_sink > self.plan.context.sink_frames:  # the rest of the sink's last block, as far as it has left the window
+        if end_of_sink > self.plan.context.sink_frames:  # frames of the sink's last block that have left the window
             self.flush()
             self.cache.forget_behind_sink(end_of_sink - self.plan.context.sink_frames)
         for x_0 in blocks:
             self._write(x_0, prompt)
         self._sink, self._blocks, self._num_frames = sink, blocks, num_frames
 
-    def _first_visible(self) -> int:
-        """The number of the first frame behind the sink that the next block sees."""
-        window, sink = self.plan.context.window_frames, self.plan.context.sink_frames
-        if window is None:
-            return 0
-        return self._num_frames - (window - sink - self.plan.num_frames_per_block)
-
     def forget_first(self, num_frames: int) -> None:
         """Hide the first num_frames frames from what follows."""
         self.flush()
         self.cache.forget_first(num_frames)
 
-    def velocity(self, x_t: Tensor, t: Tensor, prompt: PromptContext, is_last: bool) -> Tensor:
-        """v (B, F_block, C, H, W) of the next block, which sees the past; under the plan's guidance.
+    def predict(self, x_t: Tensor, t: Tensor, prompt: PromptContext, is_last: bool) -> tuple[Tensor, Tensor]:
+        """v and x_0 (B, F_block, C, H, W) of the next block, which sees the past; under the plan's guidance.
 
-        A walk's last pass runs alone, whether or not it carries gradient: so training and inference make the same bits.
+        The last pass of a block runs alone, with gradient or without: so training and inference make the same bits.
         """
-        if self.plan.guidance == 1.0:
-            return self._forward(x_t, t, prompt, is_last)
-        cond, uncond = self._forward(torch.cat([x_t, x_t]), torch.cat([t, t]), prompt, is_last).chunk(2)
-        return classifier_free_guidance(cond, uncond, self.plan.guidance)
+        is_guided = self.plan.guidance != 1.0
+        x, times = (torch.cat([x_t, x_t]), torch.cat([t, t])) if is_guided else (x_t, t)
+        if is_last or self._deferred is None or self._deferred[2] is not prompt:
+            self.flush()
+            v = self.model.forward_cached(x, times, prompt, self.cache)
+        else:
+            (finished, t_finished, _), self._deferred = self._deferred, None
+            v = self.model.write_and_forward(finished, t_finished, x, times, prompt, self.cache)
+        if is_guided:
+            v = classifier_free_guidance(*v.chunk(2), self.plan.guidance)
+        return v, predict_x_0(x_t, v, t, self.plan)
 
     def flush(self) -> None:
         """Run the deferred pass now."""
@@ -166,19 +171,17 @@ class Past:
             (x, t, prompt), self._deferred = self._deferred, None
             self.model.write_cache(x, t, prompt, self.cache)
 
-    def _forward(self, x_t: Tensor, t: Tensor, prompt: PromptContext, is_last: bool) -> Tensor:
-        if is_last or self._deferred is None or self._deferred[2] is not prompt:
-            self.flush()
-            return self.model.forward_cached(x_t, t, prompt, self.cache)
-        (x, t_x, _), self._deferred = self._deferred, None
-        return self.model.write_and_forward(x, t_x, x_t, t, prompt, self.cache)
-
     def _write(self, x_0: Tensor, prompt: PromptContext) -> None:
         self.flush()
-        x, t = x_0, torch.full(x_0.shape[:2], self.plan.context_time, device=x_0.device)
+        x, t = x_0, full_time(x_0, self.plan.context_time)
         if self.plan.context_time != 0:
             x = add_noise(x_0, draw_noise(self.streams, tuple(x_0.shape[1:]), x_0.device), t)
         self._deferred = (x, t, prompt) if self.plan.guidance == 1.0 else (torch.cat([x, x]), torch.cat([t, t]), prompt)
+
+    def _first_visible(self) -> int:
+        """The number of the first frame behind the sink that the next block sees."""
+        window, sink = self.plan.context.window_frames, self.plan.context.sink_frames
+        return 0 if window is None else self._num_frames - (window - sink - self.plan.num_frames_per_block)
 
 
 def rollout_blocks(
@@ -186,46 +189,43 @@ def rollout_blocks(
     null_prompt: PromptContext | None = None, exit_steps: list[int] | None = None, gradient_blocks: range = range(0),
     trace: list[list[Tensor]] | None = None, first_frames: Tensor | None = None, finished: list[Tensor] | None = None,
 ) -> Generator[Tensor, PromptSwitch | None, None]:
-    """Make a video block by block (Self-Forcing, Algorithm 1); yields x_0 of each block, (B, F_block, C, H, W).
+    """Generate a video block by block (Self-Forcing, Algorithm 1); yields x_0 of each block, (B, F_block, C, H, W).
 
-    num_blocks: None for no end. A `PromptSwitch` that is sent between two blocks holds from the next one on.
-    exit_steps: per block, the index into `plan.times` whose prediction is the result; None for the last.
-    gradient_blocks: in these the exit step's forward pass carries gradient. null_prompt: the unconditional branch, needed
-    where plan.guidance is not 1. trace: collects, for each block, its x_t at every time of the walk. first_frames: frames
-    (B, F, C, H, W) that come before the first block and are only written into the cache, see `split_first_frames`. finished: collects
-    every block as inference makes it. Blocks then walk on past their exit step, and the finished ones enter the cache; without it the
-    walk stops there, and what it predicted enters.
+    num_blocks: None for no end. Send a `PromptSwitch` between two blocks to change the prompt. null_prompt: for guidance other than 1.
+    exit_steps: of each block, the index into `plan.times` whose prediction is the result; None for the last. gradient_blocks: in
+    these the exit step's forward pass carries gradient. finished: a list that collects every block as inference makes it; then blocks
+    continue past their exit step and the finished ones enter the cache. Without it a block ends at its exit step, and that prediction
+    enters. first_frames: frames (B, F, C, H, W) before the first block, which only enter the cache, see `split_first_frames`.
+    trace: a list that collects x_t of each block at every time.
     """
-    config, device = model.config, next(model.parameters()).device
-    prompt = _both_branches(prompt, null_prompt, plan)
-    past = Past(model, plan, streams)
+    device, last_time = next(model.parameters()).device, len(plan.times) - 1
+    prompt, past = _both_branches(prompt, null_prompt, plan), Past(model, plan, streams)
     for frames in () if first_frames is None else split_first_frames(first_frames, plan):
         past.append(frames.to(device), prompt)
     for block in count() if num_blocks is None else range(num_blocks):
         if plan.context.hide_first_block and 0 < block == (num_blocks or 0) - 1:
             past.forget_first(_block_frames(plan, 0, first_frames))
-        exit_step = len(plan.times) - 1 if exit_steps is None else exit_steps[block]
+        exit_step = last_time if exit_steps is None else exit_steps[block]
+        last_step = exit_step if finished is None else last_time
         # 1. Start from noise.
-        shape = (_block_frames(plan, block, first_frames), config.channels, config.frame_size, config.frame_size)
+        shape = (_block_frames(plan, block, first_frames), *model.config.frame_shape)
         x_t, walk = draw_noise(streams, shape, device), []
-        last_step = exit_step if finished is None else len(plan.times) - 1
         for step in range(last_step + 1):
             walk.append(x_t)
-            t = torch.full(x_t.shape[:2], plan.times[step], device=device)
-            # 2. Predict x_0. Only the exit step builds a graph: the other steps simulate inference.
+            t = full_time(x_t, plan.times[step])
+            # 2. Predict x_0. Only the exit step's pass carries gradient: the others simulate inference.
             has_gradient = block in gradient_blocks and step == exit_step
             with torch.set_grad_enabled(has_gradient and finished is None):
-                v = past.velocity(x_t, t, prompt, is_last=step == last_step)
-                x_0 = predict_x_0(x_t, v, t, plan)
+                v, x_0 = past.predict(x_t, t, prompt, is_last=step == last_step)
             if step == exit_step:
                 x_0_exit = x_0
-                if has_gradient and finished is not None:  # once more: the video itself is made as at inference, bit for bit
-                    with torch.enable_grad():
-                        x_0_exit = predict_x_0(x_t, past.velocity(x_t, t, prompt, is_last=True), t, plan)
-            # 3. Noise it to the next time: with fresh noise, or along the ODE with the noise that was predicted.
+            if has_gradient and finished is not None:  # a second pass: the video itself is made as at inference, bit for bit
+                with torch.enable_grad():
+                    _, x_0_exit = past.predict(x_t, t, prompt, is_last=True)
+            # 3. Noise it to the next time: with fresh noise, or along the ODE with the predicted noise.
             if step < last_step:
                 eps = draw_noise(streams, shape, device) if plan.fresh_noise else eps_from_velocity(x_t, v, t)
-                x_t = add_noise(x_0, eps, torch.full_like(t, plan.times[step + 1]))
+                x_t = add_noise(x_0, eps, full_time(x_t, plan.times[step + 1]))
         if trace is not None:
             trace.append(walk)
         if finished is not None:
@@ -234,7 +234,7 @@ def rollout_blocks(
         switch = yield x_0_exit
         if block + 1 == num_blocks:
             return
-        # 5. Write it into the cache, without gradient, unless a new prompt starts from nothing.
+        # 5. Write it into the cache, without gradient, unless a new prompt starts from an empty one.
         if switch is None or switch.how != "reset":
             past.append(x_0.detach(), prompt)
         if switch is not None:
@@ -289,9 +289,8 @@ def sample_bidirectional(
             return classifier_free_guidance(cond, uncond, plan.guidance)
         return projected_guidance(cond, uncond, plan.guidance, x_0_from_velocity(x, cond, t) + 1, plan.ink_kept)
 
-    config = model.config
-    shape = (num_frames, config.channels, config.frame_size, config.frame_size)
-    draw, times = partial(draw_noise, streams, shape, next(model.parameters()).device), sampling_times(plan.num_steps, plan.time_shift)
+    shape, device = (num_frames, *model.config.frame_shape), next(model.parameters()).device
+    draw, times = partial(draw_noise, streams, shape, device), sampling_times(plan.num_steps, plan.time_shift)
     if plan.eta == 0:
         return euler_sampler(velocity_fn, draw(), times)
     return ancestral_sampler(velocity_fn, draw(), times, plan.eta, draw)

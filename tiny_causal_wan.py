@@ -83,6 +83,11 @@ class ModelConfig:
             raise ValueError(f"model.channels is {self.channels}: expected 1 or 3")
 
     @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.channels, self.frame_size, self.frame_size
+
+    @property
     def head_size(self) -> int:
         return self.width // self.num_heads
 
@@ -254,13 +259,14 @@ class TinyCausalWanModel(nn.Module):
 
     def forward_bidirectional(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
         """v (B, F, C, H, W) where every frame sees every frame. t (B, F) in [0, 1]."""
-        return self._run(x_t, t, prompt, 0, [attention] * self.config.num_layers)
+        return self._pass(x_t, t, prompt, self._rope(x_t, t, prompt), [attention] * self.config.num_layers)
 
     def forward_block_causal(
         self, x_t: Tensor, t: Tensor, prompt: PromptContext, num_frames_per_block: int, context: ContextWindow = WHOLE_PAST
     ) -> Tensor:
         """v (B, F, C, H, W) where each frame sees its own block and the earlier ones (inside the window)."""
-        return self._run(x_t, t, prompt, 0, self._masked_attention(block_causal_layout, x_t, num_frames_per_block, context))
+        attends = self._masked_attention(block_causal_layout, x_t, num_frames_per_block, context)
+        return self._pass(x_t, t, prompt, self._rope(x_t, t, prompt), attends)
 
     def forward_teacher_forced(
         self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: PromptContext, num_frames_per_block: int,
@@ -274,12 +280,11 @@ class TinyCausalWanModel(nn.Module):
             raise ValueError(f"clean video of shape {tuple(x_clean.shape)}: expected that of the noisy one, {tuple(x_t.shape)}")
         attends = self._masked_attention(teacher_forcing_layout, x_t, num_frames_per_block, context)
         doubled, times = torch.cat([x_clean, x_t], dim=1), torch.cat([torch.zeros_like(t), t], dim=1)  # (B, 2 F, C, H, W), (B, 2 F)
-        return self._run(doubled, times, prompt, 0, attends, 2)[:, x_t.shape[1]:]
+        return self._pass(doubled, times, prompt, self._rope(doubled, times, prompt, num_copies=2), attends)[:, x_t.shape[1]:]
 
     def forward_features(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
         """Tokens (B, T, N, D) after the last block, where every frame sees every frame: what a discriminator reads."""
-        rope = self._checked_rope(x_t, t, prompt)
-        return self._features(x_t, t, prompt, rope, [attention] * self.config.num_layers)[0]
+        return self._pass(x_t, t, prompt, self._rope(x_t, t, prompt), [attention] * self.config.num_layers, has_head=False)
 
     def forward_cached(self, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> Tensor:
         """v of one block x_t (B, F_block, C, H, W) that follows the cached frames, which stay as they are."""
@@ -287,14 +292,14 @@ class TinyCausalWanModel(nn.Module):
         cache.make_room(x_t.shape[1])
         if self._recomputes and torch.is_grad_enabled():
             cache = cache.snapshot()  # the backward pass must attend to the past of this very moment
-        return self._run_cached(x_t, t, prompt, cache, x_t.shape[1])
+        return self._pass(x_t, t, prompt, *self._behind(cache, x_t, t, prompt, x_t.shape[1]))
 
     @torch.no_grad()  # the cache never carries gradient (Self-Forcing, Algorithm 1)
     def write_cache(self, x: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> None:
         """Run one finished block (B, F_block, C, H, W) at time t (B, F_block) and keep its keys and values as part of the past."""
         self._check_block(x, cache)
         cache.make_room(x.shape[1])
-        self._run_cached(x, t, prompt, cache, x.shape[1], 0)
+        self._pass(x, t, prompt, *self._behind(cache, x, t, prompt, x.shape[1], 0))
         cache.advance(x.shape[1])
 
     @torch.no_grad()
@@ -307,18 +312,19 @@ class TinyCausalWanModel(nn.Module):
         if not cache.make_room_for_two(num_frames, x_t.shape[1]):
             self.write_cache(x, t_x, prompt, cache)
             return self.forward_cached(x_t, t, prompt, cache)
-        v = self._run_cached(torch.cat([x, x_t], 1), torch.cat([t_x, t], 1), prompt, cache, num_frames, x_t.shape[1])
+        both, times = torch.cat([x, x_t], dim=1), torch.cat([t_x, t], dim=1)
+        v = self._pass(both, times, prompt, *self._behind(cache, both, times, prompt, num_frames, x_t.shape[1]))
         cache.advance(num_frames)
         return v
 
-    def _run_cached(
-        self, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache, num_frames: int, num_next: int | None = None
-    ) -> Tensor:
-        """A pass behind the cached frames, whose keys have the format of the products. num_frames, num_next: see `KVCache.attends`."""
-        device = x_t.device
+    def _behind(
+        self, cache: KVCache, x_t: Tensor, t: Tensor, prompt: PromptContext, num_frames: int, num_next: int | None = None
+    ) -> tuple[Rope, list[Attend]]:
+        """Rotations and attention of a pass behind the cached frames. num_frames, num_next: see `KVCache.attends`."""
+        device = x_t.device  # keys are cached in the format of the products
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.head_modulation.dtype
         attends = cache.attends(x_t.shape[0], dtype, device, num_frames, num_next)
-        return self._run(x_t, t, prompt, cache.next_row * self.config.patch_size[0], attends)
+        return self._rope(x_t, t, prompt, cache.next_row * self.config.patch_size[0]), attends
 
     def _masked_attention(
         self, make_layout: Callable[..., KeyLayout], x_t: Tensor, num_frames_per_block: int, context: ContextWindow
@@ -351,25 +357,12 @@ class TinyCausalWanModel(nn.Module):
         if cache.window_frames is not None and block.shape[1] > cache.window_frames:
             raise ValueError(f"a block of {block.shape[1]} frames: expected at most the cache's window of {cache.window_frames}")
 
-    def _run(
-        self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int, attends: list[Attend], num_copies: int = 1
-    ) -> Tensor:
-        """v of x_t, which holds num_copies videos in a row, at the same positions each."""
-        rope = self._checked_rope(x_t, t, prompt, first_frame, num_copies)
-        if self._is_compiled:
-            prompt.serve_every_length()
-        return self._pass(x_t, t, prompt, rope, attends)
+    def _rope(self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int = 0, num_copies: int = 1) -> Rope:
+        """Rotations of the tokens of a pass from first_frame on; x_t holds num_copies videos in a row, at the same positions each.
 
-    def _pass(self, x_t: Tensor, t: Tensor, prompt: PromptContext, rope: Rope, attends: list[Attend]) -> Tensor:
-        """All of a pass, which `compile_passes` compiles in one piece."""
-        x, embedded_time = self._features(x_t, t, prompt, rope, attends)
-        first_row = embedded_time.shape[1] - x.shape[1]  # not 0 where the last layer attended for the last rows alone
-        first_frame = first_row * self.config.patch_size[0]
-        return self._read_out(x, embedded_time[:, first_row:], x_t[:, first_frame:], t[:, first_frame:])
-
-    def _checked_rope(self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int = 0, num_copies: int = 1) -> Rope:
-        """Rotations of the tokens of a pass. Raises ValueError where its inputs do not fit each other or the network."""
-        expected = (self.config.channels, self.config.frame_size, self.config.frame_size)
+        Raises ValueError if its inputs do not fit each other or the network.
+        """
+        expected = self.config.frame_shape
         if x_t.ndim != 5 or tuple(x_t.shape[2:]) != expected or x_t.shape[1] % self.config.patch_size[0]:
             raise ValueError(
                 f"video of shape {tuple(x_t.shape)}: expected (B, F, {', '.join(map(str, expected))}) "
@@ -378,19 +371,30 @@ class TinyCausalWanModel(nn.Module):
         if prompt.pooled.shape[0] != x_t.shape[0]:
             raise ValueError(f"{prompt.pooled.shape[0]} prompts for {x_t.shape[0]} videos: expected one each")
         expand_time(t, x_t)  # refuses a t that is not (B, F); frames that share a temporal patch share its first frame's t
+        if self._is_compiled:
+            prompt.serve_every_length()
         pt, ph, pw = self.config.patch_size
         grid = (self.config.frame_size // ph, self.config.frame_size // pw)
         num_rows = x_t.shape[1] // pt // num_copies
         cos, sin = rope_angles(grid, self.config.head_size, self.config.rope_theta, first_frame // pt, num_rows, x_t.device)
         return (cos, sin) if num_copies == 1 else (cos.repeat(num_copies, 1), sin.repeat(num_copies, 1))
 
-    def _features(self, x_t: Tensor, t: Tensor, prompt: PromptContext, rope: Rope, attends: list[Attend]) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, N, D) after the last block and time embedding (B, T, D)."""
+    def _pass(
+        self, x_t: Tensor, t: Tensor, prompt: PromptContext, rope: Rope, attends: list[Attend], has_head: bool = True
+    ) -> Tensor:
+        """One pass, which `compile_passes` compiles in one piece: v (B, F, C, H, W), or without the head tokens (B, T, N, D)."""
+        # 1. Patches, time and prompt to tokens and modulation.
         x, embedded_time, modulations = self._embed(x_t, t, prompt.pooled)
+        # 2. The blocks.
         for layer, block in enumerate(self.blocks):
             inputs = (x, modulations[layer], rope, prompt.keys[layer], prompt.values[layer], prompt.mask, attends[layer])
             x = recomputed(block, *inputs) if self._recomputes and torch.is_grad_enabled() else block(*inputs)
-        return x, embedded_time
+        if not has_head:
+            return x
+        # 3. The head, on the rows that the last layer attended for.
+        first_row = embedded_time.shape[1] - x.shape[1]
+        first_frame = first_row * self.config.patch_size[0]
+        return self._read_out(x, embedded_time[:, first_row:], x_t[:, first_frame:], t[:, first_frame:])
 
     def _embed(self, x_t: Tensor, t: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Tokens (B, T, N, D), time embedding (B, T, D) and each layer's modulation (B, T, 6, D)."""

@@ -179,9 +179,10 @@ def _attend_both(
     keys: Tensor, values: Tensor, num_spare: int, num_first: int, num_hidden: int, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
     """The same for two blocks in a row: the first, of num_first tokens, from which num_spare are hidden, does not see the next."""
-    num_next = k.shape[2] - num_first
-    following = _attend(keys, values, num_hidden, num_next, q, k, v)
+    num_tokens, num_next = k.shape[2], k.shape[2] - num_first
+    keys[:, :, -num_tokens:], values[:, :, -num_tokens:] = k, v
     first = attention(q[:, :, :num_first], keys[:, :, num_spare:-num_next], values[:, :, num_spare:-num_next])
+    following = attention(q[:, :, num_first:], keys[:, :, num_hidden:], values[:, :, num_hidden:])
     return torch.cat([first, following], dim=2)
 
 

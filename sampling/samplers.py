@@ -2,7 +2,7 @@
 
 Dimensions: B batch, F frames, C channels, H height, W width.
 
-The rollout and the bidirectional sampler themselves stand in `rollout`; here a caller's wishes and a
+The rollout and the bidirectional sampler are in `dynamic_video_sf`; here a caller's settings and a
 checkpoint's configuration become a plan, and prompts become embeddings.
 """
 
@@ -25,7 +25,7 @@ from method.settings import FewStepConfig, PretrainConfig, TrainingConfig, check
 from network.attention import ContextWindow
 from network.int8_products import require_exact_int8
 from network.text_encoder import NULL_PROMPT, TextEncoder
-from sampling.streaming import PromptSchedule, stream_video
+from sampling.streaming import PromptSchedule, encode_switch, start_rollout
 from tiny_causal_wan import TinyCausalWanModel
 from training.checkpoint import LoadedNetworks
 from training.stages import Sampler
@@ -47,10 +47,13 @@ def sample_few_step(
     if schedule is not None:
         schedule.check(starts)
         changes = schedule.changes()
-    given = [] if first_frames is None else [first_frames]
-    stream = stream_video(model, text_encoder, prompts, seeds, plan, runtime, len(starts), switch, first_frames)
-    blocks = [stream.send([changes[start]] * len(prompts) if start in changes else None) for start in starts]
-    return torch.cat([*given, *blocks], dim=1)
+    video = [] if first_frames is None else [first_frames]
+    with torch.no_grad(), runtime.autocast():
+        blocks = start_rollout(model, text_encoder, prompts, seeds, plan, len(starts), first_frames)
+        for start in starts:
+            new = [changes[start]] * len(prompts) if start in changes else None
+            video.append(blocks.send(None if new is None else encode_switch(model, text_encoder, new, plan, switch)))
+        return torch.cat(video, dim=1).float()
 
 
 def block_starts(num_frames: int, plan: RolloutPlan, first_frames: Tensor | None) -> list[int]:
@@ -248,22 +251,16 @@ def generate(
     with warnings.catch_warnings(), tqdm(total=len(prompts), unit="video", disable=not show_progress, dynamic_ncols=True) as bar:
         warnings.filterwarnings("ignore", category=UserWarning, module="network.text_encoder")  # the same again, batch by batch
         for first in range(0, len(prompts), batch_size):
-            batch = slice(first, first + batch_size)
-            video = _sample(networks, prompts[batch], seeds[batch], num_frames, plan, runtime, schedule, switch, first_frames)
+            texts, batch_seeds = prompts[first : first + batch_size], seeds[first : first + batch_size]
+            common = (networks.generator, networks.text_encoder, texts, batch_seeds, num_frames)
+            if isinstance(plan, BidirectionalPlan):
+                video = sample_many_step(*common, plan, runtime)
+            else:
+                given = None if first_frames is None else first_frames.to(runtime.device).expand(len(texts), -1, -1, -1, -1)
+                video = sample_few_step(*common, plan, runtime, schedule, switch, given)
             videos.append(video.cpu())
             bar.update(len(videos[-1]))
     return torch.cat(videos)
-
-
-def _sample(
-    networks: LoadedNetworks, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan | BidirectionalPlan,
-    runtime: Runtime, schedule: PromptSchedule | None, switch: str, first_frames: Tensor | None,
-) -> Tensor:
-    common = (networks.generator, networks.text_encoder, prompts, seeds, num_frames)
-    if isinstance(plan, BidirectionalPlan):
-        return sample_many_step(*common, plan, runtime)
-    given = None if first_frames is None else first_frames.to(runtime.device).expand(len(prompts), -1, -1, -1, -1)
-    return sample_few_step(*common, plan, runtime, schedule, switch, given)
 
 
 def describe_sampler(settings: SamplerSettings, training: TrainingConfig) -> str:

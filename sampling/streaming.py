@@ -25,33 +25,40 @@ from network.text_encoder import NULL_PROMPT, TextEncoder
 from tiny_causal_wan import TinyCausalWanModel
 
 
+def encode_switch(
+    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], plan: RolloutPlan, switch: str = "recache"
+) -> PromptSwitch:
+    """The prompts, one for each video, as a rollout under the plan takes them; switch: see `PromptSwitch`."""
+    null = None if plan.guidance == 1 else model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))
+    return PromptSwitch(model.encode_prompt(*text_encoder.encode(prompts)), switch, null)
+
+
+def start_rollout(
+    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], plan: RolloutPlan, num_blocks: int | None,
+    first_frames: Tensor | None = None,
+) -> Generator[Tensor, PromptSwitch | None, None]:
+    """`rollout_blocks` for these prompts. Generation hides nothing of the window: `hide_first_block` is for training alone."""
+    first, plan = encode_switch(model, text_encoder, prompts, plan), replace(plan, context=replace(plan.context, hide_first_block=False))
+    return rollout_blocks(model, first.prompt, make_noise_streams(seeds), num_blocks, plan, first.null_prompt, first_frames=first_frames)
+
+
 def stream_video(
     model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], plan: RolloutPlan, runtime: Runtime,
     num_blocks: int | None = None, switch: str = "recache", first_frames: Tensor | None = None,
 ) -> Generator[Tensor, list[str] | None, None]:
-    """Blocks (B, F_block, C, H, W), float32, without gradient, from the one rollout; num_blocks None for no end.
+    """Yield blocks (B, F_block, C, H, W), float32, without gradient, from the one rollout; num_blocks None for no end.
 
-    prompts, seeds: one each of every video. What is sent, B new prompts, holds from the next block on, which is what `send`
-    returns; switch: what then becomes of the cache, see `PromptSwitch`. first_frames (B, F, C, H, W): come before. Nothing that is in
-    the window is hidden: `hide_first_block` of the plan's context is for training alone.
+    prompts, seeds: one for each video. Send B new prompts to change them from the next block on, which `send` returns; switch: what
+    happens to the cache then, see `PromptSwitch`. first_frames (B, F, C, H, W): frames before the first block.
     """
-    plan = replace(plan, context=replace(plan.context, hide_first_block=False))
-
-    def encoded(prompts: list[str]) -> PromptSwitch:
-        null = None if plan.guidance == 1 else model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))
-        return PromptSwitch(model.encode_prompt(*text_encoder.encode(prompts)), switch, null)
-
     # The contexts are closed before each yield: they must not hold for whoever consumes the stream.
     with torch.no_grad(), runtime.autocast():
-        first = encoded(prompts)
-        blocks = rollout_blocks(
-            model, first.prompt, make_noise_streams(seeds), num_blocks, plan, first.null_prompt, first_frames=first_frames
-        )
+        blocks = start_rollout(model, text_encoder, prompts, seeds, plan, num_blocks, first_frames)
     sent: list[str] | None = None
     while True:
         try:
             with torch.no_grad(), runtime.autocast():
-                block = blocks.send(None if sent is None else encoded(sent))
+                block = blocks.send(None if sent is None else encode_switch(model, text_encoder, sent, plan, switch))
         except StopIteration:
             return
         sent = yield block.float()

@@ -142,17 +142,17 @@ def test_trajectories_meet_the_students_times_and_every_block_meets_each(name, i
 def times_asked(network: TinyCausalWanModel) -> Iterator[set[float]]:
     """Every time at which the network runs within."""
     found: set[float] = set()
-    run = network._run
+    run = network._pass
 
     def record(x_t, t, *rest):
         found.update(t.unique().tolist())
         return run(x_t, t, *rest)
 
-    network._run = record
+    network._pass = record
     try:
         yield found
     finally:
-        del network._run
+        del network._pass
 
 
 CONTINUOUS = {  # trainings with times from a whole range, and how near to each of inference's they come in a few steps
