@@ -485,16 +485,19 @@ class SelfForcingEngine:
         if self.config.loss == "gan":
             terms, figures = self._gan_terms(x_0, text, x_real)
         elif self.config.loss == "sid":
+            x_0 = x_0.repeat(self.config.noise_draws, 1, 1, 1, 1)
             x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text)  # gradient passes through both scores, which are frozen
             terms = sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha)
             figures = score_figures(x_0, x_0_fake, x_0_real, t)
         else:
+            x_0 = x_0.repeat(self.config.noise_draws, 1, 1, 1, 1)
             with torch.no_grad():  # the two scores only supply a direction
                 x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text)
                 gradient = self.config.dmd_sign * dmd_gradient(x_0, x_0_fake, x_0_real)
             terms = dmd_loss(x_0, gradient)
             figures = {"dmd_gradient_norm": gradient.square().mean().sqrt().item(), **score_figures(x_0, x_0_fake, x_0_real, t)}
         if frame_exits is not None:
+            frame_exits = frame_exits.repeat(len(terms) // len(frame_exits), 1)
             figures |= mean_by_exit_step(terms.detach(), frame_exits, self.config.denoising_steps)
         return terms.mean(), figures
 
@@ -506,18 +509,22 @@ class SelfForcingEngine:
             eps_real, eps_fake = self.random.normal_like(real_t), self.random.normal_like(fake_t)
             logits = partial(self.critic, t=t, prompt=prompt)
             return discriminator_loss(logits, real_t, fake_t, eps_real, eps_fake, self.config.gan_penalty_sigma, self.config.gan_penalty)
-        copies = self.config.critic_draws
-        x_0 = x_0.repeat(copies, 1, 1, 1, 1)
-        x_t, t = self._noised(x_0, copies)
-        v = self.fake_score.forward_bidirectional(x_t, t, prompt.repeat(copies))
+        x_0, prompt = x_0.repeat(self.config.noise_draws, 1, 1, 1, 1), prompt.repeat(self.config.noise_draws)
+        x_t, t = self._noised(x_0)
+        v = self.fake_score.forward_bidirectional(x_t, t, prompt)
         return x_0_prediction_loss(v, x_t, x_0, t, self.config.loss_time_floor)
 
     def _denoised(self, x_0: Tensor, text: Text, null_text: Text) -> tuple[Tensor, Tensor, Tensor]:
-        """What averaged critic and guided teacher predict from x_0 (B, F, C, H, W), noised: x_0_fake and x_0_real; and t (B,)."""
+        """What averaged critic and guided teacher predict from x_0, noised: x_0_fake and x_0_real; and t (noise_draws * B,).
+
+        x_0 (noise_draws * B, F, C, H, W) holds the batch noise_draws times; text and null_text are those of the batch.
+        """
+        draws = self.config.noise_draws
         with torch.no_grad():  # the prompts are constants here
-            fake_prompt = self.fake_average.encode_prompt(*text)
-            real_prompts = self.real_score.encode_prompt(*text).concatenate(self.real_score.encode_prompt(*null_text))
-        # 1. Noise the videos, to one time each.
+            fake_prompt = self.fake_average.encode_prompt(*text).repeat(draws)
+            cond_prompt, null_prompt = (self.real_score.encode_prompt(*each).repeat(draws) for each in (text, null_text))
+            real_prompts = cond_prompt.concatenate(null_prompt)
+        # 1. Noise the videos, each copy to a time of its own.
         x_t, t = self._noised(x_0)
         # 2. The critic's prediction.
         x_0_fake = x_0_from_velocity(x_t, self.fake_average.forward_bidirectional(x_t, t, fake_prompt), t)
@@ -550,9 +557,9 @@ class SelfForcingEngine:
         real = x_real[:, x_real.shape[1] - x_0.shape[1]:]  # the frames that are scored
         return x_t, add_noise(real, self.random.normal_like(real), t), t
 
-    def _noised(self, x_0: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
+    def _noised(self, x_0: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and t, one time per video: uniform, shifted by score_time_shift, scaled into [min_score_time, max_score_time]. x_0 holds
-        the batch `copies` times.
+        the batch noise_draws times.
 
         Each time is uniform, but those of a batch are not independent: they are evenly spaced, all moved by one random number
         (Variational Diffusion Models, arXiv 2107.00630, appendix I.1), so that every batch sees all noise levels.
@@ -560,7 +567,8 @@ class SelfForcingEngine:
         The public code draws a timestep of 1000 and shifts it by 5 for both scores and the critic (its timestep_shift), then clamps
         it into the interval. The default here departs from it: no shift, and never a clamp, which would heap times at the ends.
         """
-        low, high, num_videos = self.config.min_score_time, self.config.max_score_time, len(x_0) // copies
+        low, high, copies = self.config.min_score_time, self.config.max_score_time, self.config.noise_draws
+        num_videos = len(x_0) // copies
         generator, shape = self.random.generator, x_0.shape[1:]
         t = self.random.draw(num_videos, lambda total: even_times((copies, total), self.config.score_time_shift, generator), dim=1)
         t = (low + (high - low) * t.reshape(-1, 1)).to(x_0.device).expand(x_0.shape[:2])

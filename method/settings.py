@@ -258,7 +258,8 @@ class SelfForcingConfig(FewStepConfig):
     finish_blocks: bool = False
     same_exit_step: bool = True  # one exit step for all blocks of a rollout; false draws one per block
     dfake_gen_update_ratio: int = 4
-    critic_draws: int = 1  # noised copies of every video in a critic update, at noise levels of their own
+    # Noised copies of every video, each at another noise level: in a critic update, and under the scores of a generator update.
+    noise_draws: int = 1
     critic_warmup_steps: int = 16  # critic updates before the generator's first
     min_score_time: float = 0.02
     max_score_time: float = 0.98
@@ -292,9 +293,9 @@ class SelfForcingConfig(FewStepConfig):
             self._check_rollout_frames(self.rollout_frames)
         self._check_continuation()
         require(self.dfake_gen_update_ratio >= 1, "training.dfake_gen_update_ratio", self.dfake_gen_update_ratio, "at least 1")
-        require(self.critic_draws >= 1, "training.critic_draws", self.critic_draws, "at least 1")
+        require(self.noise_draws >= 1, "training.noise_draws", self.noise_draws, "at least 1")
         require(
-            self.critic_draws == 1 or self.loss != "gan", "training.critic_draws", self.critic_draws,
+            self.noise_draws == 1 or self.loss != "gan", "training.noise_draws", self.noise_draws,
             "1 with training.loss=gan, whose discriminator sees every video once",
         )
         require(self.critic_warmup_steps >= 0, "training.critic_warmup_steps", self.critic_warmup_steps, "0 or more")

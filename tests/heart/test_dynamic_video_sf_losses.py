@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import dynamic_video_sf
 from dynamic_video_sf import SelfForcingEngine, Text
-from method.flow_matching import x_0_from_velocity
+from method.flow_matching import add_noise, x_0_from_velocity
 from method.losses import NORMALISER_FLOOR, dmd_gradient, dmd_loss, sid_loss
 from tiny_causal_wan import PromptContext
 from training.config import SelfForcingConfig
@@ -320,7 +320,7 @@ def test_critic_loss_is_smallest_at_the_generators_distribution():
 
 def test_every_video_of_a_critic_update_is_seen_at_noise_levels_of_its_own(monkeypatch):
     """With k draws of B videos the times are those of one grid of k B, and two parts of the batch see the halves of it."""
-    engine = build_engine(critic_draws=3, min_score_time=0.1, max_score_time=0.9)
+    engine = build_engine(noise_draws=3, min_score_time=0.1, max_score_time=0.9)
     videos, text = torch.rand(4, 3, 1, 8, 8) * 2 - 1, random_text(engine.generator, 4)
     asked = []
     forward = engine.fake_score.forward_bidirectional
@@ -334,9 +334,31 @@ def test_every_video_of_a_critic_update_is_seen_at_noise_levels_of_its_own(monke
     assert torch.equal(t, t[:, :1].expand_as(t)) and loss.requires_grad
     state = engine.random.generator.get_state()
     parts = engine.random.parts([slice(0, 2), slice(2, 4)], 4)
-    both = [engine._noised(videos[part].repeat(3, 1, 1, 1, 1), 3) for part in parts]
+    both = [engine._noised(videos[part].repeat(3, 1, 1, 1, 1)) for part in parts]
     engine.random.generator.set_state(state)
-    whole = engine._noised(videos.repeat(3, 1, 1, 1, 1), 3)
+    whole = engine._noised(videos.repeat(3, 1, 1, 1, 1))
     for halves, expected in zip(zip(*both, strict=True), whole, strict=True):
         parts = torch.cat([half.unflatten(0, (3, 2)) for half in halves], dim=1).flatten(0, 1)
         assert torch.equal(parts, expected)
+
+
+@pytest.mark.parametrize("loss", ["dmd", "sid"])
+def test_the_generators_gradient_is_the_mean_over_the_noised_copies(loss, monkeypatch):
+    """With k copies a video's gradient is the mean of what each of its copies says alone; each has a noise level of its own."""
+    engine = build_engine(noise_draws=2, loss=loss)
+    text, null_text = random_text(engine.generator, 3), random_text(engine.generator, 3)
+    videos = (torch.rand(3, 3, 1, 8, 8) * 2 - 1).requires_grad_(True)
+    asked, noised = [], engine._noised
+    monkeypatch.setattr(engine, "_noised", lambda x_0: asked.append(noised(x_0)) or asked[-1])
+    engine.generator_loss(videos, text, null_text, frame_exits=torch.zeros(3, 3, dtype=torch.long))[0].backward()
+    (x_t, t), = asked
+    assert len(t) == 6 and len(t[:, 0].unique()) == 6
+    of_copies = []
+    engine.config.noise_draws = 1
+    for copy in (slice(0, 3), slice(3, 6)):
+        alone = videos.detach().clone().requires_grad_(True)
+        eps = (x_t[copy].detach() - (1 - t[copy])[..., None, None, None] * videos.detach()) / t[copy][..., None, None, None]
+        monkeypatch.setattr(engine, "_noised", lambda x_0, eps=eps, t=t[copy]: (add_noise(x_0, eps, t), t))
+        engine.generator_loss(alone, text, null_text)[0].backward()
+        of_copies.append(alone.grad)
+    torch.testing.assert_close(videos.grad, (of_copies[0] + of_copies[1]) / 2, atol=1e-6, rtol=1e-4)
