@@ -102,13 +102,18 @@ class PromptSwitch:
 
 
 class Past:
-    """The blocks made so far: the KV cache, and the frames that are still visible, from which another prompt's cache can be computed.
+    """The blocks made so far under a prompt: the KV cache, and the frames that are still visible, from which the cache of another prompt
+    can be computed.
 
     The pass that writes a finished block is deferred and fused with the first pass of the next block; `flush` runs it alone.
     """
 
-    def __init__(self, model: TinyCausalWanModel, plan: RolloutPlan, streams: list[np.random.Generator]):
+    def __init__(
+        self, model: TinyCausalWanModel, plan: RolloutPlan, streams: list[np.random.Generator], prompt: PromptContext,
+        null_prompt: PromptContext | None,
+    ):
         self.model, self.plan, self.streams = model, plan, streams
+        self.prompt = self._both_branches(prompt, null_prompt)
         self.clear()
 
     def clear(self) -> None:
@@ -119,28 +124,38 @@ class Past:
         self._blocks: list[Tensor] = []  # later blocks of which a frame is still visible
         self._num_frames = 0  # appended so far
 
-    def append(self, x_0: Tensor, prompt: PromptContext) -> None:
+    def append(self, x_0: Tensor) -> None:
         """Add a finished block x_0 (B, F_block, C, H, W): its keys and values at the context time join the cache."""
-        self._write(x_0, prompt)
+        self._write(x_0)
         belongs_to_sink = self._num_frames < self.plan.context.sink_frames
         (self._sink if belongs_to_sink else self._blocks).append(x_0)
         self._num_frames += x_0.shape[1]
         while self._blocks and sum(block.shape[1] for block in self._blocks[1:]) >= self._num_frames - self._first_visible():
             del self._blocks[0]
 
-    def encode_again(self, prompt: PromptContext) -> None:
-        """Compute the cache again under another prompt, from the frames that the next block sees, block by block as they were made:
+    def append_and_switch(self, x_0: Tensor, switch: PromptSwitch) -> None:
+        """Add a finished block, and change the prompt for the next one."""
+        if switch.how != "reset":
+            self.append(x_0)
+        self.prompt = self._both_branches(switch.prompt, switch.null_prompt)
+        if switch.how == "recache":
+            self._encode_again()
+        if switch.how == "reset":
+            self.clear()
+
+    def _encode_again(self) -> None:
+        """Compute the cache again under the prompt, from the frames that the next block sees, block by block as they were made:
         frames of one block see each other."""
         sink, blocks, num_frames = self._sink, self._blocks, self._num_frames
         end_of_sink = min(sum(block.shape[1] for block in sink), self._first_visible())
         self.clear()
         for x_0 in sink:
-            self._write(x_0, prompt)
+            self._write(x_0)
         if end_of_sink > self.plan.context.sink_frames:  # frames of the sink's last block that have left the window
             self.flush()
             self.cache.forget_behind_sink(end_of_sink - self.plan.context.sink_frames)
         for x_0 in blocks:
-            self._write(x_0, prompt)
+            self._write(x_0)
         self._sink, self._blocks, self._num_frames = sink, blocks, num_frames
 
     def forget_first(self, num_frames: int) -> None:
@@ -148,19 +163,19 @@ class Past:
         self.flush()
         self.cache.forget_first(num_frames)
 
-    def predict(self, x_t: Tensor, t: Tensor, prompt: PromptContext, is_last: bool) -> tuple[Tensor, Tensor]:
+    def predict(self, x_t: Tensor, t: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """v and x_0 (B, F_block, C, H, W) of the next block, which sees the past; under the plan's guidance.
 
         The last pass of a block runs alone, with gradient or without: so training and inference make the same bits.
         """
         is_guided = self.plan.guidance != 1.0
         x, times = (torch.cat([x_t, x_t]), torch.cat([t, t])) if is_guided else (x_t, t)
-        if is_last or self._deferred is None or self._deferred[2] is not prompt:
+        if is_last or self._deferred is None or self._deferred[2] is not self.prompt:
             self.flush()
-            v = self.model.forward_cached(x, times, prompt, self.cache)
+            v = self.model.forward_cached(x, times, self.prompt, self.cache)
         else:
             (finished, t_finished, _), self._deferred = self._deferred, None
-            v = self.model.write_and_forward(finished, t_finished, x, times, prompt, self.cache)
+            v = self.model.write_and_forward(finished, t_finished, x, times, self.prompt, self.cache)
         if is_guided:
             v = classifier_free_guidance(*v.chunk(2), self.plan.guidance)
         return v, predict_x_0(x_t, v, t, self.plan)
@@ -171,12 +186,19 @@ class Past:
             (x, t, prompt), self._deferred = self._deferred, None
             self.model.write_cache(x, t, prompt, self.cache)
 
-    def _write(self, x_0: Tensor, prompt: PromptContext) -> None:
+    def _write(self, x_0: Tensor) -> None:
         self.flush()
         x, t = x_0, full_time(x_0, self.plan.context_time)
         if self.plan.context_time != 0:
             x = add_noise(x_0, draw_noise(self.streams, tuple(x_0.shape[1:]), x_0.device), t)
-        self._deferred = (x, t, prompt) if self.plan.guidance == 1.0 else (torch.cat([x, x]), torch.cat([t, t]), prompt)
+        self._deferred = (x, t, self.prompt) if self.plan.guidance == 1.0 else (torch.cat([x, x]), torch.cat([t, t]), self.prompt)
+
+    def _both_branches(self, prompt: PromptContext, null_prompt: PromptContext | None) -> PromptContext:
+        if self.plan.guidance == 1.0:
+            return prompt
+        if null_prompt is None:
+            raise ValueError(f"guidance {self.plan.guidance} needs the null prompt")
+        return prompt.concatenate(null_prompt)
 
     def _first_visible(self) -> int:
         """The number of the first frame behind the sink that the next block sees."""
@@ -199,9 +221,9 @@ def rollout_blocks(
     trace: a list that collects x_t of each block at every time.
     """
     device, last_time = next(model.parameters()).device, len(plan.times) - 1
-    prompt, past = _both_branches(prompt, null_prompt, plan), Past(model, plan, streams)
+    past = Past(model, plan, streams, prompt, null_prompt)
     for frames in () if first_frames is None else split_first_frames(first_frames, plan):
-        past.append(frames.to(device), prompt)
+        past.append(frames.to(device))
     for block in count() if num_blocks is None else range(num_blocks):
         if plan.context.hide_first_block and 0 < block == (num_blocks or 0) - 1:
             past.forget_first(_block_frames(plan, 0, first_frames))
@@ -216,12 +238,12 @@ def rollout_blocks(
             # 2. Predict x_0. Only the exit step's pass carries gradient: the others simulate inference.
             has_gradient = block in gradient_blocks and step == exit_step
             with torch.set_grad_enabled(has_gradient and finished is None):
-                v, x_0 = past.predict(x_t, t, prompt, is_last=step == last_step)
+                v, x_0 = past.predict(x_t, t, is_last=step == last_step)
             if step == exit_step:
                 x_0_exit = x_0
             if has_gradient and finished is not None:  # a second pass: the video itself is made as at inference, bit for bit
                 with torch.enable_grad():
-                    _, x_0_exit = past.predict(x_t, t, prompt, is_last=True)
+                    _, x_0_exit = past.predict(x_t, t, is_last=True)
             # 3. Noise it to the next time: with fresh noise, or along the ODE with the predicted noise.
             if step < last_step:
                 eps = draw_noise(streams, shape, device) if plan.fresh_noise else eps_from_velocity(x_t, v, t)
@@ -234,23 +256,11 @@ def rollout_blocks(
         switch = yield x_0_exit
         if block + 1 == num_blocks:
             return
-        # 5. Write it into the cache, without gradient, unless a new prompt starts from an empty one.
-        if switch is None or switch.how != "reset":
-            past.append(x_0.detach(), prompt)
-        if switch is not None:
-            prompt = _both_branches(switch.prompt, switch.null_prompt, plan)
-            if switch.how == "recache":
-                past.encode_again(prompt)
-            if switch.how == "reset":
-                past.clear()
-
-
-def _both_branches(prompt: PromptContext, null_prompt: PromptContext | None, plan: RolloutPlan) -> PromptContext:
-    if plan.guidance == 1.0:
-        return prompt
-    if null_prompt is None:
-        raise ValueError(f"guidance {plan.guidance} needs the null prompt")
-    return prompt.concatenate(null_prompt)
+        # 5. Write it into the cache, without gradient.
+        if switch is None:
+            past.append(x_0.detach())
+        else:
+            past.append_and_switch(x_0.detach(), switch)
 
 
 def _block_frames(plan: RolloutPlan, block: int, first_frames: Tensor | None) -> int:
@@ -399,16 +409,15 @@ class SelfForcingEngine:
         sizes = self._check_window(num_frames, first_frame, given)
         num_earlier, num_given = first_frame // config.num_frames_per_block, 0 if given is None else 1  # blocks
         num_made = num_earlier + len(sizes) - num_given
-        # 1. Draw the exit steps, one for all blocks or one each, and a seed for every video.
+        # 1. Draw the exit steps, one for all blocks or one each, and a seed for every video's noise.
         exit_steps = self._draw_exit_steps(len(sizes), with_gradient)[num_given:]
-        generator = self.random.generator
-        seeds = self.random.draw(len(prompt.pooled), lambda total: torch.randint(2**62, (total,), generator=generator)).tolist()
+        streams = make_noise_streams(self.random.seeds(len(prompt.pooled)))
         # 2. Roll out. Blocks before the window are dropped at once: memory must not grow with them.
         first_scored = max(num_frames - config.gradient_frames, 0)
         first_with_gradient = num_earlier + max(sum(end <= first_scored for end in accumulate(sizes)) - num_given, 0)
         made: list[Tensor] | None = [] if config.finish_blocks else None
         blocks = rollout_blocks(
-            self.generator, prompt, make_noise_streams(seeds), num_made, self.plan, exit_steps=[last_step] * num_earlier + exit_steps,
+            self.generator, prompt, streams, num_made, self.plan, exit_steps=[last_step] * num_earlier + exit_steps,
             gradient_blocks=range(first_with_gradient, num_made if with_gradient else 0), first_frames=given, finished=made,
         )
         for _ in range(num_earlier):

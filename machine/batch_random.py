@@ -55,3 +55,7 @@ class BatchRandom:
         """Standard normal noise in the shape, format and device of x (B, ...), drawn on the CPU."""
         eps = self.draw(len(x), lambda total: torch.randn((total, *x.shape[1:]), generator=self.generator, dtype=x.dtype))
         return eps.to(x.device)
+
+    def seeds(self, num_videos: int) -> list[int]:
+        """A seed, 0 to 2**62 - 1, for each video."""
+        return self.draw(num_videos, lambda total: torch.randint(2**62, (total,), generator=self.generator)).tolist()

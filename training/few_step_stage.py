@@ -79,17 +79,17 @@ class FewStepStage:
     def _regress_on_trajectories(self, config: CausalODEConfig, indices: Sequence[int], num_frames: int) -> float:
         """Make one batch of trajectories and let every block meet every denoising step on it; leaves the gradient."""
         text, prompts = self._encode(self.data.captions(self.seed, indices))
-        random = self.random
-        seeds = random.draw(len(indices), lambda total: torch.randint(2**62, (total,), generator=random.generator)).tolist()
+        random, streams = self.random, make_noise_streams(self.random.seeds(len(indices)))
         kept = nearest_steps(config.trajectory_steps, config.time_shift, self.plan.times)
         with self.runtime.autocast():
             trajectory = ode_trajectory(
-                self.teacher, prompts.cond, prompts.null, make_noise_streams(seeds), num_frames, config.num_frames_per_block, config.trajectory_steps,
+                self.teacher, prompts.cond, prompts.null, streams, num_frames, config.num_frames_per_block, config.trajectory_steps,
                 kept, config.time_shift, config.guidance, self.is_causal, config.context,
             )
         total = 0.0
         num_blocks = len(config.context.block_sizes(num_frames, config.num_frames_per_block))
-        orders = random.draw(len(indices), lambda total: draw_step_orders(len(trajectory.times), total, num_blocks, random.generator), dim=1)
+        num_times = len(trajectory.times)
+        orders = random.draw(len(indices), lambda total: draw_step_orders(num_times, total, num_blocks, random.generator), dim=1)
         for steps in orders:
             with self.runtime.autocast():
                 loss = ode_regression_loss(

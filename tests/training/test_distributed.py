@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 import train
-from machine.batch_random import BatchRandom
 from machine.runtime import Runtime
 from train import SimplifiedTrainer
 from training.config import PretrainConfig
@@ -198,12 +197,6 @@ def test_sharded_networks_have_the_gradients_of_whole_ones(kinds, changes, teach
 def test_a_batch_that_cannot_be_shared_is_refused(teacher):  # noqa: F811
     with pytest.raises(ValueError, match=r"training.batch_size is 4.*multiple of 3 .*accumulation_steps=3\); nearest valid: 3 or 6"):
         build("dmd", teacher, accumulation_steps=3)
-    random = BatchRandom(torch.Generator())
-    for _ in random.parts([slice(0, 2), slice(2, 4)], 4):
-        assert random.batch_size(2) == 4
-        with pytest.raises(ValueError, match="3 videos: expected 2, the size of this part of a batch of 4"):
-            random.draw(3, torch.rand)
-    assert random.batch_size(3) == 3
 
 
 def test_an_incomplete_environment_is_refused_and_none_is_one_process():
