@@ -41,7 +41,7 @@ from judging.digit_judge import load_judge, read_videos  # noqa: E402
 from judging.held_out import new_indices  # noqa: E402
 from judging.metrics import facts_of_prompts, read_classes, score_videos, share_interval  # noqa: E402
 from judging.tracking import fit_bouncing_track  # noqa: E402
-from machine.files import require_writable  # noqa: E402
+from machine.files import replacing, require_writable  # noqa: E402
 from machine.interruption import EXIT_CTRL_C  # noqa: E402
 from machine.paths import REPOSITORY, user_path  # noqa: E402
 from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime  # noqa: E402
@@ -51,7 +51,6 @@ from method.settings import check_num_frames  # noqa: E402
 from moving_mnist import MovingMNISTGenerator, bounce  # noqa: E402
 from sampling.samplers import SamplerSettings, prepared, require_at_least_one, sample_few_step  # noqa: E402
 from sampling.streaming import stream_video  # noqa: E402
-from sampling.video_io import replacing  # noqa: E402
 from training.checkpoint import LoadedNetworks, load_networks  # noqa: E402
 from training.config import DEVICES, PRECISIONS  # noqa: E402
 

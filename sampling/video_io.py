@@ -14,10 +14,7 @@ end: an interrupted or failed write leaves whatever was there before.
 from __future__ import annotations
 
 import math
-import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -26,6 +23,8 @@ import torch
 from einops import repeat
 from PIL import GifImagePlugin, Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from machine.files import replacing
 
 CHANNELS = (1, 3)
 VIDEO_SUFFIXES = (".gif", ".mp4", ".png")
@@ -135,28 +134,6 @@ def _join(pieces: list[np.ndarray], axis: int) -> np.ndarray:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, of the same suffix; rename it to `path` if the body succeeds.
-
-    Raises OSError (PermissionError where that is the cause) naming the folder when it cannot be written.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write the file {path}: a folder of that name exists; choose another file name")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        message = f"cannot write into the folder {path.parent} ({error.strerror}); choose another or make it writable"
-        raise OSError(error.errno, message) from error
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_video(path: Path, video: Tensor, fps: int = 8, scale: int = 4) -> None:

@@ -155,14 +155,14 @@ def test_nothing_but_broken_checkpoints_is_a_start_from_the_beginning(tmp_path, 
 def test_only_whole_checkpoints_by_name_count(tmp_path):
     config = pretraining(tmp_path)
     path = cut_short(config, 1)
-    for other in (f".{path.name}.77.part", "checkpoint_9.pt.bak", "checkpoint_best.pt", "notes.pt"):
+    for other in (".checkpoint_0000001.77.part.pt", "checkpoint_9.pt.bak", "checkpoint_best.pt", "notes.pt"):
         path.with_name(other).write_bytes(path.read_bytes())
     (tmp_path / "run-other").mkdir()
     path.with_name("x").write_text("")
     (tmp_path / "run-other" / "checkpoint_0000005.pt").write_bytes(path.read_bytes())  # another name than run-NUMBER
     assert find_start(resumed(config)).path == path
     SimplifiedTrainer(resumed(config)).claim.release()
-    assert not list(path.parent.glob("*.part")), "what a killed save left is cleared away"
+    assert not list(path.parent.glob(".*.part*")), "what a killed save left is cleared away"
 
 
 @pytest.mark.parametrize("name", ["run", None])
@@ -241,7 +241,7 @@ def test_a_path_may_be_another_runs_and_nothing_of_it_is_replaced(tmp_path):
 
 def test_a_run_that_is_still_at_work_is_not_gone_on_with(tmp_path):
     path = cut_short(pretraining(tmp_path), 2)
-    part = path.with_name(f".{path.name}.1.part")
+    part = path.with_name(f".{path.stem}.1.part.pt")
     part.write_bytes(b"half")
     other = RunClaim()
     assert other.add(path.parent)
