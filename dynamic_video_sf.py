@@ -28,6 +28,7 @@ from torch import Tensor
 from machine.batch_share import BatchShare, share_or_whole
 from machine.paths import REPOSITORY
 from machine.seeds import Purpose, stream
+from method.choices import SWITCHES
 from method.flow_matching import (
     add_noise,
     ancestral_sampler,
@@ -47,9 +48,6 @@ from method.settings import SelfForcingConfig, check_num_frames
 from network.discriminator import Discriminator
 from network.recomputation import frozen
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
-
-SWITCHES = ("recache", "keep", "reset")
-
 
 # ------------------------------------------------------------------------------------------------------------ the rollout
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,23 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.comparison_jobs import UNFINISHED, Job, Score, Training, fingerprint, quote, stop
-from experiments.comparison_report import put_by, read_table, results_of, write_table
 from experiments.comparison_settings import PARADIGMS, REAL, ROWS, YARDSTICK, ComparisonConfig, Sampler
-from experiments.compute import flops_per_step
-from judging.held_out import JUDGED_CODE
-from machine.interruption import EXIT_INTERRUPTED
 from machine.paths import CONFIGS, REPOSITORY
-from machine.runtime import code_digest, describe_machine, file_digest, resolve_runtime
-from sampling.samplers import SamplerSettings
-from training.checkpoint import checkpoint_config, load_checkpoint
-from training.config import Config, build_config, register_schemas, run_in_one_line
-from training.resume import describe_difference, settings_without
+from training.command_line import answer_help, run_in_one_line
+
+if __name__ == "__main__":
+    answer_help("comparison", __doc__, ComparisonConfig)  # before torch, which takes seconds, is loaded
+
+from experiments.comparison_jobs import UNFINISHED, Job, Score, Training, fingerprint, quote, stop  # noqa: E402
+from experiments.comparison_report import put_by, read_table, results_of, write_table  # noqa: E402
+from experiments.compute import flops_per_step  # noqa: E402
+from judging.held_out import JUDGED_CODE  # noqa: E402
+from machine.interruption import EXIT_INTERRUPTED  # noqa: E402
+from machine.runtime import code_digest, describe_machine, file_digest, resolve_runtime  # noqa: E402
+from sampling.samplers import SamplerSettings  # noqa: E402
+from training.checkpoint import checkpoint_config, load_checkpoint  # noqa: E402
+from training.config import Config, build_config, register_schemas  # noqa: E402
+from training.resume import describe_difference, settings_without  # noqa: E402
 
 SCRIPTS = REPOSITORY  # where train.py and evaluate.py stand
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -463,7 +468,7 @@ def main(composed: DictConfig) -> None:
 
 def run_command_line() -> None:
     """`main`, with every refusal of Hydra as one line."""
-    run_in_one_line(main, [field.name for field in fields(ComparisonConfig)])
+    run_in_one_line(main, ComparisonConfig)
 
 
 if __name__ == "__main__":

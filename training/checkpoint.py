@@ -7,8 +7,8 @@ dict). Beside them are `text_encoder_state_dict`, `prompts_drawn` (seed: number 
 whose digits the network or its teacher learned from), `runtime` (device and number format), and in the checkpoint of a run
 `generator_ema_state_dict` and all that resuming needs.
 
-    python checkpoint.py IN OUT           strip IN to its averaged weights in float16, which is what `pretrained/` ships
-    python checkpoint.py IN IN ... OUT    the mean of several students of one teacher, stripped likewise
+    python -m training.checkpoint IN OUT           strip IN to its averaged weights in float16, which is what `pretrained/` ships
+    python -m training.checkpoint IN IN ... OUT    the mean of several students of one teacher, stripped likewise
 """
 
 from __future__ import annotations

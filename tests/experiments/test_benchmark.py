@@ -1,4 +1,4 @@
-"""What benchmark.py measures is the real code path: the same videos and updates, all of the time, all of the arithmetic."""
+"""What the benchmark measures is the real code path: the same videos and updates, all of the time, all of the arithmetic."""
 
 import itertools
 import json
