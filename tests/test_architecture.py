@@ -50,6 +50,13 @@ def wing_of(name: str) -> str:
     return name.partition(".")[0]
 
 
+def test_no_test_file_imports_another():
+    """What several test files share is in tests/helpers, or a fixture of conftest.py."""
+    for path in ROOT.glob("tests/**/*.py"):
+        shared = re.findall(r"^\s*(?:from|import) ((?:test_|conftest)\w*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not shared, f"{path.name} imports {shared}"
+
+
 def test_every_file_belongs_to_a_wing():
     assert {wing_of(name) for name in MODULES} == MAY_IMPORT.keys()
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.networks import save_untrained
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_evaluate import save_untrained
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import comparison, comparison_report

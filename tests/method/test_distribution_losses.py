@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_small_model, random_prompt
+from helpers.networks import build_small_model, random_prompt
 from torch import Tensor, nn
 
 from dynamic_video_sf import ScorePrompts, SelfForcingEngine

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
+from helpers.networks import randomise
 
 from moving_mnist import DatasetConfig
 from network.text_encoder import TextEncoder, TextEncoderConfig

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import wandb
-from test_train import SHARED, tiny_config
+from helpers.runs import SHARED, tiny_config
 
 import train
 from machine.files import require_writable

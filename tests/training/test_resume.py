@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from test_train import SHARED, TINY, assert_same, command_line, tiny_config
+from helpers.runs import OF_THE_ATTEMPT, TINY, TRAINING, command_line, pretraining, resumed, self_forcing, tiny_config
+from helpers.stages import assert_same
 
 import train
 from experiments.comparison import stop as stop_processes
@@ -22,14 +23,10 @@ from machine.interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
 from machine.paths import REPOSITORY
 from train import SimplifiedTrainer
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from training.config import Config, PretrainConfig, SelfForcingConfig, WandbConfig
+from training.config import Config, PretrainConfig, WandbConfig
 from training.resume import RunClaim, RunFinished, find_start, newest_readable
 
 ROOT = REPOSITORY
-TRAINING = {**SHARED, "max_num_frames": 6, "checkpoint_interval": 1}  # 6 steps
-OF_THE_ATTEMPT = {"config", "attempts", "wandb_run_id"}  # keys that two attempts at one run do not share
-
-
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take longer than the steps, and other tests look at them."""
@@ -42,19 +39,6 @@ def no_pictures(monkeypatch):
 def teacher(tmp_path_factory) -> Path:
     config = tiny_config(tmp_path_factory.mktemp("teacher"), PretrainConfig(**{**TRAINING, "num_steps": 1}))
     return SimplifiedTrainer(config).train() / "checkpoint_final.pt"
-
-
-def pretraining(log_dir: Path, **changes: object) -> Config:
-    return tiny_config(log_dir, PretrainConfig(**{**TRAINING, **changes}))
-
-
-def self_forcing(log_dir: Path, teacher: Path, **changes: object) -> Config:
-    common = {"denoising_steps": [1000, 500], "gradient_frames": 6, "dfake_gen_update_ratio": 2, "critic_warmup_steps": 1}
-    return tiny_config(log_dir, SelfForcingConfig(**{**TRAINING, "pretrained_checkpoint": str(teacher), **common, **changes}))
-
-
-def resumed(config: Config, how: str | Path = "auto") -> Config:
-    return replace(config, training=replace(config.training, resume=str(how)))
 
 
 def stopping_after(trainer: SimplifiedTrainer, last_step: int | None, draws: list[float], number: int = 15) -> SimplifiedTrainer:
