@@ -18,7 +18,7 @@ from helpers.runs import OF_THE_ATTEMPT, TINY, TRAINING, command_line, pretraini
 from helpers.stages import assert_same
 
 import train
-from experiments.comparison import stop as stop_processes
+from experiments.comparison_jobs import stop as stop_processes
 from machine.interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
 from machine.paths import REPOSITORY
 from train import SimplifiedTrainer
