@@ -28,6 +28,7 @@ from torch import Tensor
 from machine.batch_random import BatchRandom
 from machine.paths import REPOSITORY
 from machine.seeds import Purpose, stream
+from method.choices import SWITCHES
 from method.diagnostics import mean_by_exit_step, score_figures
 from method.flow_matching import (
     add_noise,
@@ -49,7 +50,6 @@ from network.discriminator import Discriminator
 from network.weights import frozen, update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 
-SWITCHES = ("recache", "keep", "reset")
 Text = tuple[Tensor, Tensor]  # encoded prompts, as `TextEncoder.encode` returns them: embeddings (B, L, text_width) and mask (B, L)
 
 

@@ -21,44 +21,18 @@ from machine import threads  # noqa: F401  before torch, which reads its setting
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
-from judging.held_out import JUDGED_CODE, new_indices, who_saw_the_judges_digits
-from judging.panel import Panel, judge_videos, make_panel, yardsticks
-from judging.report import (
-    COST_FIGURES,
-    COUNT_FIGURES,
-    DRIFT_FIGURES,
-    LOOK_FIGURES,
-    PROMPT_FIGURES,
-    draw_curves,
-    format_row,
-    format_table,
-    format_titles,
-)
-from judging.sanity import check_sanity
-from machine.files import free_paths, require_writable
 from machine.interruption import EXIT_CTRL_C
 from machine.paths import CONFIGS, PRETRAINED, at_home
-from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime
-from machine.seeds import Purpose, video_seeds
-from method.plans import NAIVE_STEPS
-from moving_mnist import MovingMNISTGenerator
-from sampling.samplers import SamplerSettings, check_length, describe_sampler, generate, prepared
-from sampling.video_io import comparison_gif, comparison_sheet, to_display
-from training.checkpoint import LoadedNetworks, load_networks
-from training.config import DEVICES, PRECISIONS, run_in_one_line
-
-NUM_SHOWN = 6  # prompts in the pictures
-MAX_SEED = 2**63 - 1
-FIGURES = PROMPT_FIGURES | LOOK_FIGURES  # of videos of one digit
+from method.choices import DEVICES, MAX_SEED, PRECISIONS
+from training.command_line import answer_help, run_in_one_line
 
 
 @dataclass
@@ -103,6 +77,38 @@ class EvaluateConfig:
             raise ValueError(f"device {self.device}, precision {self.precision}: expected one of {DEVICES} and of {PRECISIONS}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed is {self.seed}: expected 0 to {MAX_SEED}")
+
+
+if __name__ == "__main__":
+    answer_help("evaluate", __doc__, EvaluateConfig)  # before torch, which takes seconds, is loaded
+
+from torch import Tensor  # noqa: E402
+
+from judging.held_out import JUDGED_CODE, new_indices, who_saw_the_judges_digits  # noqa: E402
+from judging.panel import Panel, judge_videos, make_panel, yardsticks  # noqa: E402
+from judging.report import (  # noqa: E402
+    COST_FIGURES,
+    COUNT_FIGURES,
+    DRIFT_FIGURES,
+    LOOK_FIGURES,
+    PROMPT_FIGURES,
+    draw_curves,
+    format_row,
+    format_table,
+    format_titles,
+)
+from judging.sanity import check_sanity  # noqa: E402
+from machine.files import free_paths, require_writable  # noqa: E402
+from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime  # noqa: E402
+from machine.seeds import Purpose, video_seeds  # noqa: E402
+from method.plans import NAIVE_STEPS  # noqa: E402
+from moving_mnist import MovingMNISTGenerator  # noqa: E402
+from sampling.samplers import SamplerSettings, check_length, describe_sampler, generate, prepared  # noqa: E402
+from sampling.video_io import comparison_gif, comparison_sheet, to_display  # noqa: E402
+from training.checkpoint import LoadedNetworks, load_networks  # noqa: E402
+
+NUM_SHOWN = 6  # prompts in the pictures
+FIGURES = PROMPT_FIGURES | LOOK_FIGURES  # of videos of one digit
 
 
 @dataclass(frozen=True)
@@ -232,7 +238,7 @@ def main(composed: DictConfig) -> None:
 
 def run_command_line() -> None:
     """`main`, with every refusal of Hydra as one line."""
-    run_in_one_line(main, [field.name for field in fields(EvaluateConfig)])
+    run_in_one_line(main, EvaluateConfig)
 
 
 if __name__ == "__main__":

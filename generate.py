@@ -34,22 +34,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from dynamic_video_sf import SWITCHES
-from machine.files import free_paths, require_writable
-from machine.interruption import EXIT_CTRL_C
 from machine.paths import PRETRAINED, user_path
-from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime
-from method.plans import BidirectionalPlan, RolloutPlan
-from method.settings import TrainingConfig
-from sampling.samplers import SamplerSettings, check_length, generate, prepared, require_at_least_one
-from sampling.streaming import PromptSchedule
-from sampling.video_input import load_frames
-from sampling.video_io import contact_sheet, save_array, save_video, to_display
-from training.checkpoint import LoadedNetworks, load_networks
-from training.config import DEVICES, PRECISIONS
+from method.choices import DEVICES, MAX_SEED, PRECISIONS, SWITCHES
 
 DEFAULT_CHECKPOINT = PRETRAINED / "student.pt"
 DEFAULT_PROMPTS = {  # by the number of digits that the checkpoint's data show
@@ -65,50 +51,9 @@ DEFAULT_PROMPTS = {  # by the number of digits that the checkpoint's data show
 FORMATS = ("gif", "mp4", "png", "npz")
 VERSIONED = ("torch", "numpy", "imageio", "imageio-ffmpeg", "pillow")  # packages that a file's bytes hang on
 DEFAULT_SWITCH = "recache"
-MAX_SEED = 2**63 - 1
 MAX_SLUG_LENGTH = 60  # characters of the prompt in a file name
 MAX_LABEL_LENGTH = 160  # characters of the prompt in the contact sheet
 MAX_SHEET_ROWS = 64  # videos in the contact sheet
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def slug(prompt: str) -> str:
-    """A part of a file name, valid everywhere: a-z, 0-9 and single hyphens, at most `MAX_SLUG_LENGTH`, never empty."""
-    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain)[:MAX_SLUG_LENGTH].strip("-") or "untitled"
-
-
-def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[int], suffix: str, facts: dict[str, Any]) -> list[Path]:
-    """Write a file and a JSON beside it for every video, `contact_sheet.png` and `generation.json`, overwriting nothing; returns all
-    their paths, these two last.
-
-    videos: (B, F, C, H, W) in model range, clamped here. suffix: one of `FORMATS`. facts: what is said of all videos alike.
-    """
-    stems = [f"{index:03d}_{slug(prompt)}_seed{seed}" for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
-    names = [f"{stem}.{kind}" for kind in (suffix, "json") for stem in stems]
-    *paths, sheet_path, facts_path = free_paths(folder, [*names, "contact_sheet.png", "generation.json"])
-    listed = []
-    for path, sidecar, video, prompt, seed in zip(paths[:len(stems)], paths[len(stems):], videos, prompts, seeds, strict=True):
-        if suffix == "npz":
-            save_array(path, video, prompt)
-        else:
-            save_video(path, to_display(video))
-        listed.append({"file": path.name, "prompt": prompt, "seed": seed})
-        _write_json(sidecar, {**listed[-1], **facts})
-    labels = [f"{_shortened(prompt)} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
-    contact_sheet(sheet_path, to_display(videos[:MAX_SHEET_ROWS]), labels[:MAX_SHEET_ROWS])
-    _write_json(facts_path, {**facts, "contact_sheet": sheet_path.name, "videos": listed})
-    return [*paths, sheet_path, facts_path]
-
-
-def _write_json(path: Path, facts: dict[str, Any]) -> None:
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")  # ASCII: whatever the prompt is escaped
-
-
-def _shortened(prompt: str) -> str:
-    return prompt if len(prompt) <= MAX_LABEL_LENGTH else prompt[:MAX_LABEL_LENGTH] + "..."
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -153,6 +98,66 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--int8", action="store_true", help="matrix products in 8-bit integers, on a CPU: faster with --compile")
     parser.add_argument("--format", choices=FORMATS, default="gif", help="png is a strip of frames, npz the raw array in [-1, 1]")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments(None)  # --help, and what cannot be read, needs none of what is loaded next: torch takes seconds
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from machine.files import free_paths, require_writable  # noqa: E402
+from machine.interruption import EXIT_CTRL_C  # noqa: E402
+from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime  # noqa: E402
+from method.plans import BidirectionalPlan, RolloutPlan  # noqa: E402
+from method.settings import TrainingConfig  # noqa: E402
+from sampling.samplers import SamplerSettings, check_length, generate, prepared, require_at_least_one  # noqa: E402
+from sampling.streaming import PromptSchedule  # noqa: E402
+from sampling.video_input import load_frames  # noqa: E402
+from sampling.video_io import contact_sheet, save_array, save_video, to_display  # noqa: E402
+from training.checkpoint import LoadedNetworks, load_networks  # noqa: E402
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def slug(prompt: str) -> str:
+    """A part of a file name, valid everywhere: a-z, 0-9 and single hyphens, at most `MAX_SLUG_LENGTH`, never empty."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain)[:MAX_SLUG_LENGTH].strip("-") or "untitled"
+
+
+def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[int], suffix: str, facts: dict[str, Any]) -> list[Path]:
+    """Write a file and a JSON beside it for every video, `contact_sheet.png` and `generation.json`, overwriting nothing; returns all
+    their paths, these two last.
+
+    videos: (B, F, C, H, W) in model range, clamped here. suffix: one of `FORMATS`. facts: what is said of all videos alike.
+    """
+    stems = [f"{index:03d}_{slug(prompt)}_seed{seed}" for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
+    names = [f"{stem}.{kind}" for kind in (suffix, "json") for stem in stems]
+    *paths, sheet_path, facts_path = free_paths(folder, [*names, "contact_sheet.png", "generation.json"])
+    listed = []
+    for path, sidecar, video, prompt, seed in zip(paths[:len(stems)], paths[len(stems):], videos, prompts, seeds, strict=True):
+        if suffix == "npz":
+            save_array(path, video, prompt)
+        else:
+            save_video(path, to_display(video))
+        listed.append({"file": path.name, "prompt": prompt, "seed": seed})
+        _write_json(sidecar, {**listed[-1], **facts})
+    labels = [f"{_shortened(prompt)} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
+    contact_sheet(sheet_path, to_display(videos[:MAX_SHEET_ROWS]), labels[:MAX_SHEET_ROWS])
+    _write_json(facts_path, {**facts, "contact_sheet": sheet_path.name, "videos": listed})
+    return [*paths, sheet_path, facts_path]
+
+
+def _write_json(path: Path, facts: dict[str, Any]) -> None:
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")  # ASCII: whatever the prompt is escaped
+
+
+def _shortened(prompt: str) -> str:
+    return prompt if len(prompt) <= MAX_LABEL_LENGTH else prompt[:MAX_LABEL_LENGTH] + "..."
+
+
+# --- the call -----------------------------------------------------------------------------------------------------------
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

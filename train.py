@@ -31,6 +31,7 @@ from judging.digit_judge import JUDGE_PATH, DigitJudge, load_judge, warn_of_fore
 from judging.fixed_prompts import JUDGED_COLUMNS, FixedPrompts
 from judging.health import draw_run
 from judging.metrics import facts_of_prompts, score_videos, summarise
+from machine.files import remove_leftovers
 from machine.interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
 from machine.paths import CONFIGS
 from machine.runtime import PRECISIONS, Runtime, resolve_runtime
@@ -39,7 +40,7 @@ from method.settings import SelfForcingConfig
 from moving_mnist import MovingMNISTGenerator
 from sampling.samplers import sample
 from sampling.video_io import comparison_gif, comparison_sheet, to_display
-from training.checkpoint import CheckpointError, checkpoint_config, load_checkpoint, remove_leftovers, save_checkpoint
+from training.checkpoint import CheckpointError, checkpoint_config, load_checkpoint, save_checkpoint
 from training.config import Config, build_config, check_choices, config_to_dict, explain_command_line, explain_refusal, register_schemas
 from training.distributed import ONE_PROCESS, Processes, losses_named, mean_figures, processes_of_environment
 from training.few_step_stage import FewStepStage

@@ -10,19 +10,21 @@ import gzip
 import hashlib
 import http.client
 import os
-import tempfile
 import urllib.error
 import urllib.request
 import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from machine.files import replacing
 
 SPLITS = ("train", "judge", "test")
 NUM_CLASSES = 10
@@ -103,23 +105,9 @@ def _load_bundled() -> tuple[np.ndarray, np.ndarray]:
     pixels, labels = mnist_data()
     images = pixels.reshape(-1, MNIST_SIDE, MNIST_SIDE).astype(np.uint8)
     labels = labels.astype(np.int64)
-    _write_cache(cache_file, images, labels)
+    with suppress(OSError), replacing(cache_file) as temporary:  # a folder that refuses the cache is left alone
+        np.savez_compressed(temporary, images=images, labels=labels)
     return images, labels
-
-
-def _write_cache(cache_file: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write the cache so that another process sees all of it or nothing; a folder that refuses it is left alone."""
-    try:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=cache_file.parent, suffix=".part")
-    except OSError:
-        return
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez_compressed(file, images=images, labels=labels)
-        os.replace(temporary, cache_file)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def load_idx_split(root: Path, split: str, judge_fraction: float, download: bool) -> DigitSet:

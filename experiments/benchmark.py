@@ -1,15 +1,15 @@
 """Speed, as ratios and shares measured in one run: what generation and training take, and how much of it is arithmetic.
 
-    python benchmark.py [--parts generation teacher training] [--batch_sizes 1 4 16] [--precisions float32 bfloat16]
+    python -m experiments.benchmark [--parts generation teacher training] [--batch_sizes 1 4 16] [--precisions float32 bfloat16]
                         [--num_frames 21] [--repeats 5] [--compile] [--int8] [--output PATH.json]
-    python benchmark.py --parts generation training --batch_sizes 1 --precisions float32 --repeats 2      # a quick run
+    python -m experiments.benchmark --parts generation training --batch_sizes 1 --precisions float32 --repeats 2      # a quick run
 
 Parts: "generation", the student with its KV cache, split into phases, and the same rollout with the past recomputed; "teacher",
 its teacher beside it; "training", a step of Self-Forcing; "public", an untrained network of ours beside that of the public Self-Forcing
 code at the same size, on the CPU in float32 at batch 1:
 
     git clone https://github.com/guandeh17/Self-Forcing
-    python benchmark.py --parts public --public_code Self-Forcing [--patch_sizes 4 8] [--compile] [--repeats 5]
+    python -m experiments.benchmark --parts public --public_code Self-Forcing [--patch_sizes 4 8] [--compile] [--repeats 5]
 
 Machines are noisy: what is compared takes turns in one run, each figure is the median of its repeats, and the limit is measured in
 the same turns: the FLOPs a second of a large matrix product, of floats where the student multiplies integers too. Ratios of one run and
@@ -28,28 +28,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from experiments.public_code import check_clone
-from experiments.speed import (
-    PUBLIC,
-    Cost,
-    GenerationSpeed,
-    Samplers,
-    SideBySide,
-    TrainingSpeed,
-    measure_generation,
-    measure_side_by_side,
-    measure_training,
-)
-from machine.files import require_writable
-from machine.interruption import EXIT_CTRL_C
 from machine.paths import PRETRAINED, user_path
-from machine.runtime import Runtime, describe_machine, resolve_runtime
-from method.settings import SelfForcingConfig
-from sampling.samplers import check_length
-from training.checkpoint import CheckpointError, LoadedNetworks, load_networks
-from training.config import Config, check_parts_fit
 
 PARTS = ("generation", "teacher", "training", "public")  # the last only where asked for: it needs a clone
 PRECISIONS = ("float32", "bfloat16")
@@ -64,7 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--patch_sizes", type=int, nargs="+", default=[4, 8], help="of --parts public: pixels a side")
     parser.add_argument("--num_frames", type=int, default=21, help="of every video, in training too")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16], help="of generation")
-    parser.add_argument("--training_batch_size", type=int, default=SelfForcingConfig().batch_size)
+    parser.add_argument("--training_batch_size", type=int, help="default: that of training=self_forcing")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that is not")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
@@ -72,6 +51,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--int8", action="store_true", help="and compiled with products in 8-bit integers, as by --compile --int8")
     parser.add_argument("--output", type=user_path, metavar="PATH.json", help="write every figure there too; an older file is replaced")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments(None)  # --help, and what cannot be read, needs none of what is loaded next: torch takes seconds
+
+import torch  # noqa: E402
+
+from experiments.public_code import check_clone  # noqa: E402
+from experiments.speed import (  # noqa: E402
+    PUBLIC,
+    Cost,
+    GenerationSpeed,
+    Samplers,
+    SideBySide,
+    TrainingSpeed,
+    measure_generation,
+    measure_side_by_side,
+    measure_training,
+)
+from machine.files import require_writable  # noqa: E402
+from machine.interruption import EXIT_CTRL_C  # noqa: E402
+from machine.runtime import Runtime, describe_machine, resolve_runtime  # noqa: E402
+from method.settings import SelfForcingConfig  # noqa: E402
+from sampling.samplers import check_length  # noqa: E402
+from training.checkpoint import CheckpointError, LoadedNetworks, load_networks  # noqa: E402
+from training.config import Config, check_parts_fit  # noqa: E402
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -169,6 +174,8 @@ def limit_line(speeds: list[GenerationSpeed] | list[TrainingSpeed]) -> str:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, write. Raises CheckpointError, ValueError and OSError, each with one line."""
+    if arguments.training_batch_size is None:
+        arguments.training_batch_size = SelfForcingConfig().batch_size
     check_arguments(arguments)
     runtimes: dict[str, Runtime] = {precision: resolve_runtime(arguments.device, precision) for precision in arguments.precisions}
     device = next(iter(runtimes.values())).device

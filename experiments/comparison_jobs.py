@@ -1,41 +1,38 @@
-"""The jobs of a comparison: one training, one score. Each is a child process with a folder of its own, named after its settings."""
+"""The jobs of a comparison: a training or a score, each a child process of train.py or evaluate.py.
+
+A finished job is held against the plan: against what its own files say that it was made with. Where they disagree it is not reused.
+"""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
-import os
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from experiments.comparison_settings import REAL
+from machine.files import free_paths
+from machine.runtime import file_digest
+from training.checkpoint import CheckpointError, checkpoint_config, load_checkpoint
 from training.config import Config
-from training.resume import newest_readable
+from training.resume import FINAL, describe_difference, settings_without
 
 SECONDS_TO_STOP = 60.0  # a training step and a checkpoint
-UNFINISHED = ".unfinished"  # ends the name of a score's folder until it is complete
-
-
-class Job(Protocol):
-    """One child process. label: what it is, for people. settings: all that its result depends on."""
-
-    label: str
-    script: str
-    folder: Path
-    settings: dict[str, Any]
-    needs: Job | None
-
-    def is_done(self) -> bool: ...
-    def arguments(self) -> list[str]: ...
-    def finish(self) -> None: ...
+NOT_OF_THE_RESULT = ("log_dir", "run_name", "wandb", "training.pretrained_checkpoint", "training.checkpoint_interval",
+                     "training.keep_last", "training.log_interval", "training.resume")  # keys of a run that change no weight
+RESOLVED = ("plan", "num_videos", "num_frames", "seed", "batch_size", "device", "precision", "code_sha256")  # a row's, as evaluate.py says
 
 
 @dataclass(frozen=True)
 class Training:
-    """A run of train.py: its attempts are folders run, run-2, ... in `folder`, beside a link to the finished checkpoint."""
+    """A run of train.py: its attempts are folders run, run-2, ... in `folder`, beside a link to the finished checkpoint.
+
+    label: what it is, for people. settings: all that its weights depend on; the folder's name ends in their fingerprint.
+    """
 
     label: str
     paradigm: str
@@ -43,38 +40,40 @@ class Training:
     seed: int
     config: Config  # of the run
     overrides: list[str]  # which make it so
-    checkpoint_interval: int
     folder: Path
     settings: dict[str, Any]
     flops_per_step: float
     script: str = "train.py"
-    needs: Job | None = None
 
     @property
     def checkpoint(self) -> Path:
-        return self.folder / "checkpoint_final.pt"
-
-    def is_done(self) -> bool:
-        return self.checkpoint.exists()
-
-    def interval_checkpoints(self) -> list[Path]:
-        """Those of all attempts, the newest last."""
-        return sorted(self.folder.glob("run*/checkpoint_[0-9]*.pt"), key=lambda path: path.stem)
-
-    def resumed_from(self) -> Path | None:
-        found = newest_readable(self.interval_checkpoints())
-        return None if found is None else found[0]
+        return self.folder / FINAL
 
     def arguments(self) -> list[str]:
-        resume = self.resumed_from()
-        return [
-            *self.overrides, f"training.checkpoint_interval={self.checkpoint_interval}", "training.keep_last=1", "wandb.mode=disabled",
-            f"log_dir={quote(self.folder)}", "run_name=run", *([] if resume is None else [f"training.resume={quote(resume)}"]),
-        ]
+        own = ["training.keep_last=1", "training.resume=auto", "wandb.mode=disabled", "run_name=run", f"log_dir={quote(self.folder)}"]
+        return [*self.overrides, *own]
 
-    def finish(self) -> None:
-        for path in self.interval_checkpoints():
+    def difference(self) -> str:
+        """How the finished training differs from the plan, in one line; empty where it does not."""
+        planned = {"step": self.config.training.num_steps, **self.settings}
+        try:
+            asked = json.loads((self.folder / "settings.json").read_text())["settings"]
+            stored = load_checkpoint(self.checkpoint, is_mapped=True)
+            resolved = settings_without(checkpoint_config(self.checkpoint, stored), NOT_OF_THE_RESULT)
+        except CheckpointError as error:
+            return str(error)
+        return describe_difference({**asked, **resolved, "step": stored["step"]}, planned)
+
+    def finish(self) -> str:
+        """Remove the checkpoints that only resuming needed; returns how the result differs from the plan."""
+        for path in self.folder.glob("run*/checkpoint_[0-9]*.pt"):
             path.unlink()
+        return self.difference()
+
+    def set_aside(self) -> str:
+        """Rename the folder of a finished training that is not what was planned; returns its new name."""
+        (aside,) = free_paths(self.folder.parent, [f"{self.folder.name}.stale"])
+        return self.folder.rename(aside).name
 
     def minutes(self) -> float:
         """Of all attempts together, in training steps alone."""
@@ -86,47 +85,46 @@ class Training:
         return seconds / 60
 
 
-@dataclass(frozen=True)
+@dataclass
 class Score:
-    """A run of evaluate.py on one checkpoint; it moves to `folder` when it is complete."""
+    """A run of evaluate.py on one checkpoint. figures: those of the network and of the real videos; None until it is done."""
 
     label: str
     row: str
     block: int
     seed: int
+    training: Training | None  # which it needs; None for the teacher's file
     checkpoint: Path
     options: list[str]
     folder: Path
-    settings: dict[str, Any]
-    kept: dict[str, dict[str, Any]] | None = None  # its figures in the table of an earlier call
+    settings: dict[str, Any]  # all that its figures depend on
+    figures: dict[str, dict[str, Any]] | None = None
     script: str = "evaluate.py"
-    needs: Training | None = None
-
-    @property
-    def unfinished(self) -> Path:
-        return self.folder.with_name(self.folder.name + UNFINISHED)
-
-    def is_done(self) -> bool:
-        return self.folder.exists() or self.kept is not None
 
     def arguments(self) -> list[str]:
-        return [f"checkpoint={quote(self.checkpoint)}", *self.options, f"output_dir={quote(self.unfinished)}"]
+        shutil.rmtree(self.folder / "figures", ignore_errors=True)  # of an attempt that was stopped
+        return [f"checkpoint={quote(self.checkpoint)}", *self.options, f"output_dir={quote(self.folder / 'figures')}"]
 
-    def finish(self) -> None:
-        os.replace(self.unfinished, self.folder)
-
-    def figures(self) -> dict[str, dict[str, Any]]:
-        """Those of real videos and those of the network, with its sampler and machine in words, and what they were made with; by frame
-        they stay in the file."""
-        if not self.folder.exists():
-            assert self.kept is not None
-            return self.kept
-        scored = json.loads((self.folder / "evaluation.json").read_text())
+    def finish(self) -> str:
+        """Read the figures, without those by frame; returns how what they were made with differs from the plan."""
+        scored = json.loads((self.folder / "figures" / "evaluation.json").read_text())
         real, network = ({key: value for key, value in row.items() if "_by_frame" not in key} for row in scored.values())
         started = json.loads((self.folder / "settings.json").read_text())
-        sampler = list(scored)[1].partition(", ")[2]
-        about = {"sampler": sampler, "machine": started["machine"], "made_with": started["settings"]}
-        return {REAL: real, "network": {**network, **about}}
+        made_with = {"network": started["settings"]["network"], **{key: network.pop(key) for key in RESOLVED}}
+        about = {"sampler": list(scored)[1].partition(", ")[2], "machine": started["machine"], "made_with": made_with}
+        difference = row_difference({**network, **about}, self.settings, self.checkpoint)
+        if not difference:
+            self.figures = {REAL: real, "network": {**network, **about}}
+        return difference
+
+
+def row_difference(row: dict[str, Any], planned: dict[str, Any], checkpoint: Path) -> str:
+    """How a finished row of a table differs from what is planned, in one line; empty where it does not."""
+    if "made_with" not in row:
+        return "what made it is not recorded"
+    if difference := describe_difference(row["made_with"], planned):
+        return difference
+    return f"another {checkpoint}" if checkpoint.exists() and row["checkpoint_sha256"] != file_digest(checkpoint) else ""
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

@@ -12,8 +12,7 @@ from enum import Enum
 from pathlib import Path
 
 from machine.paths import at_home
-from method.settings import check_denoising_steps, require
-from training.config import DEVICES, PRECISIONS
+from method.choices import DEVICES, PRECISIONS, require
 
 REAL, TEACHER, YARDSTICK = "real", "teacher", "sf_dmd"  # YARDSTICK: the training whose steps the budget counts
 PARADIGMS = {  # the trainings, as train.py is asked for them
@@ -116,6 +115,8 @@ class ComparisonConfig:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
+        from method.settings import check_denoising_steps  # loads torch, which --help needs not
+
         self.folder, self.output_dir, self.teacher = (at_home(path) for path in (self.folder, self.output_dir, self.teacher))
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")

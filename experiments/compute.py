@@ -15,7 +15,8 @@ from dynamic_video_sf import window_starts
 from experiments.timing import flop_counter
 from machine.runtime import Runtime
 from machine.seeds import Purpose, torch_generator
-from method.settings import PretrainConfig, SelfForcingConfig, require
+from method.choices import require
+from method.settings import PretrainConfig, SelfForcingConfig
 from training.config import Config
 from training.stages import PretrainStage, SelfForcingStage
 

@@ -2,10 +2,10 @@
 
 Dimensions: B batch, F frames, C channels, H height, W width.
 
-    python long_video.py drift --num_frames 10000            frames right, stroke mass, motion, memory and time of one stream
-    python long_video.py drift --checkpoint TF.pt --num_steps 50 --guidance 2 --num_frames 1260       the same in many steps
-    python long_video.py switch --num_streams 256            how soon and how smoothly a new prompt is shown
-    python long_video.py continue --num_videos 256           what the first block of a real held-out video becomes
+    python -m experiments.long_video drift --num_frames 10000            frames right, stroke mass, motion, memory and time of one stream
+    python -m experiments.long_video drift --checkpoint TF.pt --num_steps 50 --guidance 2 --num_frames 1260       the same in many steps
+    python -m experiments.long_video switch --num_streams 256            how soon and how smoothly a new prompt is shown
+    python -m experiments.long_video continue --num_videos 256           what the first block of a real held-out video becomes
 
 Figures go into a JSON file in results/, one row a --name, which a later call adds to, and drift and switch into a plot of
 all that stand there. A row that stands there already is refused at once, unless --replace is given. Frames are judged as they
@@ -27,6 +27,43 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from machine.paths import REPOSITORY, user_path
+from method.choices import DEVICES, MAX_SEED, PRECISIONS, SWITCHES
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Long video, measured: drift, prompt switches, continuation.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    drift = commands.add_parser("drift", help="one long stream")
+    drift.add_argument("--num_frames", type=int, default=10_000)
+    switch = commands.add_parser("switch", help="another prompt in mid-stream, for recache, keep and reset")
+    switch.add_argument("--num_streams", type=int, default=256)
+    switch.add_argument("--num_before", type=int, default=42, help="frames before the switch")
+    switch.add_argument("--num_after", type=int, default=42)
+    go_on = commands.add_parser("continue", help="the first block of real held-out videos")
+    go_on.add_argument("--num_videos", type=int, default=256)
+    go_on.add_argument("--num_frames", type=int, default=21, help="frames that are made")
+    for command, batch_size in ((drift, 16), (switch, 32), (go_on, 32)):
+        command.add_argument("--checkpoint", type=user_path, default=REPOSITORY / "pretrained" / "student.pt")
+        command.add_argument("--name", help="of the row in the results; default: the checkpoint's name")
+        command.add_argument("--window_frames", type=int)
+        command.add_argument("--sink_frames", type=int)
+        command.add_argument("--denoising_steps", type=int, nargs="+", help="few steps for a checkpoint that is no student")
+        command.add_argument("--num_steps", type=int, help="many steps a block, for a teacher- or diffusion-forced checkpoint")
+        command.add_argument("--causal", action="store_true", help="a bidirectional teacher block by block, in num_steps of Euler's method")
+        command.add_argument("--guidance", type=float, help="weight of classifier-free guidance, 1 for none; default: the checkpoint's")
+        command.add_argument("--batch_size", type=int, default=batch_size, help="videos at a time")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--device", choices=DEVICES, default="auto")
+        command.add_argument("--precision", choices=PRECISIONS, default="auto")
+        command.add_argument("--output_dir", type=user_path, default=REPOSITORY / "results" / "long_video")
+        command.add_argument("--replace", action="store_true", help="put the row in the place of one of the same name")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments(None)  # --help, and what cannot be read, needs none of what is loaded next: torch takes seconds
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -35,15 +72,12 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from dynamic_video_sf import SWITCHES  # noqa: E402
-from generate import MAX_SEED  # noqa: E402
 from judging.digit_judge import load_judge, read_videos  # noqa: E402
 from judging.held_out import new_indices  # noqa: E402
 from judging.metrics import facts_of_prompts, read_classes, score_videos, share_interval  # noqa: E402
 from judging.tracking import fit_bouncing_track  # noqa: E402
-from machine.files import require_writable  # noqa: E402
+from machine.files import replacing, require_writable  # noqa: E402
 from machine.interruption import EXIT_CTRL_C  # noqa: E402
-from machine.paths import REPOSITORY, user_path  # noqa: E402
 from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime  # noqa: E402
 from machine.seeds import Purpose  # noqa: E402
 from method.plans import RolloutPlan  # noqa: E402
@@ -51,9 +85,7 @@ from method.settings import check_num_frames  # noqa: E402
 from moving_mnist import MovingMNISTGenerator, bounce  # noqa: E402
 from sampling.samplers import SamplerSettings, prepared, require_at_least_one, sample_few_step  # noqa: E402
 from sampling.streaming import stream_video  # noqa: E402
-from sampling.video_io import replacing  # noqa: E402
 from training.checkpoint import LoadedNetworks, load_networks  # noqa: E402
-from training.config import DEVICES, PRECISIONS  # noqa: E402
 
 WINDOW = 21  # frames that are judged together
 SEGMENT = 630  # frames of one point of the drift curves
@@ -320,36 +352,6 @@ def draw_switch(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Long video, measured: drift, prompt switches, continuation.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    drift = commands.add_parser("drift", help="one long stream")
-    drift.add_argument("--num_frames", type=int, default=10_000)
-    switch = commands.add_parser("switch", help="another prompt in mid-stream, for recache, keep and reset")
-    switch.add_argument("--num_streams", type=int, default=256)
-    switch.add_argument("--num_before", type=int, default=42, help="frames before the switch")
-    switch.add_argument("--num_after", type=int, default=42)
-    go_on = commands.add_parser("continue", help="the first block of real held-out videos")
-    go_on.add_argument("--num_videos", type=int, default=256)
-    go_on.add_argument("--num_frames", type=int, default=21, help="frames that are made")
-    for command, batch_size in ((drift, 16), (switch, 32), (go_on, 32)):
-        command.add_argument("--checkpoint", type=user_path, default=REPOSITORY / "pretrained" / "student.pt")
-        command.add_argument("--name", help="of the row in the results; default: the checkpoint's name")
-        command.add_argument("--window_frames", type=int)
-        command.add_argument("--sink_frames", type=int)
-        command.add_argument("--denoising_steps", type=int, nargs="+", help="few steps for a checkpoint that is no student")
-        command.add_argument("--num_steps", type=int, help="many steps a block, for a teacher- or diffusion-forced checkpoint")
-        command.add_argument("--causal", action="store_true", help="a bidirectional teacher block by block, in num_steps of Euler's method")
-        command.add_argument("--guidance", type=float, help="weight of classifier-free guidance, 1 for none; default: the checkpoint's")
-        command.add_argument("--batch_size", type=int, default=batch_size, help="videos at a time")
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--device", choices=DEVICES, default="auto")
-        command.add_argument("--precision", choices=PRECISIONS, default="auto")
-        command.add_argument("--output_dir", type=user_path, default=REPOSITORY / "results" / "long_video")
-        command.add_argument("--replace", action="store_true", help="put the row in the place of one of the same name")
-    return parser.parse_args(argv)
 
 
 def check_arguments(arguments: argparse.Namespace, path: Path, name: str) -> None:

@@ -1,7 +1,7 @@
 """How far do runs of one recipe lie apart? Scores every run on the same prompts and shows median, worst and best.
 
     python train.py -m seed=0,1,2,3                     # the runs, one after another, each in a folder of its own
-    python spread.py logs/training/RUN [RUN ...]        # their scores: seeds.json, seeds.md and seeds.png in results/
+    python -m experiments.spread logs/training/RUN [RUN ...]        # their scores: seeds.json, seeds.md and seeds.png in results/
 
 A run is the folder of a finished training of `train.py`. All are scored by `evaluate.evaluate`, with the same held-out prompts and
 noise, and beside the figures stand what the run cost and what its watchdog said. Runs that differ in more than their seed, machine or
@@ -20,8 +20,26 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import matplotlib
-import numpy as np
+from machine.paths import user_path
+from method.choices import DEVICES, PRECISIONS
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Score finished runs of one recipe on the same prompts: seeds.json, .md and .png.")
+    parser.add_argument("run_folders", nargs="+", type=user_path, metavar="RUN_FOLDER", help="folders under logs/training")
+    parser.add_argument("--num_videos", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=1, help="of the held-out prompts and of the videos' noise")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    parser.add_argument("--output_dir", type=user_path, default=Path("results"))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments(None)  # --help, and what cannot be read, needs none of what is loaded next: torch takes seconds
+
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -29,10 +47,8 @@ import torch  # noqa: E402
 
 from evaluate import EvaluateConfig, evaluate  # noqa: E402
 from machine.files import free_paths, require_writable  # noqa: E402
-from machine.paths import user_path  # noqa: E402
 from machine.runtime import describe_machine  # noqa: E402
 from training.checkpoint import checkpoint_config, load_checkpoint  # noqa: E402
-from training.config import DEVICES, PRECISIONS  # noqa: E402
 from training.resume import FINAL, describe_difference, settings_without  # noqa: E402
 from training.run_log import read_scalars  # noqa: E402
 
@@ -148,15 +164,7 @@ def draw(path: Path, table: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Score finished runs of one recipe on the same prompts and write seeds.json, seeds.md and seeds.png."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("run_folders", nargs="+", type=user_path, metavar="RUN_FOLDER", help="folders under logs/training")
-    parser.add_argument("--num_videos", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=1, help="of the held-out prompts and of the videos' noise")
-    parser.add_argument("--device", choices=DEVICES, default="auto")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
-    parser.add_argument("--output_dir", type=user_path, default=Path("results"))
-    arguments = parser.parse_args()
+    arguments = parse_arguments(None)
     try:
         table = score_runs(
             arguments.run_folders, arguments.num_videos, arguments.seed, arguments.device, arguments.precision, arguments.output_dir,

@@ -22,6 +22,7 @@ from torch.nn import functional
 from digits.mnist import unit_ink
 from judging.glyphs import recentre
 from judging.ink import display_intensity, edge_sharpness, intensity_centres, intensity_sharpness
+from machine.files import replacing
 from machine.paths import PRETRAINED
 from machine.seeds import Purpose, seed_global_generators, torch_generator
 from moving_mnist import NUM_CLASSES, DatasetConfig, MovingMNISTGenerator
@@ -178,14 +179,8 @@ def load_judging_network(path: str | os.PathLike, name: str, command: str, build
 def save_judging_network(network: nn.Module, path: str | os.PathLike, name: str) -> None:
     """Write weights (float16) and config; the file appears whole or not at all."""
     state = {key: x.half() if x.is_floating_point() else x for key, x in network.state_dict().items()}
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
+    with replacing(Path(path)) as temporary:
         torch.save({_weights_key(name): state, "config": asdict(network.config)}, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _weights_key(name: str) -> str:

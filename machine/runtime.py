@@ -125,8 +125,8 @@ def code_digest(*rooms: str) -> str:
         name = waiting.pop()
         if name in files and name not in counted:
             counted.add(name)
-            for package, names in re.findall(r"^\s*from ([\w.]+) import (\w+)", files[name], re.MULTILINE):
-                waiting += [package, f"{package}.{names}"]
+            for package, imported in re.findall(r"^\s*from ([\w.]+) import (\([^)]*\)|.*)", files[name], re.MULTILINE):
+                waiting += [package, *(f"{package}.{each}" for each in re.findall(r"\w+", imported))]
     for name in sorted(counted):
         digest.update(f"{name}\n{files[name]}\n".encode())
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from digits.deformation import MAX_VARIATION
+from method.choices import require
 from network.attention import NUM_TRAIN_TIMESTEPS, ContextWindow
 
 OBJECTIVES = ("mixed", "teacher_forcing", "diffusion_forcing")
@@ -19,12 +20,6 @@ GENERATOR_INPUTS = ("self_rollout", "diffusion_forced", "teacher_forced")
 DISTRIBUTION_LOSSES = ("dmd", "sid", "gan")
 SHARDINGS = ("none", "fsdp2")
 TRAJECTORY_TEACHERS = ("causal", "bidirectional")
-
-
-def require(condition: bool, key: str, found: object, expected: str) -> None:
-    """Raise ValueError naming the key, what was found and what was expected, unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{key} is {found}: expected {expected}")
 
 
 def check_num_frames(key: str, num_frames: int, num_frames_per_block: int, independent_first_frame: bool = False) -> None:

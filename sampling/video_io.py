@@ -14,18 +14,18 @@ end: an interrupted or failed write leaves whatever was there before.
 from __future__ import annotations
 
 import math
-import os
+import textwrap
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from PIL import GifImagePlugin, Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from machine.files import replacing
 
 CHANNELS = (1, 3)
 VIDEO_SUFFIXES = (".gif", ".mp4", ".png")
@@ -33,18 +33,14 @@ MAX_GIF_FPS = 50  # a GIF counts delays in 1/100 s, and browsers play a delay be
 LARGEST_STORED = 2.0  # of a value in an array: a network may overshoot 1, bytes or display range never look like this
 MP4_QUALITY = 8  # imageio's scale, 0 worst to 10 best
 GAP = 2  # between frames of one strip
-ROW_GAP = 20  # between videos of a contact sheet
 GREY_LEVELS_OF_ANIMATED_SHEET = 32  # rounding a network's faint background noise away keeps the GIF small
 
 BACKGROUND = (255, 255, 255)
-TITLE_COLOUR = (23, 27, 33)
-LABEL_COLOUR = (87, 96, 106)
-RULE_COLOUR = (216, 222, 228)
-MARGIN = 24
-TITLE_PADDING = 8
-LINE_HEIGHT = 1.3  # of the font size
+TEXT = (32, 32, 32)
+MARGIN = 12
 SMALLEST_FONT = 13
-FONT_PER_FRAME_HEIGHT = 0.22  # text grows with the frames, so it stays readable when a large sheet is shown small
+FONT_PER_FRAME_HEIGHT = 0.17  # text grows with the frames, so it stays readable when a large sheet is shown small
+LETTER_WIDTH = 0.52  # of the font size, on average
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -135,28 +131,6 @@ def _join(pieces: list[np.ndarray], axis: int) -> np.ndarray:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, of the same suffix; rename it to `path` if the body succeeds.
-
-    Raises OSError (PermissionError where that is the cause) naming the folder when it cannot be written.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write the file {path}: a folder of that name exists; choose another file name")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        message = f"cannot write into the folder {path.parent} ({error.strerror}); choose another or make it writable"
-        raise OSError(error.errno, message) from error
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_video(path: Path, video: Tensor, fps: int = 8, scale: int = 4) -> None:
@@ -280,51 +254,37 @@ def load_array(path: Path) -> tuple[Tensor, str]:
 # --- sheets -----------------------------------------------------------------------------------------------------------
 
 
-class _Text:
-    """One size of Pillow's built-in typeface: the same look on every machine. Measures, wraps and draws."""
-
-    def __init__(self, size: int, colour: tuple[int, int, int]):
-        self.font = ImageFont.load_default(size)
-        self.colour = colour
-        self.line_height = round(size * LINE_HEIGHT)
-
-    def width(self, text: str) -> int:
-        return math.ceil(self.font.getlength(text))
-
-    def wrap(self, text: str, width: int) -> list[str]:
-        """Break `text` between words, and inside a word only where the word alone is wider than `width`."""
-        lines = [""]
-        for word in text.split():
-            longer = f"{lines[-1]} {word}".strip()
-            if self.width(longer) <= width:
-                lines[-1] = longer
-                continue
-            if lines[-1]:
-                lines.append("")
-            for letter in word:
-                if lines[-1] and self.width(lines[-1] + letter) > width:
-                    lines.append("")
-                lines[-1] += letter
-        return lines
-
-    def height(self, lines: list[str]) -> int:
-        return len(lines) * self.line_height
-
-    def draw(self, canvas: Image.Image, lines: list[str], x: int, middle: int, anchor: str = "lm") -> None:
-        """Draw `lines` centred vertically on `middle`; `anchor` is Pillow's: lm left, mm centred, rm right at `x`."""
-        top = middle - self.height(lines) / 2
-        pen = ImageDraw.Draw(canvas)
-        for index, line in enumerate(lines):
-            y = top + (index + 0.5) * self.line_height
-            pen.text((x, y), line, font=self.font, fill=self.colour, anchor=anchor)
-
-
 def _font_size(frame_height: int) -> int:
     return max(SMALLEST_FONT, round(frame_height * FONT_PER_FRAME_HEIGHT))
 
 
-def _paste(canvas: Image.Image, pixels: np.ndarray, x: int, y: int) -> None:
-    canvas.paste(Image.fromarray(pixels), (x, y))
+def _wrapped(text: str, width: int, font_size: int) -> str:
+    return textwrap.fill(text, max(int(width / (LETTER_WIDTH * font_size)), 1))
+
+
+def _labelled(
+    rows: list[np.ndarray], row_labels: list[str], column_labels: list[str], font_size: int, row_gap: int = GAP, title: str = ""
+) -> np.ndarray:
+    """Pictures (height, width, 3) of one size under each other on white, with a label at the left of each, labels over their equally wide
+    columns and a title over all. Lays the texts out as Pillow measures them."""
+    font = ImageFont.load_default(font_size)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox
+    label_boxes, column_boxes = ([measure((0, 0), label, font) for label in labels] for labels in (row_labels, column_labels))
+    height, width = rows[0].shape[:2]
+    pitch = max(height, *(box[3] for box in label_boxes)) + row_gap
+    x = round(2 * MARGIN + max(box[2] for box in label_boxes))
+    y = round(2 * MARGIN + max(box[3] for box in column_boxes) + (measure((0, 0), title, font)[3] + MARGIN if title else 0))
+    canvas = Image.new("RGB", (x + width + MARGIN, math.ceil(y + len(rows) * pitch - row_gap + MARGIN)), BACKGROUND)
+    pen = ImageDraw.Draw(canvas)
+    pen.multiline_text((x, MARGIN), title, TEXT, font)
+    for index, label in enumerate(column_labels):
+        centre = x + round((index + 0.5) * (width + GAP) / len(column_labels))
+        pen.multiline_text((centre, y - MARGIN // 2), label, TEXT, font, anchor="md", align="center")
+    for index, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
+        middle = round(y + index * pitch + (pitch - row_gap) / 2)
+        pen.multiline_text((x - MARGIN, middle), label, TEXT, font, anchor="rm", align="right")
+        canvas.paste(Image.fromarray(row), (x, middle - height // 2))
+    return np.asarray(canvas)
 
 
 def _evenly_spaced(num_frames: int, num_shown: int) -> list[int]:
@@ -332,10 +292,8 @@ def _evenly_spaced(num_frames: int, num_shown: int) -> list[int]:
     return np.linspace(0, num_frames - 1, min(num_frames, num_shown)).round().astype(int).tolist()
 
 
-def _draw_frame_numbers(canvas: Image.Image, text: _Text, shown: list[int], x: int, middle: int, cell: int) -> None:
-    for column, frame in enumerate(shown):
-        number = f"frame {frame}" if text.width(f"frame {frame}") < cell else str(frame)
-        text.draw(canvas, [number], x + column * (cell + GAP) + cell // 2, middle, anchor="mm")
+def _frame_labels(shown: list[int], width: int, font_size: int) -> list[str]:
+    return [_wrapped(f"frame {frame}", width, font_size) for frame in shown]
 
 
 def contact_sheet(
@@ -350,24 +308,9 @@ def contact_sheet(
     videos = _checked_batch("videos", videos, labels)
     shown = _evenly_spaced(videos.shape[1], num_columns_frames)
     rows = [_strips(video, scale) for video in videos[:, shown]]  # each (H * scale, strip width, 3)
-    cell_height, cell_width = (side * scale for side in videos.shape[-2:])
-    strip_width = rows[0].shape[1]
-    text = _Text(_font_size(cell_height), TITLE_COLOUR)
-    small = _Text(max(SMALLEST_FONT, round(_font_size(cell_height) * 0.8)), LABEL_COLOUR)
-
-    label_width = min(max(text.width(label) for label in labels), max(strip_width // 2, 8 * text.line_height))
-    wrapped = [text.wrap(label, label_width) for label in labels]
-    pitch = max(cell_height, *(text.height(lines) for lines in wrapped)) + ROW_GAP
-    strip_x = MARGIN + label_width + MARGIN
-    top = MARGIN + small.line_height + TITLE_PADDING
-    canvas = Image.new("RGB", (strip_x + strip_width + MARGIN, top + pitch * len(rows) - ROW_GAP + MARGIN), BACKGROUND)
-
-    _draw_frame_numbers(canvas, small, shown, strip_x, MARGIN + small.line_height // 2, cell_width)
-    for index, (row, lines) in enumerate(zip(rows, wrapped, strict=True)):
-        middle = top + index * pitch + (pitch - ROW_GAP) // 2
-        text.draw(canvas, lines, MARGIN, middle)
-        _paste(canvas, row, strip_x, middle - cell_height // 2)
-    _write_png(Path(path), np.asarray(canvas))
+    size = _font_size(videos.shape[-2] * scale)
+    wrapped = [_wrapped(label, max(rows[0].shape[1] // 2, 12 * size), size) for label in labels]
+    _write_png(Path(path), _labelled(rows, wrapped, _frame_labels(shown, videos.shape[-1] * scale, size), size, MARGIN))
 
 
 def comparison_sheet(
@@ -381,44 +324,24 @@ def comparison_sheet(
     """Write a PNG that compares sources: a panel a prompt, in it one row a source, evenly spaced frames along the row.
 
     groups: (source name, videos (B, F, C, H, W) in [0, 1]), all of the same B, F, H, W. labels: the B prompts, which
-    title the panels. Source names stand at the left of each row, frame numbers over the panels of the first line.
-    Raises ValueError where shapes or counts disagree or a video is unusable; OSError for an unwritable folder.
+    title the panels. Raises ValueError where shapes or counts disagree or a video is unusable; OSError for an unwritable folder.
     """
     _checked_count("num_columns_frames", num_columns_frames)
     _checked_count("num_panels_across", num_panels_across)
     groups = _checked_groups(groups, labels)
-    videos = torch.stack([videos.expand(-1, -1, 3, -1, -1) for _, videos in groups], dim=1)  # (B, sources, F, C, H, W)
-    shown = _evenly_spaced(videos.shape[2], num_columns_frames)
-    panels = [_strips(video[:, shown], scale) for video in videos]
-    panel_height, panel_width = panels[0].shape[:2]
-    cell_height, cell_width = (side * scale for side in videos.shape[-2:])
-    size = _font_size(cell_height)
-    title, name_text = _Text(size, TITLE_COLOUR), _Text(size, LABEL_COLOUR)
-    small = _Text(max(SMALLEST_FONT, round(size * 0.8)), LABEL_COLOUR)
-
+    shown = _evenly_spaced(groups[0][1].shape[1], num_columns_frames)
+    height, width = (side * scale for side in groups[0][1].shape[-2:])
+    size = _font_size(height)
+    titles = [_wrapped(label, len(shown) * width, size) for label in labels]
+    most = max(title.count("\n") for title in titles)
+    panels = [
+        _labelled([_strips(videos[index, shown], scale) for _, videos in groups], [name for name, _ in groups],
+                  _frame_labels(shown, width, size), size, title="\n" * (most - title.count("\n")) + title)
+        for index, title in enumerate(titles)
+    ]
     across = min(num_panels_across, len(panels))
-    down = math.ceil(len(panels) / across)
-    name_width = max(name_text.width(name) for name, _ in groups)
-    titles = [title.wrap(label, panel_width) for label in labels]
-    title_height = max(title.height(lines) for lines in titles) + 2 * TITLE_PADDING
-    panels_x = MARGIN + name_width + MARGIN // 2
-    top = MARGIN + small.line_height + TITLE_PADDING
-    pitch_x, pitch_y = panel_width + MARGIN, title_height + panel_height + MARGIN
-    canvas = Image.new("RGB", (panels_x + across * pitch_x, top + down * pitch_y), BACKGROUND)
-
-    for column in range(across):
-        x = panels_x + column * pitch_x
-        _draw_frame_numbers(canvas, small, shown, x, MARGIN + small.line_height // 2, cell_width)
-    for index, (panel, lines) in enumerate(zip(panels, titles, strict=True)):
-        x, y = panels_x + index % across * pitch_x, top + index // across * pitch_y
-        if index % across == 0:
-            ImageDraw.Draw(canvas).line((MARGIN, y, canvas.width - MARGIN, y), fill=RULE_COLOUR, width=GAP)
-            for row, (name, _) in enumerate(groups):
-                middle = y + title_height + row * (cell_height + GAP) + cell_height // 2
-                name_text.draw(canvas, [name], panels_x - MARGIN // 2, middle, anchor="rm")
-        title.draw(canvas, lines, x, y + title_height - TITLE_PADDING - title.height(lines) // 2)
-        _paste(canvas, panel, x, y + title_height)
-    _write_png(Path(path), np.asarray(canvas))
+    panels += [np.full_like(panels[0], BACKGROUND)] * (-len(panels) % across)
+    _write_png(Path(path), rearrange(np.stack(panels), "(down across) h w c -> (down h) (across w) c", across=across))
 
 
 def comparison_gif(
@@ -436,23 +359,8 @@ def comparison_gif(
     rows = []
     for _, videos in groups:
         rounded = (videos.clamp(0, 1) * steps).round() / steps
-        rows.append(_join([_frames_to_uint8(video, scale) for video in rounded], axis=2))
-    cells = _join(rows, axis=1)  # (F, grid height, grid width, 3)
-    num_frames, grid_height, grid_width, _ = cells.shape
-    cell_height, cell_width = (side * scale for side in groups[0][1].shape[-2:])
-    title, name_text = _Text(SMALLEST_FONT, TITLE_COLOUR), _Text(SMALLEST_FONT, TITLE_COLOUR)
-
-    half = MARGIN // 2
-    titles = [title.wrap(label, cell_width - 2 * GAP) for label in labels]
-    title_height = max(title.height(lines) for lines in titles)
-    x = half + max(name_text.width(name) for name, _ in groups) + half
-    y = half + title_height + TITLE_PADDING
-    canvas = Image.new("RGB", (x + grid_width + half, y + grid_height + half), BACKGROUND)
-    for column, lines in enumerate(titles):
-        centre = x + column * (cell_width + GAP) + cell_width // 2
-        title.draw(canvas, lines, centre, half + title_height - title.height(lines) // 2, anchor="mm")
-    for row, (name, _) in enumerate(groups):
-        name_text.draw(canvas, [name], x - half, y + row * (cell_height + GAP) + cell_height // 2, anchor="rm")
-    frames = repeat(np.asarray(canvas.convert("L")), "h w -> f h w c", f=num_frames, c=3).copy()
-    frames[:, y : y + grid_height, x : x + grid_width] = cells
-    _write_gif(Path(path), frames, fps)
+        rows.append(_join([_frames_to_uint8(video, scale) for video in rounded], axis=2))  # (F, H * scale, grid width, 3)
+    titles = [_wrapped(label, groups[0][1].shape[-1] * scale, SMALLEST_FONT) for label in labels]
+    names = [name for name, _ in groups]
+    frames = [_labelled(list(frame), names, titles, SMALLEST_FONT) for frame in zip(*rows, strict=True)]
+    _write_gif(Path(path), np.stack(frames), fps)

@@ -1,6 +1,9 @@
 """The house: imports go from the upper wings to the lower ones, never back up, and never in a circle."""
 
 import ast
+import re
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -47,6 +50,13 @@ def wing_of(name: str) -> str:
     return name.partition(".")[0]
 
 
+def test_no_test_file_imports_another():
+    """What several test files share is in tests/helpers, or a fixture of conftest.py."""
+    for path in ROOT.glob("tests/**/*.py"):
+        shared = re.findall(r"^\s*(?:from|import) ((?:test_|conftest)\w*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not shared, f"{path.name} imports {shared}"
+
+
 def test_every_file_belongs_to_a_wing():
     assert {wing_of(name) for name in MODULES} == MAY_IMPORT.keys()
 
@@ -61,6 +71,18 @@ def test_imports_go_down(path):
 def test_imports_form_no_circle():
     ordered = list(TopologicalSorter({module_name(path): imported_modules(path) for path in FILES}).static_order())  # raises CycleError
     assert set(ordered) == MODULES and ordered.index("machine.paths") < ordered.index("dynamic_video_sf") < ordered.index("train")
+
+
+@pytest.mark.parametrize("command", [
+    "generate.py", "evaluate.py",
+    *("-m experiments." + name for name in ("comparison", "long_video drift", "benchmark", "spread")),
+])
+def test_help_answers_without_torch(command):
+    """torch takes seconds to load, so every entry point reads its command line first."""
+    command = [sys.executable, "-X", "importtime", *command.split(), "--help"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and "precision" in ended.stdout
+    assert re.search(r"\| +machine.threads$", ended.stderr, re.MULTILINE) and not re.search(r"\| +torch$", ended.stderr, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -7,8 +7,8 @@ dict). Beside them are `text_encoder_state_dict`, `prompts_drawn` (seed: number 
 whose digits the network or its teacher learned from), `runtime` (device and number format), and in the checkpoint of a run
 `generator_ema_state_dict` and all that resuming needs.
 
-    python checkpoint.py IN OUT           strip IN to its averaged weights in float16, which is what `pretrained/` ships
-    python checkpoint.py IN IN ... OUT    the mean of several students of one teacher, stripped likewise
+    python -m training.checkpoint IN OUT           strip IN to its averaged weights in float16, which is what `pretrained/` ships
+    python -m training.checkpoint IN IN ... OUT    the mean of several students of one teacher, stripped likewise
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from machine import threads  # noqa: F401  before torch, which reads its setting
 
 # isort: split
 import argparse
-import os
 import pickle
 import sys
 import warnings
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from digits.mnist import SPLITS
+from machine.files import replacing
 from machine.paths import user_path
 from machine.runtime import PRECISIONS
 from moving_mnist import DatasetConfig
@@ -49,51 +49,9 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write to a temporary file beside `path`, flush it to the disk, then rename, and flush the folder: `path` is always whole.
-
-    Raises OSError naming the folder or file if it cannot be written; what stood at `path` is then untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        raise OSError(f"cannot write to the folder {path.parent} ({error.strerror}): choose another one") from error
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # a full disk comes as either, depending on who of torch notices
-        reason = str(_root_of(error)).partition("\n")[0]
-        raise OSError(f"cannot write {path} ({reason}): what stood there is untouched; free some space or choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)  # gone already if the rename was reached
-
-
-def _root_of(error: BaseException) -> BaseException:
-    """The system's own refusal, where torch stumbled over it and raised an error of its own."""
-    context = error.__context__
-    return error if isinstance(error, OSError) or context is None else _root_of(context)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a new name in the folder last through a loss of power, where the system lets folders be opened (Windows does not)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what saves that were killed left in a folder. No other process may be saving there."""
-    for path in folder.glob(".*.pt.*.part"):
-        path.unlink(missing_ok=True)
+    """Write a checkpoint that is whole or not there, whatever stops the save. Raises OSError as `replacing`."""
+    with replacing(path, is_durable=True) as temporary, open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
 
 
 def load_checkpoint(path: Path, is_mapped: bool = False) -> dict[str, Any]:

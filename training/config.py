@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
 import shlex
-import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from machine.paths import at_home
+from method.choices import DEVICES, PRECISIONS, require
 from method.settings import (
     TRAINING_KINDS,
     CausalConsistencyConfig,
@@ -31,14 +29,11 @@ from method.settings import (
     PretrainConfig,
     SelfForcingConfig,
     TrainingConfig,
-    require,
 )
 from moving_mnist import DatasetConfig
 from network.text_encoder import TextEncoderConfig
 from tiny_causal_wan import ModelConfig
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "float32", "bfloat16")
 PATH_KEYS = ("log_dir", "training.resume", "training.pretrained_checkpoint", "training.generator_checkpoint")
 GROUPS = ("model", "dataset", "training", "experiment")  # of configs/, chosen by the name of a file
 
@@ -192,15 +187,6 @@ def _quoting_advice(override: str) -> str:
     except HydraException:
         return ""
     return f": its value needs quotes within quotes, {shlex.quote(quoted)}"
-
-
-def run_in_one_line(main: Callable[[], None], known_keys: list[str]) -> None:
-    """Run a Hydra entry point whose configuration has these keys; exits with one line where Hydra refuses."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its refusals, instead of printing a page and exiting
-    try:
-        main()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {explain_refusal(error, known_keys)}")
 
 
 def explain_command_line(error: Exception, overrides: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What benchmark.py measures is the real code path: the same videos and updates, all of the time, all of the arithmetic."""
+"""What the benchmark measures is the real code path: the same videos and updates, all of the time, all of the arithmetic."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_SIZES, build_small_model, randomise
+from helpers.networks import SMALL_SIZES, build_small_model, save_untrained
 from torch import nn
 from torch.testing import assert_close
 
@@ -40,8 +40,8 @@ from network.attention import ContextWindow
 from network.text_encoder import TextEncoder, TextEncoderConfig
 from sampling.samplers import sample_few_step
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
-from training.checkpoint import LoadedNetworks, save_checkpoint
-from training.config import Config, PretrainConfig, SelfForcingConfig, config_to_dict
+from training.checkpoint import LoadedNetworks
+from training.config import Config, PretrainConfig, SelfForcingConfig
 from training.stages import SelfForcingStage
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -63,16 +63,8 @@ def run_config(training: PretrainConfig | SelfForcingConfig) -> Config:
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     """Checkpoints of a small untrained teacher and student."""
-    torch.manual_seed(1)
-    paths = {}
-    for name, training in (("teacher", PretrainConfig(teacher_steps=2)), ("student", SelfForcingConfig(denoising_steps=[1000, 500]))):
-        config, paths[name] = run_config(training), tmp_path / f"{name}.pt"
-        save_checkpoint(paths[name], {
-            "step": 0, "training_type": training.training_type, "config": config_to_dict(config), "prompts_drawn": {},
-            "generator_state_dict": randomise(TinyCausalWanModel(config.model)).state_dict(),
-            "text_encoder_state_dict": TextEncoder(config.text).state_dict(), "optimizer_state_dict": {},
-        })
-    return paths
+    trainings = {"teacher": PretrainConfig(teacher_steps=2), "student": SelfForcingConfig(denoising_steps=[1000, 500])}
+    return {name: save_untrained(tmp_path / f"{name}.pt", run_config(training)) for name, training in trainings.items()}
 
 
 def test_the_compiled_student_counts_as_the_student_and_stands_beside_it(networks: LoadedNetworks, monkeypatch: pytest.MonkeyPatch):

@@ -10,20 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.networks import save_untrained
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_evaluate import save_untrained
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import comparison, comparison_report
 from experiments.comparison import Comparison, compare, compose_run, num_steps
+from experiments.comparison_jobs import Training, quote
 from experiments.comparison_report import COLUMNS, as_markdown
 from experiments.comparison_settings import ComparisonConfig
 from experiments.compute import CPU, _count_step, flops_per_step
+from machine import runtime
 from machine.paths import REPOSITORY
 from tiny_causal_wan import ModelConfig
 from train import run_command_line
-from training.checkpoint import load_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import Config, PretrainConfig, register_schemas
 from training.stages import PretrainStage, SelfForcingStage
 
@@ -31,40 +33,42 @@ CONFIGS = REPOSITORY / "configs"
 TINY = ["model.width=24", "model.num_layers=1", "model.num_heads=2", "training.batch_size=2"]
 COSTS = {"tf": 3.0, "df": 1.0, "sf_dmd": 2.0, "sf_gan": 4.0}  # FLOPs a step, pretended
 FAKE_TRAIN = """
-import os, shutil, signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 asked = dict(argument.split("=", 1) for argument in sys.argv[1:])
 folder = Path(asked["log_dir"].strip("'"))
 run = folder / f"run-{len(list(folder.glob('run*')))}"
 run.mkdir()
+run.joinpath("checkpoint_0000001.pt").touch()
 run.joinpath("scalars.csv").write_text("step,seconds\\n0,30\\n1,60\\n")
 run.joinpath("asked.txt").write_text("\\n".join([*sys.argv[1:], "threads=" + os.environ["OMP_NUM_THREADS"]]))
 if os.environ.get("BREAKS") == asked["training"]:
-    for step in (9, 10):
-        shutil.copyfile(os.environ["CHECKPOINT"], run / f"checkpoint_{step:07d}.pt")
-    run.joinpath("checkpoint_0000011.pt").touch()
     sys.exit("error: it broke")
 if "INTERRUPTS" in os.environ:
     os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(60)
-folder.joinpath("checkpoint_final.pt").touch()
+folder.joinpath("checkpoint_final.pt").write_text(os.environ.get("RESOLVES_TO", ""))
 """
 FAKE_EVALUATE = """
-import hashlib, json, sys
+import hashlib, json, os, sys
 from pathlib import Path
 asked = dict(argument.split("=", 1) for argument in sys.argv[1:])
 folder = Path(asked["output_dir"].strip("'"))
+folder.mkdir()
+planned = json.loads(folder.with_name("settings.json").read_text())["settings"]
+folder = folder.parent
 value = 0.5 if "seed1" in folder.name else 0.25
 checkpoint = Path(asked["checkpoint"].strip("'").replace(chr(92), ""))
 if "seed1000" in folder.name:  # of a selection: the best rate is the one nearest to 2e-4
-    trained = json.loads((folder.parent.parent / "trainings" / checkpoint.parent.name / "settings.json").read_text())["settings"]
-    value = 1 - 1000 * abs(trained["training.lr"] - 2e-4)
+    value = 1 - 1000 * abs(planned["network"]["training.lr"] - 2e-4)
 figures = {"frames_right": value, "frames_right_ci": [0.2, 0.6], "frames_right_by_frame": [0.1], "frames_per_second": 30.0}
-figures |= {"checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "evaluations_a_block": 8, "cache_evaluations_a_block": 2}
+figures |= {"checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
+figures |= {"evaluations_a_block": 8, "cache_evaluations_a_block": 2}
 sampler = "unguided" if "denoising_steps" in asked else "guided" if "num_steps" in asked else "own"
 sampler += " block by block" if "causal" in asked else ""
+figures |= {key: value for key, value in planned.items() if key != "network"} | json.loads(os.environ.get("SCORES_WITH", "{}"))
 rows = {"real": {**figures, "frames_right": 0.875}, f"x, {sampler}, guidance 2": figures}
-folder.joinpath("evaluation.json").write_text(json.dumps(rows))
+folder.joinpath("figures", "evaluation.json").write_text(json.dumps(rows))
 """
 register_schemas()
 
@@ -99,9 +103,8 @@ def fake(teacher: Path, tmp_path: Path, monkeypatch) -> Path:
     """Scripts that leave the files of a training and of a score at once, and pretended costs."""
     (tmp_path / "train.py").write_text(FAKE_TRAIN)
     (tmp_path / "evaluate.py").write_text(FAKE_EVALUATE)
-    monkeypatch.setenv("CHECKPOINT", str(teacher))
     monkeypatch.setattr(comparison, "SCRIPTS", tmp_path)
-    monkeypatch.setattr(comparison, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(Training, "difference", lambda self: self.checkpoint.read_text())  # nothing, where it is as planned
 
     def cost(config: Config) -> float:
         training = config.training
@@ -129,7 +132,7 @@ def cells(text: str, title: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def runs(teacher: Path) -> dict[str, Config]:
-    start = f"training.pretrained_checkpoint={comparison.quote(teacher)}"
+    start = f"training.pretrained_checkpoint={quote(teacher)}"
     common = [*TINY, "training.min_num_frames=6", "training.max_num_frames=6", start]
     return {name: compose_run([*comparison.PARADIGMS[name], *common]) for name in ("tf", "df", "sf_dmd", "sf_gan")}
 
@@ -223,9 +226,13 @@ def test_a_comparison_end_to_end_and_a_second_time_nothing(ask, tmp_path, monkey
     capsys.readouterr()
     monkeypatch.setattr(comparison.subprocess, "Popen", None)
     monkeypatch.setattr(comparison, "flops_per_step", None)
-    before = (training / "checkpoint_final.pt").stat().st_mtime
-    assert compare(config) == 0 and (training / "checkpoint_final.pt").stat().st_mtime == before
-    assert "2 jobs, 2 done before" in capsys.readouterr().out
+    assert compare(config) == 0 and "2 jobs, 2 done before" in capsys.readouterr().out
+    (planned,) = Comparison(config).trainings
+    assert planned.difference() == ""
+    save_checkpoint(planned.checkpoint, {**stored, "step": 1, "config": {**stored["config"], "seed": 7}})
+    assert planned.difference() == "seed 7, now 0, step 1, now 2"
+    planned.checkpoint.write_bytes(b"no checkpoint")
+    assert "cannot be read as a checkpoint" in planned.difference()
 
 
 def test_rows_are_sampled_as_they_are_called(ask, fake):
@@ -251,17 +258,15 @@ def test_rows_are_sampled_as_they_are_called(ask, fake):
     assert [plans[name]["guidance"] for name in ("teacher", "start_few", "tf", "tf_few", "tf_unguided")] == [1.5, 1.5, 1.5, 1.5, 1]
 
 
-def test_an_interrupted_training_goes_on_from_its_newest_readable_checkpoint(ask, fake, monkeypatch, capsys):
+def test_a_training_that_failed_is_asked_to_resume_and_keeps_no_interval_checkpoint(ask, fake, monkeypatch):
     config = ask("rows=[sf_dmd]")
     monkeypatch.setenv("BREAKS", "self_forcing")
     assert compare(config) == 2  # and its score
     monkeypatch.delenv("BREAKS")
-    with pytest.warns(UserWarning, match="passed over: .*checkpoint_0000011.pt cannot be read"):
-        assert compare(config) == 0
-    assert "goes on from checkpoint_0000010.pt" in capsys.readouterr().out
+    assert compare(config) == 0
     (training,) = (fake / "logs" / "trainings").iterdir()
-    asked = (training / "run-1" / "asked.txt").read_text()
-    assert f"training.resume='{training / 'run-0' / 'checkpoint_0000010.pt'}'" in asked
+    asked = (training / "run-1" / "asked.txt").read_text().splitlines()
+    assert {"training.resume=auto", f"log_dir='{training}'", "run_name=run"} <= set(asked)
     assert not list(training.glob("run*/checkpoint_0*.pt"))
     assert cells(markdown(fake), "sf_dmd")[0][6] == "2.0"  # minutes of both attempts
 
@@ -271,19 +276,21 @@ def test_other_settings_are_not_reused(ask, fake, monkeypatch, capsys):
     assert compare(ask("rows=[sf_dmd]", "budget=3")) == 0
     output = capsys.readouterr().out
     assert "which has training.num_steps 6, now 3" in output
-    assert compare(ask("rows=[sf_dmd]", "num_videos=5")) == 0
-    assert len(list((fake / "logs" / "trainings").iterdir())) == 2 and len(list((fake / "logs" / "scores").iterdir())) == 3
+    assert compare(ask("rows=[sf_dmd]", "budget=3", "num_videos=5")) == 0
+    assert "not taken from the earlier table: num_videos 4, now 5" in capsys.readouterr().out
+    assert len(list((fake / "logs" / "trainings").iterdir())) == 2
     monkeypatch.setattr(comparison.subprocess, "Popen", None)
-    assert compare(ask("rows=[sf_dmd]", "checkpoint_interval=7")) == 0  # changes no weight
+    assert compare(ask("rows=[sf_dmd]", "budget=3", "num_videos=5", "checkpoint_interval=7")) == 0  # changes no weight
 
 
 def test_what_the_table_holds_is_done_where_its_folders_are_gone(ask, fake, monkeypatch, capsys):
     assert compare(ask("rows=[real,sf_dmd]")) == 0
+    capsys.readouterr()
     before = (fake / "results" / "table2.md").read_text()
     shutil.rmtree(fake / "logs")
     assert compare(ask("rows=[real,tf,tf_unguided,sf_dmd]")) == 0
     output = capsys.readouterr().out
-    assert [output.count(f"scoring {row}, blocks of 3, seed 0: starts") for row in ("sf_dmd", "tf", "tf_unguided")] == [1, 1, 1]
+    assert [output.count(f"scoring {row}, blocks of 3, seed 0: starts") for row in ("sf_dmd", "tf", "tf_unguided")] == [0, 1, 1]
     for title in ("real video", "Self-Forcing, DMD", "sf_dmd"):
         assert cells(markdown(fake), title) == cells(before, title) != []
     assert cells(markdown(fake), "TF, no guidance")[0][3] != "-" and "Not complete" not in markdown(fake)
@@ -315,27 +322,39 @@ def test_a_row_of_an_earlier_table_counts_only_where_all_that_made_it_is_the_sam
             row["made_with"][group] = value
     path.write_text(json.dumps(table))
     capsys.readouterr()
-    assert all(score.kept is None for score in Comparison(ask("rows=[sf_dmd]")).scores)
+    planned = Comparison(ask("rows=[sf_dmd]"))
+    assert len(planned.reuse()) == 1 and planned.scores[0].figures is None
     assert f"not taken from the earlier table: {words}"[:60] in capsys.readouterr().out
-
-
-def test_a_score_of_another_checkpoint_is_set_aside_and_made_anew(ask, fake, capsys):
-    assert compare(ask("rows=[sf_dmd]")) == 0
-    (training,) = (fake / "logs" / "trainings").iterdir()
-    (score,) = (fake / "logs" / "scores").iterdir()
-    (training / "checkpoint_final.pt").write_bytes(b"trained anew")
-    assert compare(ask("rows=[sf_dmd]")) == 0
-    assert f"set aside as {score.name}.stale1" in capsys.readouterr().out
-    assert {path.name for path in (fake / "logs" / "scores").iterdir()} == {score.name, f"{score.name}.stale1"}
 
 
 def test_a_row_of_another_checkpoint_is_not_taken(ask, fake, capsys):
     assert compare(ask("rows=[sf_dmd]")) == 0
-    shutil.rmtree(fake / "logs" / "scores")
+    path = fake / "results" / "table2.json"
+    path.write_text(path.read_text().replace('"checkpoint_sha256": "', '"checkpoint_sha256": "0'))
+    assert compare(ask("rows=[sf_dmd]")) == 0
+    output = capsys.readouterr().out
+    assert "not taken from the earlier table: another " in output and "2 jobs, 1 done before" in output
+
+
+def test_a_finished_training_that_is_not_as_planned_is_set_aside_and_made_again(ask, fake, capsys):
+    assert compare(ask("rows=[sf_dmd]")) == 0
     (training,) = (fake / "logs" / "trainings").iterdir()
-    (training / "checkpoint_final.pt").write_bytes(b"trained anew")
-    assert all(score.kept is None for score in Comparison(ask("rows=[sf_dmd]")).scores)
-    assert "not taken from the earlier table: another " in capsys.readouterr().out
+    (training / "checkpoint_final.pt").write_text("seed 7, now 0")
+    (fake / "results" / "table2.json").unlink()
+    assert compare(ask("rows=[sf_dmd]")) == 0
+    assert f"not what was planned (seed 7, now 0): set aside as {training.name}.stale" in capsys.readouterr().out
+    assert {path.name for path in training.parent.iterdir()} == {training.name, f"{training.name}.stale"}
+
+
+@pytest.mark.parametrize(("name", "value", "words", "num_failed"), [
+    ("RESOLVES_TO", "seed 7, now 0", "seed 7, now 0", 2), ("SCORES_WITH", '{"precision": "bfloat16"}', "precision bfloat16, now float32", 1),
+    ("SCORES_WITH", '{"checkpoint_sha256": "0"}', "another ", 1), ("SCORES_WITH", '{"code_sha256": "0"}', "code_sha256 0, now", 1),
+])
+def test_a_job_that_did_something_else_than_planned_has_failed(ask, fake, monkeypatch, capsys, name, value, words, num_failed):
+    monkeypatch.setenv(name, value)
+    assert compare(ask("rows=[sf_dmd]")) == num_failed
+    assert f"not what was planned: {words}" in capsys.readouterr().out
+    assert cells(markdown(fake), "Self-Forcing, DMD")[0][1:] == ["-"] * (len(COLUMNS) + 2)
 
 
 def test_every_paradigm_is_offered_the_same_candidates_on_a_seed_that_the_table_does_not_use(ask, fake):
@@ -366,22 +385,13 @@ def test_every_paradigm_is_offered_the_same_candidates_on_a_seed_that_the_table_
         compare(ask("rows=[sf_dmd]", "candidates.all=['','training.loss=*2']"))
 
 
-def test_flops_are_taken_from_an_earlier_table_whose_steps_were_the_same(ask, fake, monkeypatch):
-    asked = ["rows=[sf_dmd]"]
-    assert compare(ask(*asked)) == 0
-    path, counts = fake / "results" / "table2.json", fake / "results" / "table2_flops.json"
-    table = json.loads(path.read_text())
-    (described,) = table["trainings"]
-    counted = described["gflops_per_step"]
-    described["gflops_per_step"] = 2 * counted  # so that it shows from where they are
-    path.write_text(json.dumps(table))
-    counts.unlink()
-    for more in ([], ["seeds=[3]"], ["budget=40"]):  # neither seed nor length is one of a step
-        (training,) = Comparison(ask(*asked, *more)).trainings
-        assert training.flops_per_step == 2e9 * counted and not counts.exists()
+def test_flops_are_counted_once_for_the_same_steps(ask, fake, monkeypatch):
+    assert compare(ask("rows=[sf_dmd]")) == 0
     monkeypatch.setattr(comparison, "flops_per_step", lambda config: 7.0)
-    (training,) = Comparison(ask(*asked, 'overrides.sf_dmd=["training.batch_size=3"]')).trainings
-    assert training.flops_per_step == 7.0 and counts.exists()
+    for more in ([], ["seeds=[3]"], ["budget=40"]):  # neither seed nor length is one of a step
+        assert [training.flops_per_step for training in Comparison(ask("rows=[sf_dmd]", *more)).trainings] == [COSTS["sf_dmd"]]
+    (training,) = Comparison(ask("rows=[sf_dmd]", 'overrides.sf_dmd=["training.batch_size=3"]')).trainings
+    assert training.flops_per_step == 7.0
 
 
 def test_a_table_that_would_lose_results_stays(ask, fake, capsys):
@@ -396,9 +406,7 @@ def test_a_table_that_would_lose_results_stays(ask, fake, capsys):
 
 @pytest.mark.parametrize("text", [
     "{}", "not json", '{"rows": {"tf": {"3": {"0": {"frames_right": 1.0}}}}, "trainings": []}',
-    *('{"rows": {}, "trainings": [{"settings": {}, "paradigm": "tf", "block": 3, ' + rest + "}]}" for rest in (
-        '"seed": 0', '"gflops_per_step": 1', '"seed": 0, "gflops_per_step": "1"', '"seed": 0, "gflops_per_step": 0',
-        '"seed": 0, "gflops_per_step": NaN')),
+    '{"rows": {}, "trainings": [{"settings": []}]}', '{"rows": {}, "trainings": [{}]}',
 ])
 def test_a_file_that_is_no_table_is_not_written_over(ask, fake, text: str):
     (fake / "results").mkdir()
@@ -423,7 +431,7 @@ def test_an_interruption_stops_the_children_and_says_how_to_go_on(ask, fake, mon
     children = []
     opened = comparison.subprocess.Popen
     monkeypatch.setattr(comparison.subprocess, "Popen", lambda *given, **named: children.append(opened(*given, **named)) or children[-1])
-    with pytest.raises(KeyboardInterrupt, match="0 of 2 jobs are done; the same command goes on"):
+    with pytest.raises(KeyboardInterrupt, match="interrupted: the same command goes on"):
         compare(ask("rows=[sf_dmd]"))
     assert [child.poll() for child in children] == [-signal.SIGTERM]
 
@@ -432,7 +440,9 @@ def test_several_seeds_are_a_mean_and_a_range_and_a_partial_one_says_so(ask, fak
     config = ask("rows=[df]", "seeds=[0,1]")
     assert compare(config) == 0
     assert cells(markdown(fake), "DF")[0][3] == "0.375 [0.250, 0.500]" and "the range over 2 trainings" in markdown(fake)
-    table = Comparison(config).table()
+    planned = Comparison(config)
+    assert planned.reuse() == []
+    table = planned.table()
     del table["rows"]["df"]["3"]["0"]
     assert cells(as_markdown(table), "DF (1 of 2 seeds)")[0][3] == "0.500 [0.200, 0.600]"
 
@@ -468,3 +478,18 @@ def test_the_old_call_answers_with_the_new_one(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "experiment=table2", "experiment.budget=3", "device=cpu"])
     with pytest.raises(SystemExit, match="the comparison has moved: python -m experiments.comparison budget=3 device=cpu$"):
         run_command_line()
+
+
+@pytest.mark.parametrize("path", [
+    "train.py", "training/stages.py", "training/few_step.py", "method/losses.py", "dynamic_video_sf.py", "network/attention.py", "docs.py",
+])
+def test_a_change_of_the_code_that_trains_makes_another_training(path: str, tmp_path, monkeypatch):
+    for source in (*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*/*.py")):
+        copy = tmp_path / source.relative_to(REPOSITORY)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(source.read_bytes())
+    monkeypatch.setattr(runtime, "REPOSITORY", tmp_path)
+    before = runtime.code_digest(*comparison.TRAINED_CODE)
+    with open(tmp_path / path, "a") as file:
+        file.write("# a change\n")
+    assert (runtime.code_digest(*comparison.TRAINED_CODE) != before) == (path != "docs.py")

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from test_evaluate import save_untrained
+from helpers.networks import save_untrained
 
 from experiments import long_video
 from experiments.long_video import SWITCHES, draw_drift, main, read_rows, summarise_switch

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_small_model, random_prompt, random_text
-from test_stages import build_self_forcing, run_config, self_forcing_config, teacher  # noqa: F401 (a fixture)
+from helpers.networks import build_small_model, random_prompt, random_text
+from helpers.stages import build_self_forcing, run_config, self_forcing_config
 
 import dynamic_video_sf
 from dynamic_video_sf import SelfForcingEngine, make_noise_streams, rollout_blocks

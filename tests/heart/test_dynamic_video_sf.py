@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import build_small_model, load_self_test, random_prompt
+from helpers.networks import build_small_model, load_self_test, random_prompt
 from torch import Tensor
 
 import dynamic_video_sf

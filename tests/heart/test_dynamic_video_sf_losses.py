@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import build_small_model, random_prompt, random_text
+from helpers.networks import GaussianScore, build_small_model, random_prompt, random_text, shift_text
 from torch import Tensor, nn
 
 import dynamic_video_sf
 from dynamic_video_sf import SelfForcingEngine, Text
 from method.flow_matching import add_noise, x_0_from_velocity
 from method.losses import NORMALISER_FLOOR, dmd_gradient, dmd_loss, sid_loss
-from tiny_causal_wan import PromptContext
 from training.config import SelfForcingConfig
 
 
@@ -210,30 +209,6 @@ def test_score_times_lie_at_even_distances_and_are_shifted_as_asked_and_not_by_d
     torch.testing.assert_close(t, 0.1 + 0.8 * shift * u / (1 + (shift - 1) * u))
     mean = 0.5 if shift == 1 else shift / (shift - 1) - shift * math.log(shift) / (shift - 1) ** 2
     assert t.mean().item() == pytest.approx(0.1 + 0.8 * mean, abs=0.008)  # five standard errors
-
-
-class GaussianScore(nn.Module):
-    """The exact denoiser of N(mean + pooled prompt, factor factor^T), in place of a network; videos are (B, F, 1, 1, D)."""
-
-    def __init__(self, mean: Tensor, factor: Tensor):
-        super().__init__()
-        self.mean, self.factor = nn.Parameter(mean), nn.Parameter(factor)
-
-    def encode_prompt(self, shift: Tensor, mask: Tensor) -> PromptContext:
-        return PromptContext([], [], mask, shift)
-
-    def forward_bidirectional(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
-        """E[x_0 | x_t] = m + (1 - t) S ((1 - t)^2 S + t^2 I)^-1 (x_t - (1 - t) m), handed out as a velocity."""
-        t, mean = t[..., None, None, None], self.mean + prompt.pooled[:, None, None, None]
-        covariance = self.factor @ self.factor.T
-        noisy = (1 - t).square() * covariance + t.square() * torch.eye(len(self.mean), dtype=x_t.dtype)  # (B, F, 1, D, D)
-        solved = torch.linalg.solve(noisy, (x_t - (1 - t) * mean).transpose(-1, -2)).transpose(-1, -2)
-        return (x_t - (mean + (1 - t) * solved @ covariance)) / t
-
-
-def shift_text(batch_size: int, shift: list[float]) -> Text:
-    """The prompt that moves the mean by shift."""
-    return torch.tensor([shift]).expand(batch_size, -1), torch.ones(batch_size, 1, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(("interval", "clamp"), [([0.0, 1.0], False), ([0.4, 0.7], False), ([0.0, 1.0], True)])

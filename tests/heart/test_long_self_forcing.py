@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_small_model, random_prompt
-from test_stages import assert_same, build_self_forcing, run_config, self_forcing_config, teacher  # noqa: F401 (a fixture)
+from helpers.networks import build_small_model, random_prompt
+from helpers.stages import assert_same, build_self_forcing, run_config, self_forcing_config
 from torch import Tensor
 
 import dynamic_video_sf

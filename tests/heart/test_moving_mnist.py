@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import load_self_test
+from helpers.networks import load_self_test
 
 import moving_mnist
 from moving_mnist import DatasetConfig, MovingMNISTDataset, MovingMNISTGenerator, bounce

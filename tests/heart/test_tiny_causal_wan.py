@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL_SIZES, build_small_model, random_prompt, random_video
+from helpers.networks import SMALL_SIZES, build_small_model, random_prompt, random_video
 from torch import Tensor
 
 from machine.runtime import require_compiler

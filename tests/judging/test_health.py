@@ -9,11 +9,10 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from helpers.networks import GaussianScore, shift_text
+from helpers.runs import SHARED, tiny_config
+from helpers.stages import assert_same, build_self_forcing, snapshot
 from hydra import compose, initialize_config_dir
-from test_dynamic_video_sf_losses import GaussianScore, shift_text
-from test_stages import build_self_forcing, snapshot
-from test_stages import teacher as teacher
-from test_train import SHARED, assert_same, tiny_config
 from torch import nn
 
 import train

@@ -100,8 +100,9 @@ def test_a_digest_is_of_the_text_wherever_it_lies(tmp_path, monkeypatch):
 def test_a_digest_of_some_modules_covers_what_they_import_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "REPOSITORY", tmp_path)
     write_house(tmp_path, {
-        "generate.py": "from sampling.samplers import sample\n", "sampling/samplers.py": "from method.deep import f\nimport torch\n",
-        "method/deep.py": "def f():\n    from machine import deeper\n", "machine/deeper.py": "",
+        "generate.py": "from sampling.samplers import sample\n",
+        "sampling/samplers.py": "from method.deep import (\n    f,\n)\nimport torch\n",
+        "method/deep.py": "def f():\n    from machine import deep, deeper\n", "machine/deeper.py": "",
     })
     before = runtime.code_digest("sampling.samplers")
     write_house(tmp_path, {"generate.py": "from sampling.samplers import sample as s\n"})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_small_model, random_prompt, random_text
+from helpers.networks import build_small_model, random_prompt, random_text
 from torch import Tensor, nn
 
 from dynamic_video_sf import SelfForcingEngine, Text

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import build_small_model, random_prompt, random_video
+from helpers.networks import build_small_model, random_prompt, random_video
 from torch import Tensor
 
 from dynamic_video_sf import make_noise_streams, rollout_blocks

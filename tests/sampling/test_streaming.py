@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_small_model, random_prompt, random_video
-from test_generate import COMMON, refusal
-from test_generate import student as student  # a fixture
-from test_generate import student_path as student_path
+from helpers.generation import COMMON, refusal
+from helpers.networks import build_small_model, random_prompt, random_video
 from torch import Tensor
 
 from dynamic_video_sf import SelfForcingEngine, draw_noise, make_noise_streams, split_first_frames

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
+from helpers.networks import save_untrained
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -19,30 +19,19 @@ from machine.paths import REPOSITORY
 from machine.runtime import Runtime
 from machine.seeds import Purpose
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
-from network.text_encoder import TextEncoder
 from sampling.samplers import SamplerSettings, describe_sampler
-from tiny_causal_wan import ModelConfig, TinyCausalWanModel
-from training.checkpoint import LoadedNetworks, load_networks, save_checkpoint
-from training.config import Config, PretrainConfig, config_to_dict
+from tiny_causal_wan import ModelConfig
+from training.checkpoint import LoadedNetworks, load_networks
+from training.config import Config, PretrainConfig
 
 NUM_DRAWN = 300
-
-
-def save_untrained(path: Path, config: Config) -> Path:
-    torch.manual_seed(0)
-    save_checkpoint(path, {
-        "generator_state_dict": randomise(TinyCausalWanModel(config.model)).state_dict(),
-        "text_encoder_state_dict": TextEncoder(config.text).state_dict(), "optimizer_state_dict": {}, "step": 1,
-        "training_type": "pretrain", "config": config_to_dict(config), "prompts_drawn": {0: NUM_DRAWN},
-    })
-    return path
 
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
     """An untrained network for 32-pixel frames of one digit."""
     model = ModelConfig(width=24, num_layers=1, num_heads=2)
-    return save_untrained(tmp_path / "teacher.pt", Config(model=model, training=PretrainConfig(teacher_steps=2)))
+    return save_untrained(tmp_path / "teacher.pt", Config(model=model, training=PretrainConfig(teacher_steps=2)), NUM_DRAWN)
 
 
 def test_checkpoints_of_one_name_are_told_apart_by_their_folders():

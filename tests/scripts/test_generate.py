@@ -22,7 +22,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import randomise
+from helpers.generation import COMMON, STUDENT, refusal, write_networks
 from omegaconf import OmegaConf
 
 import generate as entry
@@ -31,52 +31,22 @@ from evaluate import EvaluateConfig
 from generate import BidirectionalPlan, SamplerSettings, generate, main, slug
 from machine.runtime import Runtime
 from method.plans import NAIVE_STEPS, RolloutPlan, baseline_plans, few_step_plan, many_step_plan, warp_steps
-from moving_mnist import DatasetConfig
 from network.attention import ContextWindow
-from network.text_encoder import TextEncoder, TextEncoderConfig, parse_caption
+from network.text_encoder import parse_caption
 from sampling.samplers import prepared, sample_many_step
 from sampling.video_io import load_array
-from tiny_causal_wan import ModelConfig, TinyCausalWanModel
-from training.checkpoint import LoadedNetworks, load_networks, save_checkpoint
-from training.config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
+from tiny_causal_wan import TinyCausalWanModel
+from training.checkpoint import LoadedNetworks, load_networks
+from training.config import Config, PretrainConfig, SelfForcingConfig
 from training.stages import PretrainStage
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 PROMPTS = ["a handwritten 7 drifting up", "the digit 3 moving left quickly", "", "a 0 bouncing around"]
-STUDENT = SelfForcingConfig(denoising_steps=[1000, 600, 300], context_noise=100, guidance=3.0)
 TEACHER = PretrainConfig(teacher_steps=3, teacher_guidance=2.0, teacher_eta=0.4, teacher_ink_kept=0.3)
 OWN_SETTINGS = SamplerSettings()  # the checkpoint's own
-COMMON = ("--device", "cpu", "--precision", "float32")
-
-
-def write_networks(path: Path, training: TrainingConfig) -> Path:
-    config = Config(
-        model=ModelConfig(frame_size=8, width=24, num_layers=2, num_heads=2, ffn_ratio=2, patch_size=[1, 4, 4], text_width=32),
-        text=TextEncoderConfig(width=32), dataset=DatasetConfig(frame_size=8, digit_size=4), training=training,
-    )
-    torch.manual_seed(0)
-    generator, text_encoder = randomise(TinyCausalWanModel(config.model)), TextEncoder(config.text)
-    save_checkpoint(path, {
-        "generator_state_dict": generator.state_dict(), "text_encoder_state_dict": text_encoder.state_dict(),
-        "optimizer_state_dict": {}, "step": 5, "training_type": training.training_type, "config": config_to_dict(config),
-        "prompts_drawn": {0: 8},
-    })
-    return path
-
-
-@pytest.fixture(scope="module")
-def student_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_networks(tmp_path_factory.mktemp("student") / "student.pt", STUDENT)
-
-
 @pytest.fixture(scope="module")
 def teacher_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_networks(tmp_path_factory.mktemp("teacher") / "teacher.pt", TEACHER)
-
-
-@pytest.fixture(scope="module")
-def student(student_path: Path) -> LoadedNetworks:
-    return load_networks(student_path, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +59,6 @@ def sample(
     batch_size: int = 4, seeds: list[int] | None = None,
 ) -> torch.Tensor:
     return generate(networks, prompts, list(range(len(prompts))) if seeds is None else seeds, num_frames, settings, CPU, batch_size)
-
-
-def refusal(*arguments: str) -> str:
-    """The one line with which the command line ends on bad input."""
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, *COMMON])
-    message = stop.value.code
-    assert isinstance(message, str), "a text as exit code is printed to stderr, with status 1"
-    assert message.startswith("error: ") and "\n" not in message
-    return message
 
 
 # --- a video is a function of (prompt, seed, checkpoint, settings) ----------------------------------------------------
@@ -463,7 +423,7 @@ def test_a_teacher_is_rolled_out_from_the_command_line(teacher_path: Path, tmp_p
     sampler = json.loads((tmp_path / "generation.json").read_text())["sampler"]
     assert sampler["kind"] == "causal" and sampler["plan"]["guidance"] == TEACHER.guidance
     assert sampler["plan"]["times"] == pytest.approx([1, 0.9, 0.75, 0.5])
-    assert "step 5, causal, 8 + 2 evaluations a block, on cpu" in capsys.readouterr().out
+    assert "step 1, causal, 8 + 2 evaluations a block, on cpu" in capsys.readouterr().out
 
 
 def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: Path):
@@ -473,7 +433,7 @@ def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: 
     ])
     facts = json.loads((tmp_path / "generation.json").read_text())
     digest = hashlib.sha256(student_path.read_bytes()).hexdigest()
-    assert facts["checkpoint"] == {"name": "student.pt", "sha256": digest, "training_type": "dmd2", "step": 5}
+    assert facts["checkpoint"] == {"name": "student.pt", "sha256": digest, "training_type": "dmd2", "step": 1}
     assert facts["sampler"]["requested"] == {
         "denoising_steps": [1000, 500], "num_steps": None, "guidance": 1.5, "eta": None, "ink_kept": None,
         "window_frames": None, "sink_frames": None, "causal": False

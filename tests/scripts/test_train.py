@@ -4,35 +4,19 @@ import copy
 import csv
 import os
 import pickle
-import sys
 from dataclasses import replace
 from math import nan
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from helpers.runs import SHARED, TINY, command_line, tiny_config
+from helpers.stages import assert_same
 
 import train
-from moving_mnist import DatasetConfig
-from network.text_encoder import TextEncoderConfig
-from tiny_causal_wan import ModelConfig
 from train import SimplifiedTrainer, TrainingDiverged
 from training.checkpoint import CheckpointError, load_checkpoint, load_networks, save_checkpoint
-from training.config import Config, PretrainConfig, SelfForcingConfig, WandbConfig, config_from_dict
-
-SHARED = {
-    "num_steps": 6, "batch_size": 2, "min_num_frames": 6, "max_num_frames": 9, "sample_interval": 0, "checkpoint_interval": 4,
-    "eval_videos": 0, "teacher_steps": 2,
-}
-
-
-def tiny_config(log_dir: Path, training: PretrainConfig | SelfForcingConfig) -> Config:
-    return Config(
-        device="cpu", precision="float32", log_dir=str(log_dir), run_name="run", training=training, wandb=WandbConfig(mode="disabled"),
-        model=ModelConfig(frame_size=16, width=24, num_layers=2, num_heads=2, ffn_ratio=2, patch_size=[1, 8, 8], text_width=32),
-        text=TextEncoderConfig(width=32, max_tokens=12), dataset=DatasetConfig(frame_size=16, digit_size=8),
-    )
+from training.config import Config, PretrainConfig, SelfForcingConfig, config_from_dict
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +37,6 @@ def self_forcing(pretrained) -> SelfForcingConfig:
 @pytest.fixture(scope="module")
 def student(self_forcing, tmp_path_factory) -> Path:
     return SimplifiedTrainer(tiny_config(tmp_path_factory.mktemp("self_forcing"), self_forcing)).train()
-
-
-def assert_same(first: object, second: object, where: str) -> None:
-    """Equal to the last bit, whatever is nested in it."""
-    if isinstance(first, dict):
-        assert first.keys() == second.keys(), where
-        for key in first:
-            assert_same(first[key], second[key], f"{where}.{key}")
-    elif isinstance(first, Tensor):
-        assert torch.equal(first, second), where
-    else:
-        assert first == second, where
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
@@ -264,19 +236,6 @@ def test_resuming_from_what_does_not_fit_is_refused(pretrained, student, self_fo
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-
-
-TINY = [
-    "device=cpu", "wandb.mode=disabled", "model.frame_size=16", "model.width=24", "model.num_layers=1", "model.num_heads=2",
-    "model.patch_size=[1,8,8]", "dataset.frame_size=16", "dataset.digit_size=8", "training.num_steps=1", "training.batch_size=2",
-    "training.min_num_frames=3", "training.max_num_frames=3", "training.teacher_steps=1",
-]
-
-
-def command_line(monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    train.run_command_line()
 
 
 @pytest.mark.parametrize("arguments, words", [

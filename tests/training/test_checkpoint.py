@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
+from helpers.networks import randomise
 
 from moving_mnist import DatasetConfig
 from network.text_encoder import TextEncoder, TextEncoderConfig
@@ -62,42 +62,6 @@ def test_round_trip_is_exact(path, whole):
     for name in ("generator_state_dict", "generator_ema_state_dict", "text_encoder_state_dict"):
         assert loaded[name].keys() == whole[name].keys()
         assert all(torch.equal(loaded[name][key], whole[name][key]) for key in whole[name])
-
-
-@pytest.mark.parametrize("failing, error", [
-    ("save", OSError("disk full")), ("save", RuntimeError("disk\nfull")), ("replace", OSError("no")),
-])
-def test_a_failure_while_saving_leaves_the_old_file_and_no_other(path, whole, monkeypatch, failing, error):
-    before = path.read_bytes()
-
-    def fail(first, *rest):
-        if failing == "save":
-            rest[0].write(b"half a file")
-        raise error
-
-    monkeypatch.setattr(*{"save": (torch, "save", fail), "replace": (os, "replace", fail)}[failing])
-    with pytest.raises(OSError, match="cannot write .*checkpoint.pt") as caught:
-        save_checkpoint(path, whole)
-    assert "\n" not in str(caught.value)
-    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
-
-
-def test_an_interrupt_while_saving_leaves_the_old_file_and_no_other(path, whole, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    before = path.read_bytes()
-    monkeypatch.setattr(os, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(path, whole)
-    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, whole):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="cannot write to the folder .*file"):
-        save_checkpoint(tmp_path / "file" / "checkpoint.pt", whole)
-    assert (tmp_path / "file").read_text() == "in the way"
 
 
 # ---------------------------------------------------------------------------------------------------------- broken files

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from test_stages import LENGTHS, run_config, self_forcing_config, teacher  # noqa: F401 (a fixture)
+from helpers.stages import LENGTHS, run_config, self_forcing_config
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import wandb
-from test_train import SHARED, tiny_config
+from helpers.runs import SHARED, tiny_config
 
 import train
 from machine.files import require_writable
@@ -53,7 +53,8 @@ import os, random, signal, sys, time
 sys.path.insert(0, ROOT)
 from pathlib import Path
 import torch
-from training.checkpoint import remove_leftovers, save_checkpoint
+from machine.files import remove_leftovers
+from training.checkpoint import save_checkpoint
 from training.resume import interval_checkpoints, newest_readable
 
 FUNCTION
@@ -86,7 +87,7 @@ for kill in range(50):
         step, weight = found[1]["step"], found[1]["generator_state_dict"]["weight"]
         assert int(path.stem[-7:]) == step and len(weight) == SIZE and bool((weight == step).all()), path
     assert step in (acknowledged, acknowledged + 1) and len(files) <= 3, (step, acknowledged, files)
-    num_hit += bool(list(folder.glob(".*.part")))
+    num_hit += bool(list(folder.glob(".*.part.pt")))
     remove_leftovers(folder)
     assert sorted(folder.iterdir()) == sorted(files)
 print("in the middle of a save:", num_hit)
@@ -185,7 +186,7 @@ def test_a_run_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_room(t
     with pytest.raises(OSError, match=words) as caught, pytest.warns(UserWarning, match="picture could not be written"):
         trainer.train()
     assert one_line(caught) and [path.name for path in tmp_path.rglob("*.pt")] == ["checkpoint_0000002.pt"]
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.part*"))
     monkeypatch.undo()
     config.training.resume = "auto"
     assert find_start(config).checkpoint["step"] == 2

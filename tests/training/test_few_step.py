@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import batch_random, build_small_model, random_prompt
+from helpers.networks import batch_random, build_small_model, random_prompt
 from torch import Tensor
 
 from dynamic_video_sf import make_noise_streams, rollout_blocks, sample_bidirectional

@@ -8,13 +8,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+from helpers.generation import COMMON, STUDENT, write_networks
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
-from test_generate import COMMON, STUDENT, write_networks
 
 from generate import main
 from machine.paths import REPOSITORY

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import batch_random, random_prompt
+from helpers.networks import batch_random, random_prompt
 from torch import Tensor
 
 from method.flow_matching import add_noise, shift_time, velocity

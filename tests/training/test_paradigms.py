@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
+from helpers.networks import save_untrained
+from helpers.stages import CPU, assert_same, snapshot
 from hydra import compose, initialize_config_dir
-from test_stages import CPU, assert_same, snapshot
 
 from machine.paths import REPOSITORY
 from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, warp_steps
 from method.settings import PretrainConfig
 from network.attention import ContextWindow
-from network.text_encoder import TextEncoder
 from sampling.samplers import SamplerSettings, sample, sample_few_step, sample_many_step
 from tiny_causal_wan import TinyCausalWanModel
 from train import STAGES, SimplifiedTrainer
@@ -68,13 +67,7 @@ def teacher(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = build_config(compose("train", ["training=pretrain", *TINY]))
-    torch.manual_seed(0)
-    model, text_encoder = randomise(TinyCausalWanModel(config.model)), TextEncoder(config.text)
-    save_checkpoint(path, {
-        "generator_state_dict": model.state_dict(), "text_encoder_state_dict": text_encoder.state_dict(), "optimizer_state_dict": {},
-        "step": 1, "training_type": "pretrain", "config": config_to_dict(config), "prompts_drawn": {0: 8},
-    })
-    return path
+    return save_untrained(path, config)
 
 
 def save(stage: Stage, config: Config, path: Path) -> Path:

@@ -14,22 +14,19 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from test_train import SHARED, TINY, assert_same, command_line, tiny_config
+from helpers.runs import OF_THE_ATTEMPT, TINY, TRAINING, command_line, pretraining, resumed, self_forcing, tiny_config
+from helpers.stages import assert_same
 
 import train
-from experiments.comparison import stop as stop_processes
+from experiments.comparison_jobs import stop as stop_processes
 from machine.interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
 from machine.paths import REPOSITORY
 from train import SimplifiedTrainer
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from training.config import Config, PretrainConfig, SelfForcingConfig, WandbConfig
+from training.config import Config, PretrainConfig, WandbConfig
 from training.resume import RunClaim, RunFinished, find_start, newest_readable
 
 ROOT = REPOSITORY
-TRAINING = {**SHARED, "max_num_frames": 6, "checkpoint_interval": 1}  # 6 steps
-OF_THE_ATTEMPT = {"config", "attempts", "wandb_run_id"}  # keys that two attempts at one run do not share
-
-
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take longer than the steps, and other tests look at them."""
@@ -42,19 +39,6 @@ def no_pictures(monkeypatch):
 def teacher(tmp_path_factory) -> Path:
     config = tiny_config(tmp_path_factory.mktemp("teacher"), PretrainConfig(**{**TRAINING, "num_steps": 1}))
     return SimplifiedTrainer(config).train() / "checkpoint_final.pt"
-
-
-def pretraining(log_dir: Path, **changes: object) -> Config:
-    return tiny_config(log_dir, PretrainConfig(**{**TRAINING, **changes}))
-
-
-def self_forcing(log_dir: Path, teacher: Path, **changes: object) -> Config:
-    common = {"denoising_steps": [1000, 500], "gradient_frames": 6, "dfake_gen_update_ratio": 2, "critic_warmup_steps": 1}
-    return tiny_config(log_dir, SelfForcingConfig(**{**TRAINING, "pretrained_checkpoint": str(teacher), **common, **changes}))
-
-
-def resumed(config: Config, how: str | Path = "auto") -> Config:
-    return replace(config, training=replace(config.training, resume=str(how)))
 
 
 def stopping_after(trainer: SimplifiedTrainer, last_step: int | None, draws: list[float], number: int = 15) -> SimplifiedTrainer:
@@ -155,14 +139,14 @@ def test_nothing_but_broken_checkpoints_is_a_start_from_the_beginning(tmp_path, 
 def test_only_whole_checkpoints_by_name_count(tmp_path):
     config = pretraining(tmp_path)
     path = cut_short(config, 1)
-    for other in (f".{path.name}.77.part", "checkpoint_9.pt.bak", "checkpoint_best.pt", "notes.pt"):
+    for other in (".checkpoint_0000001.77.part.pt", "checkpoint_9.pt.bak", "checkpoint_best.pt", "notes.pt"):
         path.with_name(other).write_bytes(path.read_bytes())
     (tmp_path / "run-other").mkdir()
     path.with_name("x").write_text("")
     (tmp_path / "run-other" / "checkpoint_0000005.pt").write_bytes(path.read_bytes())  # another name than run-NUMBER
     assert find_start(resumed(config)).path == path
     SimplifiedTrainer(resumed(config)).claim.release()
-    assert not list(path.parent.glob("*.part")), "what a killed save left is cleared away"
+    assert not list(path.parent.glob(".*.part*")), "what a killed save left is cleared away"
 
 
 @pytest.mark.parametrize("name", ["run", None])
@@ -241,7 +225,7 @@ def test_a_path_may_be_another_runs_and_nothing_of_it_is_replaced(tmp_path):
 
 def test_a_run_that_is_still_at_work_is_not_gone_on_with(tmp_path):
     path = cut_short(pretraining(tmp_path), 2)
-    part = path.with_name(f".{path.name}.1.part")
+    part = path.with_name(f".{path.stem}.1.part.pt")
     part.write_bytes(b"half")
     other = RunClaim()
     assert other.add(path.parent)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from test_resume import OF_THE_ATTEMPT, TRAINING, pretraining, resumed, self_forcing
-from test_train import TINY, assert_same
+from helpers.runs import OF_THE_ATTEMPT, TINY, TRAINING, pretraining, resumed, self_forcing
+from helpers.stages import assert_same
 from torch.testing import assert_close
 
 import train

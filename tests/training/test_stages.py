@@ -5,82 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
-from torch import Tensor, nn
+from helpers.networks import randomise
+from helpers.stages import CPU, LENGTHS, assert_same, build_self_forcing, run_config, self_forcing_config, snapshot
+from torch import nn
 
 from dynamic_video_sf import make_noise_streams, rollout_blocks
-from machine.runtime import Runtime
 from method.plans import baseline_plans
-from moving_mnist import DatasetConfig
-from network.text_encoder import TextEncoder, TextEncoderConfig
 from sampling.samplers import sample, sample_few_step
-from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, slim_checkpoint
-from training.config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
+from training.config import PretrainConfig, config_to_dict
 from training.stages import PretrainStage, SelfForcingStage, draw_num_frames, rate_factor, update_average
 from training.starting_networks import load_teacher
-
-CPU = Runtime(torch.device("cpu"), torch.float32)
-MODEL = {"frame_size": 16, "width": 24, "num_layers": 2, "num_heads": 2, "ffn_ratio": 2, "patch_size": [1, 8, 8], "text_width": 32}
-LENGTHS = {"batch_size": 2, "min_num_frames": 3, "max_num_frames": 9, "teacher_steps": 2}
-
-
-def run_config(training: TrainingConfig, **model_sizes: int) -> Config:
-    return Config(
-        model=ModelConfig(**(MODEL | model_sizes)), text=TextEncoderConfig(width=32, max_tokens=12),
-        dataset=DatasetConfig(frame_size=16, digit_size=8), training=training,
-    )
-
-
-@pytest.fixture
-def teacher(tmp_path: Path) -> Path:
-    """A checkpoint of pretraining with random weights everywhere."""
-    config = run_config(PretrainConfig(**LENGTHS))
-    torch.manual_seed(0)
-    model, text_encoder = randomise(TinyCausalWanModel(config.model)), TextEncoder(config.text)
-    path = tmp_path / "teacher.pt"
-    save_checkpoint(path, {
-        "generator_state_dict": model.state_dict(), "text_encoder_state_dict": text_encoder.state_dict(), "optimizer_state_dict": {},
-        "step": 1, "training_type": "pretrain", "config": config_to_dict(config), "prompts_drawn": {0: 8},
-    })
-    return path
-
-
-def self_forcing_config(teacher: Path, **changes: Any) -> SelfForcingConfig:
-    own = {"pretrained_checkpoint": str(teacher), "dfake_gen_update_ratio": 2, "critic_warmup_steps": 3}
-    return SelfForcingConfig(**(own | LENGTHS | changes))
-
-
-def build_self_forcing(teacher: Path, seed: int = 0, **changes: Any) -> SelfForcingStage:
-    torch.manual_seed(seed)
-    return SelfForcingStage(run_config(self_forcing_config(teacher, **changes)), CPU, torch.Generator().manual_seed(seed))
 
 
 def build_pretrain(seed: int = 0, **changes: Any) -> PretrainStage:
     torch.manual_seed(seed)
     training = PretrainConfig(**({"num_steps": 10, "warmup_steps": 2, **LENGTHS} | changes))
     return PretrainStage(run_config(training), CPU, torch.Generator().manual_seed(seed))
-
-
-def snapshot(module: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(module.parameters()).detach().clone()
-
-
-def assert_same(actual: Any, expected: Any, name: str) -> None:
-    """Equal bit for bit, through dicts and lists."""
-    assert type(actual) is type(expected), name
-    if isinstance(expected, dict):
-        assert actual.keys() == expected.keys(), name
-        for key in expected:
-            assert_same(actual[key], expected[key], f"{name}.{key}")
-    elif isinstance(expected, (list, tuple)):
-        assert len(actual) == len(expected), name
-        for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
-            assert_same(a, b, f"{name}.{index}")
-    elif isinstance(expected, Tensor):
-        assert torch.equal(actual, expected), name
-    else:
-        assert actual == expected, name
 
 
 # Self-Forcing

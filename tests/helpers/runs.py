@@ -1,0 +1,50 @@
+"""Configurations of tiny runs of train.py."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import train
+from moving_mnist import DatasetConfig
+from network.text_encoder import TextEncoderConfig
+from tiny_causal_wan import ModelConfig
+from training.config import Config, PretrainConfig, SelfForcingConfig, WandbConfig
+
+SHARED = {
+    "num_steps": 6, "batch_size": 2, "min_num_frames": 6, "max_num_frames": 9, "sample_interval": 0, "checkpoint_interval": 4,
+    "eval_videos": 0, "teacher_steps": 2,
+}
+TRAINING = {**SHARED, "max_num_frames": 6, "checkpoint_interval": 1}  # 6 steps
+OF_THE_ATTEMPT = {"config", "attempts", "wandb_run_id"}  # keys that two attempts at one run do not share
+TINY = [
+    "device=cpu", "wandb.mode=disabled", "model.frame_size=16", "model.width=24", "model.num_layers=1", "model.num_heads=2",
+    "model.patch_size=[1,8,8]", "dataset.frame_size=16", "dataset.digit_size=8", "training.num_steps=1", "training.batch_size=2",
+    "training.min_num_frames=3", "training.max_num_frames=3", "training.teacher_steps=1",
+]
+
+
+def tiny_config(log_dir: Path, training: PretrainConfig | SelfForcingConfig) -> Config:
+    return Config(
+        device="cpu", precision="float32", log_dir=str(log_dir), run_name="run", training=training, wandb=WandbConfig(mode="disabled"),
+        model=ModelConfig(frame_size=16, width=24, num_layers=2, num_heads=2, ffn_ratio=2, patch_size=[1, 8, 8], text_width=32),
+        text=TextEncoderConfig(width=32, max_tokens=12), dataset=DatasetConfig(frame_size=16, digit_size=8),
+    )
+
+
+def pretraining(log_dir: Path, **changes: object) -> Config:
+    return tiny_config(log_dir, PretrainConfig(**{**TRAINING, **changes}))
+
+
+def self_forcing(log_dir: Path, teacher: Path, **changes: object) -> Config:
+    common = {"denoising_steps": [1000, 500], "gradient_frames": 6, "dfake_gen_update_ratio": 2, "critic_warmup_steps": 1}
+    return tiny_config(log_dir, SelfForcingConfig(**{**TRAINING, "pretrained_checkpoint": str(teacher), **common, **changes}))
+
+
+def resumed(config: Config, how: str | Path = "auto") -> Config:
+    return replace(config, training=replace(config.training, resume=str(how)))
+
+
+def command_line(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    train.run_command_line()
