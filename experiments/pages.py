@@ -77,16 +77,18 @@ def drift(results: Path) -> str:
 def continuation(results: Path) -> str:
     """How videos that continue real ones keep digit and style."""
     found = read(results, "long_video/continue.json")
-    rows = {name: row["continued"] for name, row in found.items()} | {"real video": next(iter(found.values()))["real"]}
+    rows = {name: (str(row["given_frames"]), row["continued"]) for name, row in found.items()}
     lines = []
-    for name, row in rows.items():
+    for name, (given, row) in (rows | {"real video": ("-", next(iter(found.values()))["real"])}).items():
         low, high = row["kept_ci"]
         fifths = row["stroke_mass_by_fifth"]
         lines.append([
-            name, f"{row['kept']:.3f} [{low:.3f}, {high:.3f}]", number(row["right_in_most_frames"]), number(row["right_in_every_frame"]),
+            name, given, f"{row['kept']:.3f} [{low:.3f}, {high:.3f}]", number(row["right_in_most_frames"]), number(row["right_in_every_frame"]),
             number(row["stroke_mass_kept"]), f"{fifths[0]:.2f}", f"{fifths[len(fifths) // 2]:.2f}", f"{fifths[-1]:.2f}",
+            number(row["track_within_1px"]), number(row["direction_obeyed"]), f"{row['first_error_median']:.2f} px",
         ])
-    return as_table(["continued by", "digit and style", "digit", "digit in every frame", "style", "least", "middle", "most"], lines)
+    return as_table(["continued by", "frames given", "digit and style", "digit", "digit in every frame", "style", "least", "middle", "most",
+                     "track within 1 px", "direction", "first centre off by"], lines)
 
 
 def switch(results: Path) -> str:
