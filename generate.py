@@ -231,7 +231,9 @@ def run(arguments: argparse.Namespace) -> None:
     facts["compiled"], facts["int8"] = arguments.compile, arguments.int8
     facts["schedule"] = None if schedule is None else {"entries": schedule.entries, "switch": switch}
     facts["init"] = None if arguments.init is None else {"name": arguments.init.name, "num_frames": len(first_frames)}
-    asked = arguments.prompts or (schedule and [schedule.entries[0][1]]) or DEFAULT_PROMPTS[networks.config.dataset.num_digits]
+    dataset = networks.config.dataset
+    default = DEFAULT_PROMPTS[dataset.num_digits] if dataset.class_names is None else [f"the {name}" for name in dataset.class_names]
+    asked = arguments.prompts or (schedule and [schedule.entries[0][1]]) or default
     prompts = [prompt for prompt in asked for _ in range(arguments.samples_per_prompt)]
     seeds = [arguments.seed + sample for _ in asked for sample in range(arguments.samples_per_prompt)]
     cost = f"{plan.evaluations} + {plan.cache_evaluations} evaluations a block"

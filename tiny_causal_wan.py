@@ -202,7 +202,7 @@ class TinyCausalWanModel(nn.Module):
         self.head_norm = nn.LayerNorm(width, elementwise_affine=False)
         self.head_modulation = nn.Parameter(torch.zeros(2, width))
         self.head = nn.Linear(width, config.patch_values)
-        self._recomputes = self._is_compiled = False
+        self._recomputes = self.is_compiled = False
         self._initialise()
 
     def _initialise(self) -> None:
@@ -223,7 +223,7 @@ class TinyCausalWanModel(nn.Module):
 
     def compile_passes(self) -> None:
         """From now on run passes compiled, each in one piece, made once for every size of batch and block. Outputs move by rounding."""
-        self._is_compiled = True
+        self.is_compiled = True
         # fullgraph: past Dynamo's limit an error, not Python again. The threshold keeps results that are used twice, such as GELU's before
         # products in integers, which look for the largest of a row and then round: by default both would compute it.
         self._pass = torch.compile(self._pass, dynamic=False, fullgraph=True, options={"realize_opcount_threshold": 8})
@@ -246,7 +246,7 @@ class TinyCausalWanModel(nn.Module):
         self._check_frames(window=window_frames, sink=sink_frames or None)
         return KVCache(
             config.num_layers, config.num_heads, config.tokens_per_patch_row, patch, config.head_size, config.rope_theta, window_frames,
-            sink_frames, self._is_compiled,
+            sink_frames, self.is_compiled,
         )
 
     def encode_prompt(self, text: Tensor, text_mask: Tensor) -> PromptContext:
@@ -371,7 +371,7 @@ class TinyCausalWanModel(nn.Module):
         if prompt.pooled.shape[0] != x_t.shape[0]:
             raise ValueError(f"{prompt.pooled.shape[0]} prompts for {x_t.shape[0]} videos: expected one each")
         expand_time(t, x_t)  # refuses a t that is not (B, F); frames that share a temporal patch share its first frame's t
-        if self._is_compiled:
+        if self.is_compiled:
             prompt.serve_every_length()
         pt, ph, pw = self.config.patch_size
         grid = (self.config.frame_size // ph, self.config.frame_size // pw)

@@ -135,6 +135,9 @@ class SimplifiedTrainer:
         training, dataset = self.config.training, self.config.dataset
         if not self.samples_here or training.eval_videos == 0 and self.health_interval == 0:
             return None
+        if dataset.class_names is not None:
+            self._say("no figures of identity and motion: they are about digits, and dataset.class_names names other things")
+            return None
         judge = load_judge(JUDGE_PATH, self.runtime.device)
         readable = (dataset.num_digits, dataset.frame_size, dataset.digit_size) == (1, judge.config.frame_size, judge.config.digit_size)
         if readable and training.max_num_frames >= MIN_JUDGED_FRAMES:

@@ -6,6 +6,7 @@ Dimensions: B batch, F frames, C channels, H height, W width.
     python -m experiments.long_video drift --checkpoint TF.pt --num_steps 50 --guidance 2 --num_frames 1260       the same in many steps
     python -m experiments.long_video switch --num_streams 256            how soon and how smoothly a new prompt is shown
     python -m experiments.long_video continue --num_videos 256           what the first block of a real held-out video becomes
+    python -m experiments.long_video continue --given_frames 1            and what its first frame alone becomes
 
 Figures go into a JSON file in results/, one row a --name, which a later call adds to, and drift and switch into a plot of
 all that stand there. A row that stands there already is refused at once, unless --replace is given. Frames are judged as they
@@ -43,6 +44,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     go_on = commands.add_parser("continue", help="the first block of real held-out videos")
     go_on.add_argument("--num_videos", type=int, default=256)
     go_on.add_argument("--num_frames", type=int, default=21, help="frames that are made")
+    go_on.add_argument("--given_frames", type=int, help="1, a picture alone, or whole blocks; default: a block")
     for command, batch_size in ((drift, 16), (switch, 32), (go_on, 32)):
         command.add_argument("--checkpoint", type=user_path, default=REPOSITORY / "pretrained" / "student.pt")
         command.add_argument("--name", help="of the row in the results; default: the checkpoint's name")
@@ -74,7 +76,7 @@ from tqdm import tqdm  # noqa: E402
 
 from judging.digit_judge import load_judge, read_videos  # noqa: E402
 from judging.held_out import new_indices  # noqa: E402
-from judging.metrics import facts_of_prompts, read_classes, score_videos, share_interval  # noqa: E402
+from judging.metrics import facts_of_prompts, read_classes, score_readings, score_videos, share_interval  # noqa: E402
 from judging.tracking import fit_bouncing_track  # noqa: E402
 from machine.files import replacing, require_writable  # noqa: E402
 from machine.interruption import EXIT_CTRL_C  # noqa: E402
@@ -243,42 +245,48 @@ def _path_error(centres: Tensor, frame: int, config: Any) -> Tensor:
 
 
 def measure_continuation(
-    networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_videos: int, num_frames: int, batch_size: int, seed: int
+    networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_videos: int, num_frames: int, batch_size: int, seed: int,
+    num_given: int,
 ) -> dict[str, Any]:
-    """The first block of real held-out videos, gone on from for num_frames frames; the real videos themselves beside it.
+    """The first num_given frames of real held-out videos, continued for num_frames frames; the real videos themselves beside it.
 
     stroke_mass_by_fifth: that of the frames made over that of the frames given, from the fifth of the videos with the least ink to
-    that with the most.
+    that with the most. track_within_1px, direction_obeyed: of the whole videos, the given frames included. first_error_median: distance
+    in pixels of the first made centre from where the real video has it.
     """
-    judge, block = load_judge(), plan.num_frames_per_block
+    judge = load_judge()
     generator, parts = MovingMNISTGenerator(networks.config.dataset, "test", purpose=Purpose.LONG_VIDEO), {"continued": [], "real": []}
-    indices, digits = new_indices(generator, [networks], 0, num_videos), []
+    indices, digits, captions = new_indices(generator, [networks], 0, num_videos), [], []
     for first in tqdm(range(0, num_videos, batch_size), unit="batch", dynamic_ncols=True):
-        real = generator.sample(0, indices[first: first + batch_size], block + num_frames)
+        real = generator.sample(0, indices[first: first + batch_size], num_given + num_frames)
         seeds = list(range(seed + first, seed + first + len(real.video)))
-        given = real.video[:, :block].to(runtime.device)
+        given = real.video[:, :num_given].to(runtime.device)
         video = sample_few_step(
-            networks.generator, networks.text_encoder, real.captions, seeds, block + num_frames, plan, runtime, first_frames=given
+            networks.generator, networks.text_encoder, real.captions, seeds, num_given + num_frames, plan, runtime, first_frames=given
         )
         for name, shown in (("continued", video.cpu()), ("real", real.video)):
-            parts[name].append(read_videos(judge, shown))
+            parts[name].append(shown)
         digits.append(real.digits[:, 0])
-    wanted = torch.cat(digits).unsqueeze(1)
-    results: dict[str, Any] = {"num_videos": num_videos, "num_frames": num_frames}
-    for name, readings in parts.items():
-        probabilities, mass = (torch.cat([getattr(part, key) for part in readings]) for key in ("probabilities", "mass"))
-        right = (read_classes(probabilities, mass, judge.class_mass.cpu()) == wanted)[:, block:]
-        given = mass[:, :block].mean(dim=1)
-        ratio = mass[:, block:].mean(dim=1) / given
+        captions += real.captions
+    wanted, directions = torch.cat(digits), facts_of_prompts(captions)[1]
+    results: dict[str, Any] = {"num_videos": num_videos, "num_frames": num_frames, "given_frames": num_given}
+    readings = {name: read_videos(judge, torch.cat(videos)) for name, videos in parts.items()}
+    for name, read in readings.items():
+        scores = score_readings(judge, read, wanted, directions, networks.config.dataset)
+        right = (read_classes(read.probabilities, read.mass, judge.class_mass.cpu()) == wanted.unsqueeze(1))[:, num_given:]
+        given = read.mass[:, :num_given].mean(dim=1)
+        ratio = read.mass[:, num_given:].mean(dim=1) / given
         change = (ratio - 1).abs()
         of_videos = {
             "right_in_every_frame": right.all(dim=1), "right_in_most_frames": right.float().mean(dim=1) > 0.5,
-            "stroke_mass_kept": change <= KEPT_MASS,
+            "stroke_mass_kept": change <= KEPT_MASS, "track_within_1px": scores.track_within,
+            "direction_obeyed": scores.direction_obeyed[scores.direction_named],
         }
         of_videos["kept"] = of_videos["right_in_most_frames"] & of_videos["stroke_mass_kept"]
         results[name] = {"frames_right": right.float().mean().item(), "stroke_mass_change_median": change.median().item(),
-                         "stroke_mass_by_fifth": [ratio[fifth].mean().item() for fifth in given.argsort().tensor_split(5) if len(fifth)]}
-        for key, values in of_videos.items():
+                         "stroke_mass_by_fifth": [ratio[fifth].mean().item() for fifth in given.argsort().tensor_split(5) if len(fifth)],
+                         "first_error_median": (read.centres - readings["real"].centres)[:, num_given].norm(dim=-1).median().item()}
+        for key, values in ((key, values) for key, values in of_videos.items() if len(values)):
             results[name] |= {key: values.float().mean().item(), f"{key}_ci": share_interval(values)}
     return results
 
@@ -367,6 +375,7 @@ def check_arguments(arguments: argparse.Namespace, path: Path, name: str) -> Non
             raise ValueError(f"--num_before is {arguments.num_before}: expected at least {MIN_BEFORE}, to fit a track, in whole blocks")
     if arguments.command == "continue":
         require_at_least_one("--num_videos", arguments.num_videos)
+        require_at_least_one("--given_frames", 1 if arguments.given_frames is None else arguments.given_frames)
     require_writable(path.parent)
     if name in read_rows(path, arguments.command) and not arguments.replace:
         raise ValueError(f"{path} has a row {name!r} already: choose another --name, or give --replace to measure that row anew")
@@ -398,7 +407,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         found = {how: measure_switch(*common, *sizes, how) for how in SWITCHES}
     else:
         check_num_frames("--num_frames", arguments.num_frames, plan.num_frames_per_block)
-        found = measure_continuation(*common, arguments.num_videos, arguments.num_frames, arguments.batch_size, arguments.seed)
+        given = plan.num_frames_per_block if arguments.given_frames is None else arguments.given_frames
+        found = measure_continuation(*common, arguments.num_videos, arguments.num_frames, arguments.batch_size, arguments.seed, given)
     found |= {"window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames}
     found |= {"device": runtime.device.type, "precision": runtime.precision, "seed": arguments.seed}
     found |= {"num_steps": len(plan.times), "guidance": plan.guidance, "judge_held_out_accuracy": load_judge().config.accuracy}

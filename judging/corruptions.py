@@ -12,6 +12,7 @@ from torch.nn import functional
 from machine.seeds import Purpose, torch_generator
 
 GAIN = 1.5  # of "brightened"
+STRIPE = -0.6  # of "striped": a fifth of full ink
 COPIES = 0.05  # share of the videos that "collapsed" leaves different
 
 
@@ -70,9 +71,20 @@ def _fading(video: Tensor, rng: torch.Generator) -> Tensor:
     return (video + 1) * left - 1
 
 
+def _flickering(video: Tensor, rng: torch.Generator) -> Tensor:
+    """Half of the ink in every second frame."""
+    return torch.where(torch.arange(video.shape[1]).view(1, -1, 1, 1, 1) % 2 == 1, (video - 1) / 2, video)
+
+
+def _striped(video: Tensor, rng: torch.Generator) -> Tensor:
+    """A faint line along the upper and left edge of every patch of 8 x 8 pixels."""
+    on_edge = torch.arange(video.shape[-1]) % 8 == 0
+    return torch.where(on_edge[:, None] | on_edge, video.clamp_min(STRIPE), video)
+
+
 CORRUPTIONS = {
     "faint": _faint, "brightened": _brightened, "frozen": _frozen, "shuffled": _shuffled, "softened": _softened,
-    "blurred": _blurred, "switched": _switched, "collapsed": _collapsed, "fading": _fading,
+    "blurred": _blurred, "switched": _switched, "collapsed": _collapsed, "fading": _fading, "flickering": _flickering, "striped": _striped,
 }
 
 

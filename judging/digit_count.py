@@ -18,7 +18,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
-from judging.digit_judge import DigitJudge
+from judging.digit_judge import DigitJudge, require_digits
 from judging.ink import display_intensity, intensity_sharpness
 from judging.metrics import read_classes, summarise_measures
 from moving_mnist import DatasetConfig
@@ -44,7 +44,8 @@ class FramePieces:
 
 
 def scale_to_judge(judge: DigitJudge, config: DatasetConfig) -> int:
-    """Pixels of these videos for one pixel of the judge's. Raises ValueError unless they are the judge's, enlarged by a whole number."""
+    """Pixels of these videos for one pixel of the judge's. Raises ValueError unless they are digits of the judge's size, enlarged by a whole number."""
+    require_digits(config)
     scale = config.digit_size // judge.config.digit_size
     if scale < 1 or scale * judge.config.digit_size != config.digit_size or scale * judge.config.frame_size != config.frame_size:
         raise ValueError(

@@ -127,6 +127,7 @@ class DigitJudge(nn.Module):
         """Raise ValueError unless the judge was trained for these videos: one digit, the same sizes."""
         if config.num_digits != 1:
             raise ValueError(f"dataset.num_digits is {config.num_digits}: the measures are for videos of 1 digit")
+        require_digits(config)
         for name, found, expected in (
             ("frame_size", config.frame_size, self.config.frame_size),
             ("digit_size", config.digit_size, self.config.digit_size),
@@ -136,6 +137,12 @@ class DigitJudge(nn.Module):
                     f"dataset.{name} is {found}, the judge was trained for {expected}: "
                     "train another one with `python metrics.py --train_judge`"
                 )
+
+
+def require_digits(config: DatasetConfig) -> None:
+    """Raise ValueError where the classes of the videos are no digits."""
+    if config.class_names is not None:
+        raise ValueError(f"dataset.class_names is {', '.join(config.class_names)}: the measures are for videos of digits")
 
 
 def load_judge(path: str | os.PathLike = JUDGE_PATH, device: str | torch.device = "cpu") -> DigitJudge:
@@ -333,6 +340,6 @@ def warn_of_foreign_digits(judge: DigitJudge, config: DatasetConfig) -> None:
     if accuracy < LEAST_READ:
         warnings.warn(
             f"the judge reads {accuracy:.0%} of the images in dataset.mnist_root={config.mnist_root} as their labels say (it reads "
-            f"{judge.config.accuracy:.0%} of MNIST's): are they transposed, as EMNIST's are, or no digits, as Fashion-MNIST's? Then captions "
-            "and every figure of identity are wrong", stacklevel=3,
+            f"{judge.config.accuracy:.0%} of MNIST's): are they transposed, as EMNIST's are? Then every figure of identity is wrong. Are they "
+            "no digits, as Fashion-MNIST's? Then give dataset.class_names=[...], what captions are to call the ten classes", stacklevel=3,
         )

@@ -52,6 +52,8 @@ PANELS = {
     "one_class": PanelStyle("one class throughout", "rises, late", (-0.03, 1.03)),
     "track_within_1px": PanelStyle("track within 1 px", "stays up", (-0.03, 1.03)),
     "stroke_mass_ratio": PanelStyle("stroke mass over real", "near 1"),
+    "frames_right_last_block": PanelStyle("frames right, last block", "as in all frames", (-0.03, 1.03)),
+    "stroke_mass_ratio_last_block": PanelStyle("stroke mass over real, last block", "as in all frames"),
 }
 EXIT_CAPTION = "steps alike, none apart"
 

@@ -39,6 +39,8 @@ MUST_MOVE = {  # +1 up, -1 down
     "faint": {"stroke_mass_ratio": -1},
     "collapsed": {"coverage": -1},
     "fading": {"stroke_mass_ratio_slope": -1},
+    "flickering": {"one_class": -1, "stroke_mass_ratio": -1},
+    "striped": {"sharpness_ratio": -1, "stroke_mass_ratio": 1, "frechet_distance": 1},
     "one digit a class": {"glyph_diversity": -1, "glyph_frechet": 1},
     "class means": {"glyph_diversity": -1, "glyph_frechet": 1},
 }

@@ -35,6 +35,7 @@ _MOTION_VERBS = ("moving", "drifting", "gliding", "sliding", "travelling")
 _SINGLE_NOUNS = ("a handwritten {}", "the digit {}", "a {}", "handwritten digit {}", "the number {}")
 _PAIR_NOUNS = ("digits {} and {}", "a {} and a {}", "two handwritten digits {} and {}", "the numbers {} and {}")
 _FREE_MOTION = ("bouncing around", "moving around", "bouncing off the walls")
+_NAMED_NOUNS, _NAMED_PAIR = ("the {}", "{}"), ("the {} and the {}", "{} and {}")  # of classes that are no digits
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,13 @@ class CaptionFacts:
     speeds: tuple[str | None, ...]
 
 
-def compose_caption(facts: list[MotionFacts], rng: np.random.Generator) -> str:
-    """Write one caption for one or two digits, choosing templates and synonyms at random.
+def compose_caption(facts: list[MotionFacts], rng: np.random.Generator, class_names: list[str] | None = None) -> str:
+    """Write one caption for one or two digits, choosing templates and synonyms at random. class_names: what to call the ten classes where
+    they are no digits.
 
     85 % of captions name the direction, and half of those the speed too. Raises ValueError for no digit or more than two.
     """
+    single_nouns, pair_nouns = (_SINGLE_NOUNS, _PAIR_NOUNS) if class_names is None else (_NAMED_NOUNS, _NAMED_PAIR)
     if len(facts) not in (1, 2):
         raise ValueError(f"a caption describes 1 or 2 digits, found {len(facts)}")
 
@@ -70,6 +73,8 @@ def compose_caption(facts: list[MotionFacts], rng: np.random.Generator) -> str:
         return options[int(rng.integers(len(options)))]
 
     def digit_word(digit: int) -> str:
+        if class_names is not None:
+            return class_names[digit]
         return str(digit) if rng.random() < 0.75 else DIGIT_WORDS[digit]
 
     def motion(fact: MotionFacts) -> str:
@@ -78,13 +83,13 @@ def compose_caption(facts: list[MotionFacts], rng: np.random.Generator) -> str:
 
     names_motion = rng.random() < 0.85
     if len(facts) == 1:
-        subject = pick(_SINGLE_NOUNS).format(digit_word(facts[0].digit))
+        subject = pick(single_nouns).format(digit_word(facts[0].digit))
         if names_motion:
             return f"{subject} {motion(facts[0])}"
         return subject if rng.random() < 0.5 else f"{subject} {pick(_FREE_MOTION)}"
     if names_motion:
-        return " and ".join(f"{pick(_SINGLE_NOUNS).format(digit_word(fact.digit))} {motion(fact)}" for fact in facts)
-    subject = pick(_PAIR_NOUNS).format(*(digit_word(fact.digit) for fact in facts))
+        return " and ".join(f"{pick(single_nouns).format(digit_word(fact.digit))} {motion(fact)}" for fact in facts)
+    subject = pick(pair_nouns).format(*(digit_word(fact.digit) for fact in facts))
     return subject if rng.random() < 0.5 else f"{subject} {pick(_FREE_MOTION)}"
 
 
@@ -109,9 +114,16 @@ def _grammar_vocabulary() -> tuple[str, ...]:
 
 
 VOCABULARY = _grammar_vocabulary()
+
+
+def vocabulary_with(class_names: list[str]) -> list[str]:
+    """The grammar's words, then those of class names that it lacks."""
+    return [*VOCABULARY, *dict.fromkeys(word for name in class_names for word in split_words(name) if word not in VOCABULARY)]
+
+
 PAD_TOKEN, START_TOKEN = 0, 1  # START stands first in every prompt, so the null prompt still has one token to attend to
-_WORD_TO_TOKEN = {word: index + 2 for index, word in enumerate(VOCABULARY)}
-NUM_TOKENS = len(VOCABULARY) + 2
+NUM_SPECIAL_TOKENS = 2
+NUM_TOKENS = len(VOCABULARY) + NUM_SPECIAL_TOKENS
 
 
 def parse_caption(prompt: str) -> CaptionFacts:
@@ -143,10 +155,12 @@ def parse_caption(prompt: str) -> CaptionFacts:
 
 @dataclass
 class TextEncoderConfig:
-    """Sizes of the text encoder. width: embedding width D, a multiple of 32. max_tokens: L, longer prompts are cut."""
+    """Sizes of the text encoder. width: embedding width D, a multiple of 32. max_tokens: L, longer prompts are cut. vocabulary: the
+    words that it knows; those of the grammar if not given."""
 
     width: int = 64
     max_tokens: int = 24
+    vocabulary: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.width < 32 or self.width % 32:
@@ -165,7 +179,9 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(NUM_TOKENS, config.width, padding_idx=PAD_TOKEN)
+        self.vocabulary = VOCABULARY if config.vocabulary is None else tuple(config.vocabulary)
+        self._tokens = {word: index for index, word in enumerate(self.vocabulary, NUM_SPECIAL_TOKENS)}
+        self.token_embedding = nn.Embedding(len(self._tokens) + NUM_SPECIAL_TOKENS, config.width, padding_idx=PAD_TOKEN)
         self.position_embedding = nn.Parameter(0.02 * torch.randn(config.max_tokens, config.width))
         self.layer = nn.TransformerEncoderLayer(
             config.width, nhead=config.width // 32, dim_feedforward=4 * config.width, dropout=0.0,
@@ -179,7 +195,7 @@ class TextEncoder(nn.Module):
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token numbers (B, L), int64, padded with `PAD_TOKEN`, on the encoder's device.
 
-        Words outside the grammar are left out; one warning names them all and the words that are known. Words past
+        Words outside the vocabulary are left out; one warning names them all and the words that are known. Words past
         `max_tokens` are cut, also with a warning.
         """
         device = self.position_embedding.device
@@ -188,8 +204,8 @@ class TextEncoder(nn.Module):
         num_cut = 0
         for row, prompt in enumerate(prompts):
             words = split_words(prompt)
-            unknown.update(dict.fromkeys(word for word in words if word not in _WORD_TO_TOKEN))
-            known = [_WORD_TO_TOKEN[word] for word in words if word in _WORD_TO_TOKEN]
+            unknown.update(dict.fromkeys(word for word in words if word not in self._tokens))
+            known = [self._tokens[word] for word in words if word in self._tokens]
             ids = [START_TOKEN, *known][: self.config.max_tokens]
             num_cut += len(known) + 1 > len(ids)
             tokens[row, : len(ids)] = torch.tensor(ids)
@@ -198,7 +214,7 @@ class TextEncoder(nn.Module):
             more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
             warnings.warn(
                 f"unknown words left out of the prompts: {', '.join(word[:40] for word in named)}{more}. "
-                f"Known words: {', '.join(VOCABULARY)}", stacklevel=2,
+                f"Known words: {', '.join(self.vocabulary)}", stacklevel=2,
             )
         if num_cut:
             warnings.warn(

@@ -235,7 +235,7 @@ def generate(
 ) -> Tensor:
     """One video per (prompt, seed): (B, F, C, H, W), float32, on the CPU, in model range but not clamped to [-1, 1].
 
-    batch_size: videos a forward pass. schedule, switch: prompts that take over later, see `sample_few_step`. first_frames
+    batch_size: videos a forward pass; compiled networks make batches of one size, at most that, as each size is compiled. schedule, switch: prompts that take over later, see `sample_few_step`. first_frames
     (F, C, H, W) in [-1, 1]: every video goes on from them and begins with them. Words that the grammar lacks are named in
     one warning for the whole call. Raises ValueError where prompts, seeds, length or settings do not fit each other or the
     checkpoint.
@@ -247,18 +247,24 @@ def generate(
     check_length(num_frames, plan, networks.config.training, schedule, first_frames)
     later = [] if schedule is None else list(schedule.changes().values())
     networks.text_encoder.tokenize(list(dict.fromkeys(prompts + later)))  # warns once, of all prompts together
+    size, extra = batch_size, 0
+    if networks.generator.is_compiled:
+        num_batches = math.ceil(len(prompts) / batch_size)
+        size = math.ceil(len(prompts) / num_batches)
+        extra = num_batches * size - len(prompts)
+    filled = [*prompts, *prompts[-1:] * extra], [*seeds, *seeds[-1:] * extra]
     videos = []
     with warnings.catch_warnings(), tqdm(total=len(prompts), unit="video", disable=not show_progress, dynamic_ncols=True) as bar:
         warnings.filterwarnings("ignore", category=UserWarning, module="network.text_encoder")  # the same again, batch by batch
-        for first in range(0, len(prompts), batch_size):
-            texts, batch_seeds = prompts[first : first + batch_size], seeds[first : first + batch_size]
+        for first in range(0, len(filled[0]), size):
+            texts, batch_seeds = (values[first : first + size] for values in filled)
             common = (networks.generator, networks.text_encoder, texts, batch_seeds, num_frames)
             if isinstance(plan, BidirectionalPlan):
                 video = sample_many_step(*common, plan, runtime)
             else:
                 given = None if first_frames is None else first_frames.to(runtime.device).expand(len(texts), -1, -1, -1, -1)
                 video = sample_few_step(*common, plan, runtime, schedule, switch, given)
-            videos.append(video.cpu())
+            videos.append(video[: len(prompts) - first].cpu())
             bar.update(len(videos[-1]))
     return torch.cat(videos)
 

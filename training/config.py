@@ -31,7 +31,7 @@ from method.settings import (
     TrainingConfig,
 )
 from moving_mnist import DatasetConfig
-from network.text_encoder import TextEncoderConfig
+from network.text_encoder import TextEncoderConfig, vocabulary_with
 from tiny_causal_wan import ModelConfig
 
 PATH_KEYS = ("log_dir", "training.resume", "training.pretrained_checkpoint", "training.generator_checkpoint")
@@ -120,6 +120,8 @@ def build_config(composed: DictConfig) -> Config:
             OmegaConf.update(composed, key, at_home(path))
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    if config.dataset.class_names is not None and config.text.vocabulary is None:
+        config.text.vocabulary = vocabulary_with(config.dataset.class_names)
     known = flatten(config_to_dict(config))
     for key in flatten(OmegaConf.to_container(composed)):
         if key not in known:

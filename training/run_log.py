@@ -81,10 +81,11 @@ class RunLog:
         try:
             import wandb  # here, as training must also run where it is missing or broken
 
+            is_resumed = self.wandb_run_id is not None
             self.wandb_run_id = self.wandb_run_id or secrets.token_hex(4)
             return wandb.init(
                 project=wandb_config.project, mode=wandb_config.mode, dir=str(self.folder), name=self.folder.name, config=config,
-                id=self.wandb_run_id, resume="allow" if wandb_config.mode == "online" else None,  # offline: `wandb sync` joins by id
+                id=self.wandb_run_id, resume="allow" if is_resumed or wandb_config.mode == "online" else None,  # offline: for `wandb sync`
                 settings=wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT_S),
             )
         except Exception as error:  # whatever wandb raises, training goes on without it

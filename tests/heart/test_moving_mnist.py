@@ -257,6 +257,14 @@ def test_captions_tell_the_truth(num_digits):
     assert num_named > 0.7 * 200 * num_digits
 
 
+def test_classes_with_names_are_called_by_them_and_drawn_as_ever(generator):
+    names = ["null", "eins", "zwei", "drei", "vier", "fuenf", "sechs", "sieben", "acht", "neun"]
+    named = MovingMNISTGenerator(DatasetConfig(class_names=names), "train").sample(0, range(20), 3)
+    assert torch.equal(named.digits, generator.sample(0, range(20), 3).digits)
+    assert all(names[digit] in caption.split() for digit, caption in zip(named.digits[:, 0].tolist(), named.captions, strict=True))
+    assert torch.equal(named.video, generator.sample(0, range(20), 3).video)
+
+
 def test_dataset_serves_the_generators_videos(generator):
     dataset = MovingMNISTDataset(generator, seed=4, length=5, num_frames=6)
     batch = generator.sample(4, range(5), 6)
@@ -282,6 +290,8 @@ def test_dataset_serves_the_generators_videos(generator):
     ("direction_jitter_degrees", {"direction_jitter_degrees": 23.0}), ("source", {"source": "web"}),
     ("mnist_root", {"source": "idx"}), ("mnist_root", {"mnist_root": ""}), ("download", {"download": True}),
     ("test_fraction", {"test_fraction": 0.0}), ("test_fraction", {"test_fraction": 1.0}),
+    ("class_names", {"class_names": ["bag"]}), ("class_names", {"class_names": [*"abcdefghi", "A"]}),
+    ("class_names", {"class_names": [*"abcdefghi", "-"]}),
 ])
 def test_impossible_settings_are_refused_by_name(field, values):
     with pytest.raises(ValueError, match=f"^dataset.{field} is .*: expected ") as caught:

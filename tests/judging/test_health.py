@@ -18,14 +18,14 @@ from torch import nn
 import train
 from dynamic_video_sf import SelfForcingEngine
 from judging import health
-from judging.digit_judge import DigitJudge, JudgeConfig
+from judging.digit_judge import DigitJudge, JudgeConfig, load_judge
 from judging.fixed_prompts import JUDGED_COLUMNS, PROMPTS, SEEDS, FixedPrompts
 from judging.health import compare_runs
 from judging.metrics import facts_of_prompts
 from machine.paths import REPOSITORY
 from method.diagnostics import critic_lag, exit_columns, mean_by_exit_step, mean_by_noise_level, score_figures
 from method.flow_matching import add_noise
-from moving_mnist import DatasetConfig
+from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from sampling.samplers import sample
 from train import SimplifiedTrainer
 from training.checkpoint import load_checkpoint
@@ -194,6 +194,13 @@ def test_the_fixed_prompts_are_the_same_at_every_reading_and_ask_for_every_digit
     assert not torch.equal(made[1], made[2])  # the live generator's, which has moved
 
 
+def test_the_last_block_is_read_alone():
+    batch = MovingMNISTGenerator(DatasetConfig(), "test").sample(0, range(16), 9)
+    batch.video[:, 6:] = -1  # gone in the last of three blocks
+    read = FixedPrompts(load_judge(), DatasetConfig(), 9, lambda prompts, seeds, num_frames: batch.video).read()
+    assert read["stroke_mass_ratio_last_block"] == read["frames_right_last_block"] == 0 and read["stroke_mass_ratio"] > 0.4
+
+
 def test_a_reading_leaves_the_stage_as_it_is(teacher: Path):
     stage = build_self_forcing(teacher)
     state, weights, of_torch = stage.random.generator.get_state(), snapshot(stage.engine.generator), torch.get_rng_state()
@@ -246,13 +253,21 @@ def test_a_run_keeps_its_best_reading_and_ends_with_a_verdict(teacher: Path, tmp
     """Readings that rise, fall far and half recover: what is kept is the checkpoint of the best, what is said is the fall."""
     monkeypatch.setattr(train, "load_judge", small_judge)
     readings = iter([(0.4, 1.0), (0.9, 1.1), (0.3, 2.6), (0.8, 1.2)])
-    monkeypatch.setattr(FixedPrompts, "read", lambda self: dict(zip(JUDGED_COLUMNS, (first := next(readings))[:1] * 3 + first[1:], strict=True)))
+    monkeypatch.setattr(FixedPrompts, "read", lambda self: dict(zip(JUDGED_COLUMNS, (first := next(readings))[:1] * 3 + first[1:] + first, strict=True)))
     folder = SimplifiedTrainer(watched_config(teacher, tmp_path)).train()
     printed = capsys.readouterr().out
     assert "COLLAPSE: step 4: the fixed prompts read frames right 0.30" in printed
     verdict = printed.splitlines()[-1]
     assert verdict.startswith("verdict: COLLAPSED at step 4 ") and verdict == (folder / "verdict.txt").read_text().strip()
     assert load_checkpoint(folder / "checkpoint_best.pt")["step"] == 2
+
+
+def test_classes_with_names_leave_no_figures_of_digits_and_one_line(teacher: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "load_judge", small_judge)
+    config = watched_config(teacher, tmp_path)
+    trainer = SimplifiedTrainer(replace(config, dataset=replace(config.dataset, class_names=list("abcdefghij"))))
+    assert "no figures of identity and motion: they are about digits" in capsys.readouterr().out and trainer.judge is None
+    trainer.log.close()
 
 
 def test_videos_that_the_judge_cannot_read_leave_no_columns_and_one_line(teacher: Path, tmp_path: Path, capsys):

@@ -19,6 +19,7 @@ from judging.digit_judge import (
     warn_of_foreign_digits,
 )
 from judging.metrics import NO_DIGIT, NO_DIRECTION
+from judging.panel import make_panel
 from moving_mnist import DatasetConfig, MovingMNISTGenerator, bounce, load_digits
 
 CONFIG = DatasetConfig()
@@ -508,6 +509,13 @@ def test_the_command_line_refuses_in_one_line_and_overwrites_nothing(arguments, 
     with pytest.raises(SystemExit, match=f"^error: .*{words}") as caught:
         metrics.main()
     assert "\n" not in caught.value.code and metrics.JUDGE_PATH.read_bytes() == before
+
+
+@pytest.mark.parametrize("num_digits", [1, 2])
+def test_classes_that_are_no_digits_are_not_judged(num_digits):
+    config = DatasetConfig(class_names=list("abcdefghij"), num_digits=num_digits)
+    with pytest.raises(ValueError, match="dataset.class_names is a, b, .*: the measures are for videos of digits"):
+        make_panel(config, 8, 6)
 
 
 @pytest.mark.parametrize("kind", ["as they are", "transposed", "shuffled labels"])

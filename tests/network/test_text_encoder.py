@@ -25,6 +25,7 @@ from network.text_encoder import (
     compose_caption,
     parse_caption,
     split_words,
+    vocabulary_with,
 )
 
 
@@ -53,6 +54,23 @@ def test_what_holds_for_any_stretch_names_the_digits_in_words_of_the_grammar_and
         assert not any(direction is not None for direction in said.directions) and not any(said.speeds), kept
         assert set(split_words(kept)) <= set(VOCABULARY)
     assert [caption_of_any_stretch(caption) for caption in ("", "moving up")] == ["", "moving up"]
+
+
+@pytest.mark.parametrize("num_things", [1, 2])
+def test_captions_of_named_classes_name_them_and_no_digit(num_things):
+    names = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+    words, rng = vocabulary_with(names), np.random.default_rng(0)
+    assert words[: len(VOCABULARY)] == list(VOCABULARY) and len(words) == len(set(words))
+    for first in range(10):
+        facts = [MotionFacts((first + other) % 10, 3, "slow") for other in range(num_things)]
+        for caption in (compose_caption(facts, rng, names) for _ in range(20)):
+            assert all(names[fact.digit] in caption for fact in facts) and parse_caption(caption).digits == (), caption
+            assert set(split_words(caption)) <= set(words) and "handwritten" not in caption
+    encoder = TextEncoder(TextEncoderConfig(width=32, vocabulary=words))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sneaker, boot = encoder.tokenize(["the sneaker moving up", "the ankle boot moving up"])
+    assert sneaker.tolist() != boot.tolist() and len(encoder.token_embedding.weight) == len(words) + 2
 
 
 @pytest.mark.parametrize("num_digits", [1, 2])

@@ -330,6 +330,16 @@ def test_every_size_is_compiled_however_many_there_are(student: LoadedNetworks, 
     assert graphs[0] == graphs[-1] > 0, graphs
 
 
+def test_a_last_smaller_batch_compiles_nothing_again(student: LoadedNetworks, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    prompts, seeds = [f"a {digit}" for digit in range(9)], list(range(9))
+    found = generate(prepared(student, CPU, "--compile"), prompts, seeds, 12, OWN_SETTINGS, CPU, batch_size=8)
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    torch.testing.assert_close(found, generate(student, prompts, seeds, 12, OWN_SETTINGS, CPU, batch_size=8), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("command", ["generate", "train"])
 def test_a_missing_compiler_ends_in_one_line(command: str, student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")

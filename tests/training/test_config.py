@@ -54,6 +54,12 @@ def refusal(*overrides: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- composing
 
 
+def test_names_of_classes_join_the_vocabulary_and_are_kept():
+    config = composed("dataset.class_names=[t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot]")
+    assert {"sneaker", "ankle", "boot", "moving"} <= set(config.text.vocabulary)
+    assert config_from_dict(config_to_dict(config)) == config and composed().text.vocabulary is None
+
+
 @pytest.mark.parametrize("group, name", CHOICES, ids=lambda value: value)
 def test_every_choice_composes_and_validates(group, name):
     assert isinstance(composed(f"{group}={name}", *PARTNERS.get((group, name), [])), Config)

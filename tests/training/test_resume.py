@@ -16,6 +16,7 @@ import torch
 import wandb
 from helpers.runs import OF_THE_ATTEMPT, TINY, TRAINING, command_line, pretraining, resumed, self_forcing, tiny_config
 from helpers.stages import assert_same
+from wandb.proto.wandb_internal_pb2 import Record, RunRecord
 
 import train
 from experiments.comparison_jobs import stop as stop_processes
@@ -244,8 +245,8 @@ def test_newest_readable_of_nothing_is_none():
 # --- wandb ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode, resume", [("offline", None), ("online", "allow")])
-def test_resuming_goes_on_with_the_same_wandb_run(tmp_path, monkeypatch, mode, resume):
+@pytest.mark.parametrize("mode, at_first", [("offline", None), ("online", "allow")])
+def test_resuming_goes_on_with_the_same_wandb_run(tmp_path, monkeypatch, mode, at_first):
     asked = []
 
     class Run:
@@ -258,8 +259,30 @@ def test_resuming_goes_on_with_the_same_wandb_run(tmp_path, monkeypatch, mode, r
     cut_short(replace(resumed(config), wandb=WandbConfig(mode="disabled")), 2)  # one attempt without it does not break the chain
     cut_short(resumed(config), 3)
     cut_short(replace(config, run_name="other"), 1)
-    (first, again), (second, _), (other, _) = asked
-    assert first == second != other and again == resume and re.fullmatch("[0-9a-f]{8}", first)
+    (first, how), (second, again), (other, how_other) = asked
+    assert first == second != other and (how, again, how_other) == (at_first, "allow", at_first) and re.fullmatch("[0-9a-f]{8}", first)
+
+
+def test_wandb_sync_sees_the_offline_folders_of_a_resumed_run_as_parts_of_one_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = replace(pretraining(tmp_path), wandb=WandbConfig(mode="offline"))
+    cut_short(config, 1)
+    cut_short(resumed(config), 2)
+    parts = [tmp_path.glob(f"{folder}/wandb/offline-run-*/run-*.wandb") for folder in ("run", "run-2")]  # each attempt has its own folder
+    first, second = (offline_run_record(path) for (path,) in parts)
+    assert first.run_id == second.run_id and first.start_time.ToNanoseconds() < second.start_time.ToNanoseconds()
+    if "resume" in first.DESCRIPTOR.fields_by_name:  # from wandb 0.31 on: without it the second part replaces the first
+        assert (first.resume, second.resume) == (False, True)
+
+
+def offline_run_record(path: Path) -> RunRecord:
+    """The run of a .wandb file: a log of records in LevelDB's format behind 7 bytes, each behind its checksum (4), length (2) and type (1)."""
+    data, start, records = path.read_bytes(), 7, []
+    while start < len(data):
+        length = int.from_bytes(data[start + 4 : start + 6], "little")
+        records.append(Record.FromString(data[start + 7 : start + 7 + length]))
+        start += 7 + length
+    return next(record.run for record in records if record.HasField("run"))
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
