@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from machine.interruption import EXIT_CTRL_C
 from machine.paths import CONFIGS, PRETRAINED, at_home
-from method.choices import DEVICES, MAX_SEED, PRECISIONS
+from method.choices import DEVICES, MAX_SEED, PRECISIONS, require
 from training.command_line import answer_help, run_in_one_line
 
 
@@ -71,12 +71,10 @@ class EvaluateConfig:
             self.output_dir = "results" if self.sanity else "outputs/evaluation"
         self.output_dir = at_home(self.output_dir)
         for name, value in (("num_videos", self.num_videos), ("num_frames", self.num_frames), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}: expected at least 1")
-        if self.device not in DEVICES or self.precision not in PRECISIONS:
-            raise ValueError(f"device {self.device}, precision {self.precision}: expected one of {DEVICES} and of {PRECISIONS}")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"seed is {self.seed}: expected 0 to {MAX_SEED}")
+            require(value >= 1, name, value, "at least 1")
+        require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
+        require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from machine.paths import PRETRAINED, user_path
-from method.choices import DEVICES, MAX_SEED, PRECISIONS, SWITCHES
+from method.choices import DEVICES, MAX_SEED, PRECISIONS, SWITCHES, require
 
 DEFAULT_CHECKPOINT = PRETRAINED / "student.pt"
 DEFAULT_PROMPTS = {  # by the number of digits that the checkpoint's data show
@@ -111,7 +111,7 @@ from machine.interruption import EXIT_CTRL_C  # noqa: E402
 from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime  # noqa: E402
 from method.plans import BidirectionalPlan, RolloutPlan  # noqa: E402
 from method.settings import TrainingConfig  # noqa: E402
-from sampling.samplers import SamplerSettings, check_length, generate, prepared, require_at_least_one  # noqa: E402
+from sampling.samplers import SamplerSettings, check_length, generate, prepared  # noqa: E402
 from sampling.streaming import PromptSchedule  # noqa: E402
 from sampling.video_input import load_frames  # noqa: E402
 from sampling.video_io import contact_sheet, save_array, save_video, to_display  # noqa: E402
@@ -162,8 +162,8 @@ def _shortened(prompt: str) -> str:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise ValueError for what can be refused before the checkpoint is read."""
-    require_at_least_one("--samples_per_prompt", arguments.samples_per_prompt)
-    require_at_least_one("--batch_size", arguments.batch_size)
+    require(arguments.samples_per_prompt >= 1, "--samples_per_prompt", arguments.samples_per_prompt, "at least 1")
+    require(arguments.batch_size >= 1, "--batch_size", arguments.batch_size, "at least 1")
     for name, path in (("checkpoint", arguments.checkpoint), ("output_dir", arguments.output_dir)):
         if path is None:
             raise ValueError(f"--{name} is empty: expected a path")
@@ -171,8 +171,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--switch is {arguments.switch}, but no prompt changes without --schedule: give that too, or leave --switch out")
     if arguments.prompts and arguments.schedule:
         raise ValueError("--prompts and --schedule exclude each other: the schedule names all prompts of its video")
-    if not 0 <= arguments.seed <= MAX_SEED:
-        raise ValueError(f"--seed is {arguments.seed}: expected 0 to {MAX_SEED}")
+    require(0 <= arguments.seed <= MAX_SEED, "--seed", arguments.seed, f"0 to {MAX_SEED}")
     for prompt in (*(arguments.prompts or ()), *(arguments.schedule or ())):
         try:
             prompt.encode("utf-8")

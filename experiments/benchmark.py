@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from machine.paths import PRETRAINED, user_path
+from method.choices import require
 
 PARTS = ("generation", "teacher", "training", "public")  # the last only where asked for: it needs a clone
 PRECISIONS = ("float32", "bfloat16")
@@ -84,8 +85,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for name, value in (
         ("repeats", arguments.repeats), ("batch_sizes", min(arguments.batch_sizes)), ("training_batch_size", arguments.training_batch_size)
     ):
-        if value < 1:
-            raise ValueError(f"--{name} is {value}: expected at least 1")
+        require(value >= 1, f"--{name}", value, "at least 1")
     if "public" in arguments.parts:
         check_clone(arguments.public_code)
     if arguments.public_code is not None and "public" not in arguments.parts:

@@ -13,14 +13,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter  # noqa: E402
-
-from experiments.comparison_settings import REAL, ROWS  # noqa: E402
-from judging.report import format_cell  # noqa: E402
+from experiments.comparison_settings import REAL, ROWS
+from judging.report import format_cell
 
 COLUMNS = {
     "frames_right": "frames right", "videos_right": "videos right", "one_class": "one class", "track_within_1px": "track within 1 px",
@@ -172,7 +169,8 @@ def _trainings_table(table: dict[str, Any]) -> list[str]:
 def draw_table(path: Path, table: dict[str, Any]) -> None:
     """One panel per figure of DRAWN: a line a row, a point with its interval for each block size."""
     rows = list(table["rows"])
-    figure, axes = plt.subplots(1, len(DRAWN), figsize=(4 * len(DRAWN), 1.6 + 0.42 * len(rows)), sharey=True, layout="constrained")
+    figure = Figure(figsize=(4 * len(DRAWN), 1.6 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(DRAWN), sharey=True)
     blocks = table["settings"]["blocks"]
     for axis, key in zip(axes, DRAWN, strict=True):
         for number, block in enumerate(blocks):
@@ -202,4 +200,3 @@ def draw_table(path: Path, table: dict[str, Any]) -> None:
         axes[0].plot([], [], "o", color=f"C{number}", label=blocks_title(block).split(":")[0].lower() + f" ({block})")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(blocks), fontsize=9)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -29,7 +29,7 @@ from statistics import median
 from typing import Any
 
 from machine.paths import REPOSITORY, user_path
-from method.choices import DEVICES, MAX_SEED, PRECISIONS, SWITCHES
+from method.choices import DEVICES, MAX_SEED, PRECISIONS, SWITCHES, require
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -66,11 +66,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_arguments(None)  # --help, and what cannot be read, needs none of what is loaded next: torch takes seconds
 
-import matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -85,7 +83,7 @@ from machine.seeds import Purpose  # noqa: E402
 from method.plans import RolloutPlan  # noqa: E402
 from method.settings import check_num_frames  # noqa: E402
 from moving_mnist import MovingMNISTGenerator, bounce  # noqa: E402
-from sampling.samplers import SamplerSettings, prepared, require_at_least_one, sample_few_step  # noqa: E402
+from sampling.samplers import SamplerSettings, prepared, sample_few_step  # noqa: E402
 from sampling.streaming import stream_video  # noqa: E402
 from training.checkpoint import LoadedNetworks, load_networks  # noqa: E402
 
@@ -329,7 +327,7 @@ def draw_drift(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     names = {"frames_right": "frames right", "stroke_mass_ratio": "stroke mass over real", "mean_speed": "speed, pixels a frame",
              "track_within_1px": "windows within 1 px of a track"}
     strips = [list(rows.items())[first:first + LINES_A_STRIP] for first in range(0, len(rows), LINES_A_STRIP)]
-    figure = plt.figure(figsize=(4.4 * len(names), 3.6 * len(strips)), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(names), 3.6 * len(strips)), layout="constrained")
     panels = [part.subplots(1, len(names)) for part in figure.subfigures(len(strips), 1, squeeze=False)[:, 0]]
     for strip, axes in zip(strips, panels, strict=True):
         for axis, above, (name, title) in zip(axes, panels[0], names.items(), strict=True):
@@ -345,12 +343,12 @@ def draw_drift(path: Path, rows: dict[str, dict[str, Any]]) -> None:
                 above.autoscale()
         axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=9)
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def draw_switch(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     """Share of the streams that show the new digit over the frames since the switch, a line for each way to switch."""
-    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axis = figure.subplots()
     for row, found in rows.items():
         for how in SWITCHES:
             axis.plot(found[how]["share_of_new"], marker=".", label=f"{row}, {how}")
@@ -359,23 +357,20 @@ def draw_switch(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def check_arguments(arguments: argparse.Namespace, path: Path, name: str) -> None:
     """Raise ValueError or OSError for what can be refused before the checkpoint is read. path, name: of the row that is to be."""
-    require_at_least_one("--batch_size", arguments.batch_size)
-    if not 0 <= arguments.seed <= MAX_SEED:
-        raise ValueError(f"--seed is {arguments.seed}: expected 0 to {MAX_SEED}")
-    if arguments.command == "drift" and arguments.num_frames < 2 * WINDOW:
-        raise ValueError(f"--num_frames is {arguments.num_frames}: expected at least {2 * WINDOW}")
+    require(arguments.batch_size >= 1, "--batch_size", arguments.batch_size, "at least 1")
+    require(0 <= arguments.seed <= MAX_SEED, "--seed", arguments.seed, f"0 to {MAX_SEED}")
+    if arguments.command == "drift":
+        require(arguments.num_frames >= 2 * WINDOW, "--num_frames", arguments.num_frames, f"at least {2 * WINDOW}")
     if arguments.command == "switch":
-        require_at_least_one("--num_streams", arguments.num_streams)
-        if arguments.num_before < MIN_BEFORE:
-            raise ValueError(f"--num_before is {arguments.num_before}: expected at least {MIN_BEFORE}, to fit a track, in whole blocks")
+        require(arguments.num_streams >= 1, "--num_streams", arguments.num_streams, "at least 1")
+        require(arguments.num_before >= MIN_BEFORE, "--num_before", arguments.num_before, f"at least {MIN_BEFORE}, to fit a track, in blocks")
     if arguments.command == "continue":
-        require_at_least_one("--num_videos", arguments.num_videos)
-        require_at_least_one("--given_frames", 1 if arguments.given_frames is None else arguments.given_frames)
+        require(arguments.num_videos >= 1, "--num_videos", arguments.num_videos, "at least 1")
+        require(arguments.given_frames is None or arguments.given_frames >= 1, "--given_frames", arguments.given_frames, "at least 1")
     require_writable(path.parent)
     if name in read_rows(path, arguments.command) and not arguments.replace:
         raise ValueError(f"{path} has a row {name!r} already: choose another --name, or give --replace to measure that row anew")

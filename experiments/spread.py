@@ -38,12 +38,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_arguments(None)  # --help, and what cannot be read, needs none of what is loaded next: torch takes seconds
 
-import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 from evaluate import EvaluateConfig, evaluate  # noqa: E402
 from machine.files import free_paths, require_writable  # noqa: E402
@@ -145,7 +142,8 @@ def as_markdown(table: dict[str, Any]) -> str:
 def draw(path: Path, table: dict[str, Any]) -> None:
     """One axis a figure, a dot a run with its interval, the median as a line and real video's figure as a dotted one."""
     names = [name for name in FIGURES if all(name in run for run in table["runs"])]
-    figure, axes = plt.subplots(1, len(names), figsize=(2.1 * len(names), 3), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(2.1 * len(names), 3), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         values = [run[name] for run in table["runs"]]
         for index, run in enumerate(table["runs"]):
@@ -160,7 +158,6 @@ def draw(path: Path, table: dict[str, Any]) -> None:
         axis.set_xlabel("seed", fontsize=8)
         axis.tick_params(labelsize=7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -13,17 +13,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-
-from judging.fixed_prompts import JUDGED_COLUMNS  # noqa: E402
-from machine.paths import user_path  # noqa: E402
-from method.diagnostics import NOISE_LEVELS  # noqa: E402
-from training.run_log import plot_series, read_scalars  # noqa: E402
+from judging.fixed_prompts import JUDGED_COLUMNS
+from machine.paths import user_path
+from method.diagnostics import NOISE_LEVELS
+from training.run_log import plot_series, read_scalars
 
 # ------------------------------------------------------------------------------------------------------------ the picture
 
@@ -82,16 +80,16 @@ def draw_health(path: Path, runs: dict[str, dict[str, tuple[np.ndarray, np.ndarr
     if not columns:
         return
     height = -(-len(columns) // width)
-    figure, axes = plt.subplots(height, width, figsize=(3.4 * width, 2.5 * height + 0.4), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(3.4 * width, 2.5 * height + 0.4), layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False)
     for axis in axes.flat[len(columns):]:
         axis.axis("off")
     for axis, column in zip(axes.flat, columns, strict=False):
         _draw_panel(axis, column, {name: series[column] for name, series in runs.items() if column in series}, list(runs))
     if len(runs) > 1:
-        lines = [plt.Line2D([], [], color=f"C{index % 10}", label=name) for index, name in enumerate(runs)]
+        lines = [Line2D([], [], color=f"C{index % 10}", label=name) for index, name in enumerate(runs)]
         figure.legend(handles=lines, loc="outside lower center", ncols=min(len(runs), 5), fontsize=9)
     figure.savefig(path, dpi=75)
-    plt.close(figure)
 
 
 def _draw_panel(axis: Axes, column: str, series: dict[str, tuple[np.ndarray, np.ndarray]], names: list[str]) -> None:

@@ -9,10 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
 
 NAME_WIDTH = 37
 CELL_WIDTH = 21
@@ -86,7 +83,8 @@ def draw_curves(path: Path, rows: dict[str, dict[str, Any]], width: int = 3) -> 
     """One panel per measure that exists by frame, over the frame's index: a line a row, its 95 % interval as a band."""
     names = [name for name in CURVES if any(f"{name}_by_frame" in figures for figures in rows.values())]
     height = -(-len(names) // width)
-    figure, axes = plt.subplots(height, width, figsize=(4.6 * width, 3 * height), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.6 * width, 3 * height), layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False)
     for axis in axes.flat[len(names):]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
@@ -102,4 +100,3 @@ def draw_curves(path: Path, rows: dict[str, dict[str, Any]], width: int = 3) -> 
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

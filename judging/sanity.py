@@ -139,19 +139,6 @@ def as_markdown(figures: dict[str, dict[str, Any]], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_text(figures: dict[str, dict[str, Any]]) -> str:
-    """The matrix for a terminal: + where a figure rose, - where it fell, and the value; ! after what had to move."""
-    lines = [f"{'':18}" + "".join(f"{name.replace('_', ' ')[:9]:>10}" for name in SMALLEST_CHANGE)]
-    for fault, row in figures.items():
-        cells = []
-        for name in SMALLEST_CHANGE:
-            sign = {0: " ", 1: "+", -1: "-"}[moved(row, figures["real"], name)]
-            value = f"{row[name]:.2f}" if name in row else "-"
-            cells.append(f"{value}{sign}{'!' if name in MUST_MOVE.get(fault, {}) else ' '}")
-        lines.append(f"{fault:18}" + "".join(f"{cell:>10}" for cell in cells))
-    return "\n".join(lines)
-
-
 def check_sanity(folder: Path, num_videos: int, num_frames: int, seed: int) -> None:
     """Print and write the matrix for videos of one digit; raises ValueError naming every figure that failed, after writing."""
     config = DatasetConfig()
@@ -160,11 +147,10 @@ def check_sanity(folder: Path, num_videos: int, num_frames: int, seed: int) -> N
         raise ValueError(f"num_videos is {num_videos}: too few for a distribution, expected 256 or so")
     batch = MovingMNISTGenerator(config, "test", purpose=Purpose.EVALUATION).sample(seed, range(num_videos), num_frames)
     figures = judge_faults(panel, batch, list(MUST_MOVE), seed)
-    print(as_text(figures))
-    print(panel.judge.describe())
     folder.mkdir(parents=True, exist_ok=True)
     title = f"Which fault moves which figure ({num_videos} real videos of {num_frames} frames, held-out digits, seed {seed}; {panel.judge.describe()})"
     (folder / "sanity.md").write_text(as_markdown(figures, title))
+    print(as_markdown(figures, title))
     kept = {fault: {name: value for name, value in row.items() if "_by_" not in name} for fault, row in figures.items()}
     (folder / "sanity.json").write_text(json.dumps(kept, indent=1) + "\n")
     print(f"wrote sanity.md and sanity.json to {folder}")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dynamic_video_sf import make_noise_streams, sample_bidirectional, split_first_frames
 from machine.runtime import Runtime, gain_over_float32, require_compiler
+from method.choices import require
 from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, teacher_plan, warp_steps
 from method.settings import FewStepConfig, PretrainConfig, TrainingConfig, check_denoising_steps, check_num_frames
 from network.attention import ContextWindow
@@ -112,10 +113,9 @@ class SamplerSettings:
     causal: bool = False
 
     def __post_init__(self) -> None:
-        if self.eta is not None and not 0 <= self.eta <= 1:
-            raise ValueError(f"--eta is {self.eta}: expected 0 (Euler's method) to 1 (ancestral sampling)")
-        if self.ink_kept is not None and not 0 <= self.ink_kept <= 1:
-            raise ValueError(f"--ink_kept is {self.ink_kept}: expected 0 (guidance off the ink) to 1 (classifier-free guidance)")
+        require(self.eta is None or 0 <= self.eta <= 1, "--eta", self.eta, "0 (Euler's method) to 1 (ancestral sampling)")
+        require(self.ink_kept is None or 0 <= self.ink_kept <= 1, "--ink_kept", self.ink_kept,
+                "0 (guidance off the ink) to 1 (classifier-free guidance)")
         if self.denoising_steps is not None and self.num_steps is not None:
             raise ValueError("--denoising_steps (few steps) and --num_steps (many steps) exclude each other: give one of them")
         if self.denoising_steps is not None and self.causal:
@@ -124,9 +124,8 @@ class SamplerSettings:
         if self.denoising_steps is not None:
             check_denoising_steps("--denoising_steps", list(self.denoising_steps))
         if self.num_steps is not None:
-            require_at_least_one("--num_steps", self.num_steps)
-        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise ValueError(f"--guidance is {self.guidance}: expected 0 or more (1 is no guidance)")
+            require(self.num_steps >= 1, "--num_steps", self.num_steps, "at least 1")
+        require(self.guidance is None or 0 <= self.guidance < math.inf, "--guidance", self.guidance, "0 or more (1 is no guidance)")
 
     def make_plan(self, training: TrainingConfig) -> RolloutPlan | BidirectionalPlan:
         """The plan for a network trained with `training`, whose kind says whether it is a student or a teacher.
@@ -174,12 +173,6 @@ class SamplerSettings:
             if value is not None:
                 raise ValueError(f"--{name} is for a bidirectional teacher in many steps, and this is a rollout block by block: "
                                  "leave it out")
-
-
-def require_at_least_one(name: str, value: int) -> None:
-    """Raise ValueError naming what is below 1."""
-    if value < 1:
-        raise ValueError(f"{name} is {value}: expected at least 1")
 
 
 def check_length(
@@ -242,7 +235,7 @@ def generate(
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds: expected one seed for each of at least one prompt")
-    require_at_least_one("batch_size", batch_size)
+    require(batch_size >= 1, "batch_size", batch_size, "at least 1")
     plan = settings.make_plan(networks.config.training)
     check_length(num_frames, plan, networks.config.training, schedule, first_frames)
     later = [] if schedule is None else list(schedule.changes().values())

@@ -266,14 +266,14 @@ def _labelled(
     rows: list[np.ndarray], row_labels: list[str], column_labels: list[str], font_size: int, row_gap: int = GAP, title: str = ""
 ) -> np.ndarray:
     """Pictures (height, width, 3) of one size under each other on white, with a label at the left of each, labels over their equally wide
-    columns and a title over all. Lays the texts out as Pillow measures them."""
+    columns and a title over all, whose height hangs on its number of lines alone."""
     font = ImageFont.load_default(font_size)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox
     label_boxes, column_boxes = ([measure((0, 0), label, font) for label in labels] for labels in (row_labels, column_labels))
     height, width = rows[0].shape[:2]
     pitch = max(height, *(box[3] for box in label_boxes)) + row_gap
     x = round(2 * MARGIN + max(box[2] for box in label_boxes))
-    y = round(2 * MARGIN + max(box[3] for box in column_boxes) + (measure((0, 0), title, font)[3] + MARGIN if title else 0))
+    y = round(2 * MARGIN + max(box[3] for box in column_boxes) + (measure((0, 0), title + "g", font)[3] + MARGIN if title else 0))
     canvas = Image.new("RGB", (x + width + MARGIN, math.ceil(y + len(rows) * pitch - row_gap + MARGIN)), BACKGROUND)
     pen = ImageDraw.Draw(canvas)
     pen.multiline_text((x, MARGIN), title, TEXT, font)

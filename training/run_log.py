@@ -12,14 +12,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-
-from training.config import WandbConfig  # noqa: E402
+from training.config import WandbConfig
 
 WANDB_TIMEOUT_S = 60.0  # for its first answer
 
@@ -180,7 +177,8 @@ def draw_curves(csv_path: Path, picture_path: Path) -> None:
         return
     num_columns = min(3, len(names))
     num_rows = -(-len(names) // num_columns)
-    figure, axes = plt.subplots(num_rows, num_columns, figsize=(4.2 * num_columns, 2.8 * num_rows), squeeze=False)
+    figure = Figure(figsize=(4.2 * num_columns, 2.8 * num_rows))
+    axes = figure.subplots(num_rows, num_columns, squeeze=False)
     for axis in axes.flat[len(names):]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
@@ -195,7 +193,6 @@ def draw_curves(csv_path: Path, picture_path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(picture_path, dpi=110)
-    plt.close(figure)
 
 
 def read_scalars(csv_path: Path, with_seconds: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:

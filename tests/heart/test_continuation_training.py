@@ -84,7 +84,7 @@ def test_as_many_go_on_as_asked(probability: float, low: int, high: int, monkeyp
     assert torch.equal(engine.random.generator.get_state(), state) == (probability == 0)  # the default draws as if the option were not there
 
 
-def test_a_step_goes_on_from_the_videos_of_its_own_prompts(teacher: Path, monkeypatch):  # noqa: F811
+def test_a_step_goes_on_from_the_videos_of_its_own_prompts(teacher: Path, monkeypatch):
     stage = build_self_forcing(teacher, continuation_probability=1.0, min_num_frames=6, max_num_frames=6)
     assert stage.config.uses_videos and "go on from a real block, on real videos" in stage.config.summary
     criticised = []
@@ -129,7 +129,7 @@ def test_what_is_no_first_block_is_not_gone_on_from(given: int, first_frame: int
 
 
 @pytest.mark.slow
-def test_flops_are_those_of_both_kinds_of_steps_in_their_shares(teacher: Path):  # noqa: F811
+def test_flops_are_those_of_both_kinds_of_steps_in_their_shares(teacher: Path):
     short = {"denoising_steps": [1000, 500], "min_num_frames": 6, "max_num_frames": 6}
     never, always, some = (
         flops_per_step(run_config(self_forcing_config(teacher, **short, continuation_probability=probability)))

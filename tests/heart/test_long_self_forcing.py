@@ -63,7 +63,7 @@ def test_windows_start_anywhere_alike_the_first_and_the_last_place_included():
     assert torch.equal(random.get_state(), state)  # where there is no choice nothing is drawn
 
 
-def test_steps_draw_their_windows_and_say_where_they_start(teacher: Path):  # noqa: F811
+def test_steps_draw_their_windows_and_say_where_they_start(teacher: Path):
     stage = build_self_forcing(teacher, **LONG)
     starts = [stage.train_step(step)["first_frame"] for step in range(24)]
     assert set(starts) == {0, 3, 6, 9, 12} and "first_frame" in stage.columns
@@ -140,7 +140,7 @@ def test_a_start_that_splits_a_block_is_refused():
 # What is trained
 
 
-def test_as_long_as_the_video_it_is_ordinary_self_forcing_bit_for_bit(teacher: Path):  # noqa: F811
+def test_as_long_as_the_video_it_is_ordinary_self_forcing_bit_for_bit(teacher: Path):
     stages = [build_self_forcing(teacher, **(LONG | {"rollout_frames": frames})) for frames in (None, 9, 12)]
     for step in range(6):
         plain, same, longer = (stage.train_step(step) for stage in stages)
@@ -151,7 +151,7 @@ def test_as_long_as_the_video_it_is_ordinary_self_forcing_bit_for_bit(teacher: P
 
 
 @pytest.mark.parametrize("gradient_frames", [9, 3])
-def test_scores_of_a_later_window_are_asked_for_the_digit_alone(teacher: Path, monkeypatch, gradient_frames):  # noqa: F811
+def test_scores_of_a_later_window_are_asked_for_the_digit_alone(teacher: Path, monkeypatch, gradient_frames):
     """A caption's direction is that of a video's first frames; the generator is asked for all of it, as at inference."""
     stage = build_self_forcing(teacher, **(LONG | {"batch_size": 8, "gradient_frames": gradient_frames}))
     asked: list[list[str]] = []
@@ -170,7 +170,7 @@ def test_scores_of_a_later_window_are_asked_for_the_digit_alone(teacher: Path, m
 
 
 @pytest.mark.slow
-def test_flops_are_the_mean_over_all_starts_and_exit_steps(teacher: Path):  # noqa: F811
+def test_flops_are_the_mean_over_all_starts_and_exit_steps(teacher: Path):
     short = {"denoising_steps": [1000, 500], "min_num_frames": 3, "max_num_frames": 3, "window_frames": 3, "dfake_gen_update_ratio": 1}
     config = self_forcing_config(teacher, **(short | {"rollout_frames": 15, "batch_size": 1}))
     stage = SelfForcingStage(run_config(config), compute.CPU, torch.Generator().manual_seed(1))

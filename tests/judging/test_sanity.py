@@ -9,7 +9,6 @@ from judging.sanity import (
     REAL_LIMITS,
     SMALLEST_CHANGE,
     as_markdown,
-    as_text,
     check_sanity,
     find_failures,
     judge_faults,
@@ -92,8 +91,6 @@ def test_the_matrix_says_what_moved(figures):
     page = as_markdown(figures, "Title")
     frozen = next(line for line in page.splitlines() if line.startswith("| frozen"))
     assert "**0.000 ↓**" in frozen and page.startswith("# Title")
-    assert max(len(line) for line in as_text(figures).splitlines()) <= 184
-    assert "0.00-!" in as_text(figures)
 
 
 def test_too_few_videos_are_refused(tmp_path):

@@ -20,7 +20,6 @@ def test_every_script_decides_before_it_loads_torch(path):
     assert isinstance(first, ast.ImportFrom) and (first.module, first.names[0].name) == ("machine", "threads")
 
 
-
 @pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "1000"}, {"KMP_BLOCKTIME": "200"}])
 def test_a_users_own_setting_wins(own):
     environment = dict(own)

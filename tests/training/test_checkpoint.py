@@ -75,14 +75,6 @@ def refused(path: Path) -> str:
     return message
 
 
-def test_a_truncated_file_is_refused_wherever_it_ends(path):
-    content = path.read_bytes()
-    lengths = {0, 1, 2, 3, 4, 10, 100, len(content) // 2, len(content) - 100, len(content) - 22, len(content) - 1}
-    for length in sorted(lengths | set(range(500, len(content), len(content) // 25))):
-        path.write_bytes(content[:length])
-        assert refused(path).startswith(str(path)), length
-
-
 @pytest.mark.parametrize("wrapped", [lambda key: f"module.{key}", lambda key: f"_orig_mod.{key}", lambda key: f"module._orig_mod.{key}",
                                      lambda key: key.replace("blocks.0.", "blocks.0._orig_mod.")])
 def test_names_that_a_wrapper_changed_are_taken_back(tmp_path, whole, wrapped):
@@ -171,17 +163,11 @@ def test_weights_of_another_size_or_network_are_named(whole):
 @pytest.mark.parametrize("config", [
     3, {}, {"training": 3}, {"training": {"training_type": []}}, {**config_to_dict(CONFIG), "novelty": 1},
     {**config_to_dict(CONFIG), "model": {"width": "wide"}}, {**config_to_dict(CONFIG), "model": {"width": -1}},
+    {**config_to_dict(CONFIG), "training": {**config_to_dict(CONFIG)["training"], "teacher_steps": 2.5}},
 ])
 def test_a_configuration_of_another_version_is_refused(path, whole, config):
     with pytest.raises(CheckpointError, match="its configuration does not fit this version"):
         checkpoint_config(path, {**whole, "config": config})
-
-
-def test_a_value_of_the_wrong_type_in_the_stored_configuration_is_refused(tmp_path, whole):
-    broken = {**whole, "config": {**whole["config"], "training": {**whole["config"]["training"], "teacher_steps": 2.5}}}
-    save_checkpoint(tmp_path / "broken.pt", broken)
-    with pytest.raises(CheckpointError, match="broken.pt: its configuration does not fit .*2.5"):
-        load_networks(tmp_path / "broken.pt", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("weights", [7, [1, 2], {"q": 3}])

@@ -83,14 +83,14 @@ def assert_same_training(actual, expected) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_micro_batches_equal_the_large_batch(kind, teacher):  # noqa: F811
+def test_micro_batches_equal_the_large_batch(kind, teacher):
     parts, whole = build(kind, teacher, accumulation_steps=2), build(kind, teacher)
     assert_same_training(run(parts), run(whole))
     assert torch.equal(parts.random.generator.get_state(), whole.random.generator.get_state())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_activation_checkpointing_gives_the_same_gradients_from_less_memory(kind, teacher):  # noqa: F811
+def test_activation_checkpointing_gives_the_same_gradients_from_less_memory(kind, teacher):
     kept = []
     results = []
     for is_on in (False, True):
@@ -132,7 +132,7 @@ def worker(rank: int, port: int, folder: Path, teacher_path: Path) -> None:
     torch.save(results, folder / f"{rank}.pt")
 
 
-def test_two_processes_equal_one(teacher, tmp_path):  # noqa: F811
+def test_two_processes_equal_one(teacher, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -173,7 +173,7 @@ def sharding_worker(rank: int, port: int, folder: Path, teacher_path: Path, kind
     pytest.param(list(KINDS), {"activation_checkpointing": True}, marks=pytest.mark.slow),
     pytest.param(list(KINDS), {"accumulation_steps": 2}, marks=pytest.mark.slow),
 ], ids=["dmd", "all", "activation checkpointing", "accumulation"])
-def test_sharded_networks_have_the_gradients_of_whole_ones(kinds, changes, teacher, tmp_path):  # noqa: F811
+def test_sharded_networks_have_the_gradients_of_whole_ones(kinds, changes, teacher, tmp_path):
     """Of every kind of loss, clipped over all shards, and the same moving average; each process holds half of every block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -194,7 +194,7 @@ def test_sharded_networks_have_the_gradients_of_whole_ones(kinds, changes, teach
         assert share + other_share == pytest.approx(1) and 0.4 < share < 0.6
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(teacher):  # noqa: F811
+def test_a_batch_that_cannot_be_shared_is_refused(teacher):
     with pytest.raises(ValueError, match=r"training.batch_size is 4.*multiple of 3 .*accumulation_steps=3\); nearest valid: 3 or 6"):
         build("dmd", teacher, accumulation_steps=3)
 

@@ -4,7 +4,6 @@ import errno
 import gc
 import inspect
 import os
-import pickle
 import random
 import resource
 import subprocess
@@ -237,18 +236,6 @@ def test_a_checkpoint_cut_at_any_byte_is_refused(tmp_path, is_mapped):
             load_checkpoint(path, is_mapped)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("is_mapped", [False, True])
-def test_a_checkpoint_cut_at_each_byte_is_refused(tmp_path, is_mapped):
-    path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {**small_checkpoint(1, 1000), "config": config_to_dict(tiny_config(tmp_path, PretrainConfig(**SHARED)))})
-    content = path.read_bytes()
-    for length in range(len(content)):
-        path.write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match="checkpoint.pt"):
-            load_checkpoint(path, is_mapped)
-
-
 class Hostile:
     """Unpickled by a careless reader, it would make a folder."""
 
@@ -301,13 +288,6 @@ def test_a_checkpoint_with_changed_bytes_loads_or_is_refused_and_runs_nothing(tm
             assert "checkpoint.pt" in str(error)
             num_refused += 1
     assert 0 < num_refused < 300 and [item.name for item in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-
-def test_an_old_pickle_protocol_is_no_way_in(tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps(Hostile(tmp_path / "trace"), protocol=0))
-    with pytest.raises(CheckpointError, match="refused"):
-        load_checkpoint(tmp_path / "checkpoint.pt")
-    assert not (tmp_path / "trace").exists()
 
 
 # --- numbers that are none ----------------------------------------------------------------------------------------------

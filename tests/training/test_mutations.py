@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from helpers.generation import COMMON, STUDENT, write_networks
+from helpers.generation import COMMON
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -99,17 +99,6 @@ def test_a_refusal_names_the_key_under_a_debugger_too(hydra_is_set_up):
 @given(st.data())
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 def test_any_value_on_the_command_line_composes_or_is_refused_in_one_line(hydra_is_set_up, data):
-    assert_composes_or_is_refused(data)
-
-
-@pytest.mark.slow
-@given(st.data())
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
-def test_a_thousand_values_on_the_command_line_compose_or_are_refused_in_one_line(hydra_is_set_up, data):
-    assert_composes_or_is_refused(data)
-
-
-def assert_composes_or_is_refused(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(sorted(CHOICES)))
     key = data.draw(st.sampled_from(KEYS[kind]))
     value = data.draw(VALUES)
@@ -144,11 +133,6 @@ NASTY = (
     "e\u0301" * 200, "../../etc/passwd", "C:\\con\\nul", "'\"`$(rm)`{}[]", "\ufeff\ufffe\uffff",
     "a" * 100_000, "%s %n {0}", "<svg onload=x>",
 )
-
-
-@pytest.fixture(scope="module")
-def student_path(tmp_path_factory) -> Path:
-    return write_networks(tmp_path_factory.mktemp("student") / "student.pt", STUDENT)
 
 
 def assert_videos(student_path: Path, folder: Path, prompts: list[str]) -> None:

@@ -28,6 +28,8 @@ from training.config import Config, PretrainConfig, WandbConfig
 from training.resume import RunClaim, RunFinished, find_start, newest_readable
 
 ROOT = REPOSITORY
+
+
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take longer than the steps, and other tests look at them."""
