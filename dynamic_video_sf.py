@@ -320,18 +320,6 @@ class Rollout:
     frame_exits: Tensor  # (B, min(F, gradient_frames)): the exit step of every scored frame, -1 for one that is data
 
 
-def window_starts(config: SelfForcingConfig, num_frames: int) -> range:
-    """The frames of a rollout at which a scored window of num_frames may start: 0 alone without `training.rollout_frames`."""
-    longest = num_frames if config.rollout_frames is None else config.rollout_frames
-    return range(0, longest - num_frames + 1, config.num_frames_per_block)
-
-
-def draw_window_start(config: SelfForcingConfig, num_frames: int, random: torch.Generator) -> int:
-    """One of `window_starts`, uniform, one for the whole batch; draws nothing if there is no choice."""
-    starts = window_starts(config, num_frames)
-    return starts[int(torch.randint(len(starts), (1,), generator=random))] if len(starts) > 1 else 0
-
-
 class SelfForcingEngine:
     """The networks of Self-Forcing, their moving averages and the losses between them.
 
@@ -491,7 +479,12 @@ class SelfForcingEngine:
         exit step. The other figures: `score_figures` and dmd_gradient_norm, or with "gan" logit_distance.
         """
         if self.config.loss == "gan":
-            terms, figures = self._gan_terms(x_0, text, x_real)
+            with torch.no_grad():  # the prompt is a constant here
+                prompt = self.fake_score.encode_prompt(*text)
+            with frozen(self.critic):
+                fake_t, real_t, t = self._noised_pair(x_0, x_real)
+                fake, real = self.critic(fake_t, t, prompt), self.critic(real_t, t, prompt)
+            terms, figures = relativistic_loss(fake, real), {"logit_distance": (real - fake).mean().item()}
         elif self.config.loss == "sid":
             x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text)  # gradient passes through both scores, which are frozen
             terms = sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha)
@@ -540,15 +533,6 @@ class SelfForcingEngine:
         if self.config.clamp_real_score:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): guidance overshoots
             x_0_real = x_0_real.clamp(-1, 1)
         return x_0_fake, x_0_real, t[:, 0]
-
-    def _gan_terms(self, x_0: Tensor, text: Text, x_real: Tensor | None) -> tuple[Tensor, dict[str, float]]:
-        """The generator's side of the GAN loss, (B,), and its figure."""
-        with torch.no_grad():  # the prompt is a constant here
-            prompt = self.fake_score.encode_prompt(*text)
-        with frozen(self.critic):
-            fake_t, real_t, t = self._noised_pair(x_0, x_real)
-            fake, real = self.critic(fake_t, t, prompt), self.critic(real_t, t, prompt)
-        return relativistic_loss(fake, real), {"logit_distance": (real - fake).mean().item()}
 
     def _noised_pair(self, x_0: Tensor, x_real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Generated and real videos of the same prompts, noised independently to the same times t."""

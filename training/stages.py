@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynamic_video_sf import Rollout, SelfForcingEngine, Text, draw_window_start
+from dynamic_video_sf import Rollout, SelfForcingEngine, Text
 from machine.batch_random import BatchRandom
 from machine.runtime import Runtime, require_compiler
 from method.diagnostics import STEP_COLUMNS, exit_columns
@@ -61,6 +61,18 @@ def draw_num_frames(config: TrainingConfig, random: torch.Generator) -> int:
     block, first = config.num_frames_per_block, 1 if config.independent_first_frame else 0
     low, high = config.min_num_frames // block, config.max_num_frames // block
     return first + block * int(torch.randint(low, high + 1, (1,), generator=random))
+
+
+def window_starts(config: SelfForcingConfig, num_frames: int) -> range:
+    """The frames of a rollout at which a scored window of num_frames may start: 0 alone without `training.rollout_frames`."""
+    longest = num_frames if config.rollout_frames is None else config.rollout_frames
+    return range(0, longest - num_frames + 1, config.num_frames_per_block)
+
+
+def draw_window_start(config: SelfForcingConfig, num_frames: int, random: torch.Generator) -> int:
+    """One of `window_starts`, uniform, one for the whole batch; draws nothing if there is no choice."""
+    starts = window_starts(config, num_frames)
+    return starts[int(torch.randint(len(starts), (1,), generator=random))] if len(starts) > 1 else 0
 
 
 def rate_factor(config: TrainingConfig, step: int, warmup_steps: int = 0) -> float:
