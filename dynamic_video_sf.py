@@ -1,10 +1,9 @@
-"""Self-Forcing (Huang et al. 2025, arXiv 2506.08009): the rollout, and the engine that trains it to match a distribution.
+"""Self-Forcing (Huang et al. 2025, arXiv 2506.08009): the rollout, and the engine that trains the generator to match a distribution.
 
-Dimensions: B batch, F frames, C channels, H height, W width; a rollout makes F frames in blocks of
-`num_frames_per_block`.
+Dimensions: B batch, F frames, C channels, H height, W width; a rollout makes F frames in blocks of `num_frames_per_block`.
 
-There is one rollout, `rollout_blocks` (Algorithm 1). Training, generation and evaluation all call it; training only adds an exit
-step and says which blocks carry gradient. The bidirectional teacher, which makes all frames at once, has a sampler beside it.
+There is one rollout, `rollout_blocks` (Algorithm 1). Training, generation and evaluation call it; training adds an exit step and
+chooses the blocks that carry gradient. The bidirectional teacher, which makes all frames at once, has its own sampler.
 
     python dynamic_video_sf.py    check the rollout and the losses on a small case
 """
@@ -67,13 +66,13 @@ def draw_noise(streams: list[np.random.Generator], shape: tuple[int, ...], devic
 
 
 def clamp_to_data(x_0: Tensor) -> Tensor:
-    """x_0 cut to [-1, 1], with the gradient passed straight through: what the losses see is what is shown, and a value beyond the
-    range is still pulled back (static thresholding, arXiv 2205.11487, section 2.3; straight-through, arXiv 1308.3432)."""
+    """Clamp x_0 to [-1, 1] and pass the gradient straight through: the losses see what is shown, and a value outside the range is still
+    pulled back (static thresholding, arXiv 2205.11487, section 2.3; straight-through, arXiv 1308.3432)."""
     return x_0 + (x_0.clamp(-1, 1) - x_0).detach()
 
 
 def predict_x_0(x_t: Tensor, v: Tensor, t: Tensor, plan: RolloutPlan) -> Tensor:
-    """x_0 of x_t (B, F, C, H, W) by its velocity, kept in [-1, 1] if the plan says so."""
+    """x_0 from x_t (B, F, C, H, W) and its velocity, clamped to [-1, 1] if the plan says so."""
     x_0 = x_0_from_velocity(x_t, v, t)
     return clamp_to_data(x_0) if plan.clamp_x_0 else x_0
 
@@ -85,11 +84,11 @@ def full_time(x: Tensor, time: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PromptSwitch:
-    """From the next block on, another prompt. how: what becomes of the cache, one of `SWITCHES`.
+    """A new prompt from the next block on. how: what happens to the cache, one of `SWITCHES`.
 
-    "recache": computed anew with the new prompt over the frames that are still visible (LongLive, arXiv 2509.22622, section
-    3.2). "keep": stays as it is, written under the old prompt. "reset": emptied, so that nothing of the past is seen.
-    null_prompt: under guidance, as many null prompts.
+    "recache": recompute it with the new prompt from the frames that are still visible (LongLive, arXiv 2509.22622, section 3.2).
+    "keep": keep it as written under the old prompt. "reset": empty it, so that the next block sees no past.
+    null_prompt: with guidance, as many null prompts.
     """
 
     prompt: PromptContext
@@ -269,8 +268,8 @@ def _block_frames(plan: RolloutPlan, block: int, first_frames: Tensor | None) ->
 
 
 def split_first_frames(frames: Tensor, plan: RolloutPlan) -> tuple[Tensor, ...]:
-    """Given frames (B, F, C, H, W) as the blocks that go before the first: whole blocks, one picture alone, or where the
-    first frame is a block of its own that and whole blocks. Raises ValueError."""
+    """Split given frames (B, F, C, H, W) into the blocks before the first generated one: one single frame, or whole blocks (after one
+    first frame if the plan has an independent first frame). Raises ValueError for another number of frames."""
     num_frames, block = frames.shape[1], plan.num_frames_per_block
     if num_frames == 1:
         return (frames,)
@@ -286,7 +285,7 @@ def sample_bidirectional(
     model: TinyCausalWanModel, prompt: PromptContext, null_prompt: PromptContext, streams: list[np.random.Generator], num_frames: int,
     plan: BidirectionalPlan, trace: list[Tensor] | None = None,
 ) -> Tensor:
-    """The teacher's own sampler. Returns (B, F, C, H, W). trace: collects x_t at every time at which the network is asked."""
+    """The bidirectional teacher's sampler. Returns (B, F, C, H, W). trace: a list that collects x_t at every evaluation."""
     both = prompt.concatenate(null_prompt)
 
     def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
@@ -321,18 +320,6 @@ class Rollout:
     frame_exits: Tensor  # (B, min(F, gradient_frames)): the exit step of every scored frame, -1 for one that is data
 
 
-def window_starts(config: SelfForcingConfig, num_frames: int) -> range:
-    """The frames of a rollout at which a scored window of num_frames may start: 0 alone without `training.rollout_frames`."""
-    longest = num_frames if config.rollout_frames is None else config.rollout_frames
-    return range(0, longest - num_frames + 1, config.num_frames_per_block)
-
-
-def draw_window_start(config: SelfForcingConfig, num_frames: int, random: torch.Generator) -> int:
-    """One of `window_starts`, uniform, one for the whole batch; draws nothing if there is no choice."""
-    starts = window_starts(config, num_frames)
-    return starts[int(torch.randint(len(starts), (1,), generator=random))] if len(starts) > 1 else 0
-
-
 class SelfForcingEngine:
     """The networks of Self-Forcing, their moving averages and the losses between them.
 
@@ -363,7 +350,7 @@ class SelfForcingEngine:
         self.critic = Discriminator(self.fake_score).to(next(teacher.parameters()).device) if config.loss == "gan" else self.fake_score
 
     def networks(self) -> tuple[TinyCausalWanModel, ...]:
-        """All that it holds, trained or not."""
+        """All networks, trained or not."""
         return self.generator, self.fake_score, self.fake_average, self.real_score, self.generator_average
 
     def update_averages(self, num_critic_updates: int, num_generator_updates: int | None) -> None:
@@ -492,7 +479,12 @@ class SelfForcingEngine:
         exit step. The other figures: `score_figures` and dmd_gradient_norm, or with "gan" logit_distance.
         """
         if self.config.loss == "gan":
-            terms, figures = self._gan_terms(x_0, text, x_real)
+            with torch.no_grad():  # the prompt is a constant here
+                prompt = self.fake_score.encode_prompt(*text)
+            with frozen(self.critic):
+                fake_t, real_t, t = self._noised_pair(x_0, x_real)
+                fake, real = self.critic(fake_t, t, prompt), self.critic(real_t, t, prompt)
+            terms, figures = relativistic_loss(fake, real), {"logit_distance": (real - fake).mean().item()}
         elif self.config.loss == "sid":
             x_0 = x_0.repeat(self.config.noise_draws, 1, 1, 1, 1)
             x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text)  # gradient passes through both scores, which are frozen
@@ -548,15 +540,6 @@ class SelfForcingEngine:
         if self.config.clamp_real_score:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): guidance overshoots
             x_0_real = x_0_real.clamp(-1, 1)
         return x_0_fake, x_0_real, t[:, 0]
-
-    def _gan_terms(self, x_0: Tensor, text: Text, x_real: Tensor | None) -> tuple[Tensor, dict[str, float]]:
-        """The generator's side of the GAN loss, (B,), and its figure."""
-        with torch.no_grad():  # the prompt is a constant here
-            prompt = self.fake_score.encode_prompt(*text)
-        with frozen(self.critic):
-            fake_t, real_t, t = self._noised_pair(x_0, x_real)
-            fake, real = self.critic(fake_t, t, prompt), self.critic(real_t, t, prompt)
-        return relativistic_loss(fake, real), {"logit_distance": (real - fake).mean().item()}
 
     def _noised_pair(self, x_0: Tensor, x_real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Generated and real videos of the same prompts, noised independently to the same times t."""

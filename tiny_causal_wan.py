@@ -170,7 +170,7 @@ class WanBlock(nn.Module):
     ) -> Tensor:
         """modulation (B, T, 6, D), the layer's own too; rope: cos and sin (S, d); prompt key and value (B, h, L, d), mask (B, 1, 1, L).
 
-        Where attend answers for the last rows alone, these alone come out.
+        If attend returns only the last rows, so does the block.
         """
         shift, factor = modulation[:, :, :2].unsqueeze(3).unbind(2)  # (B, T, 1, D)
         y = torch.addcmul(shift, self.norm_self(x), factor)
@@ -188,7 +188,7 @@ class WanBlock(nn.Module):
 
 
 class TinyCausalWanModel(nn.Module):
-    """The network of generator, teacher and critic alike; which attention it uses is said at each call."""
+    """The network of generator, teacher and critic; each forward method names its attention."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -218,30 +218,30 @@ class TinyCausalWanModel(nn.Module):
             nn.init.zeros_(block.cross_o.weight)
 
     def recompute_activations(self) -> None:
-        """From now on keep no activations of the blocks for the backward pass, but make them again there."""
+        """From now on recompute the blocks' activations in the backward pass instead of keeping them."""
         self._recomputes = True
 
     def compile_passes(self) -> None:
-        """From now on run passes compiled, each in one piece, made once for every size of batch and block. Outputs move by rounding."""
+        """From now on run passes compiled, each as one graph, one for every size of batch and block. Outputs change by rounding errors."""
         self.is_compiled = True
         # fullgraph: past Dynamo's limit an error, not Python again. The threshold keeps results that are used twice, such as GELU's before
         # products in integers, which look for the largest of a row and then round: by default both would compute it.
         self._pass = torch.compile(self._pass, dynamic=False, fullgraph=True, options={"realize_opcount_threshold": 8})
 
     def cast_products(self, dtype: torch.dtype) -> None:
-        """Keep the weights of matrix products in the format in which autocast multiplies them: no pass casts them again, and videos stay
-        the same, bit for bit. For generation alone: training needs what is lost."""
+        """Store the weights of matrix products in the format in which autocast multiplies them: no pass casts them again, and videos stay
+        the same, bit for bit. Only for generation: training needs the full precision."""
         for part in (self.text_embedding, self.blocks, self.head):
             for module in part.modules():
                 if isinstance(module, nn.Linear):
                     module.to(dtype)
 
     def quantize_products(self, dtype: torch.dtype) -> None:
-        """Multiply in the blocks by 8-bit integers from now on, with results in dtype. For generation alone."""
+        """From now on run the blocks' matrix products in 8-bit integers, with results in dtype. Only for generation."""
         quantize_linears(self.blocks, dtype)
 
     def new_cache(self, window_frames: int | None = None, sink_frames: int = 0) -> KVCache:
-        """An empty cache for this network. Raises ValueError where a window or a sink splits a temporal patch."""
+        """An empty cache for this network. Raises ValueError if a window or a sink splits a temporal patch."""
         config, patch = self.config, self.config.patch_size[0]
         self._check_frames(window=window_frames, sink=sink_frames or None)
         return KVCache(
@@ -304,8 +304,8 @@ class TinyCausalWanModel(nn.Module):
 
     @torch.no_grad()
     def write_and_forward(self, x: Tensor, t_x: Tensor, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> Tensor:
-        """`write_cache` of a finished block x at t_x, then `forward_cached` of the next, x_t at t, without gradient. In one pass where
-        the cache allows it: a finished block does not see the next one, and where a network is small a larger pass is the cheaper."""
+        """`write_cache` of a finished block x at t_x, then `forward_cached` of the next, x_t at t, without gradient. In one pass if the
+        cache allows it: the finished block does not see the next one, and for a small network one larger pass is cheaper."""
         for block in (x, x_t):
             self._check_block(block, cache)
         num_frames = x.shape[1]
@@ -329,7 +329,7 @@ class TinyCausalWanModel(nn.Module):
     def _masked_attention(
         self, make_layout: Callable[..., KeyLayout], x_t: Tensor, num_frames_per_block: int, context: ContextWindow
     ) -> list[Attend]:
-        """Attention of all layers under a mask, with copies of the sink where the layout asks for them."""
+        """Attention of all layers under a mask, with copies of the sink if the layout has any."""
         self._check_frames(block=num_frames_per_block, window=context.window_frames, sink=context.sink_frames or None)
         context.check(num_frames_per_block)
         patch, tokens = self.config.patch_size[0], self.config.tokens_per_patch_row

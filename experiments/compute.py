@@ -11,14 +11,13 @@ from dataclasses import replace
 
 import torch
 
-from dynamic_video_sf import window_starts
 from experiments.timing import flop_counter
 from machine.runtime import Runtime
 from machine.seeds import Purpose, torch_generator
 from method.choices import require
 from method.settings import PretrainConfig, SelfForcingConfig
 from training.config import Config
-from training.stages import PretrainStage, SelfForcingStage
+from training.stages import PretrainStage, SelfForcingStage, window_starts
 
 CPU = Runtime(torch.device("cpu"), torch.float32)  # counted here, wherever the training runs
 IN_ONE_PASS = {"accumulation_steps": 1, "activation_checkpointing": False, "sharding": "none"}  # their own work does not count

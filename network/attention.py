@@ -16,15 +16,16 @@ from torch import Tensor
 Rope = tuple[Tensor, Tensor]  # cos and sin (S, d)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # self-attention of a layer: q, k (at their positions), v (B, h, S, d) to (B, h, S, d)
 
-
 NUM_TRAIN_TIMESTEPS = 1000  # Wan's integer scale: timestep 1000 is t = 1
+
+
 @dataclass(frozen=True)
 class ContextWindow:
-    """Of which frames the blocks consist and what a block may see of the earlier ones; frames everywhere.
+    """How a video is divided into blocks and what a block sees of the past; all in frames.
 
-    window_frames: how many frames a block sees, itself and the sink included; None for all. sink_frames: so many first frames
-    stay visible for ever (attention sink, arXiv 2309.17453): once frames between have left the window, they stand right
-    before those that remain, so that no two frames are further apart than the window. hide_first_block: the last block of a
+    window_frames: number of frames a block sees, itself and the sink included; None for all. sink_frames: number of initial frames
+    kept in the cache (attention sink, arXiv 2309.17453): once frames after them have left the window, they are placed right before
+    the remaining frames, so that no two frames are further apart than the window. hide_first_block: the last block of a
     video does not see the first one, as if it had left the window (Self-Forcing, arXiv 2506.08009, section 3.4).
     independent_first_frame: the first block is one frame, [1, 3, 3, ...].
     """
@@ -65,8 +66,8 @@ WHOLE_PAST = ContextWindow()
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """What every query of a masked pass may see. mask (S_q, S_k + sink copies): True where it may look; sink_rows: so many first
-    patch rows appear once more for each entry of copy_rows, standing from that row on, behind all other keys."""
+    """What every query of a masked pass sees. mask (S_q, S_k + sink copies): True for visible keys. The first sink_rows patch rows are
+    repeated after all other keys once for each entry of copy_rows, at positions from that row on."""
 
     mask: Tensor
     sink_rows: int

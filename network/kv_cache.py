@@ -1,12 +1,12 @@
-"""The rolling KV cache: self-attention keys and values of the frames made so far, for ever at constant memory.
+"""The rolling KV cache: self-attention keys and values of the frames made so far, in constant memory.
 
 Dimensions: B batch, h heads, d head size, N tokens a patch row in time; rows are patch rows, `frames_per_row` frames each.
 
-One buffer holds the keys of all layers and one the values. The visible past is one contiguous piece of them, a sink first
-where there is one, and the block at hand stands right behind it, so a pass without gradient writes its keys and values in
-place and attends to a view. A row is a position: as blocks are made the piece wanders to the right, what
-falls out on the left is forgotten, the sink is put right before what is left, and once the buffer is full the piece moves
-back to row 0, rotated by as much. Attention sees differences of positions only, and these are never larger than the window.
+One buffer holds the keys of all layers and one the values. The visible past is one contiguous range of rows, the sink first if there
+is one, and the current block comes right after it, so a pass without gradient writes its keys and values in place and attends to a
+view. A row is a position: with every block the range moves to the right, rows on its left are forgotten, the sink is copied right
+before the remaining rows, and when the buffer is full the range moves back to row 0 and its keys are rotated accordingly. Attention
+depends only on differences of positions, which never exceed the window.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from network.attention import Attend, attention, shifted
 class KVCache:
     """Keys (rotated to their positions) and values of the past that a block may see.
 
-    window_frames: how many frames a block may see, itself and the sink included; None for all. sink_frames: so many first
-    frames stay visible for ever. Only `advance` makes a block part of the past. A pass with gradient gets copies: its graph
-    stays valid however the buffers are written later. is_compiled: passes are, by `torch.compile`.
+    window_frames: number of frames a block may see, itself and the sink included; None for all. sink_frames: number of initial frames
+    kept in the cache (attention sink). Only `advance` makes a block part of the past. A pass with gradient gets copies, so its graph
+    stays valid when the buffers are written later. is_compiled: the passes are compiled by `torch.compile`.
     """
 
     def __init__(
@@ -76,24 +76,25 @@ class KVCache:
         return True
 
     def forget_first(self, num_frames: int) -> None:
-        """Forget the first num_frames frames of the video, where they are still visible; not for a cache with a sink."""
+        """Forget the first num_frames frames of the video if they are still visible; not for a cache with a sink."""
         num_forgotten = self.num_frames // self._frames_per_row - (self._end - self._first)
         self._first += max(num_frames // self._frames_per_row - num_forgotten, 0)
 
     def forget_behind_sink(self, num_frames: int) -> None:
-        """Forget the first num_frames frames that stand behind the sink."""
+        """Forget the first num_frames frames after the sink."""
         self._forget(num_frames // self._frames_per_row)
 
     def attends(
         self, batch_size: int, dtype: torch.dtype, device: torch.device, num_frames: int, num_next: int | None = None
     ) -> list[Attend]:
-        """Self-attention of every layer for a block of num_frames at its positions: it sees the visible past and itself. With num_next,
-        without gradient: for a finished block of num_frames that is to be written, and in a row with it the next one, of num_next frames
-        (0: none), which sees the finished one too, but nothing that has left its window. Of a finished block the last layer needs keys and
-        values alone: there the next one alone attends.
+        """Self-attention of every layer for a block of num_frames, which sees the visible past and itself.
 
-        dtype, device: of the keys. Without gradient a pass writes its keys and values behind the past, in place; with gradient it leaves
-        the buffers as they are.
+        num_next (without gradient): the pass writes a finished block of num_frames, and in the same sequence runs the next block of
+        num_next frames (0: none), which sees the finished block too, but nothing outside its window. The last layer needs only the keys
+        and values of a finished block: there only the next block attends.
+
+        dtype, device: of the keys. Without gradient a pass writes its keys and values after the past, in place; with gradient it leaves
+        the buffers unchanged.
         """
         if torch.is_grad_enabled():
             return [partial(_attend_to_copies, past) for past in self._views(self._first, self._end)]

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynamic_video_sf import Rollout, SelfForcingEngine, Text, draw_window_start
+from dynamic_video_sf import Rollout, SelfForcingEngine, Text
 from machine.batch_random import BatchRandom
 from machine.runtime import Runtime, require_compiler
 from method.diagnostics import STEP_COLUMNS, exit_columns
@@ -63,19 +63,31 @@ def draw_num_frames(config: TrainingConfig, random: torch.Generator) -> int:
     return first + block * int(torch.randint(low, high + 1, (1,), generator=random))
 
 
+def window_starts(config: SelfForcingConfig, num_frames: int) -> range:
+    """The frames of a rollout at which a scored window of num_frames may start: 0 alone without `training.rollout_frames`."""
+    longest = num_frames if config.rollout_frames is None else config.rollout_frames
+    return range(0, longest - num_frames + 1, config.num_frames_per_block)
+
+
+def draw_window_start(config: SelfForcingConfig, num_frames: int, random: torch.Generator) -> int:
+    """One of `window_starts`, uniform, one for the whole batch; draws nothing if there is no choice."""
+    starts = window_starts(config, num_frames)
+    return starts[int(torch.randint(len(starts), (1,), generator=random))] if len(starts) > 1 else 0
+
+
 def rate_factor(config: TrainingConfig, step: int, warmup_steps: int = 0) -> float:
-    """Of the learning rates at this step: linear warm-up, constant, linear decay over the last `decay_fraction` of the run."""
+    """Factor of the learning rates at this step: linear warm-up, constant, linear decay over the last `decay_fraction` of the run."""
     decay_steps = max(config.decay_fraction * config.num_steps, 1)
     return min((step + 1) / max(warmup_steps, 1), (config.num_steps - step) / decay_steps, 1.0)
 
 
 def is_chosen(step: int, share: float) -> bool:
-    """Whether this step is among a share in [0, 1] of all steps, evenly spread: 0.5 chooses every even step."""
+    """Whether this step belongs to an evenly spread share, in [0, 1], of all steps: 0.5 chooses every even step."""
     return math.ceil((step + 1) * share) > math.ceil(step * share)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Let every group of the optimizer learn at this rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -95,7 +107,7 @@ class PretrainStage:
             self.parts.check_divides("training.clip_batch_size", self.config.clip_batch_size)
         self.data = MovingMNISTGenerator(config.dataset, "train", self.config.digit_variation)
         self.num_videos_seen = 0
-        self.earlier_prompts: dict[int, int] = {}  # drawn by the runs that this one goes on from
+        self.earlier_prompts: dict[int, int] = {}  # prompts drawn by the runs that this one continues
         self.digits_seen = splits_learned(config.dataset)  # by this run and those
         self.model = TinyCausalWanModel(config.model).to(runtime.device)
         self.text_encoder = TextEncoder(config.text).to(runtime.device)
@@ -103,7 +115,7 @@ class PretrainStage:
             start = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
             self.model.load_state_dict(start.generator.state_dict())
             self.text_encoder.load_state_dict(start.text_encoder.state_dict())
-            self.text_encoder.requires_grad_(False)  # what is trained from one teacher stays fit to be combined
+            self.text_encoder.requires_grad_(False)  # networks that start from one teacher keep one text encoder
             self.earlier_prompts = start.prompts_drawn
             self.digits_seen = merge_splits(self.digits_seen, start.digits_seen)
         if self.config.activation_checkpointing:
@@ -199,7 +211,7 @@ class PretrainStage:
         load_modules(targets, checkpoint, name)
         for key, optimizer in self.optimizers.items():
             load_optimizer(optimizer, checkpoint["optimizer_state_dict"][key])
-            for group in optimizer.param_groups:  # the command line's wish, not that of the run that is resumed; rates: train_step
+            for group in optimizer.param_groups:  # as configured now, not as in the resumed run; rates: train_step
                 group["weight_decay"] = self.config.weight_decay
         self.random.generator.set_state(checkpoint["random_state"])
         self.num_videos_seen = checkpoint["num_videos_seen"]
@@ -324,7 +336,7 @@ class SelfForcingStage:
         return samplers | {f"student, {len(plan.times)} steps": Sampler(self.engine.generator_average, self.text_encoder, plan)}
 
     def live(self) -> Sampler:
-        """The generator as it is now, not its average: a fault shows here first."""
+        """The generator itself, not its average: a fault shows here first."""
         return Sampler(self.engine.generator, self.text_encoder, self.engine.plan)
 
     def networks(self) -> dict[str, nn.Module]:
@@ -357,7 +369,7 @@ class SelfForcingStage:
         load_modules(targets, checkpoint, name)
         for key, optimizer in self.optimizers.items():
             load_optimizer(optimizer, checkpoint["optimizer_state_dict"][key])
-            for group in optimizer.param_groups:  # the command line's wishes, not those of the run that is resumed; rates: train_step
+            for group in optimizer.param_groups:  # as configured now, not as in the resumed run; rates: train_step
                 group.update(betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
         self.random.generator.set_state(checkpoint["random_state"])
         self.num_prompts_seen = checkpoint["num_prompts_seen"]
@@ -365,9 +377,11 @@ class SelfForcingStage:
         self.num_generator_updates = checkpoint["num_generator_updates"]
 
     def _check_same_teacher(self, checkpoint: dict[str, Any], name: str) -> None:
-        """A run that goes on keeps its teacher: another one, or another start, would silently not be used."""
+        """A resumed run keeps its teacher: another teacher, or another start, would be silently ignored."""
         if self.config.generator_checkpoint is not None and not self._started_from_the_same(checkpoint):
-            raise CheckpointError(f"training.generator_checkpoint does not go with training.resume={name}, which brings the generator")
+            raise CheckpointError(
+                f"training.generator_checkpoint cannot be combined with training.resume={name}: the checkpoint already contains a generator"
+            )
         stored, own = checkpoint.get("real_score_state_dict", {}), whole(self.engine.real_score.state_dict())
         if stored.keys() == own.keys() and not all(torch.equal(stored[key], value.cpu()) for key, value in own.items()):
             raise CheckpointError(
@@ -376,7 +390,7 @@ class SelfForcingStage:
             )
 
     def _started_from_the_same(self, checkpoint: dict[str, Any]) -> bool:
-        """Did the run that goes on name this very generator_checkpoint? Then the wish is already part of what is resumed."""
+        """Did the resumed run start from this generator_checkpoint? Then its checkpoint already contains that start."""
         if "config" not in checkpoint:
             return False
         stored = config_from_dict(checkpoint["config"]).training

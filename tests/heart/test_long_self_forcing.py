@@ -12,12 +12,12 @@ from helpers.stages import assert_same, build_self_forcing, run_config, self_for
 from torch import Tensor
 
 import dynamic_video_sf
-from dynamic_video_sf import SelfForcingEngine, draw_window_start, make_noise_streams, rollout_blocks, window_starts
+from dynamic_video_sf import SelfForcingEngine, make_noise_streams, rollout_blocks
 from experiments import compute
 from network.attention import ContextWindow
 from network.text_encoder import parse_caption
 from training.config import SelfForcingConfig
-from training.stages import SelfForcingStage
+from training.stages import SelfForcingStage, draw_window_start, window_starts
 
 BLOCK = 3
 LONG = {"window_frames": 6, "rollout_frames": 21, "min_num_frames": 9, "max_num_frames": 9}

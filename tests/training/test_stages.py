@@ -327,7 +327,7 @@ def test_a_resumed_run_keeps_its_teacher_and_its_generator(teacher: Path, tmp_pa
     save_checkpoint(tmp_path / "other.pt", other)
     with pytest.raises(CheckpointError, match="run.pt was trained with another teacher than .*other.pt"):
         build_self_forcing(tmp_path / "other.pt").load_state_dict(state, "run.pt")
-    with pytest.raises(CheckpointError, match="generator_checkpoint does not go with training.resume=run.pt"):
+    with pytest.raises(CheckpointError, match="generator_checkpoint cannot be combined with training.resume=run.pt"):
         build_self_forcing(teacher, generator_checkpoint=str(teacher)).load_state_dict(state, "run.pt")
 
 
