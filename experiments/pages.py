@@ -132,48 +132,30 @@ def seeds(results: Path) -> str:
 
 def few_steps(results: Path) -> str:
     """The student in its four steps, in two and in one."""
-    rows = {"real": read(results, "faq/frames_21.json")["real"]}
+    rows = [("real", read(results, "faq/frames_21.json")["real"])]
     for name in ("frames_21", "steps_2", "steps_1"):
-        rows |= {title: row for title, row in read(results, f"faq/{name}.json").items() if title.startswith("student")}
+        rows += [(title, row) for title, row in read(results, f"faq/{name}.json").items() if title.startswith("student")]
     names = {**{name: FIGURES[name] for name in ("frames_right", "one_class", "track_within_1px", "direction_obeyed", "stroke_mass_ratio")},
              "coverage": "coverage", "glyph_diversity": "glyph diversity"}
-    lines = [[title, *(number(row[name]) for name in names)] for title, row in rows.items()]
-    return as_table(["128 videos of 21 frames", *names.values()], lines)
+    lines = [[title, str(row["num_videos"]) if "num_videos" in row else "-", *(number(row[name]) for name in names)] for title, row in rows]
+    return as_table(["21 frames", "videos", *names.values()], lines)
 
 
 def context_noise(results: Path) -> str:
     """The student, trained with clean context, where finished blocks enter the cache at other timesteps."""
-    titles = {"student": "0", "noise_50": "50", "noise_200": "200"}
-    names = ("frames_right", "one_class", "track_within_1px", "direction_obeyed", "stroke_mass_ratio")
-    rows = []
-    for num_frames in (21, 84):
-        found = read(results, f"faq/frames_{num_frames}.json")
-        for name, title in ((name, title) for name, title in titles.items() if f"{name}, 4 steps" in found):
-            row = found[f"{name}, 4 steps"]
-            rows.append([title, str(num_frames), str(row["num_videos"]), *(number(row[key]) for key in names), number(row["coverage"])])
-    return as_table(["context_noise", "frames", "videos", *(FIGURES[name].replace(" in all 21", "") for name in names), "coverage"], rows)
-
-
-def length(results: Path) -> str:
-    """Videos of 84 frames, four times as long as trained, in quarters."""
-    found = read(results, "faq/frames_84.json")
-    rows = []
-    for title, name in (("real", "real"), ("student", "student, 4 steps")):
-        row, cells = found[name], []
-        for key in ("frames_right", "frames_within_1px", "stroke_mass_ratio"):
-            blocks = row[f"{key}_by_block"]
-            quarters = [sum(blocks[first : first + 7]) / 7 for first in range(0, len(blocks), 7)]
-            cells.append(", ".join(number(value) for value in quarters))
-        rows.append([title, *cells, *(number(row[key]) for key in ("moving", "track_within_1px", "coverage"))])
-    return as_table(["frames 1 to 21, to 42, to 63, to 84", "frames right", "frames within 1 px of the track", "stroke mass", "moving",
-                     "whole track within 1 px", "coverage"], rows)
+    names = {**{name: FIGURES[name] for name in ("frames_right", "one_class", "track_within_1px", "direction_obeyed", "stroke_mass_ratio")},
+             "coverage": "coverage"}
+    found = read(results, "faq/frames_21.json")
+    rows = [[title, *(number(found[f"{name}, 4 steps"][key]) for key in names)]
+            for name, title in (("student", "0"), ("noise_50", "50"), ("noise_200", "200"))]
+    return as_table(["context_noise", *names.values()], rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "evaluation": lambda results: evaluation(results, with_intervals=False),
     "evaluation_with_intervals": lambda results: evaluation(results, with_intervals=True),
     "seeds": seeds, "drift": drift, "continuation": continuation, "switch": switch, "public_code": public_code,
-    "few_steps": few_steps, "context_noise": context_noise, "length": length,
+    "few_steps": few_steps, "context_noise": context_noise,
 }
 
 
