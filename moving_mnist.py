@@ -87,8 +87,9 @@ class DatasetConfig:
             ("test_fraction", 0 < self.test_fraction < 1, "more than 0 and less than 1"),
             ("judge_fraction", 0 <= self.judge_fraction < 1 - self.test_fraction,
              f"0 (none) or more, and with dataset.test_fraction={self.test_fraction} less than 1"),
-            ("class_names", self.class_names is None or len({" ".join(split_words(name)) for name in self.class_names} - {""}) == NUM_CLASSES
-             == len(self.class_names), f"{NUM_CLASSES} different names in words, one for each label from 0 on"),
+            ("class_names", self.class_names is None or len(self.class_names) == NUM_CLASSES
+             == len({" ".join(split_words(name)) for name in self.class_names} - {""}),
+             f"{NUM_CLASSES} different names in words, one for each label from 0 on"),
         )
         for name, is_valid, expected in checks:
             if not is_valid:

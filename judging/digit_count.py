@@ -44,7 +44,7 @@ class FramePieces:
 
 
 def scale_to_judge(judge: DigitJudge, config: DatasetConfig) -> int:
-    """Pixels of these videos for one pixel of the judge's. Raises ValueError unless they are digits of the judge's size, enlarged by a whole number."""
+    """Pixels of these videos for one pixel of the judge's. Raises ValueError unless they are its digits, enlarged by a whole number."""
     require_digits(config)
     scale = config.digit_size // judge.config.digit_size
     if scale < 1 or scale * judge.config.digit_size != config.digit_size or scale * judge.config.frame_size != config.frame_size:

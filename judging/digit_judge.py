@@ -340,6 +340,6 @@ def warn_of_foreign_digits(judge: DigitJudge, config: DatasetConfig) -> None:
     if accuracy < LEAST_READ:
         warnings.warn(
             f"the judge reads {accuracy:.0%} of the images in dataset.mnist_root={config.mnist_root} as their labels say (it reads "
-            f"{judge.config.accuracy:.0%} of MNIST's): are they transposed, as EMNIST's are? Then every figure of identity is wrong. Are they "
-            "no digits, as Fashion-MNIST's? Then give dataset.class_names=[...], what captions are to call the ten classes", stacklevel=3,
+            f"{judge.config.accuracy:.0%} of MNIST's): are they transposed, as EMNIST's are? Then every figure of identity is wrong. "
+            "Are they no digits, as Fashion-MNIST's? Then give dataset.class_names=[...], what captions call the ten classes", stacklevel=3,
         )

@@ -20,7 +20,7 @@ NUM_PROMPTS = 16
 PROMPTS = tuple(f"a {index % NUM_CLASSES} moving {DIRECTION_PHRASES[index % NUM_OCTANTS][0]}" for index in range(NUM_PROMPTS))
 SEEDS = tuple(video_seeds(0, range(NUM_PROMPTS), Purpose.FIXED_PROMPTS))
 OF_VIDEOS = ("frames_right", "one_class", "track_within_1px", "stroke_mass_ratio")  # of `metrics.summarise`
-LAST_BLOCK = {f"{name}_last_block": f"{name}_by_block" for name in ("frames_right", "stroke_mass_ratio")}  # what breaks last to first shows here
+LAST_BLOCK = {f"{name}_last_block": f"{name}_by_block" for name in ("frames_right", "stroke_mass_ratio")}  # where some faults show first
 JUDGED_COLUMNS = (*OF_VIDEOS, *LAST_BLOCK)
 
 

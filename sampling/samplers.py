@@ -228,7 +228,8 @@ def generate(
 ) -> Tensor:
     """One video per (prompt, seed): (B, F, C, H, W), float32, on the CPU, in model range but not clamped to [-1, 1].
 
-    batch_size: videos a forward pass; compiled networks make batches of one size, at most that, as each size is compiled. schedule, switch: prompts that take over later, see `sample_few_step`. first_frames
+    batch_size: videos a forward pass; compiled networks make batches of one size, at most that, as each size is compiled.
+    schedule, switch: prompts that take over later, see `sample_few_step`. first_frames
     (F, C, H, W) in [-1, 1]: every video goes on from them and begins with them. Words that the grammar lacks are named in
     one warning for the whole call. Raises ValueError where prompts, seeds, length or settings do not fit each other or the
     checkpoint.

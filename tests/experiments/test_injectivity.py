@@ -1,4 +1,4 @@
-"""The toy of the few-step start: what a causal student loses by a bidirectional teacher is exactly what is known, and nothing by a causal one."""
+"""The toy of the few-step start: a bidirectional teacher costs a causal student exactly what it must, and a causal one nothing."""
 
 import numpy as np
 import pytest

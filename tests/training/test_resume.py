@@ -278,7 +278,7 @@ def test_wandb_sync_sees_the_offline_folders_of_a_resumed_run_as_parts_of_one_ru
 
 
 def offline_run_record(path: Path) -> RunRecord:
-    """The run of a .wandb file: a log of records in LevelDB's format behind 7 bytes, each behind its checksum (4), length (2) and type (1)."""
+    """The run of a .wandb file: LevelDB's log format behind 7 bytes, each record behind its checksum (4), length (2) and type (1)."""
     data, start, records = path.read_bytes(), 7, []
     while start < len(data):
         length = int.from_bytes(data[start + 4 : start + 6], "little")
