@@ -18,6 +18,7 @@ from network.attention import NUM_TRAIN_TIMESTEPS, ContextWindow
 OBJECTIVES = ("mixed", "teacher_forcing", "diffusion_forcing")
 GENERATOR_INPUTS = ("self_rollout", "diffusion_forced", "teacher_forced")
 DISTRIBUTION_LOSSES = ("dmd", "sid", "gan")
+OPTIMIZERS = ("adamw", "muon")
 SHARDINGS = ("none", "fsdp2")
 TRAJECTORY_TEACHERS = ("causal", "bidirectional")
 
@@ -241,6 +242,10 @@ class SelfForcingConfig(FewStepConfig):
     clamp_real_score: bool = False  # keep the guided teacher's x_0 in [-1, 1], which guidance leaves
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
     critic_lr: float = 2e-4
+    # Of generator and critic: adamw, or muon for the matrices of the transformer blocks and adamw for the rest.
+    optimizer: str = "adamw"
+    muon_momentum: float = 0.5  # of the generator
+    critic_muon_momentum: float = 0.8
     critic_ema_decay: float = 0.9  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
     context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
@@ -266,7 +271,7 @@ class SelfForcingConfig(FewStepConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.health_interval >= 0, "training.health_interval", self.health_interval, "0 (off) or more")
-        choices = {"generator_inputs": GENERATOR_INPUTS, "loss": DISTRIBUTION_LOSSES}
+        choices = {"generator_inputs": GENERATOR_INPUTS, "loss": DISTRIBUTION_LOSSES, "optimizer": OPTIMIZERS}
         for name, known in choices.items():
             value = getattr(self, name)
             require(value in known, f"training.{name}", value, f"one of {', '.join(known)}")
@@ -295,6 +300,9 @@ class SelfForcingConfig(FewStepConfig):
         )
         require(self.critic_warmup_steps >= 0, "training.critic_warmup_steps", self.critic_warmup_steps, "0 or more")
         require(self.critic_lr > 0, "training.critic_lr", self.critic_lr, "a positive number")
+        for name in ("muon_momentum", "critic_muon_momentum"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"training.{name}", value, "0 (none) to below 1")
         require(0 <= self.critic_ema_decay < 1, "training.critic_ema_decay", self.critic_ema_decay, "0 (none) to below 1")
         require(0 < self.loss_time_floor <= 1, "training.loss_time_floor", self.loss_time_floor, "a number in (0, 1]")
         require(0 < self.score_time_shift < math.inf, "training.score_time_shift", self.score_time_shift, "a positive number")

@@ -31,6 +31,7 @@ from training.checkpoint import CheckpointError, digits_seen, merge_counts, merg
 from training.config import Config, config_from_dict
 from training.distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
 from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
+from training.optimizers import MUON_RATE, build_muon, self_forcing_optimizers, self_forcing_settings, split_matrices
 from training.sharding import load_optimizer, shard_blocks, whole
 from training.starting_networks import check_is_bidirectional, load_modules, load_start, load_teacher
 
@@ -128,13 +129,9 @@ class PretrainStage:
             require_compiler("training.compile", runtime.device)
             for block in self.model.blocks:
                 block.compile(dynamic=False)
-        matrices = [p for n, p in self.model.blocks.named_parameters() if p.ndim == 2 and n.endswith(".weight")]
-        chosen = {id(p) for p in matrices}
-        others = [p for p in self.live.parameters() if p.requires_grad and id(p) not in chosen]
+        matrices, others = split_matrices(self.live)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "muon": torch.optim.Muon(
-                matrices, lr=self.config.muon_lr, weight_decay=self.config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
+            "muon": build_muon(matrices, self.config.muon_lr, self.config.weight_decay),
             "adamw": torch.optim.AdamW(others, lr=self.config.lr, weight_decay=self.config.weight_decay),
         }
         self.base_rates = {"muon": self.config.muon_lr, "adamw": self.config.lr}
@@ -247,13 +244,9 @@ class SelfForcingStage:
         self.random = self.engine.random
         if self.config.sharding == "fsdp2":
             shard_blocks(self.engine.networks(), processes.count, runtime.device)
-        rates = {"generator": self.config.lr, "critic": self.config.critic_lr}
-        self.optimizers = {
-            name: torch.optim.AdamW(
-                module.parameters(), lr=rates[name], betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay
-            )
-            for name, module in self.networks().items()
-        }
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        for name, network in self.networks().items():
+            self.optimizers |= self_forcing_optimizers(name, network, self.config)
         self.num_generator_updates = 0
 
     def train_step(self, step: int) -> dict[str, float]:
@@ -267,8 +260,8 @@ class SelfForcingStage:
         indices = range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size)
         self.num_prompts_seen += config.batch_size
         figures = {"num_frames": num_frames} | ({} if config.rollout_frames is None else {"first_frame": first_frame})
-        set_rate(self.optimizers["generator"], rate_factor(config, step) * config.lr)
-        set_rate(self.optimizers["critic"], config.critic_lr)  # never slower: the critic must keep up with the generator
+        self._set_rate("generator", rate_factor(config, step) * config.lr)
+        self._set_rate("critic", config.critic_lr)  # never slower: the critic must keep up with the generator
         # 1. The generator makes videos, and on its turn learns from its loss on them.
         made, seen = [], []  # of every part: what the critic will learn from, and the figures of the generator's loss
         for part in self.parts.of(config.batch_size, self.random):
@@ -322,11 +315,18 @@ class SelfForcingStage:
         return {"loss_generator": loss.item(), **figures}
 
     def _step_optimizer(self, name: str) -> float:
-        """Clip the gradients of a network and step its optimizer; returns their norm before clipping."""
+        """Clip the gradients of a network and step its optimizers; returns their norm before clipping."""
         norm = self.parts.clip(self.networks()[name].parameters(), self.config.clip_norm)
-        self.optimizers[name].step()
-        self.optimizers[name].zero_grad(set_to_none=True)
+        for optimizer in (self.optimizers[key] for key in (name, f"{name}_muon") if key in self.optimizers):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _set_rate(self, name: str, rate: float) -> None:
+        """Let a network's weights move by about this rate an update."""
+        set_rate(self.optimizers[name], rate)
+        if self.config.optimizer == "muon":
+            set_rate(self.optimizers[f"{name}_muon"], MUON_RATE * rate)
 
     def shown(self) -> dict[str, Sampler]:
         """The averaged student beside its teacher, in many steps and block by block in few (`baseline_plans`)."""
@@ -367,10 +367,15 @@ class SelfForcingStage:
         }
         self._check_same_teacher(checkpoint, name)
         load_modules(targets, checkpoint, name)
+        stored = checkpoint["optimizer_state_dict"]
+        if stored.keys() != self.optimizers.keys():
+            other = "muon" if self.config.optimizer == "adamw" else "adamw"
+            raise CheckpointError(f"training.optimizer is {self.config.optimizer}: {name} was trained with {other}; resume it with that")
         for key, optimizer in self.optimizers.items():
-            load_optimizer(optimizer, checkpoint["optimizer_state_dict"][key])
-            for group in optimizer.param_groups:  # as configured now, not as in the resumed run; rates: train_step
-                group.update(betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay)
+            configured = self_forcing_settings(key, self.config)  # as configured now, not as in the resumed run; rates: train_step
+            load_optimizer(optimizer, stored[key])
+            for group in optimizer.param_groups:
+                group.update(configured)
         self.random.generator.set_state(checkpoint["random_state"])
         self.num_prompts_seen = checkpoint["num_prompts_seen"]
         self.earlier_prompts, self.digits_seen = checkpoint["prompts_drawn"], merge_splits(self.digits_seen, digits_seen(checkpoint))

@@ -111,6 +111,8 @@ def test_overrides_arrive_with_their_type():
     ("training.pretrained_checkpoint=", ["training.pretrained_checkpoint is empty"]),
     ("training.lr=nan", ["training.lr is nan"]), ("training.lr=inf", ["training.lr is inf"]), ("training.lr=0", ["training.lr is 0"]),
     ("training.noise_draws=0", ["training.noise_draws is 0"]),
+    ("training.optimizer=sgd", ["training.optimizer is sgd: expected one of adamw, muon"]),
+    ("training.muon_momentum=1", ["training.muon_momentum is 1"]),
     ("training.critic_lr=inf", ["training.critic_lr is inf"]), ("training.guidance=inf", ["training.guidance is inf"]),
     ("training.score_time_shift=0", ["training.score_time_shift is 0", "a positive number"]),
     ("training.guidance_interval=[0.8,0.2]", ["training.guidance_interval", "[0.8, 0.2]", "the lower one first"]),

@@ -175,6 +175,27 @@ def test_every_parameter_has_exactly_one_optimizer():
     assert sorted(owned) == sorted(id(p) for p in stage.live.parameters())
 
 
+@pytest.mark.parametrize("loss", ["dmd", "gan"])
+def test_under_muon_the_matrices_of_the_blocks_and_nothing_else_are_muons(loss: str, teacher: Path):
+    """Both networks are trained whole, and one rate means the same step for either optimizer: MUON_RATE times 0.2 is 1."""
+    stage = build_self_forcing(teacher, optimizer="muon", loss=loss, lr=1e-4, critic_lr=3e-4, decay_fraction=0.0)
+    for name, network in stage.networks().items():
+        of_muon = {id(p) for p in stage.optimizers[f"{name}_muon"].param_groups[0]["params"]}
+        of_adamw = {id(p) for p in stage.optimizers[name].param_groups[0]["params"]}
+        blocks = stage.engine.generator.blocks if name == "generator" else stage.engine.fake_score.blocks
+        assert of_muon == {id(m.weight) for m in blocks.modules() if isinstance(m, torch.nn.Linear)}
+        assert of_adamw == {id(p) for p in network.parameters()} - of_muon
+    stage.train_step(1)
+    rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in stage.optimizers.items()}
+    assert rates == pytest.approx({"generator": 1e-4, "generator_muon": 5e-4, "critic": 3e-4, "critic_muon": 1.5e-3})
+
+
+def test_a_run_is_not_resumed_with_another_optimizer(teacher: Path):
+    state = build_self_forcing(teacher).state_dict()
+    with pytest.raises(CheckpointError, match="training.optimizer is muon: run.pt was trained with adamw; resume it with that"):
+        build_self_forcing(teacher, optimizer="muon").load_state_dict(state, "run.pt")
+
+
 def test_rate_factor_warms_up_holds_and_decays():
     stage = build_pretrain(num_steps=100, warmup_steps=4, decay_fraction=0.4)
     factors = [rate_factor(stage.config, step, stage.config.warmup_steps) for step in range(100)]
@@ -196,12 +217,12 @@ def test_pretraining_samples_many_steps_and_few(objective: str, many: str):
 # Resuming
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "dmd2"])
-def test_resuming_equals_an_unbroken_run_bit_for_bit(kind: str, teacher: Path, tmp_path: Path):
+@pytest.mark.parametrize(("kind", "changes"), [("pretrain", {}), ("dmd2", {}), ("dmd2", {"optimizer": "muon"})])
+def test_resuming_equals_an_unbroken_run_bit_for_bit(kind: str, changes: dict[str, str], teacher: Path, tmp_path: Path):
     """5 steps, a checkpoint file, a stage built from another seed, 4 more steps; against 9 steps in one go."""
 
     def build(seed: int) -> PretrainStage | SelfForcingStage:
-        return build_pretrain(seed) if kind == "pretrain" else build_self_forcing(teacher, seed)
+        return build_pretrain(seed) if kind == "pretrain" else build_self_forcing(teacher, seed, **changes)
 
     unbroken, first, second = build(0), build(0), build(1)
     for step in range(5):
