@@ -177,7 +177,8 @@ def small_judge(*_: object) -> DigitJudge:
 def test_the_fixed_prompts_are_the_same_at_every_reading_and_ask_for_every_digit_and_direction(teacher: Path):
     digits, directions = facts_of_prompts(list(PROMPTS))
     assert set(digits.tolist()) == set(range(10)) and set(directions.tolist()) == set(range(8))
-    assert len(PROMPTS) == len(SEEDS) == len(set(SEEDS)) == 16
+    assert len(set(digits.bincount().tolist())) == len(set(directions.bincount().tolist())) == 1  # each as often
+    assert len(set(PROMPTS)) == len(PROMPTS) == len(SEEDS) == len(set(SEEDS))
     stage, asked, made = build_self_forcing(teacher, dfake_gen_update_ratio=1, critic_warmup_steps=0), [], []
 
     def make(prompts: list[str], seeds: list[int], num_frames: int) -> torch.Tensor:
@@ -195,7 +196,7 @@ def test_the_fixed_prompts_are_the_same_at_every_reading_and_ask_for_every_digit
 
 
 def test_the_last_block_is_read_alone():
-    batch = MovingMNISTGenerator(DatasetConfig(), "test").sample(0, range(16), 9)
+    batch = MovingMNISTGenerator(DatasetConfig(), "test").sample(0, range(len(PROMPTS)), 9)
     batch.video[:, 6:] = -1  # gone in the last of three blocks
     read = FixedPrompts(load_judge(), DatasetConfig(), 9, lambda prompts, seeds, num_frames: batch.video).read()
     assert read["stroke_mass_ratio_last_block"] == read["frames_right_last_block"] == 0 and read["stroke_mass_ratio"] > 0.4
