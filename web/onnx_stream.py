@@ -166,6 +166,8 @@ class OnnxStream:
         self._blocks = [old for old in self._blocks if old.first_frame < longest or old.first_frame >= each.first_frame - longest] + [each]
         if is_written:
             self._write(each)
+        elif self.plan["context_time"] != 0:
+            self.draw_noise(each.x_0.shape)  # what the rollout draws here and then never uses
 
     def _write(self, each: FinishedBlock, forget_before: int = 0) -> None:
         t, rate = self.plan["context_time"], self.network.facts["frames_per_row"]

@@ -29,7 +29,7 @@ function wholePage(): Plugin {
       mkdirSync("dist/ort", { recursive: true });
       for (const name of RUNTIME_FILES) copyFileSync(join(RUNTIME, name), join("dist/ort", name));
       for (const path of files("dist").filter((each) => COMPRESSED.test(each))) {
-        writeFileSync(`${path}.gz`, gzipSync(readFileSync(path), { level: 9 })); // served by demo.py to browsers that take it
+        writeFileSync(`${path}.gz`, gzipSync(readFileSync(path))); // served by demo.py to browsers that take it
       }
     },
   };

@@ -32,12 +32,21 @@ FIRST, CHANGES = "a handwritten 3 moving up", {3: "the digit seven drifting left
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny untrained networks, exported: the student's blocks enter the cache with noise, the teacher is guided."""
-    folder = tmp_path_factory.mktemp("web")
-    for name, training in (("student", STUDENT), ("teacher", TEACHER)):
-        export_network(write_networks(folder / f"{name}.pt", training), folder / name)
-    return folder
+def student(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny untrained student, whose blocks enter the cache with noise: its checkpoint, and the folder it is exported to."""
+    folder = tmp_path_factory.mktemp("student")
+    path = write_networks(folder / "student.pt", STUDENT)
+    export_network(path, folder / "exported")
+    return path, folder / "exported"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same of a teacher."""
+    folder = tmp_path_factory.mktemp("teacher")
+    path = write_networks(folder / "teacher.pt", TEACHER)
+    export_network(path, folder / "exported")
+    return path, folder / "exported"
 
 
 def numpy_noise(seed: int):
@@ -65,13 +74,13 @@ def worst_difference(checkpoint: Path, exported: Path, plan_name: str, window: i
 
 @pytest.mark.parametrize(("window", "sink"), [(21, 0), (9, 1), (12, 4)])
 @pytest.mark.parametrize("how", ["recache", "keep", "reset"])
-def test_a_stream_equals_torchs(folder: Path, window: int, sink: int, how: str):
-    assert worst_difference(folder / "student.pt", folder / "student", "student", window, sink, how, 11) < TOLERANCE
+def test_a_stream_equals_torchs(student: tuple[Path, Path], window: int, sink: int, how: str):
+    assert worst_difference(*student, "student", window, sink, how, 11) < TOLERANCE
 
 
 @pytest.mark.parametrize("plan", ["guided", "no guidance"])
-def test_the_start_equals_torchs_with_and_without_guidance(folder: Path, plan: str):
-    assert worst_difference(folder / "teacher.pt", folder / "teacher", plan, 9, 3, "recache", 9) < TOLERANCE
+def test_the_start_equals_torchs_with_and_without_guidance(teacher: tuple[Path, Path], plan: str):
+    assert worst_difference(*teacher, plan, 9, 3, "recache", 9) < TOLERANCE
 
 
 @pytest.mark.slow
@@ -82,10 +91,10 @@ def test_the_shipped_student_equals_torchs(tmp_path: Path, window: int, sink: in
     assert worst_difference(PRETRAINED / "student.pt", tmp_path / "student", "student", window, sink, how, 14) < TOLERANCE
 
 
-def test_the_order_of_frames_in_the_cache_matters(folder: Path):
+def test_the_order_of_frames_in_the_cache_matters(teacher: tuple[Path, Path]):
     """The comparison sees a cache whose rows stand at wrong positions."""
-    networks = round_weights(load_networks(folder / "teacher.pt", CPU.device))
-    network = OnnxNetwork(folder / "teacher")
+    networks = round_weights(load_networks(teacher[0], CPU.device))
+    network = OnnxNetwork(teacher[1])
     plan = plans_of(networks)["no guidance"]
     expected = stream_video(networks.generator, networks.text_encoder, [FIRST], [7], plan, CPU, 3)
     found = OnnxStream(network, FIRST, numpy_noise(7), network.facts["plans"]["no guidance"], 21, 0)
@@ -99,8 +108,8 @@ def test_the_order_of_frames_in_the_cache_matters(folder: Path):
 
 
 @pytest.mark.parametrize(("window", "sink"), [(9, 0), (12, 4), (21, 3), (15, 5)])
-def test_another_window_on_the_way_is_a_cache_made_again(folder: Path, window: int, sink: int):
-    networks, network = round_weights(load_networks(folder / "teacher.pt", CPU.device)), OnnxNetwork(folder / "teacher")
+def test_another_window_on_the_way_is_a_cache_made_again(teacher: tuple[Path, Path], window: int, sink: int):
+    networks, network = round_weights(load_networks(teacher[0], CPU.device)), OnnxNetwork(teacher[1])
     plan = plans_of(networks)["no guidance"]
     plan = replace(plan, context=replace(plan.context, window_frames=window, sink_frames=sink))
     stream = OnnxStream(network, FIRST, numpy_noise(7), network.facts["plans"]["no guidance"], 21, 0)
@@ -117,8 +126,8 @@ def test_another_window_on_the_way_is_a_cache_made_again(folder: Path, window: i
     torch.testing.assert_close(torch.from_numpy(stream._caches[0].denoise(x_t.numpy(), 0.75)), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_prompts_are_read_as_the_text_encoder_reads_them(folder: Path):
-    networks, network = round_weights(load_networks(folder / "student.pt", CPU.device)), OnnxNetwork(folder / "student")
+def test_prompts_are_read_as_the_text_encoder_reads_them(student: tuple[Path, Path]):
+    networks, network = round_weights(load_networks(student[0], CPU.device)), OnnxNetwork(student[1])
     for prompt in ("A handwritten 7, drifting UP and to the left!", "", "the Zürich 3 moving left_handed ²", "12 up " * 20):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unknown words
@@ -129,13 +138,14 @@ def test_prompts_are_read_as_the_text_encoder_reads_them(folder: Path):
         np.testing.assert_allclose(found["pooled"], expected.pooled.numpy(), atol=1e-4)
 
 
-def test_what_is_written_beside_the_graphs(folder: Path):
-    facts = json.loads((folder / "student" / "network.json").read_text())
+def test_what_is_written_beside_the_graphs(student: tuple[Path, Path]):
+    path, folder = student
+    facts = json.loads((folder / "network.json").read_text())
     assert facts["text"]["start_token"] == START_TOKEN and facts["block_frames"] == 3 and facts["window_frames"] == 21
     assert facts["plans"]["student"]["context_time"] == pytest.approx(0.1) and facts["plans"]["student"]["clamp_x_0"]
-    written = {path.name: path.stat().st_size for path in (folder / "student").iterdir() if path.suffix != ".json"}
+    written = {file.name: file.stat().st_size for file in folder.iterdir() if file.suffix != ".json"}
     assert written == {file["name"]: file["bytes"] for file in facts["files"].values()}
-    weights = sum(parameter.numel() for parameter in load_networks(folder / "student.pt", CPU.device).generator.parameters())
+    weights = sum(parameter.numel() for parameter in load_networks(path, CPU.device).generator.parameters())
     assert 2 * weights < written["weights.bin"] < 4 * weights  # float16, each once
 
 

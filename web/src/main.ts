@@ -17,8 +17,8 @@ const COMPARED: { id: string; plan: string; title: string }[] = [
   { id: "guided", plan: "guided", title: "before Self-Forcing, guided" },
   { id: "unguided", plan: "no guidance", title: "before Self-Forcing, no guidance" },
 ];
-const SWITCHES: { value: Switch; label: string }[] = [
-  { value: "recache", label: "made again" }, { value: "keep", label: "kept" }, { value: "reset", label: "emptied" },
+const SWITCHES: { value: Switch; label: string }[] = [ // what becomes of the cache where the prompt changes
+  { value: "recache", label: "recache" }, { value: "keep", label: "keep" }, { value: "reset", label: "reset" },
 ];
 // Buttons of the compass, row by row: direction numbers, counter-clockwise from right; null is no direction.
 const COMPASS: { direction: number | null; sign: string }[] = [
@@ -145,6 +145,7 @@ function addPlayer(id: string, network: NetworkName, plan: string, title: string
   cost.textContent = `${times.length * (guidance === 1 ? 1 : 2)} + ${guidance === 1 ? 1 : 2} evaluations a block`;
   words.append(title, cost);
   figure.append(canvas, words);
+  document.getElementById("placeholder")?.remove();
   byId("players").append(figure);
   players.push({ id, network, plan, canvas, figure, waiting: [] });
 }
@@ -359,7 +360,7 @@ function build(own: NetworkFacts): void {
     ...COMPASS.map(({ direction, sign }) => choice("direction", String(direction), sign, direction === null ? "no direction" : grammar.directions[direction])),
   );
   byId("speeds").append(...Object.entries(grammar.speeds).map(([speed, word]) => choice("tempo", speed, word)));
-  byId("switches").append(...SWITCHES.map(({ value, label }) => choice("switch", value, label, `${label} (${value})`)));
+  byId("switches").append(...SWITCHES.map(({ value, label }) => choice("switch", value, label)));
   choose("switch", "recache");
   const window = byId<HTMLInputElement>("window");
   window.min = String(own.block_frames);

@@ -78,6 +78,7 @@ export class Network {
         await ort.InferenceSession.create(graph, {
           executionProviders: [device],
           graphOptimizationLevel: "all",
+          extra: { session: { intra_op: { allow_spinning: "0" } } }, // threads wait asleep: other programs use the cores too
           externalData: [{ path: facts.files.weights.name, data: weights }],
           // The cache never leaves a GPU: what the cache pass writes there, the next passes read there.
           ...(device === "webgpu" && isCache ? { preferredOutputLocation: { new_keys: "gpu-buffer", new_values: "gpu-buffer" } as const } : {}),

@@ -143,6 +143,7 @@ export class Stream {
     this.blocks = this.blocks.filter((old) => old.firstFrame < longest || old.firstFrame >= each.firstFrame - longest);
     this.blocks.push(each);
     if (isWritten) await this.write(each, 0);
+    else if (this.plan.context_time !== 0) this.draw(); // what the rollout draws here and then never uses
   }
 
   private async write(each: FinishedBlock, forgetBefore: number): Promise<void> {

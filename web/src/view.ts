@@ -191,10 +191,10 @@ export class CacheView {
     context.globalAlpha = 1;
     context.setLineDash([]);
     context.fillStyle = soft;
-    context.font = `${Math.min(11, Math.max(side / 4, 7))}px system-ui, sans-serif`;
+    context.font = "12px system-ui, sans-serif";
     context.textAlign = "center";
     const [blockX, blockY] = place(this.slots());
-    context.fillText("next block", blockX + 1.5 * side + GAP, blockY + side / 2 + 3, 3 * side);
+    context.fillText("next block", blockX + block * side / 2 + GAP, blockY + side + 12, block * (side + GAP));
     frames.forEach(({ frame, prompt }, index) => {
       const [x, y] = place(this.slots() - frames.length + index);
       this.stamp(context, frame, x, y, side);
