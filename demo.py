@@ -1,7 +1,7 @@
 """The page that streams, served from this clone: `python demo.py` opens it in a browser.
 
-The page is built by node, once: `python -m web.export`, then `npm ci && npm run build` in the folder web. This is the standard library's server
-with the two headers without which a browser gives a page no threads.
+The page is built by node, once: `python -m web.export`, then `npm ci && npm run build` in the folder web. This is the standard library's
+server with the two headers without which a browser gives a page no threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from machine.interruption import EXIT_CTRL_C
 from machine.paths import REPOSITORY, user_path
 
 BUILT = REPOSITORY / "web" / "dist"
-ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}  # both: SharedArrayBuffer is there
+ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}  # give SharedArrayBuffer
 TYPES = {".wasm": "application/wasm", ".mjs": "text/javascript", ".js": "text/javascript"}  # a system's own table may lack or misname them
 
 
@@ -68,8 +68,8 @@ def make_server(folder: Path, port: int, is_isolated: bool = True) -> http.serve
     """
     if not (folder / "index.html").is_file():
         raise FileNotFoundError(
-            f"no page in {folder}: build it with `pip install -r web/requirements.txt && python -m web.export && cd web && npm ci && npm run build` "
-            "(node 20.19 or newer), or unpack the built page of a release archive there"
+            f"no page in {folder}: build it with `pip install -r web/requirements.txt && python -m web.export && cd web && npm ci && "
+            "npm run build` (node 20.19 or newer), or unpack the built page of a release archive there"
         )
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), partial(PageHandler, directory=str(folder), is_isolated=is_isolated))
 
@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
     except (OSError, OverflowError) as error:
-        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-        sys.exit(f"error: cannot serve on port {arguments.port} ({'in use' if taken else error}): give another one by --port, 0 for any free one")
+        reason = "in use" if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else error
+        sys.exit(f"error: cannot serve on port {arguments.port} ({reason}): give another one by --port, 0 for any free one")
     address = f"http://localhost:{server.server_address[1]}/"
     print(f"{address}  (Ctrl-C stops)", flush=True)
     if not arguments.no_browser:

@@ -3,9 +3,9 @@
     python -m web.export                                   pretrained/student.pt and pretrained/teacher.pt
     python -m web.export --student logs/training/checkpoint_final.pt --start pretrained/teacher.pt
 
-A folder a network: `denoise.onnx`, `cache.onnx` and `text.onnx` (see `passes`), whose weights are all in one file, `weights.bin`, each once and
-in float16, and `network.json`, which says how to use them (see `describe`). Passes compute in float32: a graph casts its weights when it
-is loaded. A tensor that float16 cannot hold exactly, such as a table of rotations, stays in float32, so rounding the weights is the only
+A folder a network: `denoise.onnx`, `cache.onnx` and `text.onnx` (see `passes`), whose weights are all in one file, `weights.bin`, each once
+and in float16, and `network.json`, which says how to use them (see `describe`). Passes compute in float32: a graph casts its weights when
+it is loaded. A tensor that float16 cannot hold exactly, such as a table of rotations, stays in float32, so rounding the weights is the only
 loss, and checkpoints that are stored in float16 lose nothing.
 """
 
@@ -72,8 +72,8 @@ def check_exportable(networks: LoadedNetworks, plan: RolloutPlan, path: Path) ->
         raise CheckpointError(f"{path} cannot be exported: its first block is a single frame (training.independent_first_frame), and the "
                               "graphs have blocks of one size; export a network that was trained without it")
     if window is None or window <= block or window % patch or block % patch:
-        raise CheckpointError(f"{path} cannot be exported: a window of {window} frames with blocks of {block} and temporal patches of {patch}; "
-                              "expected a window larger than a block, and whole patches")
+        raise CheckpointError(f"{path} cannot be exported: a window of {window} frames with blocks of {block} and temporal patches of "
+                              f"{patch}; expected a window larger than a block, and whole patches")
 
 
 def round_weights(networks: LoadedNetworks) -> LoadedNetworks:
@@ -164,13 +164,16 @@ class WeightFile:
         return self._places[key]
 
 
-def describe(networks: LoadedNetworks, plans: dict[str, RolloutPlan], path: Path, cache_rows: int, files: dict[str, Path]) -> dict[str, Any]:
+def describe(
+    networks: LoadedNetworks, plans: dict[str, RolloutPlan], path: Path, cache_rows: int, files: dict[str, Path]
+) -> dict[str, Any]:
     """What the page must know beside the graphs: sizes, plans, words, files; plain values."""
     config, text, first = networks.config.model, networks.config.text, next(iter(plans.values()))
     return {
         "format": FORMAT,
         "source": {
-            "checkpoint": path.name, "sha256": file_digest(path), "training_type": networks.config.training.training_type, "step": networks.step,
+            "checkpoint": path.name, "sha256": file_digest(path), "training_type": networks.config.training.training_type,
+            "step": networks.step,
         },
         "frame_size": config.frame_size, "channels": config.channels, "num_digits": networks.config.dataset.num_digits,
         "block_frames": first.num_frames_per_block, "window_frames": first.context.window_frames, "frames_per_row": config.patch_size[0],
@@ -203,7 +206,8 @@ def export_network(path: Path, folder: Path) -> dict[str, Any]:
     model, block = networks.generator, plan.num_frames_per_block
     cache_rows = (plan.context.window_frames - block) // model.config.patch_size[0]
     modules = {
-        "text": TextPass(model, networks.text_encoder), "denoise": DenoisePass(model, cache_rows, block), "cache": CachePass(model, cache_rows, block),
+        "text": TextPass(model, networks.text_encoder), "denoise": DenoisePass(model, cache_rows, block),
+        "cache": CachePass(model, cache_rows, block),
     }
     inputs = example_inputs(networks, cache_rows, block)
     require_writable(folder.parent, "--output_dir")
@@ -226,7 +230,9 @@ def export_network(path: Path, folder: Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write ONNX graphs of the page's networks.", allow_abbrev=False)
     parser.add_argument("--student", type=user_path, default=PRETRAINED / "student.pt", help="default: pretrained/student.pt")
-    parser.add_argument("--start", type=user_path, default=PRETRAINED / "teacher.pt", help="the network before Self-Forcing, shown beside it")
+    parser.add_argument(
+        "--start", type=user_path, default=PRETRAINED / "teacher.pt", help="the network before Self-Forcing; default: pretrained/teacher.pt"
+    )
     parser.add_argument("--output_dir", type=user_path, default=FOLDER, help="default: web/public/networks, from which the page is built")
     arguments = parser.parse_args(argv)
     try:

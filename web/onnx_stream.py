@@ -92,7 +92,9 @@ class FinishedBlock:
 class OnnxStream:
     """Blocks of one video, one call each. plan: one of `facts["plans"]`. window_frames, sink_frames: as in `ContextWindow`."""
 
-    def __init__(self, network: OnnxNetwork, prompt: str, draw_noise: DrawNoise, plan: dict[str, Any], window_frames: int, sink_frames: int):
+    def __init__(
+        self, network: OnnxNetwork, prompt: str, draw_noise: DrawNoise, plan: dict[str, Any], window_frames: int, sink_frames: int
+    ):
         self.network, self.plan, self.draw_noise = network, plan, draw_noise
         self.window_frames, self.sink_frames = window_frames, sink_frames
         self._caches = [RollingCache(network, network.encode(each)) for each in self._branches(prompt)]

@@ -1,12 +1,12 @@
 """What becomes an ONNX graph: the network's passes as functions of tensors alone, over a cache of fixed size.
 
-Dimensions: R patch rows that the cache holds, K patch rows of a block, N tokens a row, h heads, d head size, L prompt tokens, D model width.
-The batch is 1.
+Dimensions: R patch rows that the cache holds, K patch rows of a block, N tokens a row, h heads, d head size, L prompt tokens, D model
+width. The batch is 1.
 
-The cache is two tensors, keys and values (layers, 1, h, R N, d). Row r of it stands at position r, the block behind it at R to R + K - 1, and
-the visible past fills the last rows: `visible` counts them, and the rows before are masked. A finished block enters by the cache pass, which
-takes R of the R + K rows in a new order and turns their keys by as many positions as each has moved (`network.attention.shifted`). Which
-rows stay, window and sink, is whoever calls to say: `onnx_stream` here, `src/past.ts` on the page.
+The cache is two tensors, keys and values (layers, 1, h, R N, d). Row r of it stands at position r, the block behind it at R to R + K - 1,
+and the visible past fills the last rows: `visible` counts them, and the rows before are masked. A finished block enters by the cache pass,
+which takes R of the R + K rows in a new order and turns their keys by as many positions as each has moved (`network.attention.shifted`).
+The caller says which rows stay, and so makes window and sink: `onnx_stream` here, `src/past.ts` on the page.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Pass(nn.Module):
         return (row < self.cache_rows - visible).float() * HIDDEN
 
 
-def attend_behind(past: tuple[Tensor, Tensor], bias: Tensor, keep: Callable[[Tensor, Tensor], None], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_behind(
+    past: tuple[Tensor, Tensor], bias: Tensor, keep: Callable[[Tensor, Tensor], None], q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
     """Attention of a block to the cached past and itself; `keep` gets the block's keys, at their positions, and values."""
     keep(k, v)
     keys, values = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))  # (1, h, (R + K) N, d)
@@ -76,8 +78,8 @@ class CachePass(Pass):
     """The cache with a finished block in it."""
 
     def forward(
-        self, x: Tensor, t: Tensor, keys: Tensor, values: Tensor, visible: Tensor, order: Tensor, prompt_keys: Tensor, prompt_values: Tensor,
-        prompt_mask: Tensor, pooled: Tensor,
+        self, x: Tensor, t: Tensor, keys: Tensor, values: Tensor, visible: Tensor, order: Tensor, prompt_keys: Tensor,
+        prompt_values: Tensor, prompt_mask: Tensor, pooled: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """x (1, F, C, H, W) at t (1,). order (R,) int64: of the R + K rows, cached and new, the one that each row of the new cache holds.
         Returns the new keys and values."""

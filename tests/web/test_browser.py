@@ -5,11 +5,8 @@ Needs chromium and node, `npm ci` and `npm run build` in the folder web. Run wit
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,48 +17,25 @@ import pytest
 import torch
 from test_generate import STUDENT, TEACHER, write_networks
 
-from demo import BUILT, make_server
+from demo import BUILT
 from dynamic_video_sf import PromptSwitch, rollout_blocks
 from judging.digit_judge import load_judge, read_digits
-from machine.paths import PRETRAINED, REPOSITORY
+from machine.paths import PRETRAINED
 from network.text_encoder import parse_caption
 from sampling.samplers import SamplerSettings
 from training.checkpoint import load_networks
+from web.browse import use_page, what_is_missing
 
 pytestmark = pytest.mark.browser
-WEB = REPOSITORY / "web"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-for is_there, name in (
-    (CHROMIUM, "chromium is not installed: apt-get install chromium"), (shutil.which("node"), "node is not installed"),
-    ((WEB / "node_modules" / "playwright-core").is_dir(), "no web/node_modules: npm ci in the folder web"),
-    ((BUILT / "index.html").is_file(), "no built page: python -m web.export, then npm run build in the folder web"),
-):
-    if not is_there:
-        pytest.skip(name, allow_module_level=True)
+if (missing := what_is_missing()) is not None:
+    pytest.skip(missing, allow_module_level=True)
 
-TIMEOUT = float(os.environ.get("PAGE_TEST_TIMEOUT", "120"))  # seconds for any one thing to happen: longer where other programs use the cores
+TIMEOUT = float(os.environ.get("PAGE_TEST_TIMEOUT", "120"))  # seconds for any one thing to happen
 PLAY, PAUSED = "", "?paused"
 
 
-def use_page(folder: Path, tmp_path: Path, orders: list[list[Any]], query: str = PLAY, is_isolated: bool = True, **options: Any) -> dict[str, Any]:
-    """What the browser saw while it carried out the orders (see browser.mjs) on the page of a folder."""
-    server = make_server(folder, 0, is_isolated)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f"http://localhost:{server.server_address[1]}/{query}"
-        whole = {
-            "web": str(WEB), "chromium": CHROMIUM, "url": url, "orders": orders, "viewport": {"width": 1200, "height": 900},
-            "timeout": 1000 * TIMEOUT, **options,
-        }
-        path = tmp_path / "orders.json"
-        path.write_text(json.dumps(whole))
-        subprocess.run(["node", str(REPOSITORY / "tests" / "web" / "browser.mjs"), str(path)], check=True, timeout=len(orders) * TIMEOUT + 60)
-        seen = json.loads((tmp_path / "orders.json.out").read_text())
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert "failure" not in seen, seen["failure"]
-    return seen
+def on_page(folder: Path, orders: list[list[Any]], query: str = PLAY, **options: Any) -> dict[str, Any]:
+    return use_page(folder, orders, query, timeout=TIMEOUT, **options)
 
 
 def videos_of(recorded: list[dict[str, Any]], canvas: str = "video-student") -> torch.Tensor:
@@ -118,11 +92,13 @@ def small_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_the_page_shows_the_networks_own_video(tmp_path: Path):
+def test_the_page_shows_the_networks_own_video():
     """Pixels of blocks that are stepped through, with a prompt switch by a key, equal those of the rollout in torch from the same noise."""
     step = ["step", "video"]
-    orders = [["ready"], ["waitFor", "window.recorded.length >= 3"], ["recorded", "first"], ["blur"], step, step, ["press", "7"], step, step]
-    seen = use_page(BUILT, tmp_path, [*orders, ["read", "prompt", "document.querySelector('#prompt').value"]], f"{PAUSED}&seed=5&backend=wasm")
+    orders = [
+        ["ready"], ["waitFor", "window.recorded.length >= 3"], ["recorded", "first"], ["blur"], step, step, ["press", "7"], step, step,
+    ]
+    seen = on_page(BUILT, [*orders, ["read", "prompt", "document.querySelector('#prompt').value"]], f"{PAUSED}&seed=5&backend=wasm")
     assert not seen["errors"]
     shown = videos_of(seen["values"]["first"] + seen["values"]["video"])
     networks = load_networks(PRETRAINED / "student.pt", torch.device("cpu"))
@@ -130,17 +106,18 @@ def test_the_page_shows_the_networks_own_video(tmp_path: Path):
     with torch.no_grad():
         first, second = (model.encode_prompt(*encode([prompt])) for prompt in ("the digit 3 moving to the right", seen["values"]["prompt"]))
         blocks = rollout_blocks(model, first, [NoiseStream(5)], None, SamplerSettings().make_plan(networks.config.training))
-        expected = torch.cat([blocks.send(None) if block != 3 else blocks.send(PromptSwitch(second, "recache")) for block in range(5)], dim=1)
+        switches = [None, None, None, PromptSwitch(second, "recache"), None]
+        expected = torch.cat([blocks.send(switch) for switch in switches], dim=1)
     assert parse_caption(seen["values"]["prompt"]).digits == (7,) and shown.shape == expected.shape
     assert (shown - expected).abs().max() < 1 / 255 + 2e-3  # half a step of 8 bits, and rounding
 
 
-def test_the_page_draws_the_asked_digit_before_and_after_a_switch(tmp_path: Path):
+def test_the_page_draws_the_asked_digit_before_and_after_a_switch():
     orders = [
         ["ready"], ["slide", "#speed", 63], ["blur"], ["frames", 100, "before"], ["press", "7"], ["frames", 100, "after"],
         ["read", "cache", "document.querySelector('#cache-words').textContent"],
     ]
-    seen = use_page(BUILT, tmp_path, orders, "?seed=3")
+    seen = on_page(BUILT, orders, "?seed=3")
     assert not seen["errors"]
     judge = load_judge()
     right = {}
@@ -151,9 +128,9 @@ def test_the_page_draws_the_asked_digit_before_and_after_a_switch(tmp_path: Path
     assert "In the window" in seen["values"]["cache"]
 
 
-def test_memory_stays_flat_over_2000_frames(small_page: Path, tmp_path: Path):
+def test_memory_stays_flat_over_2000_frames(small_page: Path):
     orders = [["ready"], ["slide", "#speed", 63], ["frames", 500], ["memory", "early"], ["frames", 1500], ["memory", "late"]]
-    seen = use_page(small_page, tmp_path, orders)
+    seen = on_page(small_page, orders)
     assert not seen["errors"]
     grown = seen["values"]["late"] - seen["values"]["early"]
     print(f"grown by {grown / 1e6:.1f} MB from {seen['values']['early'] / 1e6:.1f} MB over 1,500 frames")
@@ -161,15 +138,16 @@ def test_memory_stays_flat_over_2000_frames(small_page: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("is_isolated", [True, False])
-def test_without_webgpu_the_page_runs_in_wasm_and_without_the_headers_in_one_thread(small_page: Path, tmp_path: Path, is_isolated: bool):
-    orders = [["ready"], ["frames", 12], ["read", "device", "document.querySelector('#device').textContent"], ["read", "has", "crossOriginIsolated"]]
-    seen = use_page(small_page, tmp_path, orders, is_isolated=is_isolated)
+def test_without_webgpu_the_page_runs_in_wasm_and_without_the_headers_in_one_thread(small_page: Path, is_isolated: bool):
+    device = "document.querySelector('#device').textContent"
+    orders = [["ready"], ["frames", 12], ["read", "device", device], ["read", "has", "crossOriginIsolated"]]
+    seen = on_page(small_page, orders, is_isolated=is_isolated)
     assert not seen["errors"] and seen["values"]["has"] is is_isolated
     threads = min(os.cpu_count() or 1, 4) if is_isolated else 1
     assert seen["values"]["device"] == f"WASM, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def test_windows_sinks_and_switches_show_in_the_strip(small_page: Path, tmp_path: Path):
+def test_windows_sinks_and_switches_show_in_the_strip(small_page: Path):
     cache = "[document.querySelector('#cache').dataset.frames, document.querySelector('#cache').dataset.prompts]"
     step = ["step", "video"]
     orders = [
@@ -179,57 +157,66 @@ def test_windows_sinks_and_switches_show_in_the_strip(small_page: Path, tmp_path
         ["check", "input[value=reset]"], ["blur"], ["press", "1"], ["wait", 1500], ["read", "reset", cache],
         ["read", "words", "document.querySelector('#cache-words').textContent"],
     ]
-    values = use_page(small_page, tmp_path, orders, PAUSED)["values"]
+    values = on_page(small_page, orders, PAUSED)["values"]
     assert values["whole"][0] == ",".join(map(str, range(12)))  # of five blocks the last is not in the cache yet
     assert values["sunk"][0] == "0,1,2,12,13,14"
     assert values["kept"] == ["0,1,2,12,13,14", "0,0,0,0,0,0"]
     assert values["reset"][0] == "" and values["words"].startswith("Empty")
 
 
-def test_words_buttons_and_arrow_keys_say_the_same(small_page: Path, tmp_path: Path):
+def test_words_buttons_and_arrow_keys_say_the_same(small_page: Path):
     prompt, digit = "document.querySelector('#prompt').value", "document.querySelector('input[name=digit]:checked').value"
     direction = "document.querySelector('input[name=direction]:checked').value"
     orders = [
         ["ready"], ["blur"], ["press", "ArrowUp"], ["read", "up", prompt], ["hold", "ArrowLeft", "ArrowDown"], ["read", "diagonal", prompt],
         ["check", "input[name=digit][value='9']"], ["read", "clicked", prompt], ["check", "input[value=fast]"], ["read", "fast", prompt],
-        ["fill", "#prompt", "a shiny four gliding up and to the right"], ["click", "#say"], ["read", "digit", digit], ["read", "direction", direction],
+        ["fill", "#prompt", "a shiny four gliding up and to the right"], ["click", "#say"],
+        ["read", "digit", digit], ["read", "direction", direction],
         ["read", "warning", "document.querySelector('#warning').textContent"],
     ]
-    values = use_page(small_page, tmp_path, orders, PAUSED)["values"]
+    values = on_page(small_page, orders, PAUSED)["values"]
     assert values["up"] == "the digit 3 moving up" and values["diagonal"] == "the digit 3 moving down and to the left"
     assert values["clicked"] == "the digit 9 moving down and to the left" and values["fast"] == f"{values['clicked']} quickly"
     assert (values["digit"], values["direction"]) == ("4", "1")
     assert values["warning"].startswith("Unknown words left out of the prompt: shiny. Known words: 0, 1,")
 
 
-def test_the_start_runs_beside_the_student_and_every_tour_ends(small_page: Path, tmp_path: Path):
+def test_the_start_runs_beside_the_student_and_every_tour_ends(small_page: Path):
     tours = [
         order for tour in (1, 2, 3) for order in
-        [["click", f"#tour-list button:nth-child({tour})"], *[["frames", 12], ["click", "#tour-next"]] * 2, ["frames", 12], ["click", "#tour-end"]]
+        [["click", f"#tour-list button:nth-child({tour})"], *[["frames", 9], ["click", "#tour-next"]] * 2, ["frames", 9], ["click", "#tour-end"]]
     ]
     orders = [
         ["ready"], ["slide", "#speed", 63], ["click", "#compare"], ["waitFor", "document.querySelectorAll('#players canvas').length === 3"],
         ["frames", 12, "three"], ["read", "numbers", "[...document.querySelectorAll('#players canvas')].map((each) => each.dataset.frame)"],
         ["click", "#compare"], ["frames", 6], *tours,
     ]
-    seen = use_page(small_page, tmp_path, orders)
+    seen = on_page(small_page, orders)
     assert not seen["errors"] and len(set(seen["values"]["numbers"])) == 1
     guided, unguided = (videos_of(seen["values"]["three"], f"video-{name}") for name in ("guided", "unguided"))
     assert (guided - unguided).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1200, "light")])
-def test_everything_has_a_name_and_fits_the_width(small_page: Path, tmp_path: Path, width: int, scheme: str):
+def test_everything_has_a_name_and_fits_the_width(small_page: Path, width: int, scheme: str):
     unnamed = """[...document.querySelectorAll('button, input, canvas:not([aria-hidden]), progress')].filter((each) => !(
-        each.ariaLabel || each.textContent.trim() || [...(each.labels ?? [])].some((label) => label.textContent.trim()))).map((each) => each.outerHTML)"""
-    low = """(() => { const light = (text) => { const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map((part) => (part / 255) ** 2.2);
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b; }; const style = (selector) => getComputedStyle(document.querySelector(selector));
-        const [a, b] = [light(style('dt').color), light(style('main > *').backgroundColor)].sort((x, y) => x - y); return (b + 0.05) / (a + 0.05); })()"""
+        each.ariaLabel || each.textContent.trim() || [...(each.labels ?? [])].some((label) => label.textContent.trim())
+    )).map((each) => each.outerHTML)"""
+    contrast = """(() => {
+        const style = (selector) => getComputedStyle(document.querySelector(selector));
+        const light = (text) => {
+            const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map((part) => (part / 255) ** 2.2);
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        const [dark, bright] = [light(style('dt').color), light(style('main > *').backgroundColor)].sort((a, b) => a - b);
+        return (bright + 0.05) / (dark + 0.05);
+    })()"""
     orders = [
-        ["ready"], ["frames", 6], ["read", "width", "document.documentElement.scrollWidth"], ["read", "unnamed", unnamed], ["read", "contrast", low],
+        ["ready"], ["frames", 6], ["read", "width", "document.documentElement.scrollWidth"], ["read", "unnamed", unnamed],
+        ["read", "contrast", contrast],
         ["read", "video", "document.querySelector('#video-student').getBoundingClientRect().width"],
     ]
-    values = use_page(small_page, tmp_path, orders, viewport={"width": width, "height": 740}, colorScheme=scheme)["values"]
+    values = on_page(small_page, orders, viewport={"width": width, "height": 740}, colorScheme=scheme)["values"]
     assert values["width"] <= width and values["unnamed"] == []
     assert values["contrast"] > 4.5 and values["video"] > 200
 
@@ -237,16 +224,17 @@ def test_everything_has_a_name_and_fits_the_width(small_page: Path, tmp_path: Pa
 @pytest.mark.parametrize(("route", "words"), [
     ({"glob": "**/weights.bin", "length": 5000, "type": "application/octet-stream"}, "weights.bin arrived damaged"),
     ({"glob": "**/weights.bin", "abort": True}, "The download of student/weights.bin broke off"),
-    ({"glob": "**/engine.worker*.js", "prefix": "WebAssembly.validate=()=>false;", "type": "text/javascript"}, "This browser has no WebAssembly SIMD"),
+    ({"glob": "**/engine.worker*.js", "prefix": "WebAssembly.validate=()=>false;", "type": "text/javascript"}, "no WebAssembly SIMD"),
     ({"glob": "**/network.json", "length": 40, "type": "application/json"}, "network.json cannot be read"),
 ])
-def test_what_goes_wrong_is_one_clear_line(small_page: Path, tmp_path: Path, route: dict[str, Any], words: str):
-    orders = [["waitFor", "!document.querySelector('#message').hidden"], ["read", "message", "document.querySelector('#message').textContent"]]
-    seen = use_page(small_page, tmp_path, orders, route=route)
+def test_what_goes_wrong_is_one_clear_line(small_page: Path, route: dict[str, Any], words: str):
+    message = "document.querySelector('#message')"
+    orders = [["waitFor", f"!{message}.hidden"], ["read", "message", f"{message}.textContent"]]
+    seen = on_page(small_page, orders, route=route)
     assert words in seen["values"]["message"] and "\n" not in seen["values"]["message"]
 
 
-def test_the_first_load_is_small(tmp_path: Path):
-    seen = use_page(BUILT, tmp_path, [["ready"]], "?backend=wasm")
+def test_the_first_load_is_small():
+    seen = on_page(BUILT, [["ready"]], "?backend=wasm")
     print(f"{seen['bytes']:,} bytes: {seen['files']}")
     assert 8e6 < seen["bytes"] < 20e6

@@ -4,13 +4,12 @@
 
 import { execFileSync } from "node:child_process";
 import { mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from "node:fs";
-import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { chromium } from "playwright-core";
 
 const [path] = process.argv.slice(2);
-const { web, chromium: executablePath, url, orders, viewport, colorScheme = "light", route, timeout } = JSON.parse(readFileSync(path, "utf8"));
-const { chromium } = createRequire(join(web, "package.json"))("playwright-core");
+const { chromium: executablePath, url, orders, viewport, colorScheme = "light", route, timeout } = JSON.parse(readFileSync(path, "utf8"));
 const profile = mkdtempSync(join(tmpdir(), "page-"));
 const seen = { errors: [], bytes: 0, files: {}, values: {} };
 
@@ -47,21 +46,34 @@ if (route !== undefined) {
   });
 }
 
+/** What /proc says of the page's processes, by the name of a file there. */
+function processes(file) {
+  return readdirSync("/proc").flatMap((pid) => {
+    try {
+      const command = readFileSync(`/proc/${pid}/cmdline`, "utf8");
+      return command.includes("--type=renderer") && command.includes(profile) ? [readFileSync(`/proc/${pid}/${file}`, "utf8")] : [];
+    } catch {
+      return []; // gone meanwhile
+    }
+  });
+}
+
 /** Resident bytes of the page's process, after a collection. */
 async function memory() {
   const session = await context.newCDPSession(page);
   await session.send("HeapProfiler.collectGarbage");
   await session.detach();
-  const renderers = readdirSync("/proc").filter((pid) => {
-    try {
-      const command = readFileSync(`/proc/${pid}/cmdline`, "utf8");
-      return command.includes("--type=renderer") && command.includes(profile);
-    } catch {
-      return false; // gone meanwhile
-    }
-  });
   const pageSize = Number(execFileSync("getconf", ["PAGESIZE"]));
-  return Math.max(...renderers.map((pid) => pageSize * Number(readFileSync(`/proc/${pid}/statm`, "utf8").split(" ")[1])));
+  return Math.max(...processes("statm").map((line) => pageSize * Number(line.split(" ")[1])));
+}
+
+/** Seconds of processor time that the page's processes have used. */
+function cpuSeconds() {
+  const ticks = Number(execFileSync("getconf", ["CLK_TCK"]));
+  return processes("stat").reduce((sum, line) => {
+    const fields = line.slice(line.lastIndexOf(")") + 2).split(" "); // from the third one on
+    return sum + (Number(fields[11]) + Number(fields[12])) / ticks;
+  }, 0);
 }
 
 const verbs = {
@@ -100,6 +112,8 @@ const verbs = {
   blur: () => page.evaluate(() => document.activeElement?.blur()),
   read: async (name, expression) => (seen.values[name] = await page.evaluate(expression)),
   memory: async (name) => (seen.values[name] = await memory()),
+  cpu: (name) => (seen.values[name] = cpuSeconds()),
+  clock: (name) => (seen.values[name] = performance.now() / 1000),
   picture: (file, fullPage = true) => page.screenshot({ path: file, fullPage }),
 };
 
