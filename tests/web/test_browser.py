@@ -184,7 +184,8 @@ def test_words_buttons_and_arrow_keys_say_the_same(small_page: Path):
 def test_the_start_runs_beside_the_student_and_every_tour_ends(small_page: Path):
     tours = [
         order for tour in (1, 2, 3) for order in
-        [["click", f"#tour-list button:nth-child({tour})"], *[["frames", 9], ["click", "#tour-next"]] * 2, ["frames", 9], ["click", "#tour-end"]]
+        [["click", f"#tour-list button:nth-child({tour})"], *[["frames", 9], ["click", "#tour-next"]] * 2, ["frames", 9],
+         ["click", "#tour-end"]]
     ]
     orders = [
         ["ready"], ["slide", "#speed", 63], ["click", "#compare"], ["waitFor", "document.querySelectorAll('#players canvas').length === 3"],

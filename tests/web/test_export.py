@@ -24,7 +24,7 @@ for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -r web/requirements.txt")
 
 from web.export import export_network, main, plans_of, round_weights  # noqa: E402  needs the packages
-from web.onnx_stream import OnnxNetwork, OnnxStream  # noqa: E402
+from web.onnx_stream import OnnxNetwork, OnnxStream, RollingCache  # noqa: E402
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 TOLERANCE = 1e-3  # of a pixel, whose range is [-1, 1]
@@ -136,6 +136,18 @@ def test_prompts_are_read_as_the_text_encoder_reads_them(student: tuple[Path, Pa
         assert np.array_equal(found["prompt_mask"], expected.mask.float().numpy())
         np.testing.assert_allclose(found["prompt_keys"], torch.stack(expected.keys).numpy(), atol=1e-4)
         np.testing.assert_allclose(found["pooled"], expected.pooled.numpy(), atol=1e-4)
+
+
+def test_the_pixels_that_a_gpu_is_checked_by_are_those_of_the_graphs(student: tuple[Path, Path]):
+    network = OnnxNetwork(student[1])
+    facts, cache = network.facts, RollingCache(network, network.encode(""))
+    shape = (1, facts["block_frames"], facts["channels"], facts["frame_size"], facts["frame_size"])
+    x_t = np.sin(np.arange(np.prod(shape))).astype(np.float32).reshape(shape)
+    cache.write(cache.denoise(x_t, 1.0), 0.0, 0, facts["window_frames"], 0)
+    found = cache.denoise(x_t, 1.0).flatten()
+    np.testing.assert_allclose(found[:: found.size // len(facts["check"])], facts["check"], atol=TOLERANCE)
+    cache.clear()
+    assert np.abs(found - cache.denoise(x_t, 1.0).flatten()).max() > TOLERANCE  # the cache has a part in them
 
 
 def test_what_is_written_beside_the_graphs(student: tuple[Path, Path]):

@@ -29,6 +29,7 @@ export interface NetworkFacts {
   plans: Record<string, Plan>;
   text: { words: string[]; first_word_token: number; start_token: number; max_tokens: number };
   grammar: { digit_words: string[]; directions: string[]; speeds: Record<string, string> };
+  check: number[]; // pixels of x_0 of a known input: see `check_values` in web/export.py
   files: Record<"weights" | "text" | "denoise" | "cache", FileFacts>;
 }
 
