@@ -69,6 +69,7 @@ def worst_difference(checkpoint: Path, exported: Path, plan_name: str, window: i
         reference = expected.send([CHANGES[block]] if block in CHANGES else None).numpy()
         differences.append(np.abs(reference - found.next_block()).max())
     assert np.abs(reference).max() > 0.1  # a stream of nothing would agree with anything
+    print(f"{plan_name}, window {window}, sink {sink}, {how}: differs by {max(differences):.1e}")
     return max(differences)
 
 
