@@ -40,9 +40,12 @@ await page.addInitScript(() => {
 });
 if (route !== undefined) {
   await page.route(route.glob, async (each) => {
-    const body = await (await each.fetch()).body();
-    if (route.abort) await each.abort();
-    else await each.fulfill({ body: route.length === undefined ? route.prefix + body.toString() : body.subarray(0, route.length), contentType: route.type });
+    if (route.abort) return each.abort();
+    const response = await each.fetch();
+    const body = await response.body();
+    const isolation = Object.entries(response.headers()).filter(([name]) => name.startsWith("cross-origin-")); // a worker needs them too
+    const changed = route.length === undefined ? route.prefix + body.toString() : body.subarray(0, route.length);
+    return each.fulfill({ body: changed, headers: { ...Object.fromEntries(isolation), "content-type": route.type } });
   });
 }
 
