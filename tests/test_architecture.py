@@ -24,6 +24,8 @@ MAY_IMPORT["sampling"] = MAY_IMPORT["judging"] = (*MAY_IMPORT["training"], "trai
 for name in SCRIPTS:
     MAY_IMPORT[name] = (*MAY_IMPORT["training"], "training", "sampling", "judging")
 MAY_IMPORT["experiments"] = (*MAY_IMPORT["train"], *SCRIPTS)
+MAY_IMPORT["demo"] = ("machine",)
+MAY_IMPORT["web"] = (*MAY_IMPORT["experiments"], "experiments", "demo")
 FILES = [path for pattern in ("*.py", "*/*.py") for path in sorted(ROOT.glob(pattern)) if path.parent.name not in ("tests", "outputs")]
 
 

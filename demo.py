@@ -1,0 +1,104 @@
+"""The page that streams, served from this clone: `python demo.py` opens it in a browser.
+
+The page is built by node, once: `python -m web.export`, then `npm ci && npm run build` in the folder web. This is the standard library's
+server with the two headers without which a browser gives a page no threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import http.server
+import mimetypes
+import sys
+import threading
+import webbrowser
+from functools import partial
+from pathlib import Path
+
+from machine.interruption import EXIT_CTRL_C
+from machine.paths import REPOSITORY, user_path
+
+BUILT = REPOSITORY / "web" / "dist"
+ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}  # give SharedArrayBuffer
+TYPES = {".wasm": "application/wasm", ".mjs": "text/javascript", ".js": "text/javascript"}  # a system's own table may lack or misname them
+
+
+class PageHandler(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder; where a compressed copy lies beside one, that goes to a browser that takes it."""
+
+    protocol_version = "HTTP/1.1"
+    extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, **TYPES}
+
+    def __init__(self, *arguments: object, is_isolated: bool = True, **options: object):
+        self.is_isolated, self._is_compressed = is_isolated, False
+        super().__init__(*arguments, **options)
+
+    def translate_path(self, path: str) -> str:
+        self._is_compressed, found = False, super().translate_path(path)
+        takes_gzip = "gzip" in self.headers.get("Accept-Encoding", "")
+        if takes_gzip and Path(found).is_dir():
+            found = str(Path(found) / "index.html")
+        if takes_gzip and Path(f"{found}.gz").is_file():
+            self._is_compressed = True
+            return f"{found}.gz"
+        return found
+
+    def guess_type(self, path: str) -> str:
+        plain = Path(path).with_suffix("") if self._is_compressed else Path(path)
+        return TYPES.get(plain.suffix) or mimetypes.guess_type(plain.name)[0] or "application/octet-stream"
+
+    def end_headers(self) -> None:
+        if self._is_compressed:
+            self.send_header("Content-Encoding", "gzip")
+        for name, value in ISOLATION.items() if self.is_isolated else ():
+            self.send_header(name, value)
+        self.send_header("Vary", "Accept-Encoding")
+        self.send_header("Cache-Control", "no-cache")  # ask each time: the page may have been built again
+        super().end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing of single files."""
+
+
+def make_server(folder: Path, port: int, is_isolated: bool = True) -> http.server.ThreadingHTTPServer:
+    """A server of a built page on this machine alone; port 0 for any free one. is_isolated: with the headers for threads.
+
+    Raises FileNotFoundError where no page is built, OSError where the port is taken.
+    """
+    if not (folder / "index.html").is_file():
+        raise FileNotFoundError(
+            f"no page in {folder}: build it with `pip install -r web/requirements.txt && python -m web.export && cd web && npm ci && "
+            "npm run build` (node 20.19 or newer), or unpack the built page of a release archive there"
+        )
+    return http.server.ThreadingHTTPServer(("127.0.0.1", port), partial(PageHandler, directory=str(folder), is_isolated=is_isolated))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Serve the page that streams, and open it in a browser.", allow_abbrev=False)
+    parser.add_argument("--port", type=int, default=8000, help="0 for any free one; default: 8000")
+    parser.add_argument("--folder", type=user_path, default=BUILT, help="a built page; default: web/dist")
+    parser.add_argument("--no_browser", action="store_true", help="serve only")
+    parser.add_argument("--no_threads", action="store_true", help="without the headers that threads need, as many static hosts serve it")
+    arguments = parser.parse_args(argv)
+    try:
+        server = make_server(arguments.folder, arguments.port, not arguments.no_threads)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    except (OSError, OverflowError) as error:
+        reason = "in use" if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else error
+        sys.exit(f"error: cannot serve on port {arguments.port} ({reason}): give another one by --port, 0 for any free one")
+    address = f"http://localhost:{server.server_address[1]}/"
+    print(f"{address}  (Ctrl-C stops)", flush=True)
+    if not arguments.no_browser:
+        threading.Timer(0.2, webbrowser.open, (address,)).start()
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        sys.exit(EXIT_CTRL_C)
+    finally:
+        server.server_close()
+
+
+if __name__ == "__main__":
+    main()

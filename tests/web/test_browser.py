@@ -1,0 +1,241 @@
+"""The built page in headless Chromium, used by mouse and keyboard, its pixels read back.
+
+Needs chromium and node, `npm ci` and `npm run build` in the folder web. Run with `python -m pytest tests/web -m browser`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_generate import STUDENT, TEACHER, write_networks
+
+from demo import BUILT
+from dynamic_video_sf import PromptSwitch, rollout_blocks
+from judging.digit_judge import load_judge, read_digits
+from machine.paths import PRETRAINED
+from network.text_encoder import parse_caption
+from sampling.samplers import SamplerSettings
+from training.checkpoint import load_networks
+from web.browse import use_page, what_is_missing
+
+pytestmark = pytest.mark.browser
+if (missing := what_is_missing()) is not None:
+    pytest.skip(missing, allow_module_level=True)
+
+TIMEOUT = float(os.environ.get("PAGE_TEST_TIMEOUT", "120"))  # seconds for any one thing to happen
+PLAY, PAUSED = "", "?paused"
+
+
+def on_page(folder: Path, orders: list[list[Any]], query: str = PLAY, **options: Any) -> dict[str, Any]:
+    return use_page(folder, orders, query, timeout=TIMEOUT, **options)
+
+
+def videos_of(recorded: list[dict[str, Any]], canvas: str = "video-student") -> torch.Tensor:
+    """Frames (1, F, 1, H, W) in [-1, 1] of one canvas."""
+    frames = np.array([each["pixels"] for each in recorded if each["id"] == canvas], dtype=np.float32)
+    side = int(frames.shape[1] ** 0.5)
+    return torch.from_numpy(frames / 127.5 - 1).reshape(1, -1, 1, side, side)
+
+
+def page_noise(seed: int) -> Callable[[tuple[int, ...]], np.ndarray]:
+    """`Noise` of web/src/noise.ts, in numpy."""
+    place = 0
+
+    def mixed(word: np.ndarray) -> np.ndarray:
+        word = word.astype(np.uint32)
+        word = (word ^ (word >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+        word = (word ^ (word >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+        return word ^ (word >> np.uint32(16))
+
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        nonlocal place
+        count = np.arange(place, place + np.prod(shape), dtype=np.uint64)
+        place += len(count)
+        key = mixed(np.uint32(seed) ^ mixed(np.zeros(1, np.uint32)))
+        words = mixed(key + (count * np.uint64(0x9E3779B9)).astype(np.uint32)).astype(np.float64)
+        radius, angle = np.sqrt(-2 * np.log((words[::2] + 1) / 2**32)), 2 * np.pi * words[1::2] / 2**32
+        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(shape).astype(np.float32)
+
+    return draw
+
+
+class NoiseStream:
+    """The page's noise as the rollout asks for it."""
+
+    def __init__(self, seed: int):
+        self._draw = page_noise(seed)
+
+    def standard_normal(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        return self._draw(shape).astype(dtype)
+
+
+@pytest.fixture(scope="module")
+def small_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The built page with tiny untrained networks: what does not hang on what is drawn is tested with them, in little time."""
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install -r web/requirements.txt")
+    from web.export import export_network
+
+    folder = tmp_path_factory.mktemp("small") / "page"
+    shutil.copytree(BUILT, folder, ignore=shutil.ignore_patterns("networks"))
+    for name, training in (("student", replace(STUDENT, context_noise=0)), ("start", TEACHER)):
+        export_network(write_networks(folder.parent / f"{name}.pt", training), folder / "networks" / name)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_the_page_shows_the_networks_own_video():
+    """Pixels of blocks that are stepped through, with a prompt switch by a key, equal those of the rollout in torch from the same noise."""
+    step = ["step", "video"]
+    orders = [
+        ["ready"], ["waitFor", "window.recorded.length >= 3"], ["recorded", "first"], ["blur"], step, step, ["press", "7"], step, step,
+    ]
+    seen = on_page(BUILT, [*orders, ["read", "prompt", "document.querySelector('#prompt').value"]], f"{PAUSED}&seed=5&backend=wasm")
+    assert not seen["errors"]
+    shown = videos_of(seen["values"]["first"] + seen["values"]["video"])
+    networks = load_networks(PRETRAINED / "student.pt", torch.device("cpu"))
+    model, encode = networks.generator, networks.text_encoder.encode
+    with torch.no_grad():
+        first, second = (model.encode_prompt(*encode([prompt])) for prompt in ("the digit 3 moving to the right", seen["values"]["prompt"]))
+        blocks = rollout_blocks(model, first, [NoiseStream(5)], None, SamplerSettings().make_plan(networks.config.training))
+        switches = [None, None, None, PromptSwitch(second, "recache"), None]
+        expected = torch.cat([blocks.send(switch) for switch in switches], dim=1)
+    assert parse_caption(seen["values"]["prompt"]).digits == (7,) and shown.shape == expected.shape
+    assert (shown - expected).abs().max() < 1 / 255 + 2e-3  # half a step of 8 bits, and rounding
+
+
+def test_the_page_draws_the_asked_digit_before_and_after_a_switch():
+    orders = [
+        ["ready"], ["slide", "#speed", 63], ["blur"], ["frames", 100, "before"], ["press", "7"], ["frames", 100, "after"],
+        ["read", "cache", "document.querySelector('#cache-words').textContent"],
+    ]
+    seen = on_page(BUILT, orders, "?seed=3")
+    assert not seen["errors"]
+    judge = load_judge()
+    right = {}
+    for name, digit, skipped in (("before", 3, 0), ("after", 7, 15)):  # a buffered block, one being made, two until the digit has changed
+        read = read_digits(judge, videos_of(seen["values"][name])[:, skipped:]).argmax(-1)
+        right[name] = (read == digit).float().mean().item()
+    assert min(right.values()) > 0.8, right
+    assert "In the window" in seen["values"]["cache"]
+
+
+def test_memory_stays_flat_over_2000_frames(small_page: Path):
+    orders = [["ready"], ["slide", "#speed", 63], ["frames", 500], ["memory", "early"], ["frames", 1500], ["memory", "late"]]
+    seen = on_page(small_page, orders)
+    assert not seen["errors"]
+    grown = seen["values"]["late"] - seen["values"]["early"]
+    print(f"grown by {grown / 1e6:.1f} MB from {seen['values']['early'] / 1e6:.1f} MB over 1,500 frames")
+    assert grown < 12e6  # 1,500 frames that were kept would be 6 MB of pixels and more than 60 MB of caches
+
+
+@pytest.mark.parametrize("is_isolated", [True, False])
+def test_without_webgpu_the_page_runs_in_wasm_and_without_the_headers_in_one_thread(small_page: Path, is_isolated: bool):
+    device = "document.querySelector('#device').textContent"
+    orders = [["ready"], ["frames", 12], ["read", "device", device], ["read", "has", "crossOriginIsolated"]]
+    seen = on_page(small_page, orders, is_isolated=is_isolated)
+    assert not seen["errors"] and seen["values"]["has"] is is_isolated
+    threads = min(os.cpu_count() or 1, 4) if is_isolated else 1
+    assert seen["values"]["device"] == f"WASM, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def test_windows_sinks_and_switches_show_in_the_strip(small_page: Path):
+    cache = "[document.querySelector('#cache').dataset.frames, document.querySelector('#cache').dataset.prompts]"
+    step = ["step", "video"]
+    orders = [
+        ["ready"], ["blur"], step, step, step, step, ["read", "whole", cache],
+        ["slide", "#window", 9], ["slide", "#sink", 3], ["wait", 1500], ["read", "sunk", cache],
+        ["check", "input[value=keep]"], ["blur"], ["press", "8"], step, ["read", "kept", cache],
+        ["check", "input[value=reset]"], ["blur"], ["press", "1"], ["wait", 1500], ["read", "reset", cache],
+        ["read", "words", "document.querySelector('#cache-words').textContent"],
+    ]
+    values = on_page(small_page, orders, PAUSED)["values"]
+    assert values["whole"][0] == ",".join(map(str, range(12)))  # of five blocks the last is not in the cache yet
+    assert values["sunk"][0] == "0,1,2,12,13,14"
+    assert values["kept"] == ["0,1,2,12,13,14", "0,0,0,0,0,0"]
+    assert values["reset"][0] == "" and values["words"].startswith("Empty")
+
+
+def test_words_buttons_and_arrow_keys_say_the_same(small_page: Path):
+    prompt, digit = "document.querySelector('#prompt').value", "document.querySelector('input[name=digit]:checked').value"
+    direction = "document.querySelector('input[name=direction]:checked').value"
+    orders = [
+        ["ready"], ["blur"], ["press", "ArrowUp"], ["read", "up", prompt], ["hold", "ArrowLeft", "ArrowDown"], ["read", "diagonal", prompt],
+        ["check", "input[name=digit][value='9']"], ["read", "clicked", prompt], ["check", "input[value=fast]"], ["read", "fast", prompt],
+        ["fill", "#prompt", "a shiny four gliding up and to the right"], ["click", "#say"],
+        ["read", "digit", digit], ["read", "direction", direction],
+        ["read", "warning", "document.querySelector('#warning').textContent"],
+    ]
+    values = on_page(small_page, orders, PAUSED)["values"]
+    assert values["up"] == "the digit 3 moving up" and values["diagonal"] == "the digit 3 moving down and to the left"
+    assert values["clicked"] == "the digit 9 moving down and to the left" and values["fast"] == f"{values['clicked']} quickly"
+    assert (values["digit"], values["direction"]) == ("4", "1")
+    assert values["warning"].startswith("Unknown words left out of the prompt: shiny. Known words: 0, 1,")
+
+
+def test_the_start_runs_beside_the_student_and_every_tour_ends(small_page: Path):
+    tours = [
+        order for tour in (1, 2, 3) for order in
+        [["click", f"#tour-list button:nth-child({tour})"], *[["frames", 9], ["click", "#tour-next"]] * 2, ["frames", 9],
+         ["click", "#tour-end"]]
+    ]
+    orders = [
+        ["ready"], ["slide", "#speed", 63], ["click", "#compare"], ["waitFor", "document.querySelectorAll('#players canvas').length === 3"],
+        ["frames", 12, "three"], ["read", "numbers", "[...document.querySelectorAll('#players canvas')].map((each) => each.dataset.frame)"],
+        ["click", "#compare"], ["frames", 6], *tours,
+    ]
+    seen = on_page(small_page, orders)
+    assert not seen["errors"] and len(set(seen["values"]["numbers"])) == 1
+    guided, unguided = (videos_of(seen["values"]["three"], f"video-{name}") for name in ("guided", "unguided"))
+    assert (guided - unguided).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1200, "light")])
+def test_everything_has_a_name_and_fits_the_width(small_page: Path, width: int, scheme: str):
+    unnamed = """[...document.querySelectorAll('button, input, canvas:not([aria-hidden]), progress')].filter((each) => !(
+        each.ariaLabel || each.textContent.trim() || [...(each.labels ?? [])].some((label) => label.textContent.trim())
+    )).map((each) => each.outerHTML)"""
+    contrast = """(() => {
+        const style = (selector) => getComputedStyle(document.querySelector(selector));
+        const light = (text) => {
+            const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map((part) => (part / 255) ** 2.2);
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        const [dark, bright] = [light(style('dt').color), light(style('main > *').backgroundColor)].sort((a, b) => a - b);
+        return (bright + 0.05) / (dark + 0.05);
+    })()"""
+    orders = [
+        ["ready"], ["frames", 6], ["read", "width", "document.documentElement.scrollWidth"], ["read", "unnamed", unnamed],
+        ["read", "contrast", contrast],
+        ["read", "video", "document.querySelector('#video-student').getBoundingClientRect().width"],
+    ]
+    values = on_page(small_page, orders, viewport={"width": width, "height": 740}, colorScheme=scheme)["values"]
+    assert values["width"] <= width and values["unnamed"] == []
+    assert values["contrast"] > 4.5 and values["video"] > 200
+
+
+@pytest.mark.parametrize(("route", "words"), [
+    ({"glob": "**/weights.bin", "length": 5000, "type": "application/octet-stream"}, "weights.bin arrived damaged"),
+    ({"glob": "**/weights.bin", "abort": True}, "The download of student/weights.bin broke off"),
+    ({"glob": "**/engine.worker*.js", "prefix": "WebAssembly.validate=()=>false;", "type": "text/javascript"}, "no WebAssembly SIMD"),
+    ({"glob": "**/network.json", "length": 40, "type": "application/json"}, "network.json cannot be read"),
+])
+def test_what_goes_wrong_is_one_clear_line(small_page: Path, route: dict[str, Any], words: str):
+    message = "document.querySelector('#message')"
+    orders = [["waitFor", f"!{message}.hidden"], ["read", "message", f"{message}.textContent"]]
+    seen = on_page(small_page, orders, route=route)
+    assert words in seen["values"]["message"] and "\n" not in seen["values"]["message"]
+
+
+def test_the_first_load_is_small():
+    seen = on_page(BUILT, [["ready"]], "?backend=wasm")
+    print(f"{seen['bytes']:,} bytes: {seen['files']}")
+    assert 8e6 < seen["bytes"] < 20e6

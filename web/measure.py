@@ -1,0 +1,104 @@
+"""How fast the page is beside torch on the same machine: `python -m web.measure` writes results/web.json.
+
+Page (headless Chromium, WASM) and torch (float32, batch 1) take turns. Wall time hangs on what else the machine does, processor time far
+less: both are written.
+"""
+
+from __future__ import annotations
+
+from machine import threads  # noqa: F401  before torch, which reads its settings once
+
+# isort: split
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from demo import BUILT
+from machine.paths import PRETRAINED, REPOSITORY, user_path
+from machine.runtime import Runtime, describe_machine
+from sampling.samplers import SamplerSettings
+from sampling.streaming import stream_video
+from training.checkpoint import load_networks
+from web.browse import use_page, what_is_missing
+
+PROMPT = "the digit 3 moving to the right"
+WARM_UP = 8  # blocks, until the window is full
+
+
+def measure_torch(num_blocks: int, num_threads: int) -> dict[str, float]:
+    """Frames/s, processor seconds a frame and milliseconds to the first block, of the student in float32."""
+    torch.set_num_threads(num_threads)
+    networks = load_networks(PRETRAINED / "student.pt", torch.device("cpu"))
+    plan = SamplerSettings().make_plan(networks.config.training)
+    start = time.perf_counter()
+    stream = stream_video(
+        networks.generator, networks.text_encoder, [PROMPT], [1], plan, Runtime(torch.device("cpu"), torch.float32), WARM_UP + num_blocks
+    )
+    next(stream)
+    first = time.perf_counter() - start
+    for _ in range(WARM_UP - 1):
+        next(stream)
+    num_frames = num_blocks * plan.num_frames_per_block
+    start, cpu = time.perf_counter(), time.process_time()
+    for _ in stream:
+        pass
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    return {"frames_per_second": num_frames / seconds, "cpu_seconds_a_frame": cpu_seconds / num_frames, "first_block_ms": 1000 * first}
+
+
+def measure_page(num_blocks: int, num_threads: int, timeout: float) -> dict[str, float]:
+    """The same of the page, and the bytes of its first load. Processor time is that of the whole page, drawing included."""
+    num_frames = 3 * num_blocks
+    orders = [
+        ["ready"], ["slide", "#speed", 63], ["frames", 3 * WARM_UP],
+        ["read", "first", "parseFloat(document.querySelector('#first-frame').textContent)"],
+        ["cpu", "cpu_before"], ["clock", "before"], ["frames", num_frames], ["cpu", "cpu_after"], ["clock", "after"],
+        ["read", "device", "document.querySelector('#device').textContent"],
+    ]
+    seen = use_page(BUILT, orders, f"?backend=wasm&threads={num_threads}&prompt={PROMPT.replace(' ', '+')}", timeout=timeout)
+    values = seen["values"]
+    return {
+        "frames_per_second": num_frames / (values["after"] - values["before"]),
+        "cpu_seconds_a_frame": (values["cpu_after"] - values["cpu_before"]) / num_frames,
+        "first_block_ms": values["first"], "bytes": seen["bytes"], "device": values["device"],
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Measure the page beside torch, in turns.", allow_abbrev=False)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--num_blocks", type=int, default=40)
+    parser.add_argument("--num_threads", type=int, default=min(os.cpu_count() or 1, 2))
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for any one thing in the browser to happen")
+    parser.add_argument("--output", type=user_path, default=REPOSITORY / "results" / "web.json")
+    arguments = parser.parse_args(argv)
+    if (missing := what_is_missing()) is not None:
+        sys.exit(f"error: {missing}")
+    found: dict[str, list[dict[str, Any]]] = {"page": [], "torch": []}
+    load = []
+    for _ in range(arguments.repeats):
+        load.append(os.getloadavg()[0])
+        found["page"].append(measure_page(arguments.num_blocks, arguments.num_threads, arguments.timeout))
+        found["torch"].append(measure_torch(arguments.num_blocks, arguments.num_threads))
+        print(found["page"][-1], found["torch"][-1], flush=True)
+    medians = {
+        name: {key: statistics.median(one[key] for one in runs) for key in ("frames_per_second", "cpu_seconds_a_frame", "first_block_ms")}
+        for name, runs in found.items()
+    }
+    facts = {
+        "machine": describe_machine(arguments.num_threads), "load_before_each_turn": load, "num_blocks": arguments.num_blocks,
+        "bytes_of_first_load": found["page"][0]["bytes"], "medians": medians, "runs": found,
+    }
+    Path(arguments.output).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(f"{arguments.output}: {json.dumps(medians)}")
+
+
+if __name__ == "__main__":
+    main()
