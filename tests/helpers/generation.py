@@ -9,9 +9,10 @@ from generate import main
 from moving_mnist import DatasetConfig
 from network.text_encoder import TextEncoderConfig
 from tiny_causal_wan import ModelConfig
-from training.config import Config, SelfForcingConfig, TrainingConfig
+from training.config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig
 
 STUDENT = SelfForcingConfig(denoising_steps=[1000, 600, 300], context_noise=100, guidance=3.0)
+TEACHER = PretrainConfig(teacher_steps=3, teacher_guidance=2.0, teacher_eta=0.4, teacher_ink_kept=0.3)
 COMMON = ("--device", "cpu", "--precision", "float32")
 
 

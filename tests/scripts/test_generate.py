@@ -22,7 +22,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from helpers.generation import COMMON, STUDENT, refusal, write_networks
+from helpers.generation import COMMON, STUDENT, TEACHER, refusal, write_networks
 from omegaconf import OmegaConf
 
 import generate as entry
@@ -42,7 +42,6 @@ from training.stages import PretrainStage
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 PROMPTS = ["a handwritten 7 drifting up", "the digit 3 moving left quickly", "", "a 0 bouncing around"]
-TEACHER = PretrainConfig(teacher_steps=3, teacher_guidance=2.0, teacher_eta=0.4, teacher_ink_kept=0.3)
 OWN_SETTINGS = SamplerSettings()  # the checkpoint's own
 
 

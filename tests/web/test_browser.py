@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_generate import STUDENT, TEACHER, write_networks
+from helpers.generation import STUDENT, TEACHER, write_networks
 
 from demo import BUILT
 from dynamic_video_sf import PromptSwitch, rollout_blocks

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_generate import STUDENT, TEACHER, write_networks
+from helpers.generation import STUDENT, TEACHER, write_networks
 
-from dynamic_video_sf import Past, make_noise_streams
+from dynamic_video_sf import Past, PromptSwitch, make_noise_streams
 from machine.paths import PRETRAINED
 from machine.runtime import Runtime
-from method.flow_matching import x_0_from_velocity
 from network.text_encoder import START_TOKEN
 from sampling.streaming import stream_video
 from training.checkpoint import CheckpointError, load_networks
@@ -117,13 +116,13 @@ def test_another_window_on_the_way_is_a_cache_made_again(teacher: tuple[Path, Pa
     blocks = [torch.from_numpy(stream.next_block()) for _ in range(10)]
     stream.change_context(window, sink)
     prompt = networks.generator.encode_prompt(*networks.text_encoder.encode([FIRST]))
-    past = Past(networks.generator, plan, make_noise_streams([0]))
+    past = Past(networks.generator, plan, make_noise_streams([0]), prompt, None)
     with torch.no_grad():
-        for block in blocks:
-            past.append(block, prompt)
-        past.encode_again(prompt)
+        for block in blocks[:-1]:
+            past.append(block)
+        past.append_and_switch(blocks[-1], PromptSwitch(prompt))
         x_t, t = torch.randn(blocks[0].shape, generator=torch.Generator().manual_seed(0)), torch.full((1, 3), 0.75)
-        expected = x_0_from_velocity(x_t, past.velocity(x_t, t, prompt, is_last=True), t)
+        _, expected = past.predict(x_t, t, is_last=True)
     torch.testing.assert_close(torch.from_numpy(stream._caches[0].denoise(x_t.numpy(), 0.75)), expected, atol=TOLERANCE, rtol=0)
 
 
