@@ -37,6 +37,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clips.own_videos import VideosConfig
+from clips.video_files import load_frames
 from dynamic_video_sf import SWITCHES
 from machine.files import free_paths, require_writable
 from machine.interruption import EXIT_CTRL_C
@@ -46,7 +48,6 @@ from method.plans import BidirectionalPlan, RolloutPlan
 from method.settings import TrainingConfig
 from sampling.samplers import SamplerSettings, check_length, generate, prepared, require_at_least_one
 from sampling.streaming import PromptSchedule
-from sampling.video_input import load_frames
 from sampling.video_io import contact_sheet, save_array, save_video, to_display
 from training.checkpoint import LoadedNetworks, load_networks
 from training.config import DEVICES, PRECISIONS
@@ -195,6 +196,16 @@ def _facts(
     }
 
 
+def default_prompts(networks: LoadedNetworks) -> tuple[str, ...]:
+    """Prompts that show what the network knows; of one's own videos none where they have no captions. Raises ValueError where they have."""
+    dataset, words = networks.config.dataset, networks.text_encoder.vocabulary
+    if isinstance(dataset, VideosConfig):
+        if words:
+            raise ValueError(f"--prompts is not given: expected captions like those of your videos, of words such as {', '.join(words[:40])}")
+        return ("",)
+    return DEFAULT_PROMPTS[dataset.num_digits]
+
+
 def default_length(training: TrainingConfig, first_frames: Tensor | None) -> int:
     """The longest video of the training; a given clip and whole blocks, at least one, up to about that many frames."""
     if first_frames is None:
@@ -226,7 +237,7 @@ def run(arguments: argparse.Namespace) -> None:
     facts["compiled"], facts["int8"] = arguments.compile, arguments.int8
     facts["schedule"] = None if schedule is None else {"entries": schedule.entries, "switch": switch}
     facts["init"] = None if arguments.init is None else {"name": arguments.init.name, "num_frames": len(first_frames)}
-    asked = arguments.prompts or (schedule and [schedule.entries[0][1]]) or DEFAULT_PROMPTS[networks.config.dataset.num_digits]
+    asked = arguments.prompts or (schedule and [schedule.entries[0][1]]) or default_prompts(networks)
     prompts = [prompt for prompt in asked for _ in range(arguments.samples_per_prompt)]
     seeds = [arguments.seed + sample for _ in asked for sample in range(arguments.samples_per_prompt)]
     cost = f"{plan.evaluations} + {plan.cache_evaluations} evaluations a block"

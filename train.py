@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from clips.own_videos import VideosConfig
 from judging.digit_judge import JUDGE_PATH, DigitJudge, load_judge, warn_of_foreign_digits
 from judging.fixed_prompts import JUDGED_COLUMNS, FixedPrompts
 from judging.health import draw_run
@@ -36,11 +37,11 @@ from machine.paths import CONFIGS
 from machine.runtime import PRECISIONS, Runtime, resolve_runtime
 from machine.seeds import Purpose, seed_global_generators, torch_generator, video_seeds
 from method.settings import SelfForcingConfig
-from moving_mnist import MovingMNISTGenerator
 from sampling.samplers import sample
 from sampling.video_io import comparison_gif, comparison_sheet, to_display
 from training.checkpoint import CheckpointError, checkpoint_config, load_checkpoint, remove_leftovers, save_checkpoint
 from training.config import Config, build_config, check_choices, config_to_dict, explain_command_line, explain_refusal, register_schemas
+from training.data import open_data, with_clips
 from training.distributed import ONE_PROCESS, Processes, losses_named, mean_figures, processes_of_environment
 from training.few_step_stage import FewStepStage
 from training.resume import (
@@ -85,7 +86,8 @@ class SimplifiedTrainer:
     """
 
     def __init__(self, config: Config, processes: Processes = ONE_PROCESS):
-        self.config, self.processes = config, processes
+        self.config = config = with_clips(config)
+        self.processes = processes
         runtime = resolve_runtime(config.device, config.precision)
         self.runtime = replace(runtime, device=processes.own_device(runtime.device))
         processes.join(self.runtime.device)
@@ -109,7 +111,7 @@ class SimplifiedTrainer:
         self.fixed_prompts: FixedPrompts | None = None
         if self.judge is not None and self.health_interval > 0 and isinstance(self.stage, SelfForcingStage):
             self.fixed_prompts = FixedPrompts(self.judge, config.dataset, config.training.max_num_frames, partial(self._sample, self.stage.live()))
-        held_out = MovingMNISTGenerator(config.dataset, "test", purpose=Purpose.RUN_SAMPLE)
+        held_out = open_data(config.dataset, "test", purpose=Purpose.RUN_SAMPLE)
         self.shown = held_out.sample(0, range(NUM_SHOWN), config.training.max_num_frames)
         self.folder = processes.from_first(lambda: make_run_folder(Path(config.log_dir), config.run_name))
         if processes.is_first:
@@ -133,6 +135,10 @@ class SimplifiedTrainer:
         """The judge that ships, or None, said in one line, where it cannot read this run's videos."""
         training, dataset = self.config.training, self.config.dataset
         if not self.samples_here or training.eval_videos == 0 and self.health_interval == 0:
+            return None
+        if isinstance(dataset, VideosConfig):
+            titles = ", ".join(REPORTED.values())
+            self._say(f"no figures of digits ({titles}, stroke mass) on one's own videos: evaluate.py has Frechet, coverage, diversity and motion")
             return None
         judge = load_judge(JUDGE_PATH, self.runtime.device)
         readable = (dataset.num_digits, dataset.frame_size, dataset.digit_size) == (1, judge.config.frame_size, judge.config.digit_size)
@@ -359,7 +365,7 @@ class SimplifiedTrainer:
         if self.judge is None or self.config.training.eval_videos == 0:
             return
         training, dataset = self.config.training, self.config.dataset
-        held_out = MovingMNISTGenerator(dataset, "test", purpose=Purpose.RUN_FIGURES)
+        held_out = open_data(dataset, "test", purpose=Purpose.RUN_FIGURES)
         prompts = held_out.captions(0, range(training.eval_videos))
         seeds = video_seeds(0, range(training.eval_videos), Purpose.RUN_FIGURES_NOISE)
         digits, directions = facts_of_prompts(prompts)

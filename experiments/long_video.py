@@ -35,6 +35,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from clips.own_videos import VideosConfig  # noqa: E402
 from dynamic_video_sf import SWITCHES  # noqa: E402
 from generate import MAX_SEED  # noqa: E402
 from judging.digit_judge import load_judge, read_videos  # noqa: E402
@@ -384,6 +385,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = settings.make_plan(networks.config.training)
     if not isinstance(plan, RolloutPlan):
         raise ValueError(f"{arguments.checkpoint} makes all frames at once: give --causal to roll it out")
+    if isinstance(networks.config.dataset, VideosConfig):
+        raise ValueError(f"{arguments.checkpoint} was trained on one's own videos: expected one of Moving MNIST, whose digits are judged")
     if networks.config.dataset.num_digits != 1:
         raise ValueError(f"{arguments.checkpoint} shows {networks.config.dataset.num_digits} digits a video: expected 1")
     common = (networks, plan, runtime)

@@ -110,8 +110,8 @@ def _grammar_vocabulary() -> tuple[str, ...]:
 
 VOCABULARY = _grammar_vocabulary()
 PAD_TOKEN, START_TOKEN = 0, 1  # START stands first in every prompt, so the null prompt still has one token to attend to
-_WORD_TO_TOKEN = {word: index + 2 for index, word in enumerate(VOCABULARY)}
-NUM_TOKENS = len(VOCABULARY) + 2
+NUM_SPECIAL_TOKENS = 2
+NUM_TOKENS = len(VOCABULARY) + NUM_SPECIAL_TOKENS
 
 
 def parse_caption(prompt: str) -> CaptionFacts:
@@ -143,10 +143,12 @@ def parse_caption(prompt: str) -> CaptionFacts:
 
 @dataclass
 class TextEncoderConfig:
-    """Sizes of the text encoder. width: embedding width D, a multiple of 32. max_tokens: L, longer prompts are cut."""
+    """Sizes of the text encoder. width: embedding width D, a multiple of 32. max_tokens: L, longer prompts are cut. vocabulary: the
+    words that it knows; those of the grammar if not given."""
 
     width: int = 64
     max_tokens: int = 24
+    vocabulary: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.width < 32 or self.width % 32:
@@ -165,7 +167,9 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(NUM_TOKENS, config.width, padding_idx=PAD_TOKEN)
+        self.vocabulary = VOCABULARY if config.vocabulary is None else tuple(config.vocabulary)
+        self._tokens = {word: index for index, word in enumerate(self.vocabulary, NUM_SPECIAL_TOKENS)}
+        self.token_embedding = nn.Embedding(len(self._tokens) + NUM_SPECIAL_TOKENS, config.width, padding_idx=PAD_TOKEN)
         self.position_embedding = nn.Parameter(0.02 * torch.randn(config.max_tokens, config.width))
         self.layer = nn.TransformerEncoderLayer(
             config.width, nhead=config.width // 32, dim_feedforward=4 * config.width, dropout=0.0,
@@ -179,7 +183,7 @@ class TextEncoder(nn.Module):
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token numbers (B, L), int64, padded with `PAD_TOKEN`, on the encoder's device.
 
-        Words outside the grammar are left out; one warning names them all and the words that are known. Words past
+        Words outside the vocabulary are left out; one warning names them all and the words that are known. Words past
         `max_tokens` are cut, also with a warning.
         """
         device = self.position_embedding.device
@@ -188,8 +192,8 @@ class TextEncoder(nn.Module):
         num_cut = 0
         for row, prompt in enumerate(prompts):
             words = split_words(prompt)
-            unknown.update(dict.fromkeys(word for word in words if word not in _WORD_TO_TOKEN))
-            known = [_WORD_TO_TOKEN[word] for word in words if word in _WORD_TO_TOKEN]
+            unknown.update(dict.fromkeys(word for word in words if word not in self._tokens))
+            known = [self._tokens[word] for word in words if word in self._tokens]
             ids = [START_TOKEN, *known][: self.config.max_tokens]
             num_cut += len(known) + 1 > len(ids)
             tokens[row, : len(ids)] = torch.tensor(ids)
@@ -198,7 +202,7 @@ class TextEncoder(nn.Module):
             more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
             warnings.warn(
                 f"unknown words left out of the prompts: {', '.join(word[:40] for word in named)}{more}. "
-                f"Known words: {', '.join(VOCABULARY)}", stacklevel=2,
+                f"Known words: {', '.join(self.vocabulary)}", stacklevel=2,
             )
         if num_cut:
             warnings.warn(

@@ -22,11 +22,11 @@ from machine.batch_share import BatchShare
 from machine.runtime import Runtime, require_compiler
 from method.plans import BidirectionalPlan, RolloutPlan, baseline_plans, many_step_plan, teacher_plan
 from method.settings import PretrainConfig, SelfForcingConfig, TrainingConfig
-from moving_mnist import MovingMNISTGenerator
-from network.text_encoder import NULL_PROMPT, TextEncoder, caption_of_any_stretch
+from network.text_encoder import NULL_PROMPT, TextEncoder
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training.checkpoint import CheckpointError, digits_seen, merge_counts, merge_splits, splits_learned
 from training.config import Config, config_from_dict
+from training.data import open_data
 from training.diagnostics import STEP_COLUMNS, exit_columns, generator_figures
 from training.distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
 from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
@@ -88,7 +88,7 @@ def update_average(average: nn.Module, live: nn.Module, decay: float, num_update
 
 
 class PretrainStage:
-    """Training on the videos of Moving MNIST (see `objectives`): a share of the steps bidirectional, the others block-causal,
+    """Training on real videos (see `objectives`): a share of the steps bidirectional, the others block-causal,
     or with teacher or diffusion forcing every step causal."""
 
     columns = ("loss_bidirectional", "loss_causal", "gradient_norm", "lr_factor")
@@ -100,7 +100,7 @@ class PretrainStage:
         self.parts.check_divides("training.batch_size", self.config.batch_size)
         if self.config.clip_steps:
             self.parts.check_divides("training.clip_batch_size", self.config.clip_batch_size)
-        self.data = MovingMNISTGenerator(config.dataset, "train", self.config.digit_variation)
+        self.data = open_data(config.dataset, "train", self.config.digit_variation)
         self.num_videos_seen = 0
         self.earlier_prompts: dict[int, int] = {}  # drawn by the runs that this one goes on from
         self.digits_seen = splits_learned(config.dataset)  # by this run and those
@@ -227,7 +227,7 @@ class SelfForcingStage:
             "gradient_norm_critic", "exit_step", "num_frames", *(() if self.config.rollout_frames is None else ("first_frame",)),
             *STEP_COLUMNS, *exit_columns(self.config.denoising_steps),
         )
-        self.data = MovingMNISTGenerator(config.dataset, "train")  # of which only the prompts are used, unless config.uses_videos
+        self.data = open_data(config.dataset)  # of which only the prompts are used, unless config.uses_videos
         self.num_prompts_seen = 0
         loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
         check_is_bidirectional(self.config.pretrained_checkpoint, loaded.config)
@@ -273,7 +273,7 @@ class SelfForcingStage:
                 prompt = engine.generator.encode_prompt(*text)
                 rollout = engine.make_videos(prompt, num_frames, is_generator_turn, x_real, share, first_frame)
             if first_scored > 0 and config.loss != "gan":  # directions are those of first frames: the scores are asked for what still holds
-                text = self._encode([caption_of_any_stretch(caption) for caption in self.data.captions(self.seed, share.of(indices))])
+                text = self._encode(self.data.captions_of_any_stretch(self.seed, share.of(indices)))
             figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video, where each has its own
             if is_generator_turn:
                 seen.append(self._judge_generator(rollout, text, x_real, share))

@@ -11,6 +11,7 @@ from test_generate import student as student  # a fixture
 from test_generate import student_path as student_path
 from torch import Tensor
 
+from clips.video_files import load_array, load_frames
 from dynamic_video_sf import PromptSwitch, SelfForcingEngine, draw_noise, make_noise_streams, rollout_blocks, split_first_frames
 from generate import main
 from machine.runtime import Runtime
@@ -19,8 +20,7 @@ from network.attention import ContextWindow
 from network.text_encoder import NULL_PROMPT
 from sampling.samplers import SamplerSettings, sample_few_step
 from sampling.streaming import PromptSchedule, stream_video
-from sampling.video_input import load_frames
-from sampling.video_io import load_array, save_array, save_video, to_display
+from sampling.video_io import save_array, save_video, to_display
 from training.checkpoint import LoadedNetworks
 from training.config import SelfForcingConfig
 

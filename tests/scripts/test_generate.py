@@ -26,6 +26,7 @@ from conftest import randomise
 from omegaconf import OmegaConf
 
 import generate as entry
+from clips.video_files import load_array
 from dynamic_video_sf import SelfForcingEngine, make_noise_streams, rollout_blocks
 from evaluate import EvaluateConfig
 from generate import BidirectionalPlan, SamplerSettings, generate, main, slug
@@ -35,7 +36,6 @@ from moving_mnist import DatasetConfig
 from network.attention import ContextWindow
 from network.text_encoder import TextEncoder, TextEncoderConfig, parse_caption
 from sampling.samplers import prepared, sample_many_step
-from sampling.video_io import load_array
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 from training.checkpoint import LoadedNetworks, load_networks, save_checkpoint
 from training.config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig, config_to_dict
