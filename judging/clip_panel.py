@@ -70,7 +70,8 @@ def motion(video: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ClipPanel:
-    """Held-out clips, and as many of the training's. held_out, training: (B, F, C, H, W) in [-1, 1]. prompts: B of the held-out ones."""
+    """held_out: (B, F, C, H, W) in [-1, 1]. prompts: their B captions. training: as many training clips, of the same captions where there
+    are such."""
 
     axes: Axes
     held_out: Tensor
@@ -132,6 +133,16 @@ def make_clip_panel(config: VideosConfig, num_videos: int, num_frames: int, seed
     def video(clips: list[Clip]) -> Tensor:
         return torch.stack([clip.frames[:num_frames] for clip in clips]).float() / 127.5 - 1
 
-    shown, fitted = draw(held_out, num), draw(training, max(num, min(NUM_FITTED, len(training))))
-    axes = Axes.of(video(fitted), min(NUM_AXES, max(num // VIDEOS_PER_AXIS, 1)))
-    return ClipPanel(axes, video(shown), [clip.caption for clip in shown], video(fitted[:num]))
+    shown, others = draw(held_out, num), draw(training, len(training))
+    axes = Axes.of(video(others[:NUM_FITTED]), min(NUM_AXES, max(num // VIDEOS_PER_AXIS, 1)))
+    return ClipPanel(axes, video(shown), [clip.caption for clip in shown], video(_partners(shown, others)))
+
+
+def _partners(shown: list[Clip], others: list[Clip]) -> list[Clip]:
+    """For every clip one of the others, each once: one of the same caption as long as there are such."""
+    of_caption: dict[str, list[Clip]] = {}
+    for clip in others:
+        of_caption.setdefault(clip.caption, []).append(clip)
+    partners = [of_caption[clip.caption].pop() if of_caption.get(clip.caption) else None for clip in shown]
+    rest = (clip for clips in of_caption.values() for clip in clips)
+    return [next(rest) if partner is None else partner for partner in partners]

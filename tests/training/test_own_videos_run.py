@@ -39,7 +39,7 @@ def tiny_config(log_dir: Path, folder: Path, training: PretrainConfig | SelfForc
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("clips") / "shapes"
-    shapes.main(["--output_dir", str(path), "--num_clips", "60", "--num_frames", "6"])
+    shapes.main(["--output_dir", str(path), "--num_clips", "150", "--num_frames", "6"])
     return path
 
 
@@ -124,7 +124,7 @@ def test_evaluation_has_figures_without_digits(teacher, student, folder, tmp_pat
             low, high = figures[f"{key}_ci"]
             assert low <= figures[key] <= high, key
     imitated, frozen, untrained = results["training clips"], results["held-out, first frame only"], list(results.values())[-1]
-    assert frozen["motion"] == 0 and 0.7 < imitated["motion"] < 1.4 and 0.7 < imitated["diversity"] < 1.4
+    assert frozen["motion"] == 0 and 0.7 < imitated["motion"] < 1.4 and 0.6 < imitated["diversity"] < 1.6
     assert imitated["frechet_distance"] < frozen["frechet_distance"] and imitated["frechet_distance"] < untrained["frechet_distance"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", "per_frame.png", "comparison.png", "comparison.gif"}
 
