@@ -185,7 +185,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
 
 
 def common_data(rows: list[Row], loaded: dict[Path, LoadedNetworks]) -> DataConfig:
-    """What the networks of all rows were trained on; of Moving MNIST with the most digits set aside. Raises ValueError where they differ."""
+    """What all rows were trained on; of Moving MNIST with the most digits set aside. Raises ValueError where they differ."""
     found = [loaded[row.path].config.dataset for row in rows]
     if all(isinstance(each, DatasetConfig) for each in found):
         most = max(each.judge_fraction for each in found)

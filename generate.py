@@ -201,7 +201,8 @@ def default_prompts(networks: LoadedNetworks) -> tuple[str, ...]:
     dataset, words = networks.config.dataset, networks.text_encoder.vocabulary
     if isinstance(dataset, VideosConfig):
         if words:
-            raise ValueError(f"--prompts is not given: expected captions like those of your videos, of words such as {', '.join(words[:40])}")
+            known = ", ".join(words[:40])
+            raise ValueError(f"--prompts is not given: expected captions like those of your videos, of words such as {known}")
         return ("",)
     return DEFAULT_PROMPTS[dataset.num_digits]
 

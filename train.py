@@ -138,7 +138,8 @@ class SimplifiedTrainer:
             return None
         if isinstance(dataset, VideosConfig):
             titles = ", ".join(REPORTED.values())
-            self._say(f"no figures of digits ({titles}, stroke mass) on one's own videos: evaluate.py has Frechet, coverage, diversity and motion")
+            own = "Frechet, coverage, diversity and motion"
+            self._say(f"no figures of digits ({titles}, stroke mass) on one's own videos: evaluate.py has {own}")
             return None
         judge = load_judge(JUDGE_PATH, self.runtime.device)
         readable = (dataset.num_digits, dataset.frame_size, dataset.digit_size) == (1, judge.config.frame_size, judge.config.digit_size)

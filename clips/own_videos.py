@@ -83,7 +83,8 @@ class OwnVideos:
         clips = read_clips(config.root, config.frame_size, config.channels)
         held_out = held_out_names([clip.name for clip in clips], config.test_fraction)
         self.clips = [clip for clip in clips if (clip.name in held_out) == (split == "test")]
-        require(bool(self.clips), "dataset.test_fraction", config.test_fraction, f"a share that leaves some of the {len(clips)} clips to learn from")
+        expected = f"a share that leaves some of the {len(clips)} clips to learn from"
+        require(bool(self.clips), "dataset.test_fraction", config.test_fraction, expected)
 
     def sample(self, seed: int, indices: Sequence[int], num_frames: int) -> ClipBatch:
         """The videos (seed, index) for every index, `num_frames` long. Raises ValueError naming a clip that is shorter."""
@@ -147,9 +148,11 @@ def read_clips(root: str, frame_size: int, channels: int) -> tuple[Clip, ...]:
                 frames.append(_fit(picture, frame_size, channels))
             require(bool(frames), f"{source}: the number of frames", 0, "at least 1")
             if captions is not None and each not in captions:
-                raise ValueError(f"{source} has no caption: expected a line for the clip {each} in {_caption_file(folder)}, or no such file")
+                file = _caption_file(folder)
+                raise ValueError(f"{source} has no caption: expected an entry for the clip {each} in {file}, or no such file")
             clips[each] = Clip(each, source, torch.from_numpy(np.stack(frames)), "" if captions is None else captions[each])
-    require(len(clips) > 1, f"{folder}: the number of clips", len(clips), f"at least 2, as {', '.join(CLIP_SUFFIXES)} or folders of pictures")
+    expected = f"at least 2, as {', '.join(CLIP_SUFFIXES)} or folders of pictures"
+    require(len(clips) > 1, f"{folder}: the number of clips", len(clips), expected)
     unused = [] if captions is None else [name for name in captions if name not in clips]
     if unused:
         warnings.warn(f"{len(unused)} captions in {_caption_file(folder)} belong to no clip, such as that of {unused[0]}", stacklevel=2)
@@ -203,7 +206,8 @@ def _open_canonical(path: Path) -> np.ndarray:
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read as an npy array: truncated, or another kind of file") from error
     if videos.ndim != 4 or videos.dtype != np.uint8 or 0 in videos.shape:
-        raise ValueError(f"{path} holds {videos.dtype} {videos.shape}: expected uint8 (frames, videos, height, width), as mnist_test_seq.npy does")
+        wanted = "uint8 (frames, videos, height, width), as mnist_test_seq.npy does"
+        raise ValueError(f"{path} holds {videos.dtype} {videos.shape}: expected {wanted}")
     return videos
 
 

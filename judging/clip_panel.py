@@ -127,8 +127,8 @@ def make_clip_panel(config: VideosConfig, num_videos: int, num_frames: int, seed
     num = min(num_videos, len(held_out), len(training))
     if num < LEAST_VIDEOS:
         raise ValueError(
-            f"{num} of {len(held_out)} held-out and {len(training)} training clips in {config.root}: expected at least {LEAST_VIDEOS} of each, "
-            "set num_videos to more, or train with a larger dataset.test_fraction"
+            f"{num} of {len(held_out)} held-out and {len(training)} training clips in {config.root}: expected at least {LEAST_VIDEOS} of "
+            "each, set num_videos to more, or train with a larger dataset.test_fraction"
         )
     rng = torch_generator(seed, Purpose.REFERENCE)
 

@@ -40,5 +40,6 @@ def with_clips(config: Config) -> Config:
                 f"{clip.path} has {num_frames} frames, less than training.max_num_frames={training.max_num_frames}: lower that and "
                 "training.min_num_frames, or remove the clip"
             )
-        require(num_words < config.text.max_tokens, "text.max_tokens", config.text.max_tokens, f"{num_words + 1} for the caption of {clip.path}")
+        expected = f"{num_words + 1} for the caption of {clip.path}"
+        require(num_words < config.text.max_tokens, "text.max_tokens", config.text.max_tokens, expected)
     return replace(config, text=replace(config.text, vocabulary=known.vocabulary()))

@@ -150,7 +150,8 @@ def test_a_video_is_named_by_seed_and_index(tmp_path):
     assert torch.equal(data.sample(3, [17], 6).video[0, :NUM_FRAMES], batch.video[7])  # a longer video continues a shorter one
     assert data.captions(4, range(20)) != data.captions(3, range(20))
     assert OwnVideos(data.config, purpose=Purpose.RUN_SAMPLE).captions(3, range(20)) != data.captions(3, range(20))
-    starts = {int(video[0, 0].amax(dim=0).argmax()) for video in OwnVideos(settings(tmp_path, random_start=True)).sample(0, range(40), 4).video}
+    videos = OwnVideos(settings(tmp_path, random_start=True)).sample(0, range(40), 4).video
+    starts = {int(video[0, 0].amax(dim=0).argmax()) for video in videos}
     assert starts == {0, 1, 2, 3, 4}
 
 

@@ -34,7 +34,8 @@ CHOICES = [
     if path.parent.name in ("model", "dataset", "training", "experiment")
 ]
 PARTNERS = {  # a choice that only fits together with another one
-    ("dataset", "videos"): ["dataset.root=DIR"], ("model", "tiny_64"): ["dataset=moving_mnist_64"], ("dataset", "moving_mnist_64"): ["model=tiny_64"],
+    ("dataset", "videos"): ["dataset.root=DIR"],
+    ("model", "tiny_64"): ["dataset=moving_mnist_64"], ("dataset", "moving_mnist_64"): ["model=tiny_64"],
 }
 register_schemas()
 

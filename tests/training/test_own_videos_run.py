@@ -45,7 +45,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(folder, tmp_path_factory) -> Path:
-    return SimplifiedTrainer(tiny_config(tmp_path_factory.mktemp("teacher"), folder, PretrainConfig(**SHARED))).train() / "checkpoint_final.pt"
+    config = tiny_config(tmp_path_factory.mktemp("teacher"), folder, PretrainConfig(**SHARED))
+    return SimplifiedTrainer(config).train() / "checkpoint_final.pt"
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +90,8 @@ def test_a_resumed_run_ends_in_the_same_bits(teacher, folder, tmp_path):
 
 def test_prompts_become_videos_and_streams_and_clips_go_on(student, folder, tmp_path, capsys):
     generate.main([
-        "--checkpoint", str(student), "--schedule", "0: a red square moving up", "6: a blue circle", "--num_frames", "12", "--format", "npz",
-        "--output_dir", str(tmp_path / "stream"), "--device", "cpu", "--precision", "float32",
+        "--checkpoint", str(student), "--schedule", "0: a red square moving up", "6: a blue circle", "--num_frames", "12",
+        "--format", "npz", "--output_dir", str(tmp_path / "stream"), "--device", "cpu", "--precision", "float32",
     ])
     video = load_array(next((tmp_path / "stream").glob("*.npz")))[0]
     assert video.shape == (12, 3, 16, 16) and video[:, 0].ne(video[:, 1]).any()
