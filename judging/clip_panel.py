@@ -139,8 +139,11 @@ def make_clip_panel(config: VideosConfig, num_videos: int, num_frames: int, seed
         return torch.stack([clip.frames[:num_frames] for clip in clips]).float() / 127.5 - 1
 
     shown, others = draw(held_out, num), draw(training, len(training))
-    axes = Axes.of(video(others[:NUM_FITTED]), min(NUM_AXES, max(num // VIDEOS_PER_AXIS, 1)))
-    return ClipPanel(axes, video(shown), [clip.caption for clip in shown], video(_partners(shown, others)))
+    partners = _partners(shown, others)
+    judged = {clip.name for clip in partners}
+    fitted = [clip for clip in others if clip.name not in judged]  # clips that the axes are fitted to look further apart than others
+    axes = Axes.of(video((fitted if len(fitted) >= num else others)[:NUM_FITTED]), min(NUM_AXES, max(num // VIDEOS_PER_AXIS, 1)))
+    return ClipPanel(axes, video(shown), [clip.caption for clip in shown], video(partners))
 
 
 def _partners(shown: list[Clip], others: list[Clip]) -> list[Clip]:
