@@ -3,6 +3,7 @@
     python evaluate.py checkpoint=PATH              one checkpoint, with its own sampler
     python evaluate.py 'checkpoint=[PATH,PATH]'     several
     python evaluate.py num_videos=128               fewer videos, wider intervals
+    python evaluate.py checkpoint=PATH videos_root=DIR    of a network of one's own videos, which are in another folder now
 
 Without a checkpoint it scores what ships: the teacher; the network that the student starts from, block by block in few
 steps with guidance and without; and the student, beside real videos of held-out digits with the same prompts. The figures
@@ -21,6 +22,7 @@ from machine import threads  # noqa: F401  before torch, which reads its setting
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,9 @@ from training.command_line import answer_help, run_in_one_line
 class EvaluateConfig:
     """What to score. checkpoint: paths, or one path; none for what ships. num_steps, causal, denoising_steps, guidance, eta, ink_kept,
     compile, int8: as in generate.py, for every checkpoint named, or for the student that ships (compile, int8: for all). seed: names
-    both the held-out prompts and the videos' noise. sanity: try the figures on real videos made worse, instead of scoring a network.
-    output_dir: outputs/evaluation where none is named, results for sanity."""
+    both the held-out prompts and the videos' noise. videos_root: where the clips of a network of one's own videos are now. sanity: try
+    the figures on real videos made worse, instead of scoring a network. output_dir: outputs/evaluation where none is named, results for
+    sanity."""
 
     checkpoint: Any = None
     num_videos: int = 512
@@ -57,6 +60,7 @@ class EvaluateConfig:
     precision: str = "auto"
     compile: bool = False
     int8: bool = False
+    videos_root: str | None = None
     sanity: bool = False
     output_dir: str | None = None
 
@@ -70,6 +74,7 @@ class EvaluateConfig:
         if self.output_dir is None:
             self.output_dir = "results" if self.sanity else "outputs/evaluation"
         self.output_dir = at_home(self.output_dir)
+        self.videos_root = None if self.videos_root is None else at_home(self.videos_root)
         for name, value in (("num_videos", self.num_videos), ("num_frames", self.num_frames), ("batch_size", self.batch_size)):
             require(value >= 1, name, value, "at least 1")
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
@@ -82,6 +87,8 @@ if __name__ == "__main__":
 
 from torch import Tensor  # noqa: E402
 
+from clips.own_videos import VideosConfig  # noqa: E402
+from judging.clip_panel import CLIP_FIGURES, make_clip_panel  # noqa: E402
 from judging.held_out import JUDGED_CODE, new_indices, who_saw_the_judges_digits  # noqa: E402
 from judging.panel import Panel, judge_videos, make_panel, yardsticks  # noqa: E402
 from judging.report import (  # noqa: E402
@@ -100,7 +107,8 @@ from machine.files import free_paths, require_writable  # noqa: E402
 from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime  # noqa: E402
 from machine.seeds import Purpose, video_seeds  # noqa: E402
 from method.plans import NAIVE_STEPS  # noqa: E402
-from moving_mnist import MovingMNISTGenerator  # noqa: E402
+from method.settings import DataConfig  # noqa: E402
+from moving_mnist import DatasetConfig, MovingMNISTGenerator  # noqa: E402
 from sampling.samplers import SamplerSettings, check_length, describe_sampler, generate, prepared  # noqa: E402
 from sampling.video_io import comparison_gif, comparison_sheet, to_display  # noqa: E402
 from training.checkpoint import LoadedNetworks, load_networks  # noqa: E402
@@ -141,48 +149,97 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     runtime = resolve_runtime(config.device, config.precision)
     rows, options = make_rows(config), ("compile" if config.compile else None, "int8" if config.int8 else None)
     loaded: dict[Path, LoadedNetworks] = {row.path: prepared(load_networks(row.path, runtime.device), runtime, *options) for row in rows}
-    dataset = max((networks.config.dataset for networks in loaded.values()), key=lambda each: each.judge_fraction)
+    dataset = common_data(rows, loaded)
+    if isinstance(dataset, VideosConfig) and config.num_frames > loaded[rows[0].path].config.training.max_num_frames:
+        config = replace(config, num_frames=loaded[rows[0].path].config.training.max_num_frames)  # all clips are as long as that
     for row in rows:  # whatever does not fit is refused before any sampling
         training = loaded[row.path].config.training
         check_length(config.num_frames, row.settings.make_plan(training), training)
-        if replace(loaded[row.path].config.dataset, judge_fraction=dataset.judge_fraction) != dataset:
-            raise ValueError(f"{row.path} was trained on other data than {rows[0].path}: evaluate them one by one")
     require_writable(Path(config.output_dir))
-    flattered = who_saw_the_judges_digits({row.path.name: loaded[row.path] for row in rows})
-    if flattered is not None:
-        print(f"note: {flattered}")
-    panel = make_panel(dataset, config.num_videos, config.num_frames, config.seed)
-    held_out = MovingMNISTGenerator(dataset, "test", purpose=Purpose.EVALUATION)
-    real = held_out.sample(config.seed, new_indices(held_out, list(loaded.values()), config.seed, config.num_videos), config.num_frames)
-    seeds = video_seeds(config.seed, range(config.num_videos), Purpose.EVALUATION_NOISE)
+    examine = examine_clips if isinstance(dataset, VideosConfig) else examine_digits
+    trial = examine(config, dataset, [loaded[row.path] for row in rows])
+    num_videos, titles = len(trial.prompts), trial.titles | COST_FIGURES
+    seeds = video_seeds(config.seed, range(num_videos), Purpose.EVALUATION_NOISE)
     results: dict[str, dict[str, object]] = {}
-    shown: list[tuple[str, Tensor]] = []
+    shown: list[tuple[str, Tensor]] = [("real", to_display(trial.real[:NUM_SHOWN]))]
 
     def score(name: str, video: Tensor, facts: dict[str, object]) -> None:
-        facts["judge_held_out_accuracy"] = panel.judge.config.accuracy
-        results[name] = {**facts, **judge_videos(panel, video, real.captions, config.seed)}
-        shown.append((name, to_display(video[:NUM_SHOWN])))
+        results[name] = {**facts, **trial.judge(video)}
         print(format_row(name, results[name], titles), flush=True)
 
-    print(f"{config.num_videos} videos of {config.num_frames} frames, held-out prompts, seed {config.seed}, {runtime}")
-    print(panel.judge.describe())
-    titles = (PROMPT_FIGURES if dataset.num_digits == 1 else COUNT_FIGURES) | COST_FIGURES
-    print(format_titles("does what the prompt asks", titles), flush=True)
-    score("real", real.video, {})
+    print(f"{num_videos} videos of {config.num_frames} frames, held-out prompts, seed {config.seed}, {runtime}")
+    print(trial.description)
+    print(format_titles(trial.heading, titles), flush=True)
+    for name, video in trial.real_rows.items():
+        score(name, video, {})
     for row in rows:
         networks = loaded[row.path]
         name = f"{row.name}, {describe_sampler(row.settings, networks.config.training)}"
         start = time.perf_counter()
-        video = generate(networks, real.captions, seeds, config.num_frames, row.settings, runtime, config.batch_size, True)
+        video = generate(networks, trial.prompts, seeds, config.num_frames, row.settings, runtime, config.batch_size, True)
         seconds, plan = time.perf_counter() - start, row.settings.make_plan(networks.config.training)
         score(name, video, {
             "checkpoint": row.path.name, "checkpoint_sha256": file_digest(row.path), "plan": asdict(plan), **facts_of_call(config, runtime),
             "evaluations_a_block": plan.evaluations, "cache_evaluations_a_block": plan.cache_evaluations,
-            "frames_per_second": config.num_videos * config.num_frames / seconds,
+            "frames_per_second": num_videos * config.num_frames / seconds,
         })
-    print_rest(panel, results, yardsticks(panel, real.video, real.captions, config.seed))
-    write_results(Path(config.output_dir), results, shown, real.captions[:NUM_SHOWN])
+        shown.append((name, to_display(video[:NUM_SHOWN])))
+    trial.print_rest(results)
+    write_results(Path(config.output_dir), results, shown, trial.prompts[:NUM_SHOWN])
     return results
+
+
+def common_data(rows: list[Row], loaded: dict[Path, LoadedNetworks]) -> DataConfig:
+    """What all rows were trained on; of Moving MNIST with the most digits set aside. Raises ValueError where they differ."""
+    found = [loaded[row.path].config.dataset for row in rows]
+    if all(isinstance(each, DatasetConfig) for each in found):
+        most = max(each.judge_fraction for each in found)
+        found = [replace(each, judge_fraction=most) for each in found]
+    for row, each in zip(rows, found, strict=True):
+        if each != found[0]:
+            raise ValueError(f"{row.path} was trained on other data than {rows[0].path}: evaluate them one by one")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is asked of every row, and how it is judged. real: videos of the prompts. real_rows: the real videos that are judged too.
+    judge: the figures of videos made for the prompts. print_rest: the tables that need every row."""
+
+    real: Tensor
+    prompts: list[str]
+    heading: str
+    titles: dict[str, str]
+    description: str
+    real_rows: dict[str, Tensor]
+    judge: Callable[[Tensor], dict[str, Any]]
+    print_rest: Callable[[dict[str, dict[str, Any]]], None]
+
+
+def examine_digits(config: EvaluateConfig, dataset: DatasetConfig, networks: list[LoadedNetworks]) -> Trial:
+    """Held-out digits under prompts that none of the networks drew."""
+    flattered = who_saw_the_judges_digits({row.path.name: each for row, each in zip(make_rows(config), networks, strict=True)})
+    if flattered is not None:
+        print(f"note: {flattered}")
+    panel = make_panel(dataset, config.num_videos, config.num_frames, config.seed)
+    held_out = MovingMNISTGenerator(dataset, "test", purpose=Purpose.EVALUATION)
+    real = held_out.sample(config.seed, new_indices(held_out, networks, config.seed, config.num_videos), config.num_frames)
+    return Trial(
+        real.video, real.captions, "does what the prompt asks", PROMPT_FIGURES if dataset.num_digits == 1 else COUNT_FIGURES,
+        panel.judge.describe(), {"real": real.video},
+        lambda video: {"judge_held_out_accuracy": panel.judge.config.accuracy, **judge_videos(panel, video, real.captions, config.seed)},
+        lambda results: print_rest(panel, results, yardsticks(panel, real.video, real.captions, config.seed)),
+    )
+
+
+def examine_clips(config: EvaluateConfig, dataset: VideosConfig, networks: list[LoadedNetworks]) -> Trial:
+    """Held-out clips of one's own videos, with their captions as prompts."""
+    root = dataset.root if config.videos_root is None else config.videos_root
+    panel = make_clip_panel(replace(dataset, root=root), config.num_videos, config.num_frames, config.seed)
+    return Trial(
+        panel.held_out, panel.prompts, "like held-out clips", CLIP_FIGURES, panel.describe(), panel.real_rows(config.seed),
+        lambda video: panel.judge(video, config.seed), lambda results: None,
+    )
 
 
 def facts_of_call(config: EvaluateConfig, runtime: Runtime) -> dict[str, object]:

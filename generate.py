@@ -106,14 +106,16 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from clips.own_videos import VideosConfig  # noqa: E402
+from clips.video_files import load_frames  # noqa: E402
 from machine.files import free_paths, require_writable  # noqa: E402
 from machine.interruption import EXIT_CTRL_C  # noqa: E402
 from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime  # noqa: E402
 from method.plans import BidirectionalPlan, RolloutPlan  # noqa: E402
 from method.settings import TrainingConfig  # noqa: E402
+from moving_mnist import DatasetConfig  # noqa: E402
 from sampling.samplers import SamplerSettings, check_length, generate, prepared  # noqa: E402
 from sampling.streaming import PromptSchedule  # noqa: E402
-from sampling.video_input import load_frames  # noqa: E402
 from sampling.video_io import contact_sheet, save_array, save_video, to_display  # noqa: E402
 from training.checkpoint import LoadedNetworks, load_networks  # noqa: E402
 
@@ -199,6 +201,18 @@ def _facts(
     }
 
 
+def default_prompts(networks: LoadedNetworks) -> tuple[str, ...]:
+    """Prompts that show what the network knows; the empty one if it learned videos without captions. Raises ValueError for own captions."""
+    dataset, words = networks.config.dataset, networks.text_encoder.vocabulary
+    if isinstance(dataset, VideosConfig):
+        if words:
+            known = ", ".join(words[:40])
+            raise ValueError(f"--prompts is not given: expected captions like those of your videos, of words such as {known}")
+        return ("",)
+    assert isinstance(dataset, DatasetConfig)
+    return DEFAULT_PROMPTS[dataset.num_digits] if dataset.class_names is None else tuple(f"the {name}" for name in dataset.class_names)
+
+
 def default_length(training: TrainingConfig, first_frames: Tensor | None) -> int:
     """The longest video of the training; a given clip and whole blocks, at least one, up to about that many frames."""
     if first_frames is None:
@@ -230,9 +244,7 @@ def run(arguments: argparse.Namespace) -> None:
     facts["compiled"], facts["int8"] = arguments.compile, arguments.int8
     facts["schedule"] = None if schedule is None else {"entries": schedule.entries, "switch": switch}
     facts["init"] = None if arguments.init is None else {"name": arguments.init.name, "num_frames": len(first_frames)}
-    dataset = networks.config.dataset
-    default = DEFAULT_PROMPTS[dataset.num_digits] if dataset.class_names is None else [f"the {name}" for name in dataset.class_names]
-    asked = arguments.prompts or (schedule and [schedule.entries[0][1]]) or default
+    asked = arguments.prompts or (schedule and [schedule.entries[0][1]]) or default_prompts(networks)
     prompts = [prompt for prompt in asked for _ in range(arguments.samples_per_prompt)]
     seeds = [arguments.seed + sample for _ in asked for sample in range(arguments.samples_per_prompt)]
     cost = f"{plan.evaluations} + {plan.cache_evaluations} evaluations a block"

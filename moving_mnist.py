@@ -32,14 +32,15 @@ from digits.mnist import NUM_CLASSES as NUM_CLASSES  # for those who know digits
 from machine.files import free_paths
 from machine.paths import REPOSITORY, user_path
 from machine.seeds import Purpose, stream
-from network.text_encoder import SPEEDS, MotionFacts, compose_caption, split_words
+from method.settings import DataConfig
+from network.text_encoder import SPEEDS, MotionFacts, caption_of_any_stretch, compose_caption, split_words
 
 NUM_OCTANTS = 8
 PURPOSES = {"train": Purpose.TRAINING_VIDEO, "judge": Purpose.JUDGE_VIDEO, "test": Purpose.HELD_OUT_VIDEO}  # of the videos of a split
 
 
 @dataclass
-class DatasetConfig:
+class DatasetConfig(DataConfig):
     """What the videos show and where the digits come from.
 
     frame_size: side of the square frame, pixels. digit_size: side of a digit, pixels, up to 28; the 28 x 28 digits are
@@ -52,10 +53,8 @@ class DatasetConfig:
     captions call 0 to 9, where the images are no digits (Fashion-MNIST, KMNIST).
     """
 
-    frame_size: int = 32
     digit_size: int = 14
     num_digits: int = 1
-    channels: int = 1
     min_speed: float = 1.2
     max_speed: float = 2.2
     direction_jitter_degrees: float = 15.0
@@ -94,6 +93,10 @@ class DatasetConfig:
         for name, is_valid, expected in checks:
             if not is_valid:
                 raise ValueError(f"dataset.{name} is {getattr(self, name)!r}: expected {expected}")
+
+    @property
+    def why_no_digits(self) -> str | None:
+        return None if self.class_names is None else f"dataset.class_names is {', '.join(self.class_names)}"
 
 
 @dataclass(frozen=True)
@@ -221,6 +224,10 @@ class MovingMNISTGenerator:
     def captions(self, seed: int, indices: Sequence[int]) -> list[str]:
         """The captions of the videos (seed, index), without drawing a frame."""
         return [self._draw(seed, int(index)).caption for index in indices]
+
+    def captions_of_any_stretch(self, seed: int, indices: Sequence[int]) -> list[str]:
+        """What of these captions holds for every stretch of their videos (`text_encoder.caption_of_any_stretch`)."""
+        return [caption_of_any_stretch(caption) for caption in self.captions(seed, indices)]
 
     def motion_track(self, start: Tensor, velocity: Tensor, num_frames: int) -> Tensor:
         """Centres (B, F, N, 2) of digits that start at centres (B, N, 2) with velocity (B, N, 2) and bounce."""

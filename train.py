@@ -37,11 +37,11 @@ from machine.paths import CONFIGS
 from machine.runtime import PRECISIONS, Runtime, resolve_runtime
 from machine.seeds import Purpose, seed_global_generators, torch_generator, video_seeds
 from method.settings import SelfForcingConfig
-from moving_mnist import MovingMNISTGenerator
 from sampling.samplers import sample
 from sampling.video_io import comparison_gif, comparison_sheet, to_display
 from training.checkpoint import CheckpointError, checkpoint_config, load_checkpoint, save_checkpoint
 from training.config import Config, build_config, check_choices, config_to_dict, explain_command_line, explain_refusal, register_schemas
+from training.data import open_data, with_vocabulary
 from training.distributed import ONE_PROCESS, Processes, losses_named, mean_figures, processes_of_environment
 from training.few_step_stage import FewStepStage
 from training.resume import (
@@ -86,7 +86,8 @@ class SimplifiedTrainer:
     """
 
     def __init__(self, config: Config, processes: Processes = ONE_PROCESS):
-        self.config, self.processes = config, processes
+        self.config = config = with_vocabulary(config)
+        self.processes = processes
         runtime = resolve_runtime(config.device, config.precision)
         self.runtime = replace(runtime, device=processes.own_device(runtime.device))
         processes.join(self.runtime.device)
@@ -110,7 +111,7 @@ class SimplifiedTrainer:
         self.fixed_prompts: FixedPrompts | None = None
         if self.judge is not None and self.health_interval > 0 and isinstance(self.stage, SelfForcingStage):
             self.fixed_prompts = FixedPrompts(self.judge, config.dataset, config.training.max_num_frames, partial(self._sample, self.stage.live()))
-        held_out = MovingMNISTGenerator(config.dataset, "test", purpose=Purpose.RUN_SAMPLE)
+        held_out = open_data(config.dataset, "test", purpose=Purpose.RUN_SAMPLE)
         self.shown = held_out.sample(0, range(NUM_SHOWN), config.training.max_num_frames)
         self.folder = processes.from_first(lambda: make_run_folder(Path(config.log_dir), config.run_name))
         if processes.is_first:
@@ -135,18 +136,15 @@ class SimplifiedTrainer:
         training, dataset = self.config.training, self.config.dataset
         if not self.samples_here or training.eval_videos == 0 and self.health_interval == 0:
             return None
-        if dataset.class_names is not None:
-            self._say("no figures of identity and motion: they are about digits, and dataset.class_names names other things")
-            return None
-        judge = load_judge(JUDGE_PATH, self.runtime.device)
-        readable = (dataset.num_digits, dataset.frame_size, dataset.digit_size) == (1, judge.config.frame_size, judge.config.digit_size)
-        if readable and training.max_num_frames >= MIN_JUDGED_FRAMES:
-            warn_of_foreign_digits(judge, dataset)
-            return judge
-        self._say(
-            f"no figures of identity and motion: the judge reads one digit of {judge.config.digit_size} px on "
-            f"{judge.config.frame_size} px frames, in videos of at least {MIN_JUDGED_FRAMES} frames"
-        )
+        reason = dataset.why_no_digits
+        if reason is None:
+            judge = load_judge(JUDGE_PATH, self.runtime.device)
+            sizes = (judge.config.frame_size, judge.config.digit_size)
+            if training.max_num_frames >= MIN_JUDGED_FRAMES and (dataset.num_digits, dataset.frame_size, dataset.digit_size) == (1, *sizes):
+                warn_of_foreign_digits(judge, dataset)
+                return judge
+            reason = f"the judge reads one digit of {sizes[1]} px on {sizes[0]} px frames, in videos of at least {MIN_JUDGED_FRAMES} frames"
+        self._say(f"no figures of digits ({', '.join(REPORTED.values())}, stroke mass): {reason}")
         return None
 
     def _claim_attempts(self, start: Start) -> list[Path]:
@@ -363,7 +361,7 @@ class SimplifiedTrainer:
         if self.judge is None or self.config.training.eval_videos == 0:
             return
         training, dataset = self.config.training, self.config.dataset
-        held_out = MovingMNISTGenerator(dataset, "test", purpose=Purpose.RUN_FIGURES)
+        held_out = open_data(dataset, "test", purpose=Purpose.RUN_FIGURES)
         prompts = held_out.captions(0, range(training.eval_videos))
         seeds = video_seeds(0, range(training.eval_videos), Purpose.RUN_FIGURES_NOISE)
         digits, directions = facts_of_prompts(prompts)

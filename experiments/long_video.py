@@ -72,7 +72,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from judging.digit_judge import load_judge, read_videos  # noqa: E402
+from judging.digit_judge import load_judge, read_videos, require_digits  # noqa: E402
 from judging.held_out import new_indices  # noqa: E402
 from judging.metrics import facts_of_prompts, read_classes, score_readings, score_videos, share_interval  # noqa: E402
 from judging.tracking import fit_bouncing_track  # noqa: E402
@@ -390,6 +390,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = settings.make_plan(networks.config.training)
     if not isinstance(plan, RolloutPlan):
         raise ValueError(f"{arguments.checkpoint} makes all frames at once: give --causal to roll it out")
+    require_digits(networks.config.dataset)
     if networks.config.dataset.num_digits != 1:
         raise ValueError(f"{arguments.checkpoint} shows {networks.config.dataset.num_digits} digits a video: expected 1")
     common = (networks, plan, runtime)

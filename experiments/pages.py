@@ -29,6 +29,7 @@ FIGURES = {
 }
 
 
+OWN_FIGURES = {"frechet_distance": "Frechet (pixels)", "coverage": "coverage", "diversity": "diversity", "motion": "motion over real"}
 SEED_FIGURES = {  # of results/seeds.json
     "frames_right": "frames right", "one_class": "one class", "track_within_1px": "track", "direction_obeyed": "direction",
     "stroke_mass": "stroke mass", "frechet": "Frechet", "diversity": "glyph diversity", "worst_reading_frames_right": "worst reading",
@@ -151,11 +152,21 @@ def context_noise(results: Path) -> str:
     return as_table(["context_noise", *names.values()], rows)
 
 
+def own_videos(results: Path) -> str:
+    """The worked example of docs/own_videos.md: real clips, the teacher, its few steps before Self-Forcing, the student."""
+    rows = []
+    for name, row in read(results, "own_videos.json").items():
+        cost = f"{row['evaluations_a_block']} + {row['cache_evaluations_a_block']}" if "evaluations_a_block" in row else "-"
+        rows.append([name, cost, *(f"{number(row[key])} [{', '.join(map(number, row[f'{key}_ci']))}]" for key in OWN_FIGURES)])
+    return as_table(["192 videos of 9 frames", "evaluations a block", *OWN_FIGURES.values()], rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "evaluation": lambda results: evaluation(results, with_intervals=False),
     "evaluation_with_intervals": lambda results: evaluation(results, with_intervals=True),
     "seeds": seeds, "drift": drift, "continuation": continuation, "switch": switch, "public_code": public_code,
     "few_steps": few_steps, "context_noise": context_noise,
+    "own_videos": own_videos,
 }
 
 

@@ -25,6 +25,7 @@ from judging.ink import display_intensity, edge_sharpness, intensity_centres, in
 from machine.files import replacing
 from machine.paths import PRETRAINED
 from machine.seeds import Purpose, seed_global_generators, torch_generator
+from method.settings import DataConfig
 from moving_mnist import NUM_CLASSES, DatasetConfig, MovingMNISTGenerator
 
 JUDGE_PATH = PRETRAINED / "judge.pt"
@@ -139,10 +140,10 @@ class DigitJudge(nn.Module):
                 )
 
 
-def require_digits(config: DatasetConfig) -> None:
-    """Raise ValueError where the classes of the videos are no digits."""
-    if config.class_names is not None:
-        raise ValueError(f"dataset.class_names is {', '.join(config.class_names)}: the measures are for videos of digits")
+def require_digits(config: DataConfig) -> None:
+    """Raise ValueError where the videos do not show digits."""
+    if config.why_no_digits is not None:
+        raise ValueError(f"{config.why_no_digits}: the measures are for videos of digits")
 
 
 def load_judge(path: str | os.PathLike = JUDGE_PATH, device: str | torch.device = "cpu") -> DigitJudge:

@@ -8,7 +8,8 @@ from itertools import count
 from moving_mnist import MovingMNISTGenerator
 from training.checkpoint import LoadedNetworks, merge_counts
 
-JUDGED_CODE = ("sampling.samplers", "judging.panel", "judging.held_out")  # the modules that make and judge the videos of a row, with all that these import
+# The modules that make and judge the videos of a row, with all that these import.
+JUDGED_CODE = ("sampling.samplers", "judging.panel", "judging.clip_panel", "judging.held_out")
 MAX_TRIES = 1000  # candidates a prompt, before the search for new ones gives up
 
 

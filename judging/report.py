@@ -35,7 +35,7 @@ COST_WIDTHS = {"evaluations_a_block": 12, "frames_per_second": 9}
 CURVES = {
     "frames_right": "frames right", "frames_readable": "frames readable", "class_kept": "frames of the video's class",
     "frames_within_1px": "frames within 1 px of the track", "mean_track_error": "distance from the track, pixels",
-    "stroke_mass_ratio": "stroke mass over real", "sharpness_ratio": "sharpness over real",
+    "stroke_mass_ratio": "stroke mass over real", "sharpness_ratio": "sharpness over real", "motion": "motion over real",
 }
 
 

@@ -45,6 +45,7 @@ class Purpose(IntEnum):
     BOOTSTRAP = 19  # resampled videos behind an interval
     FAULT = 20  # real video made worse on purpose
     SELF_TEST = 21
+    OWN_SHAPES = 22  # the clips of experiments.shapes
 
 
 def stream(seed: int, index: int, purpose: Purpose) -> np.random.Generator:

@@ -49,6 +49,19 @@ def check_denoising_steps(key: str, steps: list[int]) -> None:
 
 
 @dataclass
+class DataConfig(ABC):
+    """What every data set shares: square frames of frame_size pixels a side, of 1 or 3 channels."""
+
+    frame_size: int = 32
+    channels: int = 1
+
+    @property
+    @abstractmethod
+    def why_no_digits(self) -> str | None:
+        """The reason why figures of digits say nothing about these videos; None if the videos show digits."""
+
+
+@dataclass
 class TrainingConfig(ABC):
     """What every kind of training shares. Times of intervals in steps; 0 switches an interval off."""
 

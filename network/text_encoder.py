@@ -168,6 +168,11 @@ class TextEncoderConfig:
         if self.max_tokens < 2:
             raise ValueError(f"text.max_tokens is {self.max_tokens}: expected at least 2")
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words known, in the order of their tokens."""
+        return VOCABULARY if self.vocabulary is None else tuple(self.vocabulary)
+
 
 class TextEncoder(nn.Module):
     """Word embeddings with learned positions and one pre-norm transformer layer (the role umT5 plays in Wan).
@@ -179,7 +184,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
         self.config = config
-        self.vocabulary = VOCABULARY if config.vocabulary is None else tuple(config.vocabulary)
+        self.vocabulary = config.words
         self._tokens = {word: index for index, word in enumerate(self.vocabulary, NUM_SPECIAL_TOKENS)}
         self.token_embedding = nn.Embedding(len(self._tokens) + NUM_SPECIAL_TOKENS, config.width, padding_idx=PAD_TOKEN)
         self.position_embedding = nn.Parameter(0.02 * torch.randn(config.max_tokens, config.width))

@@ -4,7 +4,7 @@ Dimensions: B batch, F frames, C channels (1 grey or 3 RGB), H height, W width; 
 
 Conventions. A video is a floating-point tensor `(F, C, H, W)`, or a batch `(B, F, C, H, W)`, on any device. Pictures
 are made from values in [0, 1] ("display range"): anything outside is clamped, NaN is refused. Networks work in [-1, 1]
-("model range"), which `to_display` maps to [0, 1]; only `save_array` and `load_array` speak the model range. Frames are
+("model range"), which `to_display` maps to [0, 1]; only `save_array` speaks the model range. Frames are
 enlarged by whole factors with nearest-neighbour, so a pixel of the video stays a crisp square.
 
 Every writer creates the parent folder, writes a temporary file beside the target and renames it over the target at the
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-import zipfile
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -25,14 +24,13 @@ from einops import rearrange, repeat
 from PIL import GifImagePlugin, Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from clips.video_files import GAP
 from machine.files import replacing
 
 CHANNELS = (1, 3)
 VIDEO_SUFFIXES = (".gif", ".mp4", ".png")
 MAX_GIF_FPS = 50  # a GIF counts delays in 1/100 s, and browsers play a delay below 2/100 s at 10 frames a second
-LARGEST_STORED = 2.0  # of a value in an array: a network may overshoot 1, bytes or display range never look like this
 MP4_QUALITY = 8  # imageio's scale, 0 worst to 10 best
-GAP = 2  # between frames of one strip
 GREY_LEVELS_OF_ANIMATED_SHEET = 32  # rounding a network's faint background noise away keeps the GIF small
 
 BACKGROUND = (255, 255, 255)
@@ -223,32 +221,6 @@ def save_array(path: Path, video_model_range: Tensor, prompt: str) -> None:
         raise ValueError(f"save_array takes one video (F, C, H, W), got {tuple(video.shape)}; call it for each video")
     with replacing(path) as temporary, temporary.open("wb") as file:  # given a name, numpy may add a suffix to it
         np.savez_compressed(file, video=video.clamp(-1, 1).numpy(), prompt=np.array(prompt))
-
-
-def load_array(path: Path) -> tuple[Tensor, str]:
-    """Read what `save_array` wrote: video float32 (F, C, H, W), about [-1, 1], and its prompt, empty where the file has none.
-
-    Raises FileNotFoundError, or ValueError where the file is no such archive. Runs no code from the file (no pickle).
-    """
-    wanted = "expected an .npz file with the array 'video', floating-point numbers (F, C, H, W) in [-1, 1]"
-    if not zipfile.is_zipfile(path) and Path(path).exists():
-        raise ValueError(f"{path} is not an .npz archive: {wanted}")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in ("video", "prompt") if name in arrays.files}
-            names = sorted(arrays.files)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # of a checksum, a compression, a header, objects that would need pickle: numpy has one for each
-        raise ValueError(f"{path} cannot be read, it is damaged or holds objects: {wanted}") from error
-    if "video" not in found:
-        raise ValueError(f"{path} holds the arrays {names}: {wanted}")
-    video, prompt = found["video"], str(found.get("prompt", ""))
-    if video.ndim != 4 or video.size == 0 or video.dtype.kind != "f":
-        raise ValueError(f"{path} has a 'video' of shape {video.shape} and type {video.dtype}: {wanted}")
-    if not np.isfinite(video).all() or np.abs(video).max() > LARGEST_STORED:
-        raise ValueError(f"{path} has values from {video.min():g} to {video.max():g}: {wanted}")
-    return torch.from_numpy(video.astype(np.float32)), prompt
 
 
 # --- sheets -----------------------------------------------------------------------------------------------------------

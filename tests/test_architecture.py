@@ -17,9 +17,9 @@ SCRIPTS = ("train", "generate", "evaluate")
 MAY_IMPORT = {  # what every wing sees of the house beside itself
     "machine": (), "digits": ("machine",), "network": ("machine",), "method": ("machine", "digits", "network"),
     "tiny_causal_wan": ("machine", "network", "method"), "moving_mnist": ("machine", "digits", "network", "method"),
-    "dynamic_video_sf": ("machine", "network", "method", "tiny_causal_wan"),
+    "dynamic_video_sf": ("machine", "network", "method", "tiny_causal_wan"), "clips": ("machine", "network", "method"),
 }
-MAY_IMPORT["training"] = ("machine", "digits", "network", "method", *HEART)
+MAY_IMPORT["training"] = ("machine", "digits", "network", "method", "clips", *HEART)
 MAY_IMPORT["sampling"] = MAY_IMPORT["judging"] = (*MAY_IMPORT["training"], "training")
 for name in SCRIPTS:
     MAY_IMPORT[name] = (*MAY_IMPORT["training"], "training", "sampling", "judging")

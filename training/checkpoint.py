@@ -29,11 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clips.own_videos import VideosConfig
 from digits.mnist import SPLITS
 from machine.files import replacing
 from machine.paths import user_path
 from machine.runtime import PRECISIONS
-from moving_mnist import DatasetConfig
+from method.settings import DataConfig
 from network.text_encoder import TextEncoder
 from tiny_causal_wan import TinyCausalWanModel
 from training.config import Config, config_from_dict
@@ -173,9 +174,11 @@ def digits_seen(checkpoint: dict[str, Any]) -> tuple[str, ...]:
     return tuple(checkpoint["digits_seen"]) if "digits_seen" in checkpoint else ("train", "judge")
 
 
-def splits_learned(dataset: DatasetConfig) -> tuple[str, ...]:
+def splits_learned(dataset: DataConfig) -> tuple[str, ...]:
     """The splits that a training on these data learns from: the judges' too where none are set aside for them, and with the original
     files, among whose training digits the bundled ones are, all of those."""
+    if isinstance(dataset, VideosConfig):
+        return ("train",)
     if dataset.source == "idx":
         return SPLITS
     return ("train",) if dataset.judge_fraction > 0 else ("train", "judge")

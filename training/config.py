@@ -20,21 +20,23 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from clips.own_videos import VideosConfig
 from machine.paths import at_home
 from method.choices import DEVICES, PRECISIONS, require
 from method.settings import (
     TRAINING_KINDS,
     CausalConsistencyConfig,
     CausalODEConfig,
+    DataConfig,
     PretrainConfig,
     SelfForcingConfig,
     TrainingConfig,
 )
 from moving_mnist import DatasetConfig
-from network.text_encoder import TextEncoderConfig, vocabulary_with
+from network.text_encoder import TextEncoderConfig
 from tiny_causal_wan import ModelConfig
 
-PATH_KEYS = ("log_dir", "training.resume", "training.pretrained_checkpoint", "training.generator_checkpoint")
+PATH_KEYS = ("log_dir", "dataset.root", "training.resume", "training.pretrained_checkpoint", "training.generator_checkpoint")
 GROUPS = ("model", "dataset", "training", "experiment")  # of configs/, chosen by the name of a file
 
 
@@ -60,7 +62,7 @@ class Config:
     run_name: str | None = None  # folder under log_dir; a date and time if not given
     model: ModelConfig = field(default_factory=ModelConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    dataset: DataConfig = field(default_factory=DatasetConfig)
     training: TrainingConfig = MISSING
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -100,9 +102,12 @@ def check_parts_fit(config: Config) -> None:
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra, so that YAML and overrides are checked against them."""
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=Config)
+    schema = OmegaConf.structured(Config)
+    schema.dataset = MISSING  # its kind is chosen by the group
+    store.store(name="train_schema", node=schema)
     store.store(group="model", name="schema", node=ModelConfig)
     store.store(group="dataset", name="schema", node=DatasetConfig)
+    store.store(group="dataset", name="videos_schema", node=VideosConfig)
     store.store(group="training", name="pretrain_schema", node=PretrainConfig)
     store.store(group="training", name="self_forcing_schema", node=SelfForcingConfig)
     store.store(group="training", name="causal_ode_schema", node=CausalODEConfig)
@@ -120,12 +125,10 @@ def build_config(composed: DictConfig) -> Config:
             OmegaConf.update(composed, key, at_home(path))
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
-    if config.dataset.class_names is not None and config.text.vocabulary is None:
-        config.text.vocabulary = vocabulary_with(config.dataset.class_names)
     known = flatten(config_to_dict(config))
     for key in flatten(OmegaConf.to_container(composed)):
         if key not in known:
-            raise ValueError(_unknown_key(key, [config.training]))
+            raise ValueError(_unknown_key(key, [config.training], config.dataset))
     check_parts_fit(config)
     return config
 
@@ -138,8 +141,10 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _unknown_key(key: str, kinds: list[TrainingConfig]) -> str:
-    keys = [known for kind in kinds for known in flatten(config_to_dict(Config(training=kind)))]
+def _unknown_key(key: str, kinds: list[TrainingConfig], dataset: DataConfig) -> str:
+    if isinstance(dataset, DatasetConfig) and key in {f"dataset.{name}" for name in vars(VideosConfig(root="DIR"))}:
+        return f"unknown key {key}: it belongs to dataset=videos"
+    keys = [known for kind in kinds for known in flatten(config_to_dict(Config(training=kind, dataset=dataset)))]
     same_name = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
     nearest = difflib.get_close_matches(key, same_name or keys, n=1, cutoff=0.0)[0]
     run = f" in a run of training type {kinds[0].training_type}" if len(kinds) == 1 else ""
@@ -167,7 +172,8 @@ def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> st
             nearest = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.0)[0]
             return f"unknown key {key}: the nearest known key is {nearest}; known are {', '.join(known_keys)}"
         kinds = [kind() for kind in TRAINING_KINDS.values()]
-        return _unknown_key(key, [kind for kind in kinds if type(kind) is root.object_type] or kinds)
+        dataset = VideosConfig(root="DIR") if root.object_type is VideosConfig else DatasetConfig()
+        return _unknown_key(key, [kind for kind in kinds if type(kind) is root.object_type] or kinds, dataset)
     lines = [line.strip() for line in str(root if str(root) else error).splitlines() if line.strip()]
     if isinstance(root, OmegaConfBaseException) and root.full_key:
         kinds = [kind() for kind in TRAINING_KINDS.values()]
@@ -232,13 +238,14 @@ def config_from_dict(plain: dict[str, Any]) -> Config:
     comparison held an empty `experiment`.
     """
     plain = {key: plain[key] for key in dict(plain) if key != "experiment" or plain[key] is not None}
-    plain = {**plain, "dataset": {"judge_fraction": 0.0, **plain["dataset"]}} if "dataset" in plain else plain
+    is_own = "root" in plain.get("dataset", {})
+    plain = {**plain, "dataset": {"judge_fraction": 0.0, **plain["dataset"]}} if "dataset" in plain and not is_own else plain
     training_type = plain["training"]["training_type"]
     if training_type not in TRAINING_KINDS:
         raise ValueError(f"training_type is {training_type!r}: expected one of {', '.join(TRAINING_KINDS)}")
     parts = {
-        "model": ModelConfig, "text": TextEncoderConfig, "dataset": DatasetConfig, "training": TRAINING_KINDS[training_type],
-        "wandb": WandbConfig,
+        "model": ModelConfig, "text": TextEncoderConfig, "dataset": VideosConfig if is_own else DatasetConfig,
+        "training": TRAINING_KINDS[training_type], "wandb": WandbConfig,
     }
     typed = {key: _typed(key, parts[key], value) if key in parts else value for key, value in plain.items()}
     return Config(**typed)

@@ -16,11 +16,11 @@ from machine.runtime import Runtime
 from method.flow_matching import sampling_times
 from method.plans import baseline_plans, few_step_plan, many_step_plan, teacher_plan
 from method.settings import CausalConsistencyConfig, CausalODEConfig
-from moving_mnist import MovingMNISTGenerator
 from network.text_encoder import NULL_PROMPT
 from network.weights import update_average
 from training.checkpoint import digits_seen, merge_counts, merge_splits, splits_learned
 from training.config import Config
+from training.data import open_data
 from training.distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
 from training.few_step import TeacherPrompts, consistency_loss, draw_step_orders, nearest_steps, ode_regression_loss, ode_trajectory
 from training.sharding import load_optimizer, shard_blocks, whole
@@ -38,7 +38,7 @@ class FewStepStage:
         self.config, self.runtime, self.seed = config.training, runtime, config.seed
         self.random, self.parts = BatchRandom(random), BatchParts(processes, self.config.accumulation_steps)
         self.parts.check_divides("training.batch_size", self.config.batch_size)
-        self.data = MovingMNISTGenerator(config.dataset, "train")
+        self.data = open_data(config.dataset)
         self.num_prompts_seen = 0
         loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
         self.is_causal = not isinstance(self.config, CausalODEConfig) or self.config.trajectory_teacher == "causal"

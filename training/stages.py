@@ -23,12 +23,12 @@ from machine.runtime import Runtime, require_compiler
 from method.diagnostics import STEP_COLUMNS, exit_columns
 from method.plans import BidirectionalPlan, RolloutPlan, baseline_plans, many_step_plan, teacher_plan
 from method.settings import PretrainConfig, SelfForcingConfig, TrainingConfig
-from moving_mnist import MovingMNISTGenerator
-from network.text_encoder import NULL_PROMPT, TextEncoder, caption_of_any_stretch
+from network.text_encoder import NULL_PROMPT, TextEncoder
 from network.weights import update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training.checkpoint import CheckpointError, digits_seen, merge_counts, merge_splits, splits_learned
 from training.config import Config, config_from_dict
+from training.data import open_data
 from training.distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
 from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
 from training.optimizers import MUON_RATE, build_muon, self_forcing_optimizers, self_forcing_settings, split_matrices
@@ -94,7 +94,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 class PretrainStage:
-    """Training on the videos of Moving MNIST (see `objectives`): a share of the steps bidirectional, the others block-causal,
+    """Training on real videos (see `objectives`): a share of the steps bidirectional, the others block-causal,
     or with teacher or diffusion forcing every step causal."""
 
     columns = ("loss_bidirectional", "loss_causal", "gradient_norm", "lr_factor")
@@ -106,7 +106,7 @@ class PretrainStage:
         self.parts.check_divides("training.batch_size", self.config.batch_size)
         if self.config.clip_steps:
             self.parts.check_divides("training.clip_batch_size", self.config.clip_batch_size)
-        self.data = MovingMNISTGenerator(config.dataset, "train", self.config.digit_variation)
+        self.data = open_data(config.dataset, "train", self.config.digit_variation)
         self.num_videos_seen = 0
         self.earlier_prompts: dict[int, int] = {}  # prompts drawn by the runs that this one continues
         self.digits_seen = splits_learned(config.dataset)  # by this run and those
@@ -229,7 +229,7 @@ class SelfForcingStage:
             "gradient_norm_critic", "exit_step", "num_frames", *(() if self.config.rollout_frames is None else ("first_frame",)),
             *STEP_COLUMNS, *exit_columns(self.config.denoising_steps),
         )
-        self.data = MovingMNISTGenerator(config.dataset, "train")  # of which only the prompts are used, unless config.uses_videos
+        self.data = open_data(config.dataset)  # of which only the prompts are used, unless config.uses_videos
         self.num_prompts_seen = 0
         loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
         check_is_bidirectional(self.config.pretrained_checkpoint, loaded.config)
@@ -292,13 +292,12 @@ class SelfForcingStage:
         x_real = None
         if self.config.uses_videos:
             x_real = self.data.sample(self.seed, indices, num_frames).video.to(self.runtime.device)
-        captions = self.data.captions(self.seed, indices)
-        text = self._encode(captions)
+        text = self._encode(self.data.captions(self.seed, indices))
         with self.runtime.autocast():
             rollout = self.engine.make_videos(text, num_frames, with_gradient, x_real, first_frame)
         first_scored = first_frame + max(num_frames - self.config.gradient_frames, 0)
         if first_scored > 0 and self.config.loss != "gan":  # a caption's direction is that of the first frames, which are not scored
-            text = self._encode([caption_of_any_stretch(caption) for caption in captions])
+            text = self._encode(self.data.captions_of_any_stretch(self.seed, indices))
         return rollout, text, x_real
 
     def _encode(self, prompts: list[str]) -> Text:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from clips.own_videos import VideosConfig
 from machine.paths import REPOSITORY
 from method.settings import FewStepConfig, PretrainConfig
 from training.checkpoint import CheckpointError, LoadedNetworks, load_networks, load_state
@@ -38,9 +39,18 @@ def check_is_bidirectional(path: str, stored: Config) -> None:
 def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
     """Raise CheckpointError naming both sides where a checkpoint's networks, or what its videos show, are not this run's."""
     groups = (("model", stored.model, wanted.model), ("text", stored.text, wanted.text), ("dataset", stored.dataset, wanted.dataset))
+    if type(stored.dataset) is not type(wanted.dataset):
+        kinds = ("one's own videos" if isinstance(each.dataset, VideosConfig) else "Moving MNIST" for each in (stored, wanted))
+        raise CheckpointError("{} was trained on {}, and this run is of {}: give a network of the same data set".format(path, *kinds))
+    words, asked_words = set(stored.text.words), set(wanted.text.words)
+    if words != asked_words:
+        raise CheckpointError(
+            f"{path} was trained with other captions than those of this run, which do not share the words "
+            f"{', '.join(sorted(words ^ asked_words)[:8])}: give the same captions, or another file"
+        )
     found, asked = [], []
     for group, theirs, ours in groups:
-        keys = DATA_GEOMETRY if group == "dataset" else tuple(vars(ours))
+        keys = [key for key in vars(ours) if group != "dataset" or key in DATA_GEOMETRY]
         differing = [key for key in keys if getattr(theirs, key) != getattr(ours, key)]
         found += [f"{group}.{key}={getattr(theirs, key)}" for key in differing]
         asked += [f"{group}.{key}={getattr(ours, key)}" for key in differing]

@@ -9,6 +9,7 @@ from helpers.generation import COMMON, refusal
 from helpers.networks import build_small_model, random_prompt, random_video
 from torch import Tensor
 
+from clips.video_files import load_array, load_frames
 from dynamic_video_sf import SelfForcingEngine, draw_noise, make_noise_streams, split_first_frames
 from generate import main
 from machine.runtime import Runtime
@@ -17,8 +18,7 @@ from network.attention import ContextWindow
 from network.text_encoder import NULL_PROMPT
 from sampling.samplers import SamplerSettings, sample_few_step
 from sampling.streaming import PromptSchedule, stream_video
-from sampling.video_input import load_frames
-from sampling.video_io import load_array, save_array, save_video, to_display
+from sampling.video_io import save_array, save_video, to_display
 from training.checkpoint import LoadedNetworks
 from training.config import SelfForcingConfig
 

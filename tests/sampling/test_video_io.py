@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clips.video_files import load_array
 from sampling import video_io
 
 LABELS = ["a zero moving up", "a handwritten nine drifting quickly down and to the left, then back again"]
@@ -91,7 +92,7 @@ def test_array_round_trip_is_exact(tmp_path):
     for prompt in ("a zero moving up", ""):
         path = tmp_path / "clip.npz"
         video_io.save_array(path, video, prompt)
-        loaded, loaded_prompt = video_io.load_array(path)
+        loaded, loaded_prompt = load_array(path)
         assert loaded.dtype == torch.float32 and torch.equal(loaded, video) and loaded_prompt == prompt
 
 
@@ -107,9 +108,9 @@ def test_load_array_refuses_other_files(tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     with pytest.raises(ValueError, match="not an .npz archive"):
-        video_io.load_array(tmp_path / "text.npz")
+        load_array(tmp_path / "text.npz")
     with pytest.raises(ValueError, match="weights.*expected an .npz file with the array 'video'"):
-        video_io.load_array(tmp_path / "other.npz")
+        load_array(tmp_path / "other.npz")
 
 
 def test_grey_gif_reads_back_exactly(tmp_path):

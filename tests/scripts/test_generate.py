@@ -26,6 +26,7 @@ from helpers.generation import COMMON, STUDENT, TEACHER, refusal, write_networks
 from omegaconf import OmegaConf
 
 import generate as entry
+from clips.video_files import load_array
 from dynamic_video_sf import SelfForcingEngine, make_noise_streams, rollout_blocks
 from evaluate import EvaluateConfig
 from generate import BidirectionalPlan, SamplerSettings, generate, main, slug
@@ -34,7 +35,6 @@ from method.plans import NAIVE_STEPS, RolloutPlan, baseline_plans, few_step_plan
 from network.attention import ContextWindow
 from network.text_encoder import parse_caption
 from sampling.samplers import prepared, sample_many_step
-from sampling.video_io import load_array
 from tiny_causal_wan import TinyCausalWanModel
 from training.checkpoint import LoadedNetworks, load_networks
 from training.config import Config, PretrainConfig, SelfForcingConfig

@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
+from clips.own_videos import VideosConfig
 from machine.paths import REPOSITORY
 from method.settings import CausalConsistencyConfig, CausalODEConfig, check_num_frames
 from moving_mnist import DatasetConfig
@@ -26,6 +27,7 @@ from training.config import (
     explain_refusal,
     register_schemas,
 )
+from training.data import with_vocabulary
 
 CONFIGS = REPOSITORY / "configs"
 CHOICES = [
@@ -33,6 +35,7 @@ CHOICES = [
     if path.parent.name in ("model", "dataset", "training", "experiment")
 ]
 PARTNERS = {  # a choice that only fits together with another one
+    ("dataset", "videos"): ["dataset.root=DIR"],
     ("model", "tiny_64"): ["dataset=moving_mnist_64"], ("dataset", "moving_mnist_64"): ["model=tiny_64"],
 }
 register_schemas()
@@ -55,9 +58,9 @@ def refusal(*overrides: str) -> str:
 
 
 def test_names_of_classes_join_the_vocabulary_and_are_kept():
-    config = composed("dataset.class_names=[t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot]")
+    config = with_vocabulary(composed("dataset.class_names=[t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot]"))
     assert {"sneaker", "ankle", "boot", "moving"} <= set(config.text.vocabulary)
-    assert config_from_dict(config_to_dict(config)) == config and composed().text.vocabulary is None
+    assert config_from_dict(config_to_dict(config)) == config and with_vocabulary(composed()).text.vocabulary is None
 
 
 @pytest.mark.parametrize("group, name", CHOICES, ids=lambda value: value)
@@ -66,7 +69,15 @@ def test_every_choice_composes_and_validates(group, name):
 
 
 def test_the_choices_are_there():
-    assert {("training", "self_forcing"), ("training", "pretrain"), ("dataset", "moving_mnist_64")} <= set(CHOICES)
+    assert {("training", "self_forcing"), ("training", "pretrain"), ("dataset", "moving_mnist_64"), ("dataset", "videos")} <= set(CHOICES)
+
+
+def test_own_videos_decide_the_sizes_of_the_network():
+    config = composed("dataset=videos", "dataset.root=DIR", "dataset.frame_size=64", "dataset.channels=1")
+    assert config.dataset == VideosConfig(root="DIR", frame_size=64, channels=1)
+    assert (config.model.frame_size, config.model.channels, config.model.width) == (64, 1, 192)
+    assert composed("dataset=videos", "dataset.root='~/clips'").dataset.root == str(Path("~/clips").expanduser())
+    assert config_from_dict(config_to_dict(config)) == config
 
 
 def test_defaults_are_the_dataclasses_own():
@@ -106,6 +117,8 @@ def test_overrides_arrive_with_their_type():
     ("model.patch_size=[1,5,5]", ["model.patch_size [1, 5, 5]", "does not divide the frame size 32"]),
     ("model.patch_size=[2,8,8]", ["model.patch_size is [2, 8, 8]", "num_frames_per_block=3"]),
     ("model=tiny_64", ["model.frame_size is 64", "dataset.frame_size=32"]),
+    ("dataset=videos", ["dataset.root is empty: expected the folder of your clips"]),
+    ("dataset.root=DIR", ["unknown key dataset.root", "dataset=videos"]),
     ("text.width=32", ["model.text_width is 64", "text.width=32"]),
     ("model.channels=3", ["model.channels is 3", "dataset.channels=1"]),
     ("training.pretrained_checkpoint=", ["training.pretrained_checkpoint is empty"]),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sampling.video_input import load_frames
+from clips.video_files import load_frames
 from sampling.video_io import save_array, save_video, to_display
 
 SIDE = 16

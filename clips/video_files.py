@@ -1,4 +1,4 @@
-"""Pictures and clips from files, as a model reads them: what `video_io` writes, and what others do.
+"""Pictures and clips from files, as a model reads them: what `sampling.video_io` writes, and what others do.
 
 Dimensions: F frames, C channels, H height, W width.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -16,8 +17,8 @@ from einops import reduce
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
-from sampling.video_io import GAP, load_array
-
+GAP = 2  # pixels between the frames of a strip, as `save_video` leaves them
+LARGEST_STORED = 2.0  # of a value in an array: a network may overshoot 1, bytes or display range never look like this
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 DELAY_TOLERANCE = 0.1  # of a frame: how far a picture's delay may be from a whole number of frames
 MAX_FRAMES_OF_A_PICTURE = 1000  # that one delay may stand for: more is no video but a pause
@@ -39,7 +40,7 @@ def load_frames(path: Path, frame_size: int, channels: int) -> Tensor:
         if tuple(video.shape[1:]) != (channels, frame_size, frame_size):
             raise ValueError(f"{path} holds {tuple(video.shape)}: expected frames of (F, {channels}, {frame_size}, {frame_size})")
         return video.clamp(-1, 1)
-    pictures = _read_pictures(path)
+    pictures = list(read_pictures(path))
     if any(picture.shape != pictures[0].shape for picture in pictures):
         raise ValueError(f"{path} holds frames of several sizes: expected one")
     height, width = pictures[0].shape[:2]
@@ -54,33 +55,63 @@ def load_frames(path: Path, frame_size: int, channels: int) -> Tensor:
     return frames.clamp(-1, 1)
 
 
-def _read_pictures(path: Path) -> list[np.ndarray]:
-    """The frames of a picture, animation or film, float32 (H, W, 3) in [0, 1] each; at least one."""
+def load_array(path: Path) -> tuple[Tensor, str]:
+    """Read what `save_array` wrote: video float32 (F, C, H, W), about [-1, 1], and its prompt, empty where the file has none.
+
+    Raises FileNotFoundError, or ValueError where the file is no such archive. Runs no code from the file (no pickle).
+    """
+    wanted = "expected an .npz file with the array 'video', floating-point numbers (F, C, H, W) in [-1, 1]"
+    if not zipfile.is_zipfile(path) and Path(path).exists():
+        raise ValueError(f"{path} is not an .npz archive: {wanted}")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in ("video", "prompt") if name in arrays.files}
+            names = sorted(arrays.files)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of a checksum, a compression, a header, objects that would need pickle: numpy has one for each
+        raise ValueError(f"{path} cannot be read, it is damaged or holds objects: {wanted}") from error
+    if "video" not in found:
+        raise ValueError(f"{path} holds the arrays {names}: {wanted}")
+    video, prompt = found["video"], str(found.get("prompt", ""))
+    if video.ndim != 4 or video.size == 0 or video.dtype.kind != "f":
+        raise ValueError(f"{path} has a 'video' of shape {video.shape} and type {video.dtype}: {wanted}")
+    if not np.isfinite(video).all() or np.abs(video).max() > LARGEST_STORED:
+        raise ValueError(f"{path} has values from {video.min():g} to {video.max():g}: {wanted}")
+    return torch.from_numpy(video.astype(np.float32)), prompt
+
+
+def read_pictures(path: Path, is_strip: bool = True) -> Iterator[np.ndarray]:
+    """The frames of a picture, animation or film, float32 (H, W, 3) in [0, 1] each, one at a time; at least one.
+
+    is_strip: cut a single wide picture into square frames. Raises ValueError naming a file that is none of these.
+    """
     unreadable = f"{path} cannot be read as a picture or clip: truncated, or another kind of file; expected PNG, GIF, MP4 or npz"
     try:
         with Image.open(path) as image:
-            pages = [(page.info.get("duration", 0), _as_rgb(page)) for page in ImageSequence.Iterator(image)]
+            delays = [page.info.get("duration", 0) for page in ImageSequence.Iterator(image)]
+            repeats = [1] if len(delays) == 1 else _frames_of_each(delays, path)
+            for page, times in zip(ImageSequence.Iterator(image), repeats, strict=True):
+                picture = _as_rgb(page)
+                yield from _cut_strip(picture) if is_strip and len(delays) == 1 else [picture] * times
     except UnidentifiedImageError:
         try:
-            return _read_film(path)
+            yield from _read_film(path)
         except Exception as error:  # so has ffmpeg's reader
             raise ValueError(unreadable) from error
     except Exception as error:  # every format of pictures has errors of its own
         raise ValueError(unreadable) from error
-    if len(pages) == 1:
-        return _cut_strip(pages[0][1])
-    repeats = _frames_of_each([delay for delay, _ in pages], path)
-    return [picture for (_, picture), times in zip(pages, repeats, strict=True) for _ in range(times)]
 
 
-def _read_film(path: Path) -> list[np.ndarray]:
+def _read_film(path: Path) -> Iterator[np.ndarray]:
     """What ffmpeg decodes, float32 (H, W, 3) in [0, 1] each. Raises where that is nothing."""
     frames = imageio_ffmpeg.read_frames(str(path))  # not by imageio, which goes by the name's ending
     width, height = next(frames)["size"]
-    film = [np.frombuffer(frame, np.uint8).reshape(height, width, 3).astype(np.float32) / 255 for frame in frames]
-    if not film:
+    num_frames = 0
+    for num_frames, frame in enumerate(frames, 1):  # noqa: B007
+        yield np.frombuffer(frame, np.uint8).reshape(height, width, 3).astype(np.float32) / 255
+    if num_frames == 0:
         raise ValueError("no frames")
-    return film
 
 
 def _as_rgb(image: Image.Image) -> np.ndarray:

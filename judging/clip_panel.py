@@ -1,0 +1,156 @@
+"""Figures of one's own clips: Frechet distance, density and coverage, diversity, motion. Nothing here knows what a clip shows.
+
+The features are not a network's: frames averaged to at most 16 x 16 pixels, with their differences from frame to frame, in the principal
+axes of the training clips, each divided by its spread there. They see where things are, their colours and how they move; fine
+texture they do not see. The Frechet distance of `distribution` in them is to be read beside those of real clips, of the same run.
+
+Dimensions: B videos, F frames, C channels, H = W frame side, D numbers of a video before the axes, E after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clips.own_videos import Clip, OwnVideos, VideosConfig
+from judging.corruptions import corrupt
+from judging.distribution import LEAST_VIDEOS, about, compare_distributions, resampled_counts
+from judging.ink import display_intensity
+from judging.metrics import summarise_measures
+from machine.seeds import Purpose, torch_generator
+
+SIDE = 16  # pixels of the frames that are compared
+NUM_AXES = 32
+VIDEOS_PER_AXIS = 4  # at least so many, for a covariance
+NUM_FITTED = 1000  # training clips that the axes are fitted to
+RESAMPLES = 200
+CLIP_FIGURES = {
+    "frechet_distance": "Frechet (pixels)", "coverage": "coverage", "diversity": "diversity", "motion": "motion over real",
+}
+
+
+@dataclass(frozen=True)
+class Axes:
+    """mean: (D,). axes: (D, E), which bring the training clips to unit spread. weight: of the differences from frame to frame, which
+    then vary as much as the frames do."""
+
+    mean: Tensor
+    axes: Tensor
+    weight: float
+
+    @classmethod
+    def of(cls, video: Tensor, num_axes: int) -> Axes:
+        """The principal axes of video (B, F, C, H, W), at most B - 1 of them."""
+        frames, changes = _small_frames(video)
+        weight = (frames.var(dim=0).sum() / changes.var(dim=0).sum().clamp_min(1e-12)).sqrt().item()
+        pixels = torch.cat((frames, weight * changes), dim=1)
+        mean = pixels.mean(dim=0)
+        values, vectors = torch.linalg.eigh((pixels - mean) @ (pixels - mean).T)  # of (B, B), which is smaller than (D, D)
+        kept = values.argsort(descending=True)[: min(num_axes, len(video) - 1)]
+        kept = kept[values[kept] > 1e-9 * values.max()]
+        return cls(mean, (pixels - mean).T @ vectors[:, kept] / values[kept] * (len(video) - 1) ** 0.5, weight)
+
+    def features(self, video: Tensor) -> Tensor:
+        """(B, E), float64, of video (B, F, C, H, W)."""
+        frames, changes = _small_frames(video)
+        return (torch.cat((frames, self.weight * changes), dim=1) - self.mean) @ self.axes
+
+
+def _small_frames(video: Tensor) -> tuple[Tensor, Tensor]:
+    """Small frames and their differences from frame to frame, float64, each flattened: (B, D1) and (B, D2)."""
+    video = video.clamp(-1, 1)
+    small = functional.adaptive_avg_pool2d(video.flatten(0, 1), min(SIDE, video.shape[-1])).unflatten(0, video.shape[:2]).double()
+    return small.flatten(1), small.diff(dim=1).flatten(1)
+
+
+def motion(video: Tensor) -> Tensor:
+    """Mean absolute difference (B, F - 1) in display range of neighbouring frames of video (B, F, C, H, W)."""
+    display_intensity(video)  # refuses values that are not finite
+    return video.float().clamp(-1, 1).diff(dim=1).abs().mean(dim=(2, 3, 4)) / 2
+
+
+@dataclass(frozen=True)
+class ClipPanel:
+    """held_out: (B, F, C, H, W) in [-1, 1]. prompts: their B captions. training: as many training clips, of the same captions where there
+    are such."""
+
+    axes: Axes
+    held_out: Tensor
+    prompts: list[str]
+    training: Tensor
+
+    def describe(self) -> str:
+        """One line on what the figures are."""
+        return (
+            f"features: {self.axes.axes.shape[1]} principal axes of small frames and their differences, fitted to training clips; "
+            f"reference: {len(self.held_out)} held-out clips of {self.held_out.shape[1]} frames. Digit figures are left out: "
+            "frames right, one class, track, direction, stroke mass, glyphs"
+        )
+
+    def judge(self, video: Tensor, seed: int = 0) -> dict[str, Any]:
+        """`CLIP_FIGURES`, with intervals, of video (B, F, C, H, W) made for `prompts`. Raises ValueError for values that are not finite."""
+        figures = summarise_measures({"motion": motion(video) / motion(self.held_out).mean().clamp_min(1e-9)}, {}, seed)
+        found, real = self.axes.features(video), self.axes.features(self.held_out)
+        for name, estimate in compare_distributions(found, real, seed).items():
+            figures |= {name: estimate.value, f"{name}_ci": [estimate.low, estimate.high]}
+        return figures | self._diversity(found, real, seed)
+
+    def real_rows(self, seed: int = 0) -> dict[str, Tensor]:
+        """Yardsticks: training clips, as perfect imitation would be; the same with frames shuffled, and stopped at the first frame."""
+        return {
+            "training clips": self.training, "training clips, shuffled": corrupt(self.training, "shuffled", seed),
+            "training clips, stopped": corrupt(self.training, "frozen", seed),
+        }
+
+    def _diversity(self, found: Tensor, real: Tensor, seed: int) -> dict[str, Any]:
+        """Mean distance of two videos of the same prompt over that of two real ones; of any two where too few prompts are the same."""
+        number = {prompt: index for index, prompt in enumerate(dict.fromkeys(self.prompts))}
+        prompt = torch.tensor([number[each] for each in self.prompts])
+        pair = (prompt.unsqueeze(1) == prompt) & ~torch.eye(len(prompt), dtype=torch.bool)
+        if pair.any(dim=1).double().mean() < 0.5:
+            pair = ~torch.eye(len(prompt), dtype=torch.bool)
+        weights, distance = pair.double(), torch.cdist(found, found)
+        scale = (weights * torch.cdist(real, real)).sum() / weights.sum()
+        counts = resampled_counts(len(found), RESAMPLES, torch_generator(seed, Purpose.BOOTSTRAP))
+        numbers = [((each @ (weights * distance) @ each) / (each @ weights @ each).clamp_min(1e-9)) for each in counts]
+        estimate = about((weights * distance).sum() / weights.sum() / scale, torch.stack(numbers) / scale)
+        return {"diversity": estimate.value, "diversity_ci": [estimate.low, estimate.high]}
+
+
+def make_clip_panel(config: VideosConfig, num_videos: int, num_frames: int, seed: int = 0) -> ClipPanel:
+    """A panel of at most num_videos held-out clips, in an order that the seed draws. Raises ValueError where there are too few."""
+    held_out, training = OwnVideos(config, "test").clips, OwnVideos(config).clips
+    num = min(num_videos, len(held_out), len(training))
+    if num < LEAST_VIDEOS:
+        raise ValueError(
+            f"{num} of {len(held_out)} held-out and {len(training)} training clips in {config.root}: expected at least {LEAST_VIDEOS} of "
+            "each, set num_videos to more, or train with a larger dataset.test_fraction"
+        )
+    rng = torch_generator(seed, Purpose.REFERENCE)
+
+    def draw(clips: list[Clip], number: int) -> list[Clip]:
+        return [clips[index] for index in torch.randperm(len(clips), generator=rng)[:number].tolist()]
+
+    def video(clips: list[Clip]) -> Tensor:
+        return torch.stack([clip.frames[:num_frames] for clip in clips]).float() / 127.5 - 1
+
+    shown, others = draw(held_out, num), draw(training, len(training))
+    partners = _partners(shown, others)
+    judged = {clip.name for clip in partners}
+    fitted = [clip for clip in others if clip.name not in judged]  # clips that the axes are fitted to look further apart than others
+    axes = Axes.of(video((fitted if len(fitted) >= num else others)[:NUM_FITTED]), min(NUM_AXES, max(num // VIDEOS_PER_AXIS, 1)))
+    return ClipPanel(axes, video(shown), [clip.caption for clip in shown], video(partners))
+
+
+def _partners(shown: list[Clip], others: list[Clip]) -> list[Clip]:
+    """For every clip one of the others, each once: one of the same caption as long as there are such."""
+    of_caption: dict[str, list[Clip]] = {}
+    for clip in others:
+        of_caption.setdefault(clip.caption, []).append(clip)
+    partners = [of_caption[clip.caption].pop() if of_caption.get(clip.caption) else None for clip in shown]
+    rest = (clip for clips in of_caption.values() for clip in clips)
+    return [next(rest) if partner is None else partner for partner in partners]

@@ -1,0 +1,53 @@
+"""The data of a run: Moving MNIST or one's own clips, behind the same few calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from clips.own_videos import OwnVideos, VideosConfig
+from machine.seeds import Purpose
+from method.choices import require
+from method.settings import DataConfig
+from moving_mnist import DatasetConfig, MovingMNISTGenerator
+from network.text_encoder import split_words, vocabulary_with
+from training.config import Config
+
+
+def open_data(
+    config: DataConfig, split: str = "train", digit_variation: float = 0.0, purpose: Purpose | None = None
+) -> MovingMNISTGenerator | OwnVideos:
+    """The videos of a split: `captions(seed, indices)`, and `sample(seed, indices, num_frames)` with their `video`. Raises as these."""
+    if isinstance(config, VideosConfig):
+        require(digit_variation == 0, "training.digit_variation", digit_variation, "0 with dataset=videos, which show no digits to deform")
+        return OwnVideos(config, split, purpose)
+    assert isinstance(config, DatasetConfig)
+    return MovingMNISTGenerator(config, split, digit_variation, purpose)
+
+
+def with_vocabulary(config: Config) -> Config:
+    """The configuration of a run with the vocabulary that its data need, unless text.vocabulary is given: the grammar's words with those of
+    class names, or the words of the clips' captions. Raises ValueError as `check_clips_fit` does."""
+    words, dataset = None, config.dataset
+    if isinstance(dataset, VideosConfig):
+        check_clips_fit(config)
+        words = OwnVideos(dataset).vocabulary()
+    elif isinstance(dataset, DatasetConfig) and dataset.class_names is not None:
+        words = vocabulary_with(dataset.class_names)
+    return config if config.text.vocabulary is not None else replace(config, text=replace(config.text, vocabulary=words))
+
+
+def check_clips_fit(config: Config) -> None:
+    """Raise ValueError naming a clip that is too short for the training, or whose caption is too long for the text encoder."""
+    assert isinstance(config.dataset, VideosConfig)
+    training = config.training
+    for clip in (*OwnVideos(config.dataset).clips, *OwnVideos(config.dataset, "test").clips):
+        num_frames, num_words = len(clip.frames), len(split_words(clip.caption))
+        if num_frames < training.num_frames_per_block:
+            raise ValueError(f"{clip.path} has {num_frames} frames, less than a block of {training.num_frames_per_block}: remove it")
+        if num_frames < training.max_num_frames:
+            raise ValueError(
+                f"{clip.path} has {num_frames} frames, less than training.max_num_frames={training.max_num_frames}: lower that and "
+                "training.min_num_frames, or remove the clip"
+            )
+        expected = f"{num_words + 1} for the caption of {clip.path}"
+        require(num_words < config.text.max_tokens, "text.max_tokens", config.text.max_tokens, expected)
