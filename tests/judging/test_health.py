@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.networks import GaussianScore, shift_text
-from helpers.runs import SHARED, tiny_config
+from helpers.runs import SHARED, pretraining, tiny_config
 from helpers.stages import assert_same, build_self_forcing, snapshot
 from hydra import compose, initialize_config_dir
 from torch import nn
@@ -263,9 +263,8 @@ def test_a_run_keeps_its_best_reading_and_ends_with_a_verdict(teacher: Path, tmp
     assert load_checkpoint(folder / "checkpoint_best.pt")["step"] == 2
 
 
-def test_classes_with_names_leave_no_figures_of_digits_and_one_line(teacher: Path, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_judge", small_judge)
-    config = watched_config(teacher, tmp_path)
+def test_classes_with_names_leave_no_figures_of_digits_and_one_line(tmp_path: Path, capsys):
+    config = pretraining(tmp_path, eval_videos=1)
     trainer = SimplifiedTrainer(replace(config, dataset=replace(config.dataset, class_names=list("abcdefghij"))))
     said = capsys.readouterr().out
     assert "no figures of digits (frames right, one class throughout," in said and "stroke mass): dataset.class_names is a, b" in said

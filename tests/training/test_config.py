@@ -61,6 +61,8 @@ def test_names_of_classes_join_the_vocabulary_and_are_kept():
     config = with_vocabulary(composed("dataset.class_names=[t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot]"))
     assert {"sneaker", "ankle", "boot", "moving"} <= set(config.text.vocabulary)
     assert config_from_dict(config_to_dict(config)) == config and with_vocabulary(composed()).text.vocabulary is None
+    given = replace(config, text=replace(config.text, vocabulary=["sneaker"]))
+    assert with_vocabulary(given).text.vocabulary == ["sneaker"]
 
 
 @pytest.mark.parametrize("group, name", CHOICES, ids=lambda value: value)
