@@ -10,7 +10,12 @@ solves block 1 alone, x_1 = e_1, and then block 2 given x_1: both are functions 
 
 from __future__ import annotations
 
+from machine import threads  # noqa: F401  before torch, which reads its settings once
+
+# isort: split
 import numpy as np
+
+from machine.seeds import Purpose, stream
 
 NUM_STEPS, NUM_VIDEOS = 1000, 4096
 
@@ -36,7 +41,7 @@ def unexplained(target: np.ndarray, seen: np.ndarray) -> float:
 
 def lost_by_block(rho: float, is_causal: bool, seed: int = 0) -> tuple[float, float]:
     """The share of variance that a causal student misses of block 1, seeing e_1, and of block 2, seeing x_1 and e_2."""
-    e_1, e_2 = np.random.default_rng(seed).standard_normal((2, NUM_VIDEOS, 1))
+    e_1, e_2 = stream(seed, 0, Purpose.NOISE).standard_normal((2, NUM_VIDEOS, 1))
     if is_causal:
         x_1 = ode_end(e_1, np.zeros(1), np.eye(1))
         x_2 = ode_end(e_2, rho * x_1, np.array([[1 - rho**2]]))

@@ -9,7 +9,7 @@ from machine.threads import wait_asleep
 
 ROOT = REPOSITORY
 SCRIPTS = [path for pattern in ("*.py", "experiments/*.py", "judging/*.py", "training/*.py") for path in sorted(ROOT.glob(pattern))
-           if "__main__" in path.read_text(encoding="utf-8") and path.stem != "pages"]  # which loads no torch
+           if "__main__" in path.read_text(encoding="utf-8") and path.stem not in ("pages", "demo")]  # which load no torch
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "tests" / "conftest.py"], ids=lambda path: path.stem)
