@@ -490,13 +490,15 @@ class SelfForcingEngine:
             x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text)  # gradient passes through both scores, which are frozen
             terms = sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha)
             figures = score_figures(x_0, x_0_fake, x_0_real, t)
-        else:
+        elif self.config.loss == "dmd":
             x_0 = x_0.repeat(self.config.noise_draws, 1, 1, 1, 1)
             with torch.no_grad():  # the two scores only supply a direction
                 x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text)
                 gradient = self.config.dmd_sign * dmd_gradient(x_0, x_0_fake, x_0_real)
             terms = dmd_loss(x_0, gradient)
             figures = {"dmd_gradient_norm": gradient.square().mean().sqrt().item(), **score_figures(x_0, x_0_fake, x_0_real, t)}
+        else:
+            raise ValueError(f"training.loss is {self.config.loss}, for which the engine has no loss: add a branch here")
         if frame_exits is not None:
             frame_exits = frame_exits.repeat(len(terms) // len(frame_exits), 1)
             figures |= mean_by_exit_step(terms.detach(), frame_exits, self.config.denoising_steps)

@@ -168,7 +168,7 @@ class MovingMNISTGenerator:
     """Makes videos: (seed, index) names one video of the split, whatever else is in the batch.
 
     purpose: what the videos are for, see `seeds`; the same seed shows other videos to every purpose. That of the split if not given.
-    digit_variation, 0 to 0.4: every video deforms its digits by linear maps of its own (`digit_deformation`), so that no two show
+    digit_variation, 0 to 0.4: every video deforms its digits by linear maps of its own (`digits.deformation`), so that no two show
     the same glyph; captions and tracks are those of the undeformed video. Raises the errors of `load_digits`,
     and ValueError for a variation out of range.
     """

@@ -74,10 +74,10 @@ class TrainingConfig(ABC):
     min_num_frames: int = 21
     max_num_frames: int = 21
     window_frames: int | None = None  # how many frames a block sees, itself and the sink included; all if not given
-    sink_frames: int = 0  # so many first frames stay visible for ever, right before the rest of the window
+    sink_frames: int = 0  # number of initial frames kept in the cache (attention sink), right before the rest of the window
     hide_first_chunk: bool = False  # the last block of a video does not see the first, as if it had left the window
     independent_first_frame: bool = False  # the first block is one frame: videos of [1, 3, 3, ...]
-    time_shift: float = 3.0
+    time_shift: float = 3.0  # of the times of samplers and of pretraining, toward noise above 1
     clip_norm: float = 1.0
     ema_decay: float = 0.998
     log_interval: int = 1
@@ -159,7 +159,7 @@ class PretrainConfig(TrainingConfig):
     clip_steps: int = 0  # the first so many steps see clips of clip_frames, clip_batch_size at a time: digits are learned sooner
     clip_frames: int = 6
     clip_batch_size: int = 64
-    digit_variation: float = 0.0  # every video turns, slants and stretches its digits by up to so much (`digit_deformation`)
+    digit_variation: float = 0.0  # every video turns, slants and stretches its digits by up to so much (`digits.deformation`)
     lr: float = 1.5e-3  # AdamW: embeddings, biases, norms, head
     muon_lr: float = 3e-3  # Muon: matrices of the transformer blocks
     weight_decay: float = 0.01
