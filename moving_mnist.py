@@ -33,7 +33,7 @@ from machine.files import free_paths
 from machine.paths import REPOSITORY, user_path
 from machine.seeds import Purpose, stream
 from method.settings import DataConfig
-from network.text_encoder import SPEEDS, MotionFacts, caption_of_any_stretch, compose_caption, split_words
+from network.text_encoder import SPEEDS, MotionFacts, caption_of_any_stretch, compose_caption, name_classes, split_words
 
 NUM_OCTANTS = 8
 PURPOSES = {"train": Purpose.TRAINING_VIDEO, "judge": Purpose.JUDGE_VIDEO, "test": Purpose.HELD_OUT_VIDEO}  # of the videos of a split
@@ -227,7 +227,11 @@ class MovingMNISTGenerator:
 
     def captions_of_any_stretch(self, seed: int, indices: Sequence[int]) -> list[str]:
         """What of these captions holds for every stretch of their videos (`text_encoder.caption_of_any_stretch`)."""
-        return [caption_of_any_stretch(caption) for caption in self.captions(seed, indices)]
+        names = self.config.class_names
+        if names is None:
+            return [caption_of_any_stretch(caption) for caption in self.captions(seed, indices)]
+        draws = [self._draw(seed, int(index)) for index in indices]
+        return [name_classes([names[label] for label in self.digit_set.labels[draw.rows].tolist()]) for draw in draws]
 
     def motion_track(self, start: Tensor, velocity: Tensor, num_frames: int) -> Tensor:
         """Centres (B, F, N, 2) of digits that start at centres (B, N, 2) with velocity (B, N, 2) and bounce."""

@@ -101,6 +101,11 @@ def caption_of_any_stretch(caption: str) -> str:
     return nouns[len(digits)][0].format(*digits) if len(digits) in nouns else caption
 
 
+def name_classes(names: list[str]) -> str:
+    """A caption of one or two named classes that says nothing else."""
+    return (_NAMED_NOUNS if len(names) == 1 else _NAMED_PAIR)[0].format(*names)
+
+
 def split_words(prompt: str) -> list[str]:
     """Lower-case words and single digits of a prompt, in order; punctuation separates and is dropped."""
     return re.findall(r"[0-9]|[^\W\d_]+", prompt.lower())

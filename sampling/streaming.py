@@ -91,6 +91,9 @@ class PromptSchedule:
     def check(self, starts: list[int]) -> None:
         """Raise ValueError unless every change falls on one of the frames at which the blocks of a video start."""
         for frame, prompt in self.entries[1:]:
+            if frame <= starts[0]:  # behind given frames
+                raise ValueError(f"--schedule changes the prompt at frame {frame}, but the first frame that is made is {starts[0]}: give "
+                                 f"{prompt!r} as the first prompt, or change it at a later block")
             if frame > starts[-1]:
                 raise ValueError(f"--schedule asks for {prompt!r} from frame {frame} on, but the last block starts at frame {starts[-1]}: "
                                  "make the video longer or change the prompt earlier")

@@ -235,11 +235,12 @@ def config_from_dict(plain: dict[str, Any]) -> Config:
     """The inverse of `config_to_dict`. Raises ValueError naming a key that this version does not know.
 
     A configuration from before digits were set aside for the judges says so by dataset.judge_fraction = 0; one from when a run could be a
-    comparison held an empty `experiment`.
+    comparison held an empty `experiment`; noise_draws was called critic_draws.
     """
     plain = {key: plain[key] for key in dict(plain) if key != "experiment" or plain[key] is not None}
     is_own = "root" in plain.get("dataset", {})
     plain = {**plain, "dataset": {"judge_fraction": 0.0, **plain["dataset"]}} if "dataset" in plain and not is_own else plain
+    plain = {**plain, "training": {{"critic_draws": "noise_draws"}.get(key, key): value for key, value in plain["training"].items()}}
     training_type = plain["training"]["training_type"]
     if training_type not in TRAINING_KINDS:
         raise ValueError(f"training_type is {training_type!r}: expected one of {', '.join(TRAINING_KINDS)}")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from clips.own_videos import OwnVideos, VideosConfig
 from machine.seeds import Purpose
 from method.choices import require
-from method.settings import DataConfig
+from method.settings import DataConfig, PretrainConfig
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from network.text_encoder import split_words, vocabulary_with
 from training.config import Config
@@ -40,14 +40,14 @@ def check_clips_fit(config: Config) -> None:
     """Raise ValueError naming a clip that is too short for the training, or whose caption is too long for the text encoder."""
     assert isinstance(config.dataset, VideosConfig)
     training = config.training
+    has_clips = isinstance(training, PretrainConfig) and training.clip_steps > 0
+    longest = max(training.max_num_frames, training.clip_frames if has_clips else 0)
     for clip in (*OwnVideos(config.dataset).clips, *OwnVideos(config.dataset, "test").clips):
         num_frames, num_words = len(clip.frames), len(split_words(clip.caption))
         if num_frames < training.num_frames_per_block:
             raise ValueError(f"{clip.path} has {num_frames} frames, less than a block of {training.num_frames_per_block}: remove it")
-        if num_frames < training.max_num_frames:
-            raise ValueError(
-                f"{clip.path} has {num_frames} frames, less than training.max_num_frames={training.max_num_frames}: lower that and "
-                "training.min_num_frames, or remove the clip"
-            )
+        if num_frames < longest:
+            key = "max_num_frames" if longest == training.max_num_frames else "clip_frames"
+            raise ValueError(f"{clip.path} has {num_frames} frames, less than training.{key}={longest}: lower that, or remove the clip")
         expected = f"{num_words + 1} for the caption of {clip.path}"
         require(num_words < config.text.max_tokens, "text.max_tokens", config.text.max_tokens, expected)

@@ -44,4 +44,4 @@ def self_forcing_settings(optimizer: str, config: SelfForcingConfig) -> dict[str
     if not optimizer.endswith("_muon"):
         return {"betas": tuple(config.adam_betas), "weight_decay": config.weight_decay}
     momentum = config.muon_momentum if optimizer == "generator_muon" else config.critic_muon_momentum
-    return {"momentum": momentum, "weight_decay": config.weight_decay}
+    return {"momentum": momentum, "weight_decay": config.weight_decay / MUON_RATE}  # decay is by rate times weight_decay

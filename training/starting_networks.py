@@ -42,15 +42,14 @@ def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
     if type(stored.dataset) is not type(wanted.dataset):
         kinds = ("one's own videos" if isinstance(each.dataset, VideosConfig) else "Moving MNIST" for each in (stored, wanted))
         raise CheckpointError("{} was trained on {}, and this run is of {}: give a network of the same data set".format(path, *kinds))
-    words, asked_words = set(stored.text.words), set(wanted.text.words)
+    words, asked_words = stored.text.words, wanted.text.words
     if words != asked_words:
-        raise CheckpointError(
-            f"{path} was trained with other captions than those of this run, which do not share the words "
-            f"{', '.join(sorted(words ^ asked_words)[:8])}: give the same captions, or another file"
-        )
+        apart = sorted(set(words) ^ set(asked_words))[:8]
+        how = f"which do not share the words {', '.join(apart)}" if apart else "which have the same words in another order"
+        raise CheckpointError(f"{path} was trained with other captions than those of this run, {how}: give the same captions, or another file")
     found, asked = [], []
     for group, theirs, ours in groups:
-        keys = [key for key in vars(ours) if group != "dataset" or key in DATA_GEOMETRY]
+        keys = [key for key in vars(ours) if (group != "dataset" or key in DATA_GEOMETRY) and key != "vocabulary"]
         differing = [key for key in keys if getattr(theirs, key) != getattr(ours, key)]
         found += [f"{group}.{key}={getattr(theirs, key)}" for key in differing]
         asked += [f"{group}.{key}={getattr(ours, key)}" for key in differing]

@@ -233,6 +233,8 @@ def test_clips_too_short_and_captions_too_long_are_refused_by_name(tmp_path):
     assert with_vocabulary(run_config(tmp_path)).text.vocabulary == ["one", "three", "two"]
     with pytest.raises(ValueError, match=r"clip\d.gif has 4 frames, less than training.max_num_frames=6"):
         with_vocabulary(run_config(tmp_path, max_num_frames=6))
+    with pytest.raises(ValueError, match=r"clip\d.gif has 4 frames, less than training.clip_frames=6"):
+        with_vocabulary(run_config(tmp_path, clip_steps=5, clip_frames=6))
     with pytest.raises(ValueError, match=r"clip\d.gif has 4 frames, less than a block of 6: remove it"):
         with_vocabulary(run_config(tmp_path, num_frames_per_block=6, min_num_frames=6, max_num_frames=6))
     with pytest.raises(ValueError, match=r"text.max_tokens is 3: expected 4 for the caption of .*clip\d.gif"):

@@ -263,6 +263,8 @@ def test_classes_with_names_are_called_by_them_and_drawn_as_ever(generator):
     assert torch.equal(named.digits, generator.sample(0, range(20), 3).digits)
     assert all(names[digit] in caption.split() for digit, caption in zip(named.digits[:, 0].tolist(), named.captions, strict=True))
     assert torch.equal(named.video, generator.sample(0, range(20), 3).video)
+    later = MovingMNISTGenerator(DatasetConfig(class_names=names), "train").captions_of_any_stretch(0, range(20))
+    assert later == [f"the {names[digit]}" for digit in named.digits[:, 0].tolist()]  # no direction: it changes at the walls
 
 
 def test_dataset_serves_the_generators_videos(generator):

@@ -256,6 +256,13 @@ def test_schedules_say_what_holds_when():
     assert schedule.entries == ((0, "a 3: slowly"), (42, "a 7"), (45, "")) and schedule.changes() == {42: "a 7", 45: ""}
 
 
+@pytest.mark.parametrize("frame", [1, 3])
+def test_a_change_before_the_second_block_that_is_made_is_refused_in_one_line(frame: int):
+    schedule = PromptSchedule.parse(["0: a 7", f"{frame}: a 3"])
+    with pytest.raises(ValueError, match=f"at frame {frame}, but the first frame that is made is 3: give 'a 3' as the first prompt"):
+        schedule.check([3, 6, 9])
+
+
 def test_settings_leave_the_window_to_the_checkpoint(student: LoadedNetworks):
     assert SamplerSettings().make_plan(student.config.training).context == ContextWindow(21)
     trained = SelfForcingConfig(window_frames=9, sink_frames=3, hide_first_chunk=False)

@@ -249,6 +249,13 @@ def test_an_older_dict_without_a_field_gets_its_default():
     assert config_from_dict(plain) == Config(training=SelfForcingConfig(num_steps=9))
 
 
+def test_a_dict_of_before_keeps_its_noised_copies():
+    plain = config_to_dict(Config(training=SelfForcingConfig()))
+    plain["training"]["critic_draws"] = 3
+    del plain["training"]["noise_draws"]
+    assert config_from_dict(plain) == Config(training=SelfForcingConfig(noise_draws=3))
+
+
 def test_a_dict_of_another_version_or_kind_is_refused():
     plain = config_to_dict(Config(training=PretrainConfig()))
     with pytest.raises(TypeError, match="novelty"):

@@ -188,6 +188,8 @@ def test_under_muon_the_matrices_of_the_blocks_and_nothing_else_are_muons(loss: 
     stage.train_step(1)
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in stage.optimizers.items()}
     assert rates == pytest.approx({"generator": 1e-4, "generator_muon": 5e-4, "critic": 3e-4, "critic_muon": 1.5e-3})
+    decays = {name: rates[name] * optimizer.param_groups[0]["weight_decay"] for name, optimizer in stage.optimizers.items()}
+    assert decays["generator_muon"] == pytest.approx(decays["generator"]) and decays["critic_muon"] == pytest.approx(decays["critic"])
 
 
 def test_a_run_is_not_resumed_with_another_optimizer(teacher: Path):
