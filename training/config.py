@@ -240,10 +240,10 @@ def config_from_dict(plain: dict[str, Any]) -> Config:
     plain = {key: plain[key] for key in dict(plain) if key != "experiment" or plain[key] is not None}
     is_own = "root" in plain.get("dataset", {})
     plain = {**plain, "dataset": {"judge_fraction": 0.0, **plain["dataset"]}} if "dataset" in plain and not is_own else plain
-    plain = {**plain, "training": {{"critic_draws": "noise_draws"}.get(key, key): value for key, value in plain["training"].items()}}
     training_type = plain["training"]["training_type"]
     if training_type not in TRAINING_KINDS:
         raise ValueError(f"training_type is {training_type!r}: expected one of {', '.join(TRAINING_KINDS)}")
+    plain = {**plain, "training": {{"critic_draws": "noise_draws"}.get(key, key): value for key, value in plain["training"].items()}}
     parts = {
         "model": ModelConfig, "text": TextEncoderConfig, "dataset": VideosConfig if is_own else DatasetConfig,
         "training": TRAINING_KINDS[training_type], "wandb": WandbConfig,
