@@ -220,7 +220,8 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
 def test_captions_of_no_clip_are_counted(tmp_path):
     write_captions(write_clips(tmp_path, 2), {"clip0": "a", "clip1": "b", "clip7.gif": "c"})
     with pytest.warns(UserWarning, match="1 captions in .*captions.csv belong to no clip, such as that of clip7"):
-        read_clips(str(tmp_path), 8, 3)
+        clips = read_clips(str(tmp_path), 8, 3)
+    assert [(clip.name, clip.caption) for clip in clips] == [("clip0", "a"), ("clip1", "b")]
 
 
 def run_config(folder: Path, **changes: int) -> Config:
