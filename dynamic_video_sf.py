@@ -2,10 +2,8 @@
 
 Dimensions: B batch, F frames, C channels, H height, W width; a rollout makes F frames in blocks of `num_frames_per_block`.
 
-There is one rollout, `rollout_blocks` (Algorithm 1). Training, generation and evaluation call it; training adds an exit step and
-chooses the blocks that carry gradient. The bidirectional teacher, which makes all frames at once, has its own sampler.
-
-    python dynamic_video_sf.py    check the rollout and the losses on a small case
+There is one rollout, `rollout_blocks` (Algorithm 1): training, generation and evaluation call it. `python dynamic_video_sf.py` checks
+the rollout and the losses on a small case.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from torch import Tensor
 from machine.batch_random import BatchRandom
 from machine.paths import REPOSITORY
 from machine.seeds import Purpose, stream
-from method.choices import SWITCHES
+from method.choices import SWITCHES, require
 from method.diagnostics import mean_by_exit_step, score_figures
 from method.flow_matching import (
     add_noise,
@@ -66,8 +64,8 @@ def draw_noise(streams: list[np.random.Generator], shape: tuple[int, ...], devic
 
 
 def clamp_to_data(x_0: Tensor) -> Tensor:
-    """Clamp x_0 to [-1, 1] and pass the gradient straight through: the losses see what is shown, and a value outside the range is still
-    pulled back (static thresholding, arXiv 2205.11487, section 2.3; straight-through, arXiv 1308.3432)."""
+    """Clamp x_0 to [-1, 1] and pass the gradient straight through: a value outside the range is still pulled back (static thresholding,
+    arXiv 2205.11487, section 2.3; straight-through, arXiv 1308.3432)."""
     return x_0 + (x_0.clamp(-1, 1) - x_0).detach()
 
 
@@ -96,13 +94,11 @@ class PromptSwitch:
     null_prompt: PromptContext | None = None
 
     def __post_init__(self) -> None:
-        if self.how not in SWITCHES:
-            raise ValueError(f"switch is {self.how}: expected one of {', '.join(SWITCHES)}")
+        require(self.how in SWITCHES, "switch", self.how, f"one of {', '.join(SWITCHES)}")
 
 
 class Past:
-    """The blocks made so far under a prompt: the KV cache, and the frames that are still visible, from which the cache of another prompt
-    can be computed.
+    """The blocks made so far: the KV cache, and the frames still visible, from which the cache of another prompt can be computed.
 
     The pass that writes a finished block is deferred and fused with the first pass of the next block; `flush` runs it alone.
     """
@@ -116,7 +112,6 @@ class Past:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
         self.cache = self.model.new_cache(self.plan.context.window_frames, self.plan.context.sink_frames)
         self._deferred: tuple[Tensor, Tensor, PromptContext] | None = None  # a finished block as the cache is to see it
         self._sink: list[Tensor] = []  # the blocks, whole, that frames of the sink belong to
@@ -137,10 +132,10 @@ class Past:
         if switch.how != "reset":
             self.append(x_0)
         self.prompt = self._both_branches(switch.prompt, switch.null_prompt)
-        if switch.how == "recache":
-            self._encode_again()
         if switch.how == "reset":
             self.clear()
+        if switch.how == "recache":
+            self._encode_again()
 
     def _encode_again(self) -> None:
         """Compute the cache again under the prompt, from the frames that the next block sees, block by block as they were made:
@@ -219,17 +214,18 @@ def rollout_blocks(
     enters. first_frames: frames (B, F, C, H, W) before the first block, which only enter the cache, see `split_first_frames`.
     trace: a list that collects x_t of each block at every time.
     """
-    device, last_time = next(model.parameters()).device, len(plan.times) - 1
+    device, last_time, block_size = next(model.parameters()).device, len(plan.times) - 1, plan.num_frames_per_block
+    size_of_first = 1 if plan.context.independent_first_frame and first_frames is None else block_size
     past = Past(model, plan, streams, prompt, null_prompt)
     for frames in () if first_frames is None else split_first_frames(first_frames, plan):
         past.append(frames.to(device))
     for block in count() if num_blocks is None else range(num_blocks):
         if plan.context.hide_first_block and 0 < block == (num_blocks or 0) - 1:
-            past.forget_first(_block_frames(plan, 0, first_frames))
+            past.forget_first(size_of_first)
         exit_step = last_time if exit_steps is None else exit_steps[block]
         last_step = exit_step if finished is None else last_time
         # 1. Start from noise.
-        shape = (_block_frames(plan, block, first_frames), *model.config.frame_shape)
+        shape = (size_of_first if block == 0 else block_size, *model.config.frame_shape)
         x_t, walk = draw_noise(streams, shape, device), []
         for step in range(last_step + 1):
             walk.append(x_t)
@@ -260,11 +256,6 @@ def rollout_blocks(
             past.append(x_0.detach())
         else:
             past.append_and_switch(x_0.detach(), switch)
-
-
-def _block_frames(plan: RolloutPlan, block: int, first_frames: Tensor | None) -> int:
-    is_first_frame = plan.context.independent_first_frame and block == 0 and first_frames is None
-    return 1 if is_first_frame else plan.num_frames_per_block
 
 
 def split_first_frames(frames: Tensor, plan: RolloutPlan) -> tuple[Tensor, ...]:
@@ -323,14 +314,13 @@ class Rollout:
 class SelfForcingEngine:
     """The networks of Self-Forcing, their moving averages and the losses between them.
 
-    generator: the student, trained by `generator_loss`; generator_average: its moving average, which ships. real_score: the frozen
-    teacher. fake_score: the critic's network. critic: what `critic_loss` trains, which is fake_score, or with the GAN loss a
-    discriminator built on it. fake_average: the moving average of fake_score, which judges the generator: the error of a critic that
-    has just learned from one batch is larger than the difference between generator and teacher.
+    generator: the student; generator_average: its moving average, which ships. real_score: the frozen teacher. fake_score: the critic's
+    network. critic: what `critic_loss` trains, fake_score or with the GAN loss a discriminator built on it. fake_average: the moving
+    average of fake_score, which judges the generator: the error of a critic that has just learned from one batch is larger than the
+    difference between generator and teacher.
 
-    A training step makes videos, steps the generator's optimizer on its loss and the critic's on its own, and then calls
-    `update_averages`. The engine owns no optimizer and encodes prompts for its networks. All networks start as copies of `teacher`,
-    the generator of `start` if given. All randomness is drawn from `random`.
+    A training step (`training.stages`) makes videos, steps the optimizers of generator and critic on their losses, and calls
+    `update_averages`. All networks start as copies of `teacher`, the generator of `start` if given. All randomness is drawn from `random`.
     """
 
     def __init__(
@@ -350,7 +340,6 @@ class SelfForcingEngine:
         self.critic = Discriminator(self.fake_score).to(next(teacher.parameters()).device) if config.loss == "gan" else self.fake_score
 
     def networks(self) -> tuple[TinyCausalWanModel, ...]:
-        """All networks, trained or not."""
         return self.generator, self.fake_score, self.fake_average, self.real_score, self.generator_average
 
     def update_averages(self, num_critic_updates: int, num_generator_updates: int | None) -> None:
@@ -392,12 +381,22 @@ class SelfForcingEngine:
         exit makes blurred frames, and the window must continue what it continues at inference. They are freed as they leave the
         cache, so memory does not grow with first_frame if the cache rolls.
         """
-        config, last_step = self.config, len(self.plan.times) - 1
-        sizes = self._check_window(num_frames, first_frame, given)
-        num_earlier, num_given = first_frame // config.num_frames_per_block, 0 if given is None else 1  # blocks
+        config, last_step, block = self.config, len(self.plan.times) - 1, self.config.num_frames_per_block
+        check_num_frames("num_frames", num_frames, block, config.independent_first_frame)
+        sizes = config.context.block_sizes(num_frames, block)
+        if first_frame < 0 or first_frame % block:
+            raise ValueError(f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of {block}")
+        if given is not None and (first_frame or given.shape[1] != sizes[0] or len(sizes) == 1):
+            raise ValueError(f"{given.shape[1]} frames given: expected a first block of {sizes[0]}, first_frame 0 and a block behind it")
+        num_earlier, num_given = first_frame // block, 0 if given is None else 1  # blocks
         num_made = num_earlier + len(sizes) - num_given
         # 1. Draw the exit steps, one for all blocks or one each, and a seed for every video's noise.
-        exit_steps = self._draw_exit_steps(len(sizes), with_gradient)[num_given:]
+        if config.finish_blocks and not with_gradient:
+            exit_steps = [last_step] * len(sizes)  # as at inference: only finished videos are asked for
+        else:
+            num_exits = 1 if config.same_exit_step else len(sizes)
+            exit_steps = torch.randint(last_step + 1, (num_exits,), generator=self.random.generator).tolist() * (len(sizes) // num_exits)
+        exit_steps = exit_steps[num_given:]
         streams = make_noise_streams(self.random.seeds(len(prompt.pooled)))
         # 2. Roll out. Blocks before the window are dropped at once: memory must not grow with them.
         first_scored = max(num_frames - config.gradient_frames, 0)
@@ -419,33 +418,12 @@ class SelfForcingEngine:
             frame_exits = torch.tensor([[-1] * num_given + exit_steps] * len(x_0)).repeat_interleave(torch.tensor(sizes), 1)
             return Rollout(x_0, x_0[:, first_scored:], finished[:, first_scored:], exit_steps, frame_exits[:, first_scored:])
 
-    def _check_window(self, num_frames: int, first_frame: int, given: Tensor | None) -> list[int]:
-        """Frames of each block of the window. Raises ValueError for what does not fit blocks."""
-        block, config = self.config.num_frames_per_block, self.config
-        check_num_frames("num_frames", num_frames, block, config.independent_first_frame)
-        sizes = config.context.block_sizes(num_frames, block)
-        if first_frame < 0 or first_frame % block:
-            raise ValueError(f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of {block}")
-        if given is not None and (first_frame or given.shape[1] != sizes[0] or len(sizes) == 1):
-            raise ValueError(f"{given.shape[1]} frames given: expected a first block of {sizes[0]}, first_frame 0 and a block behind it")
-        return sizes
-
-    def _draw_exit_steps(self, num_blocks: int, with_gradient: bool) -> list[int]:
-        """Exit step of every block; the last step if only finished videos are asked for, as at inference."""
-        num_exits = 1 if self.config.same_exit_step else num_blocks
-        if self.config.finish_blocks and not with_gradient:
-            return [len(self.plan.times) - 1] * num_blocks
-        exits = torch.randint(len(self.plan.times), (num_exits,), generator=self.random.generator).tolist()
-        return exits * num_blocks if self.config.same_exit_step else exits
-
     def denoise_real(self, prompt: PromptContext, x_real: Tensor, with_gradient: bool) -> Rollout:
         """Noise real videos (B, F, C, H, W), every block to a random few-step time, and denoise them in one pass.
 
         The past that a block sees is noised too ("diffusion_forced": CausVid, arXiv 2412.07772, section 4.2) or clean
-        ("teacher_forced"): in both cases data, never what the generator made, which is what Self-Forcing changes.
-
-        A diffusion-forced block may also stay clean, as the published steps include 0: at that time inference writes finished blocks
-        into the cache. Its x_0 is x_real and carries no gradient, as x_0 = x_t - t v, and its exit step is -1.
+        ("teacher_forced"): in both cases data, never what the generator made, which is what Self-Forcing changes. A diffusion-forced
+        block may also stay clean, as the published steps include 0, the time of the cache: its x_0 = x_t - 0 v carries no gradient.
         """
         config, context, block, num_exits = self.config, self.config.context, self.config.num_frames_per_block, len(self.plan.times)
         is_teacher_forced = config.generator_inputs == "teacher_forced"
@@ -475,7 +453,7 @@ class SelfForcingEngine:
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss that pulls x_0 (B, F, C, H, W) toward the teacher's distribution, or with "gan" that of x_real; and its figures.
 
-        text, null_text: the prompts, and as many null prompts. frame_exits (B, F): if given, the figures include the mean loss at every
+        text, null_text: the prompts, and as many null prompts. frame_exits (B, F): if given, the figures include the mean loss at each
         exit step. The other figures: `score_figures` and dmd_gradient_norm, or with "gan" logit_distance.
         """
         if self.config.loss == "gan":
@@ -555,11 +533,9 @@ class SelfForcingEngine:
         """x_t and t, one time per video: uniform, shifted by score_time_shift, scaled into [min_score_time, max_score_time]. x_0 holds
         the batch noise_draws times.
 
-        Each time is uniform, but those of a batch are not independent: they are evenly spaced, all moved by one random number
-        (Variational Diffusion Models, arXiv 2107.00630, appendix I.1), so that every batch sees all noise levels.
-
-        The public code draws a timestep of 1000 and shifts it by 5 for both scores and the critic (its timestep_shift), then clamps
-        it into the interval. The default here departs from it: no shift, and never a clamp, which would heap times at the ends.
+        The times of a batch are evenly spaced, all moved by one random number (Variational Diffusion Models, arXiv 2107.00630, appendix
+        I.1), so that every batch sees all noise levels. The public code shifts them by 5 and clamps them into the interval; the default
+        here has no shift, and never a clamp, which would heap times at the ends.
         """
         low, high, copies = self.config.min_score_time, self.config.max_score_time, self.config.noise_draws
         num_videos = len(x_0) // copies

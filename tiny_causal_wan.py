@@ -16,6 +16,7 @@ from __future__ import annotations
 from machine import threads  # noqa: F401  before torch, which reads its settings once
 
 # isort: split
+import math
 import runpy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from machine.paths import REPOSITORY
+from method.choices import require
 from method.flow_matching import expand_time, velocity_from_x_0
 from network.attention import (
     WHOLE_PAST,
@@ -63,11 +65,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            numbers = list(value) if isinstance(value, (list, tuple)) else [value]
-            if any(number < 1 for number in numbers):
-                raise ValueError(f"model.{name} is {value}: expected at least 1")
-        if len(self.patch_size) != 3:
-            raise ValueError(f"model.patch_size is {list(self.patch_size)}: expected [temporal, height, width]")
+            require(min(value if name == "patch_size" else [value], default=1) >= 1, f"model.{name}", value, "at least 1")
+        require(len(self.patch_size) == 3, "model.patch_size", list(self.patch_size), "[temporal, height, width]")
         for axis, patch in zip(("height", "width"), self.patch_size[1:], strict=True):
             if self.frame_size % patch:
                 divisors = [n for n in range(1, min(self.frame_size, 64) + 1) if self.frame_size % n == 0]  # larger patches: no use
@@ -79,8 +78,7 @@ class ModelConfig:
             raise ValueError(
                 f"model.width {self.width} over model.num_heads {self.num_heads}: expected an even head size of at least 6"
             )
-        if self.channels not in (1, 3):
-            raise ValueError(f"model.channels is {self.channels}: expected 1 or 3")
+        require(self.channels in (1, 3), "model.channels", self.channels, "1 or 3")
 
     @property
     def frame_shape(self) -> tuple[int, int, int]:
@@ -92,13 +90,18 @@ class ModelConfig:
         return self.width // self.num_heads
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """(Y, X): patches of a frame."""
+        return self.frame_size // self.patch_size[1], self.frame_size // self.patch_size[2]
+
+    @property
     def tokens_per_patch_row(self) -> int:
         """N: tokens of one temporal patch."""
-        return (self.frame_size // self.patch_size[1]) * (self.frame_size // self.patch_size[2])
+        return math.prod(self.grid)
 
     @property
     def patch_values(self) -> int:
-        return self.channels * self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
+        return self.channels * math.prod(self.patch_size)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,6 @@ class PromptContext:
         )
 
     def repeat(self, times: int) -> PromptContext:
-        """The batch so many times, one behind the other."""
         return PromptContext(
             [keys.repeat(times, 1, 1, 1) for keys in self.keys], [values.repeat(times, 1, 1, 1) for values in self.values],
             self.mask.repeat(times, 1, 1, 1), self.pooled.repeat(times, 1),
@@ -203,15 +205,12 @@ class TinyCausalWanModel(nn.Module):
         self.head_modulation = nn.Parameter(torch.zeros(2, width))
         self.head = nn.Linear(width, config.patch_values)
         self._recomputes = self.is_compiled = False
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Xavier for the matrices; adaLN-zero (arXiv 2212.09748): every block starts as the identity up to cross-attention."""
+        # Xavier for the matrices; adaLN-zero (arXiv 2212.09748): every block starts as the identity up to cross-attention.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.view(self.config.width, -1))
+        nn.init.xavier_uniform_(self.patch_embedding.weight.view(width, -1))
         nn.init.zeros_(self.time_projection[1].weight)
         nn.init.zeros_(self.head.weight)
         for block in self.blocks:
@@ -231,10 +230,9 @@ class TinyCausalWanModel(nn.Module):
     def cast_products(self, dtype: torch.dtype) -> None:
         """Store the weights of matrix products in the format in which autocast multiplies them: no pass casts them again, and videos stay
         the same, bit for bit. Only for generation: training needs the full precision."""
-        for part in (self.text_embedding, self.blocks, self.head):
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    module.to(dtype)
+        for module in (*self.text_embedding.modules(), *self.blocks.modules(), self.head):
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
 
     def quantize_products(self, dtype: torch.dtype) -> None:
         """From now on run the blocks' matrix products in 8-bit integers, with results in dtype. Only for generation."""
@@ -242,12 +240,10 @@ class TinyCausalWanModel(nn.Module):
 
     def new_cache(self, window_frames: int | None = None, sink_frames: int = 0) -> KVCache:
         """An empty cache for this network. Raises ValueError if a window or a sink splits a temporal patch."""
-        config, patch = self.config, self.config.patch_size[0]
+        config = self.config
         self._check_frames(window=window_frames, sink=sink_frames or None)
-        return KVCache(
-            config.num_layers, config.num_heads, config.tokens_per_patch_row, patch, config.head_size, config.rope_theta, window_frames,
-            sink_frames, self.is_compiled,
-        )
+        sizes = (config.num_layers, config.num_heads, config.tokens_per_patch_row, config.patch_size[0], config.head_size)
+        return KVCache(*sizes, config.rope_theta, window_frames, sink_frames, self.is_compiled)
 
     def encode_prompt(self, text: Tensor, text_mask: Tensor) -> PromptContext:
         """Per-prompt work, done once: text (B, L, text_width) and its mask (B, L) from `TextEncoder`."""
@@ -306,8 +302,8 @@ class TinyCausalWanModel(nn.Module):
     def write_and_forward(self, x: Tensor, t_x: Tensor, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> Tensor:
         """`write_cache` of a finished block x at t_x, then `forward_cached` of the next, x_t at t, without gradient. In one pass if the
         cache allows it: the finished block does not see the next one, and for a small network one larger pass is cheaper."""
-        for block in (x, x_t):
-            self._check_block(block, cache)
+        self._check_block(x, cache)
+        self._check_block(x_t, cache)
         num_frames = x.shape[1]
         if not cache.make_room_for_two(num_frames, x_t.shape[1]):
             self.write_cache(x, t_x, prompt, cache)
@@ -373,45 +369,37 @@ class TinyCausalWanModel(nn.Module):
         expand_time(t, x_t)  # refuses a t that is not (B, F); frames that share a temporal patch share its first frame's t
         if self.is_compiled:
             prompt.serve_every_length()
-        pt, ph, pw = self.config.patch_size
-        grid = (self.config.frame_size // ph, self.config.frame_size // pw)
-        num_rows = x_t.shape[1] // pt // num_copies
-        cos, sin = rope_angles(grid, self.config.head_size, self.config.rope_theta, first_frame // pt, num_rows, x_t.device)
+        config, patch = self.config, self.config.patch_size[0]
+        num_rows = x_t.shape[1] // patch // num_copies
+        cos, sin = rope_angles(config.grid, config.head_size, config.rope_theta, first_frame // patch, num_rows, x_t.device)
         return (cos, sin) if num_copies == 1 else (cos.repeat(num_copies, 1), sin.repeat(num_copies, 1))
 
     def _pass(
         self, x_t: Tensor, t: Tensor, prompt: PromptContext, rope: Rope, attends: list[Attend], has_head: bool = True
     ) -> Tensor:
         """One pass, which `compile_passes` compiles in one piece: v (B, F, C, H, W), or without the head tokens (B, T, N, D)."""
-        # 1. Patches, time and prompt to tokens and modulation.
-        x, embedded_time, modulations = self._embed(x_t, t, prompt.pooled)
+        config = self.config
+        # 1. Patches to tokens (B, T, N, D), time and prompt to an embedding (B, T, D) and each layer's modulation (B, T, 6, D).
+        x = self.patchify(x_t)
+        with torch.autocast(x_t.device.type, enabled=False):  # times and modulation stay in float32
+            embedded_time = self.time_embedding(sinusoidal_embedding(t[:, ::config.patch_size[0]], config.width))
+            embedded_time = embedded_time + prompt.pooled.float()[:, None]
+            modulation = self.time_projection(embedded_time).unflatten(-1, (1, 6, config.width))  # (B, T, 1, 6, D)
+            own = torch.stack([block.modulation for block in self.blocks])  # (layers, 6, D)
+            own[:, 1::3] += 1  # the 1 of both 1 + scale
+            modulations = (modulation + own).unbind(2)  # all layers in one sum
         # 2. The blocks.
         for layer, block in enumerate(self.blocks):
             inputs = (x, modulations[layer], rope, prompt.keys[layer], prompt.values[layer], prompt.mask, attends[layer])
             x = recomputed(block, *inputs) if self._recomputes and torch.is_grad_enabled() else block(*inputs)
         if not has_head:
             return x
-        # 3. The head, on the rows that the last layer attended for.
+        # 3. The modulated head, which predicts x_0, on the rows that the last layer attended for.
         first_row = embedded_time.shape[1] - x.shape[1]
-        first_frame = first_row * self.config.patch_size[0]
-        return self._read_out(x, embedded_time[:, first_row:], x_t[:, first_frame:], t[:, first_frame:])
-
-    def _embed(self, x_t: Tensor, t: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Tokens (B, T, N, D), time embedding (B, T, D) and each layer's modulation (B, T, 6, D)."""
-        x = self.patchify(x_t)
-        with torch.autocast(x_t.device.type, enabled=False):  # times and modulation stay in float32
-            embedded_time = self.time_embedding(sinusoidal_embedding(t[:, ::self.config.patch_size[0]], self.config.width))
-            embedded_time = embedded_time + pooled.float()[:, None]
-            modulation = self.time_projection(embedded_time).unflatten(-1, (1, 6, self.config.width))  # (B, T, 1, 6, D)
-            own = torch.stack([block.modulation for block in self.blocks])  # (layers, 6, D)
-            own[:, 1::3] += 1  # the 1 of both 1 + scale
-            return x, embedded_time, (modulation + own).unbind(2)  # all layers in one sum
-
-    def _read_out(self, x: Tensor, embedded_time: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """v (B, F, C, H, W) from the last block's tokens: the modulated head, which predicts x_0."""
-        shift, scale = (embedded_time[:, :, None] + self.head_modulation).unsqueeze(3).unbind(2)  # (B, T, 1, D)
+        first_frame = first_row * config.patch_size[0]
+        shift, scale = (embedded_time[:, first_row:, None] + self.head_modulation).unsqueeze(3).unbind(2)  # (B, T, 1, D)
         x_0 = self.unpatchify(self.head(self.head_norm(x) * (1 + scale) + shift).float())
-        return velocity_from_x_0(x_t.float(), x_0, t)
+        return velocity_from_x_0(x_t[:, first_frame:].float(), x_0, t[:, first_frame:])
 
     def patchify(self, video: Tensor) -> Tensor:
         """Video (B, F, C, H, W) to embedded tokens (B, T, N, D): the Conv3d, whose patches do not overlap, as one product."""
@@ -422,10 +410,8 @@ class TinyCausalWanModel(nn.Module):
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Patch values (B, T, N, C pt ph pw) to video (B, F, C, H, W)."""
         pt, ph, pw = self.config.patch_size
-        return rearrange(
-            tokens, "b t (y x) (c pt ph pw) -> b (t pt) c (y ph) (x pw)",
-            y=self.config.frame_size // ph, c=self.config.channels, pt=pt, ph=ph, pw=pw,
-        )
+        sizes = {"y": self.config.grid[0], "c": self.config.channels, "pt": pt, "ph": ph, "pw": pw}
+        return rearrange(tokens, "b t (y x) (c pt ph pw) -> b (t pt) c (y ph) (x pw)", **sizes)
 
 
 if __name__ == "__main__":

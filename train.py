@@ -1,7 +1,7 @@
 """Train: `python train.py` for Self-Forcing (default), `python train.py training=pretrain` for the teacher.
 
-Every key can be overridden on the command line, such as `training.num_steps=2000 training.lr=1e-4`; `python train.py
---help` shows them all. Each run has a folder of its own under `logs/training/`.
+Every key can be overridden, such as `training.num_steps=2000`; `python train.py --help` shows them all. Each run has its own folder
+under `logs/training/`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ from training.checkpoint import CheckpointError, checkpoint_config, load_checkpo
 from training.config import Config, build_config, check_choices, config_to_dict, explain_command_line, explain_refusal, register_schemas
 from training.data import open_data, with_vocabulary
 from training.distributed import ONE_PROCESS, Processes, losses_named, mean_figures, processes_of_environment
-from training.few_step_stage import FewStepStage
+from training.few_step import FewStepStage
+from training.resumable import Sampler, Stage
 from training.resume import (
     RunClaim,
     RunFinished,
@@ -55,22 +56,21 @@ from training.resume import (
 )
 from training.run_log import RunLog, SilentLog, draw_curves, make_run_folder, point_to_latest
 from training.sharding import whole
-from training.stages import PretrainStage, Sampler, SelfForcingStage, Stage, rate_factor
+from training.stages import PretrainStage, SelfForcingStage, rate_factor
 from training.starting_networks import check_same_networks
 from training.watchdog import Watchdog
 
 NUM_SHOWN = 6  # prompts in the sample sheets
 EVAL_BATCH = 32
-RATE_LEAP = 1.5  # how far rates may rise unsaid where a run goes on
+RATE_LEAP = 1.5  # factor by which a resumed run's rates may rise without a word
 MIN_JUDGED_FRAMES = 3  # a track needs as many
 REPORTED = {
     "frames_right": "frames right", "one_class": "one class throughout", "track_within_1px": "track within 1 px",
     "direction_obeyed": "direction obeyed",
 }
-STAGES = {
-    "pretrain": PretrainStage, "dmd2": SelfForcingStage, "causal_ode": FewStepStage, "causal_consistency": FewStepStage,
-}
+STAGES = {"pretrain": PretrainStage, "dmd2": SelfForcingStage, "causal_ode": FewStepStage, "causal_consistency": FewStepStage}
 BAR_FIGURES = ("loss_bidirectional", "loss_causal", "loss_generator", "loss_critic", "loss_few_step", "score_distance")
+ALL_DONE = "all steps were done; samples and figures of the finished network are left out"
 
 
 class TrainingDiverged(RuntimeError):
@@ -78,11 +78,10 @@ class TrainingDiverged(RuntimeError):
 
 
 class SimplifiedTrainer:
-    """The loop of a run: counts steps, logs, samples and saves; what a step is, its stage knows.
+    """The loop of a run: counts steps, logs, samples and saves; the stage defines one training step.
 
-    `train()` returns the folder of the run. Raises TrainingDiverged, CheckpointError, ValueError and OSError, each with
-    one line that says what to do; RunInterrupted after SIGTERM or Ctrl-C, with everything saved; RunFinished where
-    training.resume=auto finds nothing left to do.
+    Raises TrainingDiverged, CheckpointError, ValueError and OSError, each with one line that says what to do; RunInterrupted after
+    SIGTERM or Ctrl-C, with everything saved; RunFinished where training.resume=auto finds nothing left to do.
     """
 
     def __init__(self, config: Config, processes: Processes = ONE_PROCESS):
@@ -110,20 +109,21 @@ class SimplifiedTrainer:
         self.judge = self._load_judge()
         self.fixed_prompts: FixedPrompts | None = None
         if self.judge is not None and self.health_interval > 0 and isinstance(self.stage, SelfForcingStage):
-            self.fixed_prompts = FixedPrompts(self.judge, config.dataset, config.training.max_num_frames, partial(self._sample, self.stage.live()))
+            draw_videos = partial(self._sample, self.stage.live())
+            self.fixed_prompts = FixedPrompts(self.judge, config.dataset, config.training.max_num_frames, draw_videos)
         held_out = open_data(config.dataset, "test", purpose=Purpose.RUN_SAMPLE)
         self.shown = held_out.sample(0, range(NUM_SHOWN), config.training.max_num_frames)
         self.folder = processes.from_first(lambda: make_run_folder(Path(config.log_dir), config.run_name))
         if processes.is_first:
             self.claim.add(self.folder)
-        self.attempts = [*([] if start is None else [folder.name for folder in start.attempts]), self.folder.name]
-        self.log = self._start_log(None if start is None else start.checkpoint.get("wandb_run_id"))
+        self.attempts = [*(folder.name for folder in (start.attempts if start else ())), self.folder.name]
+        self.log = self._start_log(start.checkpoint.get("wandb_run_id") if start else None)
 
     def _choose_format(self, runtime: Runtime, start: Start | None) -> torch.dtype:
-        """The format of this run: that of the run that it resumes where precision=auto, and said in one line where it changes."""
-        if start is None or "runtime" not in start.checkpoint:  # earlier versions stored none
-            return runtime.dtype
-        stored = start.checkpoint["runtime"]["precision"]
+        """The format of this run: with precision=auto that of the run that it resumes. Says in one line where the format changes."""
+        stored = runtime.precision
+        if start is not None and "runtime" in start.checkpoint:  # earlier versions stored none
+            stored = start.checkpoint["runtime"]["precision"]
         if stored != runtime.precision and self.config.precision == "auto":
             print(f"resumes in {stored}, the format of {start.path}, where precision=auto would now choose {runtime.precision}")
             return PRECISIONS[stored]
@@ -191,16 +191,13 @@ class SimplifiedTrainer:
             raise CheckpointError(f"{path} does not hold what resuming needs ({reason}): give an untouched checkpoint of a run") from error
         if self.first_step >= self.config.training.num_steps:
             raise ValueError(f"{path} stands at step {self.first_step}: set training.num_steps above it to go on")
-        self._say_if_rates_leap(path, stored.training.num_steps)
         self.last_checkpoint = path
-
-    def _say_if_rates_leap(self, path: Path, num_steps_then: int) -> None:
-        """The decay belongs to the end of a run: with more steps than before, rates that had fallen rise again."""
-        training, last = self.config.training, self.first_step - 1
-        then, now = (rate_factor(replace(training, num_steps=steps), last) for steps in (num_steps_then, training.num_steps))
+        # The decay belongs to the end of a run: with more steps than before, rates that had fallen rise again.
+        training, then_steps = self.config.training, stored.training.num_steps
+        then, now = (rate_factor(replace(training, num_steps=steps), self.first_step - 1) for steps in (then_steps, training.num_steps))
         if now > RATE_LEAP * then:
             self._say(
-                f"{path} is of a run of {num_steps_then} steps, whose rates had fallen to {then:.2g} of training.lr; with "
+                f"{path} is of a run of {then_steps} steps, whose rates had fallen to {then:.2g} of training.lr; with "
                 f"training.num_steps={training.num_steps} they go on from {now:.2g} of it: a lower training.lr goes on more gently"
             )
 
@@ -218,23 +215,27 @@ class SimplifiedTrainer:
                 if self.processes.is_first:
                     point_to_latest(Path(self.config.log_dir) / "checkpoint_final.pt", self.folder / "checkpoint_final.pt")
             reason = self._agree({}, stop)[1]
-            if reason is not None:
-                self._say(f"{reason}: all steps were done; samples and figures of the finished network are left out")
-            if reason is not None or not self.samples_here:
-                return self.folder
-            self._show_samples(training.num_steps)
-            verdict = self.watchdog.verdict()
-            self.log.verdict(verdict)
+            if reason is None and self.samples_here:
+                self._show_samples(training.num_steps)
+                self.log.verdict(self.watchdog.verdict())
         except OSError as error:
             raise OSError(f"{error}: stopped; {self._kept()}") from error
         finally:
             self.log.close()
             self.claim.release()
-        self._say(f"trained {training.num_steps - self.first_step} steps in {(time.perf_counter() - start) / 60:.1f} minutes")
-        self._report_quality()
-        if verdict:
-            self._say(verdict)
+        if reason is not None:
+            self._say(f"{reason}: {ALL_DONE}")
+        elif self.samples_here:
+            self._say(f"trained {training.num_steps - self.first_step} steps in {(time.perf_counter() - start) / 60:.1f} minutes")
+            self._report_quality()
+            if verdict := self.watchdog.verdict():
+                self._say(verdict)
         return self.folder
+
+    @property
+    def is_complete(self) -> bool:
+        """Are all steps done and saved?"""
+        return self.last_checkpoint == self.folder / "checkpoint_final.pt"
 
     def _run_steps(self, stop: StopRequest, start: float) -> None:
         """The steps that are left, with what is due between them. start: when the run began, in seconds of `time.perf_counter`."""
@@ -245,8 +246,9 @@ class SimplifiedTrainer:
                   mininterval=1, dynamic_ncols=True, disable=not self.processes.is_first) as bar:
             for step in bar:
                 figures, reason = self._agree(self.stage.train_step(step), stop)
-                self._check_finite(step, figures)
-                figures |= self._read_fixed_prompts(step)
+                for name, value in figures.items():
+                    if not math.isfinite(value):
+                        raise self._diverged(f"{name} is {value} at step {step}")
                 self._watch(step, figures)
                 unlogged |= figures
                 if (step + 1) % training.log_interval == 0 or step + 1 == training.num_steps or reason is not None:
@@ -265,31 +267,19 @@ class SimplifiedTrainer:
         if self.processes.is_first:
             print(words)
 
-    def _read_fixed_prompts(self, step: int) -> dict[str, float]:
-        """What the judge reads in the live generator's videos of the fixed prompts: where it starts, at intervals, at the end."""
-        if self.fixed_prompts is None or not self._reads_after(step + 1):
-            return {}
-        self._check_weights(step + 1)
-        return self.fixed_prompts.read()
-
-    def _reads_after(self, finished: int) -> bool:
-        interval = self.health_interval
-        return interval > 0 and (finished == 1 or finished % interval == 0 or finished == self.config.training.num_steps)
-
     def _watch(self, step: int, figures: dict[str, float]) -> None:
-        """Say what the watchdog sees, and keep the checkpoint of the best reading of the fixed prompts, but for the last one's."""
+        """At the start, at intervals and at the end add to the figures what the judge reads in the live generator's videos of the fixed
+        prompts. Say what the watchdog sees, and keep the checkpoint of the best reading but for the last one's."""
+        finished, interval, num_steps = step + 1, self.health_interval, self.config.training.num_steps
+        is_due = interval > 0 and (finished == 1 or finished % interval == 0 or finished == num_steps)
+        if is_due and self.fixed_prompts is not None:
+            self._check_weights(finished)
+            figures |= self.fixed_prompts.read()
         for line in self.watchdog.observe(step, figures):
             if self.processes.is_first:
                 tqdm.write(line)
-        if not self._reads_after(step + 1) or step + 1 == self.config.training.num_steps:
-            return
-        if self.processes.from_first(lambda: "frames_right" in figures and self.watchdog.is_best):
-            self._save(self.folder / "checkpoint_best.pt", step + 1)
-
-    def _check_finite(self, step: int, figures: dict[str, float]) -> None:
-        bad = [name for name, value in figures.items() if not math.isfinite(value)]
-        if bad:
-            raise self._diverged(f"{bad[0]} is {figures[bad[0]]} at step {step}")
+        if is_due and finished < num_steps and self.processes.from_first(lambda: "frames_right" in figures and self.watchdog.is_best):
+            self._save(self.folder / "checkpoint_best.pt", finished)
 
     def _diverged(self, finding: str) -> TrainingDiverged:
         return TrainingDiverged(f"{finding}: stopped; {self._kept()}. Try a lower learning rate")
@@ -298,22 +288,19 @@ class SimplifiedTrainer:
         return f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint was due yet"
 
     def _at_intervals(self, step: int, stop_reason: str | None) -> None:
-        """What is due after `step` finished steps, the checkpoint first; the end of the run has its own.
-
-        Raises RunInterrupted, once the checkpoint is written, where the run is asked to stop.
-        """
+        """What is due after `step` finished steps but the last, the checkpoint first. Raises RunInterrupted, once that is written, if the
+        run is asked to stop."""
         training = self.config.training
         if step == training.num_steps:
             return
-        is_asked_to_stop = stop_reason is not None
-        if is_asked_to_stop or (training.checkpoint_interval and step % training.checkpoint_interval == 0):
+        if stop_reason is not None or (training.checkpoint_interval and step % training.checkpoint_interval == 0):
             path = self.folder / f"checkpoint_{step:07d}.pt"
             self._save(path, step)
             if self.processes.is_first:
                 self._interval_checkpoints.append(path)
             while len(self._interval_checkpoints) > training.keep_last:
                 self._interval_checkpoints.pop(0).unlink(missing_ok=True)
-        if is_asked_to_stop:
+        if stop_reason is not None:
             raise RunInterrupted(f"{stop_reason}: stopped after {step} of {training.num_steps} steps, saved {self.last_checkpoint}")
         if training.sample_interval and step % training.sample_interval == 0 and self.samples_here:
             self._check_weights(step)
@@ -330,14 +317,14 @@ class SimplifiedTrainer:
         own_states = global_random_states()
         checkpoint = {
             "step": step, "training_type": self.config.training.training_type, "config": config_to_dict(self.config),
-            **self.stage.state_dict(), "runtime": self._facts_of_runtime(), "global_random_states": own_states, "wandb_run_id": self.log.wandb_run_id,
-            "attempts": self.attempts, "watchdog": self.watchdog.state_dict(),
+            **self.stage.state_dict(), "runtime": self._facts_of_runtime(), "global_random_states": own_states,
+            "wandb_run_id": self.log.wandb_run_id, "attempts": self.attempts, "watchdog": self.watchdog.state_dict(),
         }
         if self.processes.count > 1:
             checkpoint["random_states_by_process"] = self.processes.gather(own_states)
         if self.processes.is_first:
             save_checkpoint(path, checkpoint)
-        self.processes.gather(None)  # none goes on, or ends, before the file is whole
+        self.processes.gather(None)  # none continues, or ends, before the file is whole
         self.last_checkpoint = path
 
     def _show_samples(self, step: int) -> None:
@@ -348,10 +335,10 @@ class SimplifiedTrainer:
         if not self.processes.is_first:
             return
         groups = [("real", to_display(self.shown.video))] + [(name, to_display(video.cpu())) for name, video in samples.items()]
-        folder = self.folder / "samples"
-        comparison_sheet(folder / f"step_{step:07d}.png", groups, self.shown.captions)
-        comparison_gif(folder / f"step_{step:07d}.gif", groups, self.shown.captions)
-        self.log.media(step, "samples", folder / f"step_{step:07d}.png")
+        sheet = self.folder / "samples" / f"step_{step:07d}.png"
+        comparison_sheet(sheet, groups, self.shown.captions)
+        comparison_gif(sheet.with_suffix(".gif"), groups, self.shown.captions)
+        self.log.media(step, "samples", sheet)
 
     def _sample(self, sampler: Sampler, prompts: list[str], seeds: list[int], num_frames: int) -> torch.Tensor:
         return sample(sampler, prompts, seeds, num_frames, self.runtime)
@@ -365,14 +352,11 @@ class SimplifiedTrainer:
         prompts = held_out.captions(0, range(training.eval_videos))
         seeds = video_seeds(0, range(training.eval_videos), Purpose.RUN_FIGURES_NOISE)
         digits, directions = facts_of_prompts(prompts)
-        videos: dict[str, list[torch.Tensor]] = {}
-        for first in range(0, len(prompts), EVAL_BATCH):
-            part = slice(first, first + EVAL_BATCH)
-            for name, sampler in self.stage.shown().items():
-                videos.setdefault(name, []).append(self._sample(sampler, prompts[part], seeds[part], training.max_num_frames))
+        parts = [slice(first, first + EVAL_BATCH) for first in range(0, len(prompts), EVAL_BATCH)]
         self._say(self.judge.describe())
-        for name, parts in videos.items():
-            summary = summarise(score_videos(self.judge, torch.cat(parts), digits, directions, dataset))
+        for name, sampler in self.stage.shown().items():
+            videos = [self._sample(sampler, prompts[part], seeds[part], training.max_num_frames) for part in parts]
+            summary = summarise(score_videos(self.judge, torch.cat(videos), digits, directions, dataset))
             figures = ", ".join(f"{title} {summary[key]:.3f}" for key, title in REPORTED.items() if key in summary)
             self._say(f"{name:>20}: {figures} ({len(prompts)} videos)")
 
@@ -396,18 +380,13 @@ def find_common_start(config: Config, processes: Processes) -> Start | None:
 register_schemas()
 
 
-def command_to_go_on(overrides: list[str]) -> str:
-    """The shell command that goes on with the run of these overrides."""
-    kept = [override for override in overrides if not override.startswith("training.resume=")]
-    return shlex.join(["python", "train.py", *kept, "training.resume=auto"])
-
-
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(composed: DictConfig) -> None:
-    processes = ONE_PROCESS
+    processes, trainer = ONE_PROCESS, None
     try:
         processes = processes_of_environment()
-        SimplifiedTrainer(build_config(composed), processes).train()
+        trainer = SimplifiedTrainer(build_config(composed), processes)
+        trainer.train()
         processes.leave()
     except RunFinished as finished:
         if processes.is_first:
@@ -415,13 +394,17 @@ def main(composed: DictConfig) -> None:
         return
     except RunInterrupted as interrupted:
         if processes.may_speak():
-            print(f"{interrupted}; go on with: {command_to_go_on(list(HydraConfig.get().overrides.task))}", file=sys.stderr)
+            kept = [override for override in HydraConfig.get().overrides.task if not override.startswith("training.resume=")]
+            print(f"{interrupted}; go on with: {shlex.join(['python', 'train.py', *kept, 'training.resume=auto'])}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except (TrainingDiverged, ValueError, OSError, ImportError, OmegaConfBaseException) as error:
         reason = explain_command_line(error, sys.argv[1:]) if isinstance(error, OmegaConfBaseException) else error
         sys.exit(f"error: {reason}" if processes.may_speak() else 1)
-    except KeyboardInterrupt as stopped:
-        print(str(stopped) or "interrupted; training.resume=auto goes on from the newest checkpoint, where there is one", file=sys.stderr)
+    except KeyboardInterrupt:
+        if trainer is not None and trainer.is_complete:
+            print(f"Ctrl-C: {ALL_DONE}")
+            return
+        print("interrupted; training.resume=auto goes on from the newest checkpoint, where there is one", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 
 

@@ -75,8 +75,10 @@ def split_rows(labels: np.ndarray, test_fraction: float, judge_fraction: float, 
         num_test, num_judge = (max(round(share * len(rows)), 1 if share > 0 else 0) for share in (test_fraction, judge_fraction))
         parts = {"test": order[:num_test], "judge": order[num_test: num_test + num_judge], "train": order[num_test + num_judge:]}
         if len(rows) > 0 and len(parts[split]) == 0:
-            raise ValueError(f"{len(rows)} digits of class {digit} leave none for split {split!r} with dataset.test_fraction={test_fraction} and "
-                             f"dataset.judge_fraction={judge_fraction}: lower the fractions, or raise the one of this split above 0")
+            raise ValueError(
+                f"{len(rows)} digits of class {digit} leave none for split {split!r} with dataset.test_fraction={test_fraction} and "
+                f"dataset.judge_fraction={judge_fraction}: lower the fractions, or raise the one of this split above 0"
+            )
         chosen.append(rows[parts[split]])
     return np.sort(np.concatenate(chosen))
 

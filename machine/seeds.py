@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 MAX_SEED = 2**64 - 1
-_STATE_BYTES, _WORDS, _FIRST_WORD = 5056, 624, 24  # of the state of torch's CPU generator: its size, and where the Mersenne twister's words lie
+_STATE_BYTES, _WORDS, _FIRST_WORD = 5056, 624, 24  # of the state of torch's CPU generator: its size, and its Mersenne twister's words
 
 
 class Purpose(IntEnum):

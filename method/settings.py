@@ -97,39 +97,33 @@ class TrainingConfig(ABC):
 
     def __post_init__(self) -> None:
         own_type = type(self).training_type
-        require(self.training_type == own_type, "training.training_type", self.training_type, f"{own_type}, which training= has chosen")
+        self.check("training_type", self.training_type == own_type, f"{own_type}, which training= has chosen")
         for name in ("num_steps", "batch_size", "num_frames_per_block", "teacher_steps", "log_interval", "keep_last", "accumulation_steps"):
-            value = getattr(self, name)
-            require(value >= 1, f"training.{name}", value, "at least 1")
+            self.check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("sample_interval", "checkpoint_interval", "eval_videos"):
-            value = getattr(self, name)
-            require(value >= 0, f"training.{name}", value, "0 (off) or more")
+            self.check(name, getattr(self, name) >= 0, "0 (off) or more")
         for name in ("lr", "time_shift", "clip_norm"):
-            value = getattr(self, name)
-            require(0 < value < float("inf"), f"training.{name}", value, "a positive number")
-        require(self.sharding in SHARDINGS, "training.sharding", self.sharding, f"one of {', '.join(SHARDINGS)}")
-        require(0 <= self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "a number in [0, 1]")
-        for name in ("teacher_eta", "teacher_ink_kept"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"training.{name}", value, "a number in [0, 1]")
-        require(0 <= self.ema_decay < 1, "training.ema_decay", self.ema_decay, "a number in [0, 1)")
+            self.check(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        self.check("sharding", self.sharding in SHARDINGS, f"one of {', '.join(SHARDINGS)}")
+        for name in ("decay_fraction", "teacher_eta", "teacher_ink_kept"):
+            self.check(name, 0 <= getattr(self, name) <= 1, "a number in [0, 1]")
+        self.check("ema_decay", 0 <= self.ema_decay < 1, "a number in [0, 1)")
         for name in ("guidance", "teacher_guidance"):
-            value = getattr(self, name)
-            require(value >= 0, f"training.{name}", value, "0 or more (1 is no guidance)")
+            self.check(name, getattr(self, name) >= 0, "0 or more (1 is no guidance)")
         if self.resume is None:  # as earlier versions stored it
             self.resume = "never"
         require(self.resume != "", "training.resume", "empty", "never, auto or the path of a checkpoint")
         for name in ("min_num_frames", "max_num_frames"):
             check_num_frames(f"training.{name}", getattr(self, name), self.num_frames_per_block, self.independent_first_frame)
-        require(
-            self.min_num_frames <= self.max_num_frames, "training.min_num_frames", self.min_num_frames,
-            f"at most training.max_num_frames={self.max_num_frames}",
-        )
+        at_most = f"at most training.max_num_frames={self.max_num_frames}"
+        self.check("min_num_frames", self.min_num_frames <= self.max_num_frames, at_most)
         self.context.check(self.num_frames_per_block, "training.")
-        require(
-            self.sink_frames == 0 or self.window_frames is not None, "training.sink_frames", self.sink_frames,
-            "0 where training.window_frames is not given, as every frame stays visible then",
-        )
+        no_window = "0 where training.window_frames is not given, as every frame stays visible then"
+        self.check("sink_frames", self.sink_frames == 0 or self.window_frames is not None, no_window)
+
+    def check(self, name: str, condition: bool, expected: str) -> None:
+        """Raise ValueError naming the setting, its value and what was expected, unless the condition holds."""
+        require(condition, f"training.{name}", getattr(self, name), expected)
 
     @property
     def context(self) -> ContextWindow:
@@ -173,22 +167,19 @@ class PretrainConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.pretrained_checkpoint != "", "training.pretrained_checkpoint", "empty", "a path, or null for none")
-        require(self.objective in OBJECTIVES, "training.objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
+        self.check("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
         for name in ("prompt_dropout", "clean_prefix_probability", "bidirectional_share"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"training.{name}", value, "a number in [0, 1]")
-        require(self.clip_steps >= 0, "training.clip_steps", self.clip_steps, "0 (none) or more")
-        require(self.clip_batch_size >= 1, "training.clip_batch_size", self.clip_batch_size, "at least 1")
+            self.check(name, 0 <= getattr(self, name) <= 1, "a number in [0, 1]")
+        self.check("clip_steps", self.clip_steps >= 0, "0 (none) or more")
+        self.check("clip_batch_size", self.clip_batch_size >= 1, "at least 1")
         if self.clip_steps:
             check_num_frames("training.clip_frames", self.clip_frames, self.num_frames_per_block, self.independent_first_frame)
-        require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "0 or more")
-        require(
-            0 <= self.digit_variation <= MAX_VARIATION, "training.digit_variation", self.digit_variation, f"0 (none) to {MAX_VARIATION}",
-        )
-        require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
-        require(self.muon_lr > 0, "training.muon_lr", self.muon_lr, "a positive number")
-        require(not self.compile or self.sharding == "none", "training.compile", True, f"false with training.sharding={self.sharding}")
-        require(0 < self.loss_time_floor <= 1, "training.loss_time_floor", self.loss_time_floor, "a number in (0, 1]")
+        self.check("digit_variation", 0 <= self.digit_variation <= MAX_VARIATION, f"0 (none) to {MAX_VARIATION}")
+        for name in ("warmup_steps", "weight_decay"):
+            self.check(name, getattr(self, name) >= 0, "0 or more")
+        self.check("muon_lr", self.muon_lr > 0, "a positive number")
+        self.check("compile", not self.compile or self.sharding == "none", f"false with training.sharding={self.sharding}")
+        self.check("loss_time_floor", 0 < self.loss_time_floor <= 1, "a number in (0, 1]")
 
     @property
     def summary(self) -> str:
@@ -216,11 +207,9 @@ class FewStepConfig(TrainingConfig):
         super().__post_init__()
         require(self.pretrained_checkpoint != "", "training.pretrained_checkpoint", "empty", "the path of a teacher's checkpoint")
         check_denoising_steps("training.denoising_steps", self.denoising_steps)
-        require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "0 or more")
-        require(
-            len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas), "training.adam_betas",
-            list(self.adam_betas), "two numbers in [0, 1)",
-        )
+        self.check("weight_decay", self.weight_decay >= 0, "0 or more")
+        is_pair = len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas)
+        self.check("adam_betas", is_pair, "two numbers in [0, 1)")
 
     @property
     def context_time(self) -> float:
@@ -283,46 +272,43 @@ class SelfForcingConfig(FewStepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.health_interval >= 0, "training.health_interval", self.health_interval, "0 (off) or more")
-        choices = {"generator_inputs": GENERATOR_INPUTS, "loss": DISTRIBUTION_LOSSES, "optimizer": OPTIMIZERS}
-        for name, known in choices.items():
-            value = getattr(self, name)
-            require(value in known, f"training.{name}", value, f"one of {', '.join(known)}")
-        require(self.dmd_sign in (1, -1), "training.dmd_sign", self.dmd_sign, "1, or -1 for a run that flees its teacher")
-        require(
-            self.dmd_sign == 1 or self.loss == "dmd", "training.dmd_sign", self.dmd_sign,
-            f"1 with training.loss={self.loss}, which has no DMD gradient",
-        )
-        require(0 <= self.guidance_ink_kept <= 1, "training.guidance_ink_kept", self.guidance_ink_kept, "a number in [0, 1]")
-        require(self.gan_penalty >= 0, "training.gan_penalty", self.gan_penalty, "0 (none) or more")
-        require(self.gan_penalty_sigma > 0, "training.gan_penalty_sigma", self.gan_penalty_sigma, "a positive number")
+        self.check("health_interval", self.health_interval >= 0, "0 (off) or more")
+        for name, known in {"generator_inputs": GENERATOR_INPUTS, "loss": DISTRIBUTION_LOSSES, "optimizer": OPTIMIZERS}.items():
+            self.check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        self.check("dmd_sign", self.dmd_sign in (1, -1), "1, or -1 for a run that flees its teacher")
+        is_dmd = self.dmd_sign == 1 or self.loss == "dmd"
+        self.check("dmd_sign", is_dmd, f"1 with training.loss={self.loss}, which has no DMD gradient")
+        self.check("guidance_ink_kept", 0 <= self.guidance_ink_kept <= 1, "a number in [0, 1]")
+        self.check("gan_penalty", self.gan_penalty >= 0, "0 (none) or more")
         check_num_frames("training.gradient_frames", self.gradient_frames, self.num_frames_per_block)
-        require(0 <= self.context_noise <= NUM_TRAIN_TIMESTEPS, "training.context_noise", self.context_noise, "a timestep in 0..1000")
-        require(
-            self.context_noise == 0 or self.generator_inputs == "self_rollout", "training.context_noise", self.context_noise,
-            f"0 with training.generator_inputs={self.generator_inputs}, which shows no noised context",
-        )
+        self.check("context_noise", 0 <= self.context_noise <= NUM_TRAIN_TIMESTEPS, "a timestep in 0..1000")
+        is_self_rollout = self.generator_inputs == "self_rollout"
+        inputs = f"0 with training.generator_inputs={self.generator_inputs}"
+        self.check("context_noise", self.context_noise == 0 or is_self_rollout, f"{inputs}, which shows no noised context")
         if self.rollout_frames is not None:
             self._check_rollout_frames(self.rollout_frames)
-        self._check_continuation()
-        require(self.dfake_gen_update_ratio >= 1, "training.dfake_gen_update_ratio", self.dfake_gen_update_ratio, "at least 1")
-        require(self.noise_draws >= 1, "training.noise_draws", self.noise_draws, "at least 1")
-        require(
-            self.noise_draws == 1 or self.loss != "gan", "training.noise_draws", self.noise_draws,
-            "1 with training.loss=gan, whose discriminator sees every video once",
-        )
-        require(self.critic_warmup_steps >= 0, "training.critic_warmup_steps", self.critic_warmup_steps, "0 or more")
-        require(self.critic_lr > 0, "training.critic_lr", self.critic_lr, "a positive number")
-        for name in ("muon_momentum", "critic_muon_momentum"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"training.{name}", value, "0 (none) to below 1")
-        require(0 <= self.critic_ema_decay < 1, "training.critic_ema_decay", self.critic_ema_decay, "0 (none) to below 1")
-        require(0 < self.loss_time_floor <= 1, "training.loss_time_floor", self.loss_time_floor, "a number in (0, 1]")
-        require(0 < self.score_time_shift < math.inf, "training.score_time_shift", self.score_time_shift, "a positive number")
-        require(
-            len(self.guidance_interval) == 2 and 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1,
-            "training.guidance_interval", list(self.guidance_interval), "two times in [0, 1], the lower one first",
-        )
+        self.check("continuation_probability", 0 <= self.continuation_probability <= 1, "a number in [0, 1]")
+        if self.continuation_probability > 0:
+            self.check("continuation_probability", is_self_rollout, inputs)
+            any_start = "0 with training.rollout_frames, whose windows start anywhere"
+            self.check("continuation_probability", self.rollout_frames is None, any_start)
+            hidden = "0 with training.hide_first_chunk, which hides what is continued"
+            self.check("continuation_probability", not self.hide_first_chunk, hidden)
+            first = self.context.block_sizes(self.min_num_frames, self.num_frames_per_block)[0]
+            longer = "more than the first block, with training.continuation_probability"
+            self.check("min_num_frames", self.min_num_frames > first, longer)
+        for name in ("dfake_gen_update_ratio", "noise_draws"):
+            self.check(name, getattr(self, name) >= 1, "at least 1")
+        sees_once = "1 with training.loss=gan, whose discriminator sees every video once"
+        self.check("noise_draws", self.noise_draws == 1 or self.loss != "gan", sees_once)
+        self.check("critic_warmup_steps", self.critic_warmup_steps >= 0, "0 or more")
+        for name in ("muon_momentum", "critic_muon_momentum", "critic_ema_decay"):
+            self.check(name, 0 <= getattr(self, name) < 1, "0 (none) to below 1")
+        self.check("loss_time_floor", 0 < self.loss_time_floor <= 1, "a number in (0, 1]")
+        for name in ("critic_lr", "gan_penalty_sigma", "score_time_shift"):
+            self.check(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        is_interval = len(self.guidance_interval) == 2 and 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1
+        self.check("guidance_interval", is_interval, "two times in [0, 1], the lower one first")
         require(
             0 < self.min_score_time < self.max_score_time <= 1, "training.min_score_time and max_score_time",
             (self.min_score_time, self.max_score_time), "0 < min < max <= 1",
@@ -331,28 +317,14 @@ class SelfForcingConfig(FewStepConfig):
     def _check_rollout_frames(self, rollout_frames: int) -> None:
         key = "training.rollout_frames"
         check_num_frames(key, rollout_frames, self.num_frames_per_block)
-        require(rollout_frames >= self.max_num_frames, key, rollout_frames, f"at least training.max_num_frames={self.max_num_frames}")
-        require(
-            self.window_frames is not None and self.window_frames <= self.max_num_frames, "training.window_frames", self.window_frames,
-            f"at most training.max_num_frames={self.max_num_frames}, with {key}: a long rollout needs a cache that rolls",
-        )
-        require(
-            self.generator_inputs == "self_rollout" and self.loss != "gan", key, rollout_frames,
-            "none where real videos are used, which show no such stretches",
-        )
+        at_most = f"training.max_num_frames={self.max_num_frames}"
+        self.check("rollout_frames", rollout_frames >= self.max_num_frames, f"at least {at_most}")
+        rolls = self.window_frames is not None and self.window_frames <= self.max_num_frames
+        self.check("window_frames", rolls, f"at most {at_most}, with {key}: a long rollout needs a cache that rolls")
+        uses_no_videos = self.generator_inputs == "self_rollout" and self.loss != "gan"
+        self.check("rollout_frames", uses_no_videos, "none where real videos are used, which show no such stretches")
         for name in ("hide_first_chunk", "independent_first_frame"):
-            require(not getattr(self, name), f"training.{name}", True, f"false with {key}, whose windows start anywhere")
-
-    def _check_continuation(self) -> None:
-        key, value = "training.continuation_probability", self.continuation_probability
-        require(0 <= value <= 1, key, value, "a number in [0, 1]")
-        if value == 0:
-            return
-        require(self.generator_inputs == "self_rollout", key, value, f"0 with training.generator_inputs={self.generator_inputs}")
-        require(self.rollout_frames is None, key, value, "0 with training.rollout_frames, whose windows start anywhere")
-        require(not self.hide_first_chunk, key, value, "0 with training.hide_first_chunk, which hides what is gone on from")
-        first = self.context.block_sizes(self.min_num_frames, self.num_frames_per_block)[0]
-        require(self.min_num_frames > first, "training.min_num_frames", self.min_num_frames, f"more than the first block, with {key}")
+            self.check(name, not getattr(self, name), f"false with {key}, whose windows start anywhere")
 
     @property
     def context_time(self) -> float:
@@ -387,17 +359,11 @@ class CausalODEConfig(FewStepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.trajectory_teacher in TRAJECTORY_TEACHERS, "training.trajectory_teacher", self.trajectory_teacher,
-            f"one of {', '.join(TRAJECTORY_TEACHERS)}",
-        )
-        require(self.trajectory_steps >= 1, "training.trajectory_steps", self.trajectory_steps, "at least 1")
-        is_on_grid = all(self.trajectory_steps * step % NUM_TRAIN_TIMESTEPS == 0 for step in self.denoising_steps)
-        require(
-            is_on_grid, "training.trajectory_steps", self.trajectory_steps,
-            f"a number of Euler steps that meets every one of training.denoising_steps={list(self.denoising_steps)}, such as "
-            f"{math.lcm(*(NUM_TRAIN_TIMESTEPS // math.gcd(step, NUM_TRAIN_TIMESTEPS) for step in self.denoising_steps))}",
-        )
+        self.check("trajectory_teacher", self.trajectory_teacher in TRAJECTORY_TEACHERS, f"one of {', '.join(TRAJECTORY_TEACHERS)}")
+        self.check("trajectory_steps", self.trajectory_steps >= 1, "at least 1")
+        fewest = math.lcm(*(NUM_TRAIN_TIMESTEPS // math.gcd(step, NUM_TRAIN_TIMESTEPS) for step in self.denoising_steps))
+        steps = f"every one of training.denoising_steps={list(self.denoising_steps)}, such as {fewest}"
+        self.check("trajectory_steps", self.trajectory_steps % fewest == 0, f"a number of Euler steps that meets {steps}")
 
     @property
     def summary(self) -> str:
@@ -413,7 +379,7 @@ class CausalConsistencyConfig(FewStepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.consistency_steps >= 2, "training.consistency_steps", self.consistency_steps, "at least 2")
+        self.check("consistency_steps", self.consistency_steps >= 2, "at least 2")
 
     @property
     def summary(self) -> str:

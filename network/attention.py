@@ -37,16 +37,11 @@ class ContextWindow:
 
     def check(self, num_frames_per_block: int, prefix: str = "") -> None:
         """Raise ValueError naming a key, after the prefix, that does not fit blocks of num_frames_per_block frames."""
-        window, sink = self.window_frames, self.sink_frames
-        if window is not None and window < num_frames_per_block:
-            raise ValueError(
-                f"{prefix}window_frames is {window}: a block counts itself, so expected at least "
-                f"num_frames_per_block={num_frames_per_block}"
-            )
-        if sink < 0 or (window is not None and sink > window - num_frames_per_block):
-            room = " or more"
-            if window is not None:
-                room = f" to {window - num_frames_per_block}, window_frames={window} less a block of {num_frames_per_block}"
+        window, sink, block = self.window_frames, self.sink_frames, num_frames_per_block
+        if window is not None and window < block:
+            raise ValueError(f"{prefix}window_frames is {window}: a block counts itself, so expected at least num_frames_per_block={block}")
+        if sink < 0 or (window is not None and sink > window - block):
+            room = " or more" if window is None else f" to {window - block}, window_frames={window} less a block of {block}"
             raise ValueError(f"{prefix}sink_frames is {sink}: expected 0{room}; a sink is part of the window")
         if self.hide_first_block and sink:
             raise ValueError(f"{prefix}sink_frames is {sink}: expected 0 where the first block is hidden from the last one")
@@ -80,11 +75,8 @@ def block_causal_layout(
     num_frames: int, num_frames_per_block: int, context: ContextWindow, temporal_patch: int, tokens_per_patch_row: int,
     device: torch.device,
 ) -> KeyLayout:
-    """Each query sees its own block and the earlier ones inside the window, exactly as `KVCache` shows them.
-
-    The window ends with the query's block and counts it. A block whose window has left frame 0 behind sees a copy of the
-    sink, placed right before the frames that are left.
-    """
+    """Each query sees its own block and the earlier ones inside the window, which ends with that block, as `KVCache` shows them. A block
+    whose window has left frame 0 behind sees a copy of the sink, placed right before the remaining frames."""
     sizes = torch.tensor(context.block_sizes(num_frames, num_frames_per_block))
     ends = sizes.cumsum(0)  # (K,) where each block ends
     frame = torch.arange(0, num_frames, temporal_patch)  # (T,) first frame of each patch row
@@ -111,11 +103,8 @@ def teacher_forcing_layout(
     num_frames: int, num_frames_per_block: int, context: ContextWindow, temporal_patch: int, tokens_per_patch_row: int,
     device: torch.device,
 ) -> KeyLayout:
-    """The doubled sequence [clean | noisy], and the clean sink's copies behind it.
-
-    A clean block sees what a causal one sees: clean blocks up to itself. A noisy block sees the clean blocks before it
-    and itself, never another noisy block: what the KV cache shows it where the finished blocks are the clean ones.
-    """
+    """The doubled sequence [clean | noisy], and the clean sink's copies behind it. A clean block sees the clean blocks up to itself. A
+    noisy one sees the clean blocks before it and itself: what the KV cache shows it where the finished blocks are the clean ones."""
     layout = block_causal_layout(num_frames, num_frames_per_block, context, temporal_patch, tokens_per_patch_row, device)
     sizes = torch.tensor(context.block_sizes(num_frames, num_frames_per_block))
     block = torch.arange(len(sizes)).repeat_interleave(sizes)[::temporal_patch].repeat_interleave(tokens_per_patch_row).to(device)
@@ -138,19 +127,13 @@ def shifted(keys: Tensor, num_rows: int, theta: float) -> Tensor:
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # a kept table must also serve later training
-def rope_angles(
-    grid: tuple[int, int], head_size: int, theta: float, first_row: int, num_rows: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def rope_angles(grid: tuple[int, int], head_size: int, theta: float, first_row: int, num_rows: int, device: torch.device) -> Rope:
     """3-D RoPE (arXiv 2104.09864; axis split as in Wan) from patch row first_row on: cos (S, d), each angle twice, and sin (S, d),
     whose first half is negated, so that a rotation is two products."""
-    grid_y, grid_x = grid
     half = head_size // 2
     sizes = (half - 2 * (half // 3), half // 3, half // 3)  # angles given to time, height, width
-    positions = torch.meshgrid(
-        torch.arange(first_row, first_row + num_rows, dtype=torch.float64),
-        torch.arange(grid_y, dtype=torch.float64),
-        torch.arange(grid_x, dtype=torch.float64), indexing="ij",
-    )
+    ranges = (range(first_row, first_row + num_rows), range(grid[0]), range(grid[1]))
+    positions = torch.meshgrid(*(torch.tensor(each, dtype=torch.float64) for each in ranges), indexing="ij")
     angles = []
     for size, position in zip(sizes, positions, strict=True):
         frequency = theta ** (-torch.arange(size, dtype=torch.float64) / size)

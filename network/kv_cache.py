@@ -2,11 +2,11 @@
 
 Dimensions: B batch, h heads, d head size, N tokens a patch row in time; rows are patch rows, `frames_per_row` frames each.
 
-One buffer holds the keys of all layers and one the values. The visible past is one contiguous range of rows, the sink first if there
-is one, and the current block comes right after it, so a pass without gradient writes its keys and values in place and attends to a
-view. A row is a position: with every block the range moves to the right, rows on its left are forgotten, the sink is copied right
-before the remaining rows, and when the buffer is full the range moves back to row 0 and its keys are rotated accordingly. Attention
-depends only on differences of positions, which never exceed the window.
+One buffer holds the keys of all layers and one the values. The visible past is one range of rows, the sink first, and the current block
+comes right after it: a pass without gradient writes its keys and values in place and attends to a view. A row is a position: with every
+block the range moves to the right, rows on its left are forgotten, the sink is copied right before the remaining rows, and when the
+buffer is full the range moves back to row 0 and its keys are rotated. Attention depends only on differences of positions, which never
+exceed the window.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class KVCache:
 
     @property
     def next_row(self) -> int:
-        """The position of the block at hand: the row behind the visible past."""
+        """The position of the next block: the row behind the visible past."""
         return self._end
 
     @property
@@ -60,13 +60,13 @@ class KVCache:
         num_rows = num_frames // self._frames_per_row
         surplus = self._end - self._first + num_rows - self._window_rows
         if surplus > 0:
-            self._forget(surplus)
+            self.forget_behind_sink(surplus * self._frames_per_row)
         if self._end + num_rows > 2 * self._window_rows:  # so a row is moved at most twice while it is visible
             self._move_back()
 
     def make_room_for_two(self, num_frames: int, num_next: int) -> bool:
         """`make_room` for a block of num_frames and in the buffers for one of num_next behind it; False where one pass cannot serve
-        both, as the sink would have to stand in two places."""
+        both, as the sink would have to be in two places."""
         num_rows = (num_frames + num_next) // self._frames_per_row
         if self._sink_rows and self._window_rows is not None and self._end - self._first + num_rows > self._window_rows:
             return False
@@ -81,20 +81,23 @@ class KVCache:
         self._first += max(num_frames // self._frames_per_row - num_forgotten, 0)
 
     def forget_behind_sink(self, num_frames: int) -> None:
-        """Forget the first num_frames frames after the sink."""
-        self._forget(num_frames // self._frames_per_row)
+        """Forget the first num_frames frames after the sink: the sink is put before the remaining ones."""
+        if self._sink_rows and self._sink is None:  # nothing has moved yet: it is at the rows 0, 1, ...
+            sink = self._tokens(0, self._sink_rows)
+            self._sink = self._keys[..., sink, :].clone(), self._values[..., sink, :].clone()
+        self._first += num_frames // self._frames_per_row
+        self._place_sink()
 
     def attends(
         self, batch_size: int, dtype: torch.dtype, device: torch.device, num_frames: int, num_next: int | None = None
     ) -> list[Attend]:
-        """Self-attention of every layer for a block of num_frames, which sees the visible past and itself.
+        """Self-attention of every layer for a block of num_frames, which sees the visible past and itself. dtype, device: of the keys.
 
         num_next (without gradient): the pass writes a finished block of num_frames, and in the same sequence runs the next block of
         num_next frames (0: none), which sees the finished block too, but nothing outside its window. The last layer needs only the keys
         and values of a finished block: there only the next block attends.
 
-        dtype, device: of the keys. Without gradient a pass writes its keys and values after the past, in place; with gradient it leaves
-        the buffers unchanged.
+        Without gradient a pass writes its keys and values after the past, in place; with gradient it leaves the buffers unchanged.
         """
         if torch.is_grad_enabled():
             return [partial(_attend_to_copies, past) for past in self._views(self._first, self._end)]
@@ -144,14 +147,6 @@ class KVCache:
         if self._end:
             keys[..., stored, :], values[..., stored, :] = self._keys[..., stored, :], self._values[..., stored, :]
         self._keys, self._values = keys, values
-
-    def _forget(self, num_rows: int) -> None:
-        """Let the first num_rows behind the sink go and put the sink before what is left."""
-        if self._sink_rows and self._sink is None:  # nothing has moved yet: it stands at the rows 0, 1, ...
-            sink = self._tokens(0, self._sink_rows)
-            self._sink = self._keys[..., sink, :].clone(), self._values[..., sink, :].clone()
-        self._first += num_rows
-        self._place_sink()
 
     def _place_sink(self) -> None:
         if self._sink is not None:

@@ -1,10 +1,9 @@
 """Several processes as one: who they are, how they average gradients and agree, and who may write and speak.
 
 `torchrun --nproc_per_node=N train.py` starts N processes, which this room makes a group: gloo for the CPU, nccl for gradients
-on GPUs. Each takes its share of every batch (`machine/batch_random.py`). Gradients are averaged by an explicit all-reduce after the last backward
-pass and before clipping: PyTorch's DistributedDataParallel hooks into a network's `forward`, and this project calls other methods
-of its networks (forward_cached, write_cache, forward_bidirectional, ...), several of them in one step. All processes must see one
-file system: the first writes, all read.
+on GPUs. Each takes its share of every batch (`machine/batch_random.py`). Gradients are averaged by an explicit all-reduce after the last
+backward pass and before clipping: PyTorch's DistributedDataParallel hooks into a network's `forward`, and this project calls other
+methods of its networks, several of them in one step. All processes must see one file system: the first writes, all read.
 """
 
 from __future__ import annotations
@@ -186,11 +185,9 @@ class BatchParts:
         num_parts = self.processes.count * self.accumulation_steps
         if batch_size % num_parts:
             below = batch_size // num_parts * num_parts
-            nearest = [str(size) for size in (below, below + num_parts) if size > 0]
-            raise ValueError(
-                f"{key} is {batch_size}, over all processes: expected a multiple of {num_parts} ({self.processes.count} processes "
-                f"times training.accumulation_steps={self.accumulation_steps}); nearest valid: {' or '.join(nearest)}"
-            )
+            nearest = " or ".join(str(size) for size in (below, below + num_parts) if size > 0)
+            raise ValueError(f"{key} is {batch_size}, over all processes: expected a multiple of {num_parts} ({self.processes.count} "
+                             f"processes times training.accumulation_steps={self.accumulation_steps}); nearest valid: {nearest}")
 
     def of(self, batch_size: int, random: BatchRandom) -> Iterator[slice]:
         """This process's parts of a batch, one after the other; `random` draws for the part in work."""

@@ -8,18 +8,33 @@ on nothing that the student cannot see.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dynamic_video_sf import rollout_blocks, sample_bidirectional
+from dynamic_video_sf import make_noise_streams, rollout_blocks, sample_bidirectional
 from machine.batch_random import BatchRandom
+from machine.runtime import Runtime
 from method.flow_matching import add_noise, classifier_free_guidance, expand_time, sampling_times, x_0_from_velocity
-from method.plans import BidirectionalPlan, many_step_plan
+from method.plans import BidirectionalPlan, baseline_plans, few_step_plan, many_step_plan, teacher_plan
+from method.settings import CausalConsistencyConfig, CausalODEConfig
 from network.attention import WHOLE_PAST, ContextWindow
+from network.text_encoder import NULL_PROMPT
+from network.weights import update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
+from training.config import Config
+from training.data import open_data
+from training.distributed import ONE_PROCESS, Processes, mean_figures
+from training.resumable import Sampler, Stage, set_rate
+from training.sharding import shard_blocks
+from training.stages import draw_num_frames, rate_factor
+from training.starting_networks import check_is_bidirectional, load_teacher
 
 
 @dataclass(frozen=True)
@@ -128,3 +143,123 @@ def consistency_loss(
         goal = x_0_from_velocity(x_s, target.forward_teacher_forced(x_s, s, x_0, target_prompt, num_frames_per_block, context), s)
     v = student.forward_teacher_forced(x_t, t, x_0, prompt, num_frames_per_block, context)
     return (x_0_from_velocity(x_t, v, t) - goal).square().mean()
+
+
+class FewStepStage(Stage):
+    """A student that starts as a copy of its teacher and learns few steps from it; its average is what is shipped."""
+
+    columns = ("loss_few_step", "gradient_norm", "num_frames")
+
+    def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
+        super().__init__(config, runtime, random, processes)
+        assert isinstance(config.training, (CausalODEConfig, CausalConsistencyConfig))
+        self.config = config.training
+        self.data = open_data(config.dataset)
+        loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
+        self.is_causal = not isinstance(self.config, CausalODEConfig) or self.config.trajectory_teacher == "causal"
+        if not self.is_causal:
+            check_is_bidirectional(self.config.pretrained_checkpoint, loaded.config)
+        self.continue_from(loaded)
+        self.teacher, self.text_encoder = loaded.generator, loaded.text_encoder
+        self.student = copy.deepcopy(self.teacher).train().requires_grad_(True)
+        self.average = copy.deepcopy(self.teacher)
+        if self.config.activation_checkpointing:
+            self.student.recompute_activations()
+        if self.config.sharding == "fsdp2":
+            shard_blocks((self.student, self.average, self.teacher), processes.count, runtime.device)
+        self.plan = few_step_plan(self.config)
+        self.optimizers["adamw"] = torch.optim.AdamW(self.student.parameters(), lr=self.config.lr, **self.optimizer_settings("adamw"))
+
+    def train_step(self, step: int) -> dict[str, float]:
+        config = self.config
+        num_frames = draw_num_frames(config, self.random.generator)
+        indices = self.next_indices(config.batch_size)
+        losses = []
+        for part in self.parts.of(config.batch_size, self.random):
+            if isinstance(config, CausalODEConfig):
+                loss = self._regress_on_trajectories(config, indices[part], num_frames)
+            else:
+                loss = self._make_neighbours_agree(config, indices[part], num_frames)
+            losses.append({"loss_few_step": loss})
+        norm = self.parts.clip(self.student.parameters(), config.clip_norm)
+        set_rate(self.optimizers["adamw"], rate_factor(config, step) * config.lr)
+        self.optimizers["adamw"].step()
+        self.optimizers["adamw"].zero_grad(set_to_none=True)
+        update_average(self.average, self.student, config.ema_decay, step)
+        return {**mean_figures(losses), "gradient_norm": norm, "num_frames": num_frames}
+
+    def _regress_on_trajectories(self, config: CausalODEConfig, indices: Sequence[int], num_frames: int) -> float:
+        """Make one batch of trajectories and let every block meet every denoising step on it; leaves the gradient."""
+        text, prompts = self._encode(self.data.captions(self.seed, indices))
+        random, streams = self.random, make_noise_streams(self.random.seeds(len(indices)))
+        kept = nearest_steps(config.trajectory_steps, config.time_shift, self.plan.times)
+        with self.runtime.autocast():
+            trajectory = ode_trajectory(
+                self.teacher, prompts.cond, prompts.null, streams, num_frames, config.num_frames_per_block, config.trajectory_steps,
+                kept, config.time_shift, config.guidance, self.is_causal, config.context,
+            )
+        total = 0.0
+        num_blocks = len(config.context.block_sizes(num_frames, config.num_frames_per_block))
+        num_times = len(trajectory.times)
+        orders = random.draw(len(indices), lambda total: draw_step_orders(num_times, total, num_blocks, random.generator), dim=1)
+        for steps in orders:
+            with self.runtime.autocast():
+                loss = ode_regression_loss(
+                    self.student, trajectory, steps, self.student.encode_prompt(*text), config.num_frames_per_block, self.is_causal,
+                    config.context,
+                ) / len(kept)  # every block counts once at each of them
+            self.parts.backward(loss)  # row by row: the memory of one
+            total += loss.item()
+        return total
+
+    def _make_neighbours_agree(self, config: CausalConsistencyConfig, indices: Sequence[int], num_frames: int) -> float:
+        """Consistency distillation on one batch of real videos; leaves the gradient."""
+        batch = self.data.sample(self.seed, indices, num_frames)
+        text, prompts = self._encode(batch.captions)
+        with self.runtime.autocast():
+            with torch.no_grad():  # the target is a constant here
+                target_prompt = self.average.encode_prompt(*text)
+            loss = consistency_loss(
+                self.student, self.average, self.teacher, batch.video.to(self.runtime.device), self.student.encode_prompt(*text),
+                target_prompt, prompts, config.num_frames_per_block, sampling_times(config.consistency_steps, config.time_shift),
+                config.guidance, self.random, config.context,
+            )
+        self.parts.backward(loss)
+        return loss.item()
+
+    @torch.no_grad()  # text encoder and teacher are frozen
+    def _encode(self, captions: list[str]) -> tuple[tuple[Tensor, Tensor], TeacherPrompts]:
+        """The captions' tokens, for the student to read, and what the teacher makes of them and of the null prompt."""
+        with self.runtime.autocast():
+            text, null = self.text_encoder.encode(captions), self.text_encoder.encode([NULL_PROMPT] * len(captions))
+            return text, TeacherPrompts(self.teacher.encode_prompt(*text), self.teacher.encode_prompt(*null))
+
+    def shown(self) -> dict[str, Sampler]:
+        """The averaged student beside its teacher, in many steps and block by block in few (`baseline_plans`)."""
+        config, num_steps = self.config, self.config.teacher_steps
+        if self.is_causal:
+            many = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance, config.context)
+        else:
+            many = teacher_plan(config)
+        plans = {f"teacher, {num_steps} steps": many, **baseline_plans(config)}
+        samplers = {name: Sampler(self.teacher, self.text_encoder, each) for name, each in plans.items()}
+        return samplers | {f"student, {len(self.plan.times)} steps": Sampler(self.average, self.text_encoder, self.plan)}
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"generator": self.student}
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {
+            "generator_state_dict": self.student, "generator_ema_state_dict": self.average, "teacher_state_dict": self.teacher,
+            "text_encoder_state_dict": self.text_encoder,
+        }
+
+    def optimizer_settings(self, name: str) -> dict[str, Any]:
+        return {"betas": tuple(self.config.adam_betas), "weight_decay": self.config.weight_decay}
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return state | {"optimizer_state_dict": state["optimizer_state_dict"]["adamw"]}
+
+    def load_optimizers(self, stored: dict[str, Any], name: str) -> None:
+        super().load_optimizers({"adamw": stored}, name)

@@ -1,24 +1,17 @@
-"""Training on videos and Self-Forcing, each as one object with `train_step`, `shown` and `state_dict`.
-
-A stage owns its networks, averages and optimizers; the loop around it (`train.SimplifiedTrainer`) owns the step counter,
-the files and the logs. All randomness comes from one `torch.Generator`, and data are numbered, so a stage's state is
-complete in its `state_dict`.
-"""
+"""What one training step is: `PretrainStage` on real videos, `SelfForcingStage` on the generator's own."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynamic_video_sf import Rollout, SelfForcingEngine, Text
-from machine.batch_random import BatchRandom
 from machine.runtime import Runtime, require_compiler
 from method.diagnostics import STEP_COLUMNS, exit_columns
 from method.plans import BidirectionalPlan, RolloutPlan, baseline_plans, many_step_plan, teacher_plan
@@ -26,35 +19,15 @@ from method.settings import PretrainConfig, SelfForcingConfig, TrainingConfig
 from network.text_encoder import NULL_PROMPT, TextEncoder
 from network.weights import update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
-from training.checkpoint import CheckpointError, digits_seen, merge_counts, merge_splits, splits_learned
+from training.checkpoint import CheckpointError
 from training.config import Config, config_from_dict
 from training.data import open_data
-from training.distributed import ONE_PROCESS, BatchParts, Processes, mean_figures
+from training.distributed import ONE_PROCESS, Processes, mean_figures
 from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
 from training.optimizers import MUON_RATE, build_muon, self_forcing_optimizers, self_forcing_settings, split_matrices
-from training.sharding import load_optimizer, shard_blocks, whole
-from training.starting_networks import check_is_bidirectional, load_modules, load_start, load_teacher
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A network and how videos are made with it; `sampling.samplers.sample` makes them."""
-
-    network: TinyCausalWanModel
-    text_encoder: TextEncoder
-    plan: RolloutPlan | BidirectionalPlan
-
-
-class Stage(Protocol):
-    """What the training loop needs of a stage."""
-
-    columns: tuple[str, ...]  # the scalars that train_step reports
-
-    def train_step(self, step: int) -> dict[str, float]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None: ...
-    def shown(self) -> dict[str, Sampler]: ...
-    def networks(self) -> dict[str, nn.Module]: ...
+from training.resumable import Sampler, Stage, set_rate
+from training.sharding import shard_blocks, whole
+from training.starting_networks import check_is_bidirectional, load_start, load_teacher
 
 
 def draw_num_frames(config: TrainingConfig, random: torch.Generator) -> int:
@@ -82,34 +55,20 @@ def rate_factor(config: TrainingConfig, step: int, warmup_steps: int = 0) -> flo
     return min((step + 1) / max(warmup_steps, 1), (config.num_steps - step) / decay_steps, 1.0)
 
 
-def is_chosen(step: int, share: float) -> bool:
-    """Whether this step belongs to an evenly spread share, in [0, 1], of all steps: 0.5 chooses every even step."""
-    return math.ceil((step + 1) * share) > math.ceil(step * share)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-class PretrainStage:
+class PretrainStage(Stage):
     """Training on real videos (see `objectives`): a share of the steps bidirectional, the others block-causal,
     or with teacher or diffusion forcing every step causal."""
 
     columns = ("loss_bidirectional", "loss_causal", "gradient_norm", "lr_factor")
+    counter = "num_videos_seen"
 
     def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
+        super().__init__(config, runtime, random, processes)
         assert isinstance(config.training, PretrainConfig)
-        self.config, self.runtime, self.seed = config.training, runtime, config.seed
-        self.random, self.parts = BatchRandom(random), BatchParts(processes, self.config.accumulation_steps)
-        self.parts.check_divides("training.batch_size", self.config.batch_size)
+        self.config = config.training
         if self.config.clip_steps:
             self.parts.check_divides("training.clip_batch_size", self.config.clip_batch_size)
         self.data = open_data(config.dataset, "train", self.config.digit_variation)
-        self.num_videos_seen = 0
-        self.earlier_prompts: dict[int, int] = {}  # prompts drawn by the runs that this one continues
-        self.digits_seen = splits_learned(config.dataset)  # by this run and those
         self.model = TinyCausalWanModel(config.model).to(runtime.device)
         self.text_encoder = TextEncoder(config.text).to(runtime.device)
         if self.config.pretrained_checkpoint is not None:
@@ -117,8 +76,7 @@ class PretrainStage:
             self.model.load_state_dict(start.generator.state_dict())
             self.text_encoder.load_state_dict(start.text_encoder.state_dict())
             self.text_encoder.requires_grad_(False)  # networks that start from one teacher keep one text encoder
-            self.earlier_prompts = start.prompts_drawn
-            self.digits_seen = merge_splits(self.digits_seen, start.digits_seen)
+            self.continue_from(start)
         if self.config.activation_checkpointing:
             self.model.recompute_activations()
         self.live = nn.ModuleDict({"generator": self.model, "text_encoder": self.text_encoder})
@@ -130,19 +88,16 @@ class PretrainStage:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
         matrices, others = split_matrices(self.live)
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "muon": build_muon(matrices, self.config.muon_lr, self.config.weight_decay),
-            "adamw": torch.optim.AdamW(others, lr=self.config.lr, weight_decay=self.config.weight_decay),
-        }
         self.base_rates = {"muon": self.config.muon_lr, "adamw": self.config.lr}
+        self.optimizers["muon"] = build_muon(matrices, self.config.muon_lr, **self.optimizer_settings("muon"))
+        self.optimizers["adamw"] = torch.optim.AdamW(others, lr=self.config.lr, **self.optimizer_settings("adamw"))
 
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
         num_frames, batch_size = draw_num_frames(config, self.random.generator), config.batch_size
         if step < config.clip_steps:
             num_frames, batch_size = config.clip_frames, config.clip_batch_size
-        indices = range(self.num_videos_seen, self.num_videos_seen + batch_size)
-        self.num_videos_seen += batch_size
+        indices = self.next_indices(batch_size)
         losses = []
         for part in self.parts.of(batch_size, self.random):
             batch = self.data.sample(self.seed, indices[part], num_frames)
@@ -167,7 +122,8 @@ class PretrainStage:
         config, common = self.config, (self.config.time_shift, self.config.loss_time_floor, self.random)
         if config.objective == "teacher_forcing":
             return "loss_causal", teacher_forcing_loss(self.model, x_0, prompt, config.num_frames_per_block, *common, config.context)
-        if config.objective == "mixed" and is_chosen(step, config.bidirectional_share):
+        share = config.bidirectional_share  # of the steps, evenly spread: .5 is every even step
+        if config.objective == "mixed" and math.ceil((step + 1) * share) > math.ceil(step * share):
             return "loss_bidirectional", bidirectional_loss(self.model, x_0, prompt, *common)
         return "loss_causal", block_causal_loss(
             self.model, x_0, prompt, config.num_frames_per_block, config.clean_prefix_probability, *common, config.context
@@ -187,64 +143,41 @@ class PretrainStage:
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": self.model, "text_encoder": self.text_encoder}
 
-    def state_dict(self) -> dict[str, Any]:
-        return whole({
-            "generator_state_dict": self.model.state_dict(),
-            "generator_ema_state_dict": self.average["generator"].state_dict(),
-            "text_encoder_state_dict": self.average["text_encoder"].state_dict(),
-            "text_encoder_live_state_dict": self.text_encoder.state_dict(),
-            "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "random_state": self.random.generator.get_state(),
-            "num_videos_seen": self.num_videos_seen,
-            "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_videos_seen}),
-            "digits_seen": list(self.digits_seen),
-        })
-
-    def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
-        targets = {
+    def modules(self) -> dict[str, nn.Module]:
+        return {
             "generator_state_dict": self.model, "generator_ema_state_dict": self.average["generator"],
             "text_encoder_state_dict": self.average["text_encoder"], "text_encoder_live_state_dict": self.text_encoder,
         }
-        load_modules(targets, checkpoint, name)
-        for key, optimizer in self.optimizers.items():
-            load_optimizer(optimizer, checkpoint["optimizer_state_dict"][key])
-            for group in optimizer.param_groups:  # as configured now, not as in the resumed run; rates: train_step
-                group["weight_decay"] = self.config.weight_decay
-        self.random.generator.set_state(checkpoint["random_state"])
-        self.num_videos_seen = checkpoint["num_videos_seen"]
-        self.earlier_prompts, self.digits_seen = checkpoint["prompts_drawn"], merge_splits(self.digits_seen, digits_seen(checkpoint))
+
+    def optimizer_settings(self, name: str) -> dict[str, Any]:
+        return {"weight_decay": self.config.weight_decay}
 
 
-class SelfForcingStage:
+class SelfForcingStage(Stage):
     """Self-Forcing, or a distillation on real videos, with distribution matching: a critic update every step, a generator
     update every few."""
 
     def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
+        super().__init__(config, runtime, random, processes)
         assert isinstance(config.training, SelfForcingConfig)
-        self.config, self.runtime, self.seed = config.training, runtime, config.seed
-        self.parts = BatchParts(processes, self.config.accumulation_steps)
-        self.parts.check_divides("training.batch_size", self.config.batch_size)
+        self.config = config.training
         self.columns = (
             "loss_generator", "loss_critic", "dmd_gradient_norm", "score_distance", "logit_distance", "gradient_norm_generator",
             "gradient_norm_critic", "exit_step", "num_frames", *(() if self.config.rollout_frames is None else ("first_frame",)),
             *STEP_COLUMNS, *exit_columns(self.config.denoising_steps),
         )
         self.data = open_data(config.dataset)  # of which only the prompts are used, unless config.uses_videos
-        self.num_prompts_seen = 0
         loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
         check_is_bidirectional(self.config.pretrained_checkpoint, loaded.config)
-        self.text_encoder, self.earlier_prompts = loaded.text_encoder, loaded.prompts_drawn
-        self.digits_seen = merge_splits(splits_learned(config.dataset), loaded.digits_seen)
-        start = None
+        self.text_encoder, start = loaded.text_encoder, None
+        self.continue_from(loaded)
         if self.config.generator_checkpoint is not None:
             start = load_start(Path(self.config.generator_checkpoint), config, loaded, runtime.device)
-            self.earlier_prompts = merge_counts(self.earlier_prompts, start.prompts_drawn)
-            self.digits_seen = merge_splits(self.digits_seen, start.digits_seen)
+            self.continue_from(start)
         self.engine = SelfForcingEngine(self.config, loaded.generator, random, None if start is None else start.generator)
-        self.random = self.engine.random
+        self.random = self.engine.random  # both draw for the same part of a batch
         if self.config.sharding == "fsdp2":
             shard_blocks(self.engine.networks(), processes.count, runtime.device)
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
         for name, network in self.networks().items():
             self.optimizers |= self_forcing_optimizers(name, network, self.config)
         self.num_generator_updates = 0
@@ -257,8 +190,7 @@ class SelfForcingStage:
         """A step on num_frames generated frames, from frame first_frame of the rollouts on."""
         config, engine = self.config, self.engine
         is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
-        indices = range(self.num_prompts_seen, self.num_prompts_seen + config.batch_size)
-        self.num_prompts_seen += config.batch_size
+        indices = self.next_indices(config.batch_size)
         figures = {"num_frames": num_frames} | ({} if config.rollout_frames is None else {"first_frame": first_frame})
         self._set_rate("generator", rate_factor(config, step) * config.lr)
         self._set_rate("critic", config.critic_lr)  # never slower: the critic must keep up with the generator
@@ -268,7 +200,11 @@ class SelfForcingStage:
             rollout, text, x_real = self._make_videos(indices[part], num_frames, first_frame, is_generator_turn)
             figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video if each has its own
             if is_generator_turn:
-                seen.append(self._generator_gradient(rollout, text, x_real))
+                null_text = self._encode([NULL_PROMPT] * len(rollout.scored))
+                with self.runtime.autocast():
+                    loss, of_loss = engine.generator_loss(rollout.scored, text, null_text, x_real, rollout.frame_exits)
+                self.parts.backward(loss)
+                seen.append({"loss_generator": loss.item(), **of_loss})
             made.append((rollout.finished, text, x_real))
         if is_generator_turn:
             figures |= {"gradient_norm_generator": self._step_optimizer("generator"), **mean_figures(seen)}
@@ -305,14 +241,6 @@ class SelfForcingStage:
         with torch.no_grad(), self.runtime.autocast():
             return self.text_encoder.encode(prompts)
 
-    def _generator_gradient(self, rollout: Rollout, text: Text, x_real: Tensor | None) -> dict[str, float]:
-        """Add the gradient of the generator's loss on one part; returns its figures."""
-        null_text = self._encode([NULL_PROMPT] * len(rollout.scored))
-        with self.runtime.autocast():
-            loss, figures = self.engine.generator_loss(rollout.scored, text, null_text, x_real, rollout.frame_exits)
-        self.parts.backward(loss)
-        return {"loss_generator": loss.item(), **figures}
-
     def _step_optimizer(self, name: str) -> float:
         """Clip the gradients of a network and step its optimizers; returns their norm before clipping."""
         norm = self.parts.clip(self.networks()[name].parameters(), self.config.clip_norm)
@@ -341,61 +269,38 @@ class SelfForcingStage:
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": self.engine.generator, "critic": self.engine.critic}
 
-    def state_dict(self) -> dict[str, Any]:
-        return whole({
-            "generator_state_dict": self.engine.generator.state_dict(),
-            "generator_ema_state_dict": self.engine.generator_average.state_dict(),
-            "critic_state_dict": self.engine.critic.state_dict(),
-            "critic_ema_state_dict": self.engine.fake_average.state_dict(),
-            "real_score_state_dict": self.engine.real_score.state_dict(),
-            "text_encoder_state_dict": self.text_encoder.state_dict(),
-            "optimizer_state_dict": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "random_state": self.random.generator.get_state(),
-            "num_prompts_seen": self.num_prompts_seen,
-            "prompts_drawn": merge_counts(self.earlier_prompts, {self.seed: self.num_prompts_seen}),
-            "digits_seen": list(self.digits_seen),
-            "num_generator_updates": self.num_generator_updates,
-        })
-
-    def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
-        targets = {
+    def modules(self) -> dict[str, nn.Module]:
+        return {
             "generator_state_dict": self.engine.generator, "generator_ema_state_dict": self.engine.generator_average,
             "critic_state_dict": self.engine.critic, "critic_ema_state_dict": self.engine.fake_average,
-            "real_score_state_dict": self.engine.real_score,
-            "text_encoder_state_dict": self.text_encoder,
+            "real_score_state_dict": self.engine.real_score, "text_encoder_state_dict": self.text_encoder,
         }
-        self._check_same_teacher(checkpoint, name)
-        load_modules(targets, checkpoint, name)
-        stored = checkpoint["optimizer_state_dict"]
+
+    def optimizer_settings(self, name: str) -> dict[str, Any]:
+        return self_forcing_settings(name, self.config)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"num_generator_updates": self.num_generator_updates}
+
+    def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
+        """Also refuses another teacher or another start than that of the resumed run: they would be silently ignored."""
+        config = self.config
+        if config.generator_checkpoint is not None:
+            stored = config_from_dict(checkpoint["config"]).training
+            if not isinstance(stored, SelfForcingConfig) or stored.generator_checkpoint != config.generator_checkpoint:
+                raise CheckpointError(f"training.generator_checkpoint cannot be combined with training.resume={name}: "
+                                      "the checkpoint already contains a generator")
+        teacher, own = checkpoint.get("real_score_state_dict", {}), whole(self.engine.real_score.state_dict())
+        if teacher.keys() == own.keys() and not all(torch.equal(teacher[key], value.cpu()) for key, value in own.items()):
+            raise CheckpointError(
+                f"{name} was trained with another teacher than training.pretrained_checkpoint={config.pretrained_checkpoint}: "
+                "give the teacher of that run, or start a new run with training.generator_checkpoint"
+            )
+        super().load_state_dict(checkpoint, name)
+        self.num_generator_updates = checkpoint["num_generator_updates"]
+
+    def load_optimizers(self, stored: dict[str, Any], name: str) -> None:
         if stored.keys() != self.optimizers.keys():
             other = "muon" if self.config.optimizer == "adamw" else "adamw"
             raise CheckpointError(f"training.optimizer is {self.config.optimizer}: {name} was trained with {other}; resume it with that")
-        for key, optimizer in self.optimizers.items():
-            configured = self_forcing_settings(key, self.config)  # as configured now, not as in the resumed run; rates: train_step
-            load_optimizer(optimizer, stored[key])
-            for group in optimizer.param_groups:
-                group.update(configured)
-        self.random.generator.set_state(checkpoint["random_state"])
-        self.num_prompts_seen = checkpoint["num_prompts_seen"]
-        self.earlier_prompts, self.digits_seen = checkpoint["prompts_drawn"], merge_splits(self.digits_seen, digits_seen(checkpoint))
-        self.num_generator_updates = checkpoint["num_generator_updates"]
-
-    def _check_same_teacher(self, checkpoint: dict[str, Any], name: str) -> None:
-        """A resumed run keeps its teacher: another teacher, or another start, would be silently ignored."""
-        if self.config.generator_checkpoint is not None and not self._started_from_the_same(checkpoint):
-            raise CheckpointError(
-                f"training.generator_checkpoint cannot be combined with training.resume={name}: the checkpoint already contains a generator"
-            )
-        stored, own = checkpoint.get("real_score_state_dict", {}), whole(self.engine.real_score.state_dict())
-        if stored.keys() == own.keys() and not all(torch.equal(stored[key], value.cpu()) for key, value in own.items()):
-            raise CheckpointError(
-                f"{name} was trained with another teacher than training.pretrained_checkpoint={self.config.pretrained_checkpoint}: "
-                "give the teacher of that run, or start a new run with training.generator_checkpoint"
-            )
-
-    def _started_from_the_same(self, checkpoint: dict[str, Any]) -> bool:
-        """Did the resumed run start from this generator_checkpoint? Then its checkpoint already contains that start."""
-        if "config" not in checkpoint:
-            return False
-        stored = config_from_dict(checkpoint["config"]).training
-        return isinstance(stored, SelfForcingConfig) and stored.generator_checkpoint == self.config.generator_checkpoint
+        super().load_optimizers(stored, name)

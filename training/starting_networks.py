@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from clips.own_videos import VideosConfig
 from machine.paths import REPOSITORY
 from method.settings import FewStepConfig, PretrainConfig
-from training.checkpoint import CheckpointError, LoadedNetworks, load_networks, load_state
+from training.checkpoint import CheckpointError, LoadedNetworks, load_networks
 from training.config import Config
 
 DATA_GEOMETRY = ("frame_size", "digit_size", "num_digits", "channels")  # what two stages of one network must share
-
-
-def load_modules(targets: dict[str, nn.Module], checkpoint: dict[str, Any], name: str) -> None:
-    """Restore each module from its key of the checkpoint. Raises CheckpointError naming a key that is missing."""
-    for key, module in targets.items():
-        if key not in checkpoint:
-            raise CheckpointError(f"{name} lacks {key}: it was stripped for generation, or is of another kind of training; resume "
-                                  "from a checkpoint in the run's own folder")
-        load_state(module, checkpoint[key], f"{name}: {key}")
 
 
 def check_is_bidirectional(path: str, stored: Config) -> None:
@@ -46,7 +35,7 @@ def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
     if words != asked_words:
         apart = sorted(set(words) ^ set(asked_words))[:8]
         how = f"which do not share the words {', '.join(apart)}" if apart else "which have the same words in another order"
-        raise CheckpointError(f"{path} was trained with other captions than those of this run, {how}: give the same captions, or another file")
+        raise CheckpointError(f"{path} was trained with other captions than those of this run, {how}: give the same ones, or another file")
     found, asked = [], []
     for group, theirs, ours in groups:
         keys = [key for key in vars(ours) if (group != "dataset" or key in DATA_GEOMETRY) and key != "vocabulary"]

@@ -66,16 +66,15 @@ class Watchdog:
         finished, lines = step + 1, []
         if "gradient_norm_generator" in figures:
             norm = figures["gradient_norm_generator"]
-            if len(self.norms) >= MIN_HISTORY and norm > NORM_SPIKE * median(self.norms) and self._is_due("norm", finished):
-                lines.append(f"warning: step {finished}: the generator's gradient norm is {norm:.2g}, its median was {median(self.norms):.2g}")
+            if len(self.norms) >= MIN_HISTORY and norm > NORM_SPIKE * median(self.norms):
+                self._warn(lines, "norm", finished, f"the generator's gradient norm is {norm:.2g}, its median was {median(self.norms):.2g}")
             self.norms.append(norm)
         if "loss_critic" in figures:
             self.critic_losses.append(figures["loss_critic"])
             earlier, recent = list(self.critic_losses)[:-RECENT], list(self.critic_losses)[-RECENT:]
-            if len(earlier) >= MIN_HISTORY and min(recent) > LOSS_SPIKE * median(earlier) and self._is_due("critic", finished):
-                lines.append(
-                    f"warning: step {finished}: the critic's loss was at least {min(recent):.2g} for {RECENT} steps, its median {median(earlier):.2g}"
-                )
+            if len(earlier) >= MIN_HISTORY and min(recent) > LOSS_SPIKE * median(earlier):
+                found = f"the critic's loss was at least {min(recent):.2g} for {RECENT} steps, its median {median(earlier):.2g}"
+                self._warn(lines, "critic", finished, found)
         if "frames_right" in figures:
             lines += self._read(Reading.of(finished, figures))
         return lines
@@ -93,11 +92,10 @@ class Watchdog:
         where = f", the best was {self.best} at step {self.best.step}" if self.best is not reading else ""
         return [f"COLLAPSE: step {reading.step}: the fixed prompts read {reading}{where}"]
 
-    def _is_due(self, kind: str, finished: int) -> bool:
-        is_due = kind not in self.last_warning or finished - self.last_warning[kind] >= QUIET_STEPS
-        if is_due:
+    def _warn(self, lines: list[str], kind: str, finished: int, found: str) -> None:
+        if finished - self.last_warning.get(kind, -QUIET_STEPS) >= QUIET_STEPS:
             self.last_warning[kind] = finished
-        return is_due
+            lines.append(f"warning: step {finished}: {found}")
 
     @property
     def is_best(self) -> bool:

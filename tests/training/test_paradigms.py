@@ -17,11 +17,10 @@ from network.attention import ContextWindow
 from sampling.samplers import SamplerSettings, sample, sample_few_step, sample_many_step
 from tiny_causal_wan import TinyCausalWanModel
 from train import STAGES, SimplifiedTrainer
-from training import few_step_stage
+from training import few_step
 from training.checkpoint import CheckpointError, load_checkpoint, load_networks, save_checkpoint
 from training.config import Config, build_config, config_to_dict, register_schemas
-from training.few_step import consistency_loss, ode_regression_loss
-from training.few_step_stage import FewStepStage
+from training.few_step import FewStepStage, consistency_loss, ode_regression_loss
 from training.stages import SelfForcingStage, Stage
 
 CONFIGS = REPOSITORY / "configs"
@@ -126,7 +125,7 @@ def test_trajectories_meet_the_students_times_and_every_block_meets_each(name, i
         assert student is stage.student and causal == is_causal
         return ode_regression_loss(student, trajectory, steps, prompt, num_frames_per_block, causal, context)
 
-    monkeypatch.setattr(few_step_stage, "ode_regression_loss", record)
+    monkeypatch.setattr(few_step, "ode_regression_loss", record)
     stage.train_step(0)
     assert (torch.stack(asked).sort(dim=0).values == torch.arange(4 if is_causal else 5)[:, None, None]).all()
 
@@ -188,7 +187,7 @@ def test_every_training_of_the_configuration_is_tried_for_its_times():
 
 def test_consistency_is_with_the_average_along_the_teacher(teacher, monkeypatch):
     stage, asked = build("causal_consistency", teacher), []
-    monkeypatch.setattr(few_step_stage, "consistency_loss", lambda *arguments: asked.append(arguments) or consistency_loss(*arguments))
+    monkeypatch.setattr(few_step, "consistency_loss", lambda *arguments: asked.append(arguments) or consistency_loss(*arguments))
     stage.train_step(0)
     ((student, target, of_teacher, x_0, *_),) = asked
     assert student is stage.student and target is stage.average and of_teacher is stage.teacher

@@ -146,7 +146,7 @@ def test_pretraining_alternates_its_two_losses():
         figures = stage.train_step(step)
         assert ("loss_bidirectional" in figures, "loss_causal" in figures) == (step % 2 == 0, step % 2 == 1)
         assert figures.keys() <= set(stage.columns)
-    assert stage.num_videos_seen == 8
+    assert stage.num_prompts_seen == 8
 
 
 @pytest.mark.parametrize(("share", "bidirectional"), [(0.0, []), (0.25, [0, 4]), (0.75, [0, 1, 2, 4, 5, 6]), (1.0, list(range(8)))])
@@ -260,7 +260,7 @@ def test_clips_first_equal_a_run_on_clips_that_is_resumed_on_whole_videos():
     for step in range(2, 4):
         together.train_step(step)
         whole.train_step(step)
-    assert together.num_videos_seen == 2 * 4 + 2 * 2
+    assert together.num_prompts_seen == 2 * 4 + 2 * 2
     assert_same(dict(together.model.state_dict()), dict(whole.model.state_dict()), "clips first")
 
 
