@@ -39,16 +39,13 @@ from training.command_line import answer_help, run_in_one_line
 
 @dataclass
 class EvaluateConfig:
-    """What to score. checkpoint: paths, or one path; none for what ships. num_steps, causal, denoising_steps, guidance, eta, ink_kept,
-    compile, int8: as in generate.py, for every checkpoint named, or for the student that ships (compile, int8: for all). seed: names
-    both the held-out prompts and the videos' noise. videos_root: where the clips of a network of one's own videos are now. sanity: try
-    the figures on real videos made worse, instead of scoring a network. output_dir: outputs/evaluation where none is named, results for
-    sanity."""
+    """What to score. num_steps, causal, denoising_steps, guidance, eta, ink_kept, compile, int8: as in generate.py, for every checkpoint
+    named, or for the student that ships (compile, int8: for all)."""
 
-    checkpoint: Any = None
+    checkpoint: Any = None  # a path or several; what ships if not given
     num_videos: int = 512
     num_frames: int = 21
-    seed: int = 0
+    seed: int = 0  # of the held-out prompts and of the videos' noise
     batch_size: int = 32
     denoising_steps: list[int] | None = None
     num_steps: int | None = None
@@ -60,9 +57,9 @@ class EvaluateConfig:
     precision: str = "auto"
     compile: bool = False
     int8: bool = False
-    videos_root: str | None = None
-    sanity: bool = False
-    output_dir: str | None = None
+    videos_root: str | None = None  # where the clips of a network of one's own videos are now
+    sanity: bool = False  # try the figures on real videos made worse, instead of scoring a network
+    output_dir: str | None = None  # outputs/evaluation if not given, results for sanity
 
     def __post_init__(self) -> None:
         paths = [] if self.checkpoint is None else [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
@@ -75,8 +72,8 @@ class EvaluateConfig:
             self.output_dir = "results" if self.sanity else "outputs/evaluation"
         self.output_dir = at_home(self.output_dir)
         self.videos_root = None if self.videos_root is None else at_home(self.videos_root)
-        for name, value in (("num_videos", self.num_videos), ("num_frames", self.num_frames), ("batch_size", self.batch_size)):
-            require(value >= 1, name, value, "at least 1")
+        for name in ("num_videos", "num_frames", "batch_size"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
@@ -104,7 +101,7 @@ from judging.report import (  # noqa: E402
 )
 from judging.sanity import check_sanity  # noqa: E402
 from machine.files import free_paths, require_writable  # noqa: E402
-from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime  # noqa: E402
+from machine.runtime import code_digest, file_digest, resolve_runtime  # noqa: E402
 from machine.seeds import Purpose, video_seeds  # noqa: E402
 from method.plans import NAIVE_STEPS  # noqa: E402
 from method.settings import DataConfig  # noqa: E402
@@ -160,6 +157,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     trial = examine(config, dataset, [loaded[row.path] for row in rows])
     num_videos, titles = len(trial.prompts), trial.titles | COST_FIGURES
     seeds = video_seeds(config.seed, range(num_videos), Purpose.EVALUATION_NOISE)
+    facts_of_call = {  # what every row's figures depend on beside its checkpoint and its plan
+        **{key: getattr(config, key) for key in ("num_videos", "num_frames", "seed", "batch_size")},
+        "device": runtime.device.type, "precision": runtime.precision, "compiled": config.compile, "int8": config.int8,
+        "code_sha256": code_digest(*JUDGED_CODE),
+    }
     results: dict[str, dict[str, object]] = {}
     shown: list[tuple[str, Tensor]] = [("real", to_display(trial.real[:NUM_SHOWN]))]
 
@@ -179,7 +181,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
         video = generate(networks, trial.prompts, seeds, config.num_frames, row.settings, runtime, config.batch_size, True)
         seconds, plan = time.perf_counter() - start, row.settings.make_plan(networks.config.training)
         score(name, video, {
-            "checkpoint": row.path.name, "checkpoint_sha256": file_digest(row.path), "plan": asdict(plan), **facts_of_call(config, runtime),
+            "checkpoint": row.path.name, "checkpoint_sha256": file_digest(row.path), "plan": asdict(plan), **facts_of_call,
             "evaluations_a_block": plan.evaluations, "cache_evaluations_a_block": plan.cache_evaluations,
             "frames_per_second": num_videos * config.num_frames / seconds,
         })
@@ -203,17 +205,16 @@ def common_data(rows: list[Row], loaded: dict[Path, LoadedNetworks]) -> DataConf
 
 @dataclass(frozen=True)
 class Trial:
-    """What is asked of every row, and how it is judged. real: videos of the prompts. real_rows: the real videos that are judged too.
-    judge: the figures of videos made for the prompts. print_rest: the tables that need every row."""
+    """What is asked of every row, and how it is judged."""
 
-    real: Tensor
+    real: Tensor  # videos of the prompts
     prompts: list[str]
     heading: str
     titles: dict[str, str]
     description: str
-    real_rows: dict[str, Tensor]
-    judge: Callable[[Tensor], dict[str, Any]]
-    print_rest: Callable[[dict[str, dict[str, Any]]], None]
+    real_rows: dict[str, Tensor]  # real videos that are judged too
+    judge: Callable[[Tensor], dict[str, Any]]  # the figures of videos made for the prompts
+    print_rest: Callable[[dict[str, dict[str, Any]]], None]  # the tables that need every row
 
 
 def examine_digits(config: EvaluateConfig, dataset: DatasetConfig, networks: list[LoadedNetworks]) -> Trial:
@@ -235,6 +236,8 @@ def examine_digits(config: EvaluateConfig, dataset: DatasetConfig, networks: lis
 def examine_clips(config: EvaluateConfig, dataset: VideosConfig, networks: list[LoadedNetworks]) -> Trial:
     """Held-out clips of one's own videos, with their captions as prompts."""
     root = dataset.root if config.videos_root is None else config.videos_root
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"no folder at {root}: set videos_root to the folder where the clips are now")
     panel = make_clip_panel(replace(dataset, root=root), config.num_videos, config.num_frames, config.seed)
     return Trial(
         panel.held_out, panel.prompts, "like held-out clips", CLIP_FIGURES, panel.describe(), panel.real_rows(config.seed),
@@ -242,17 +245,8 @@ def examine_clips(config: EvaluateConfig, dataset: VideosConfig, networks: list[
     )
 
 
-def facts_of_call(config: EvaluateConfig, runtime: Runtime) -> dict[str, object]:
-    """What every row's figures depend on beside its checkpoint and its plan."""
-    return {
-        "num_videos": config.num_videos, "num_frames": config.num_frames, "seed": config.seed, "batch_size": config.batch_size,
-        "device": runtime.device.type, "precision": runtime.precision, "compiled": config.compile, "int8": config.int8,
-        "code_sha256": code_digest(*JUDGED_CODE),
-    }
-
-
 def print_rest(panel: Panel, results: dict[str, dict[str, object]], measured_beside: dict[str, dict[str, float | list]]) -> None:
-    """The tables that need every row, and what stands beside the real videos' row: it is kept there too."""
+    """The tables that need every row, and what is measured beside the real videos' row: it is kept there too."""
     if panel.config.num_digits == 1:
         print("\n" + format_table("looks like real video", results | measured_beside, LOOK_FIGURES | COST_FIGURES))
         results["real"].update({key.removeprefix("real, ").replace(" ", "_"): value for key, value in measured_beside.items()})
@@ -262,8 +256,7 @@ def print_rest(panel: Panel, results: dict[str, dict[str, object]], measured_bes
 
 
 def write_results(folder: Path, results: dict[str, dict[str, object]], shown: list[tuple[str, Tensor]], prompts: list[str]) -> None:
-    """evaluation.json, the curves by frame, and the pictures of the first prompts, every source side by side. Overwrites nothing:
-    beside the files of an earlier call these get a number."""
+    """evaluation.json, the curves by frame, and the pictures of the first prompts, every source side by side. Overwrites nothing."""
     figures, curves, sheet, animation = free_paths(folder, ["evaluation.json", "per_frame.png", "comparison.png", "comparison.gif"])
     figures.write_text(json.dumps(results, indent=2) + "\n")
     draw_curves(curves, results)

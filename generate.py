@@ -2,19 +2,16 @@
 
 Dimensions: B batch, F frames, C channels, H height, W width.
 
-A checkpoint says itself what it is. A student (training type "dmd2", "causal_ode" or "causal_consistency") makes a video
-block by block in its few denoising steps; a teacher ("pretrain") denoises all frames at once in many steps with guidance,
-or block by block where teacher or diffusion forcing made it causal.
+A student (training type "dmd2", "causal_ode" or "causal_consistency") makes a video block by block in its few denoising steps; a
+teacher ("pretrain") denoises all frames at once in many steps with guidance, or block by block if it was trained causally.
 
     --num_steps N             on a student: Euler's method, N steps a block, still block by block
     --causal --num_steps 4    on a teacher: Euler's method block by block with guidance, what a student must beat
     --denoising_steps ...     on a teacher: block by block with fresh noise and without guidance, which it was not trained for
 
-Beside every video stands a JSON of the same name that says how it was made; the same call writes the same files, byte for byte.
-
-Sample k of a prompt uses seed `--seed` + k, whichever prompt it is, so a video is a function of (prompt, seed,
-checkpoint, settings): other prompts, other samples and the batch size change it by rounding at most, of floats or, with --int8,
-of 8-bit integers.
+A JSON beside every video says how it was made; the same call writes the same files, byte for byte. Sample k of every prompt uses seed
+`--seed` + k, so a video is a function of (prompt, seed, checkpoint, settings): other prompts, other samples and the batch size change it
+by rounding at most, of floats or, with --int8, of 8-bit integers.
 """
 
 from __future__ import annotations
@@ -54,9 +51,6 @@ DEFAULT_SWITCH = "recache"
 MAX_SLUG_LENGTH = 60  # characters of the prompt in a file name
 MAX_LABEL_LENGTH = 160  # characters of the prompt in the contact sheet
 MAX_SHEET_ROWS = 64  # videos in the contact sheet
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def _path(text: str) -> Path | None:
@@ -110,16 +104,14 @@ from clips.own_videos import VideosConfig  # noqa: E402
 from clips.video_files import load_frames  # noqa: E402
 from machine.files import free_paths, require_writable  # noqa: E402
 from machine.interruption import EXIT_CTRL_C  # noqa: E402
-from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime  # noqa: E402
-from method.plans import BidirectionalPlan, RolloutPlan  # noqa: E402
+from machine.runtime import code_digest, file_digest, resolve_runtime  # noqa: E402
+from method.plans import BidirectionalPlan  # noqa: E402
 from method.settings import TrainingConfig  # noqa: E402
 from moving_mnist import DatasetConfig  # noqa: E402
 from sampling.samplers import SamplerSettings, check_length, generate, prepared  # noqa: E402
 from sampling.streaming import PromptSchedule  # noqa: E402
 from sampling.video_io import contact_sheet, save_array, save_video, to_display  # noqa: E402
 from training.checkpoint import LoadedNetworks, load_networks  # noqa: E402
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def slug(prompt: str) -> str:
@@ -130,10 +122,7 @@ def slug(prompt: str) -> str:
 
 def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[int], suffix: str, facts: dict[str, Any]) -> list[Path]:
     """Write a file and a JSON beside it for every video, `contact_sheet.png` and `generation.json`, overwriting nothing; returns all
-    their paths, these two last.
-
-    videos: (B, F, C, H, W) in model range, clamped here. suffix: one of `FORMATS`. facts: what is said of all videos alike.
-    """
+    their paths, these two last. videos: (B, F, C, H, W) in model range, clamped here. suffix: one of `FORMATS`. facts: of all videos."""
     stems = [f"{index:03d}_{slug(prompt)}_seed{seed}" for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
     names = [f"{stem}.{kind}" for kind in (suffix, "json") for stem in stems]
     *paths, sheet_path, facts_path = free_paths(folder, [*names, "contact_sheet.png", "generation.json"])
@@ -145,7 +134,8 @@ def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[i
             save_video(path, to_display(video))
         listed.append({"file": path.name, "prompt": prompt, "seed": seed})
         _write_json(sidecar, {**listed[-1], **facts})
-    labels = [f"{_shortened(prompt)} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
+    shortened = [prompt if len(prompt) <= MAX_LABEL_LENGTH else prompt[:MAX_LABEL_LENGTH] + "..." for prompt in prompts]
+    labels = [f"{prompt} (seed {seed})" for prompt, seed in zip(shortened, seeds, strict=True)]
     contact_sheet(sheet_path, to_display(videos[:MAX_SHEET_ROWS]), labels[:MAX_SHEET_ROWS])
     _write_json(facts_path, {**facts, "contact_sheet": sheet_path.name, "videos": listed})
     return [*paths, sheet_path, facts_path]
@@ -153,13 +143,6 @@ def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[i
 
 def _write_json(path: Path, facts: dict[str, Any]) -> None:
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")  # ASCII: whatever the prompt is escaped
-
-
-def _shortened(prompt: str) -> str:
-    return prompt if len(prompt) <= MAX_LABEL_LENGTH else prompt[:MAX_LABEL_LENGTH] + "..."
-
-
-# --- the call -----------------------------------------------------------------------------------------------------------
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -181,28 +164,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError(f"the prompt {prompt!r} is not valid text: give it in UTF-8") from error
 
 
-def _facts(
-    checkpoint: Path, networks: LoadedNetworks, settings: SamplerSettings, plan: RolloutPlan | BidirectionalPlan, num_frames: int,
-    batch_size: int, runtime: Runtime,
-) -> dict[str, Any]:
-    """What makes the videos of one call reproducible, as plain values: no time, no path, nothing of the machine but what its
-    numbers hang on."""
-    training = networks.config.training
-    return {
-        "checkpoint": {
-            "name": checkpoint.name, "sha256": file_digest(checkpoint), "training_type": training.training_type, "step": networks.step,
-        },
-        "sampler": {
-            "kind": "bidirectional" if isinstance(plan, BidirectionalPlan) else "causal", "requested": asdict(settings),
-            "plan": asdict(plan), "time_shift": training.time_shift,
-            "evaluations_a_block": plan.evaluations, "cache_evaluations_a_block": plan.cache_evaluations,
-        },
-        "num_frames": num_frames, "batch_size": batch_size, "device": runtime.device.type,
-        "precision": runtime.precision,
-        "versions": {**{name: version(name) for name in VERSIONED}, "code_sha256": code_digest()},
-    }
-
-
 def default_prompts(networks: LoadedNetworks) -> tuple[str, ...]:
     """Prompts that show what the network knows; the empty one if it learned videos without captions. Raises ValueError for own captions."""
     dataset, words = networks.config.dataset, networks.text_encoder.vocabulary
@@ -216,7 +177,7 @@ def default_prompts(networks: LoadedNetworks) -> tuple[str, ...]:
 
 
 def default_length(training: TrainingConfig, first_frames: Tensor | None) -> int:
-    """The longest video of the training; a given clip and whole blocks, at least one, up to about that many frames."""
+    """The longest video of the training; with a given clip, that and whole blocks, at least one, up to about that many frames."""
     if first_frames is None:
         return training.max_num_frames
     given, block = len(first_frames), training.num_frames_per_block
@@ -241,11 +202,22 @@ def run(arguments: argparse.Namespace) -> None:
     num_frames = default_length(training, first_frames) if arguments.num_frames is None else arguments.num_frames
     check_length(num_frames, plan, training, schedule, first_frames)
     require_writable(arguments.output_dir)
-    facts = _facts(arguments.checkpoint, networks, settings, plan, num_frames, arguments.batch_size, runtime)
-
-    facts["compiled"], facts["int8"] = arguments.compile, arguments.int8
-    facts["schedule"] = None if schedule is None else {"entries": schedule.entries, "switch": switch}
-    facts["init"] = None if arguments.init is None else {"name": arguments.init.name, "num_frames": len(first_frames)}
+    facts = {  # what makes the videos of one call reproducible: no time, no path, nothing of the machine but what its numbers depend on
+        "checkpoint": {
+            "name": arguments.checkpoint.name, "sha256": file_digest(arguments.checkpoint), "training_type": training.training_type,
+            "step": networks.step,
+        },
+        "sampler": {
+            "kind": "bidirectional" if isinstance(plan, BidirectionalPlan) else "causal", "requested": asdict(settings),
+            "plan": asdict(plan), "time_shift": training.time_shift,
+            "evaluations_a_block": plan.evaluations, "cache_evaluations_a_block": plan.cache_evaluations,
+        },
+        "num_frames": num_frames, "batch_size": arguments.batch_size, "device": runtime.device.type, "precision": runtime.precision,
+        "versions": {**{name: version(name) for name in VERSIONED}, "code_sha256": code_digest()},
+        "compiled": arguments.compile, "int8": arguments.int8,
+        "schedule": None if schedule is None else {"entries": schedule.entries, "switch": switch},
+        "init": None if arguments.init is None else {"name": arguments.init.name, "num_frames": len(first_frames)},
+    }
     asked = arguments.prompts or (schedule and [schedule.entries[0][1]]) or default_prompts(networks)
     prompts = [prompt for prompt in asked for _ in range(arguments.samples_per_prompt)]
     seeds = [arguments.seed + sample for _ in asked for sample in range(arguments.samples_per_prompt)]

@@ -46,7 +46,7 @@ from network.attention import (
 )
 from network.int8_products import quantize_linears
 from network.kv_cache import KVCache
-from network.recomputation import recomputed
+from network.weights import recomputed
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""Matrix products in 8-bit integers, for generation: every token and every output channel has a scale of its own.
+"""Matrix products in 8-bit integers, for generation: every token and every output channel has its own scale.
 
-Dynamic vector-wise quantisation (Dettmers et al. 2022, arXiv 2208.07339, section 3.1, without its treatment of outliers):
-nothing is calibrated. Processors with AVX-512 VNNI add up four products of 8-bit integers where they add up one of float32.
+Dynamic vector-wise quantisation (Dettmers et al. 2022, arXiv 2208.07339, section 3.1, without its treatment of outliers). Processors with
+AVX-512 VNNI add up four products of 8-bit integers where they add up one of float32.
 """
 
 from __future__ import annotations

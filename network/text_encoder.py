@@ -2,9 +2,8 @@
 
 Dimensions: B batch, L tokens in a prompt, D embedding width.
 
-The grammar is small and closed, so a prompt says exactly what a Moving MNIST sample shows: which digits, how many,
-where each one starts to move, and how fast. Directions are numbered counter-clockwise from "right" in steps of 45
-degrees, as seen on the screen ("up" is a decreasing row).
+A prompt says what a Moving MNIST sample shows: which digits, how many, where each one starts to move, and how fast. Directions are
+numbered counter-clockwise from "right" in steps of 45 degrees, as seen on the screen ("up" is a decreasing row).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -40,10 +40,7 @@ _NAMED_NOUNS, _NAMED_PAIR = ("the {}", "{}"), ("the {} and the {}", "{} and {}")
 
 @dataclass(frozen=True)
 class MotionFacts:
-    """What a caption says of one digit.
-
-    digit: 0..9. direction: 0..7, counter-clockwise from right in steps of 45 degrees. speed: a key of `SPEED_WORDS`.
-    """
+    """What a caption says of one digit. digit: 0..9. direction: 0..7, counter-clockwise from right. speed: a key of `SPEED_WORDS`."""
 
     digit: int
     direction: int
@@ -60,10 +57,9 @@ class CaptionFacts:
 
 
 def compose_caption(facts: list[MotionFacts], rng: np.random.Generator, class_names: list[str] | None = None) -> str:
-    """Write one caption for one or two digits, choosing templates and synonyms at random. class_names: what to call the ten classes where
-    they are no digits.
+    """One caption for one or two digits, of random templates and synonyms: 85 % name the direction, and half of those the speed too.
 
-    85 % of captions name the direction, and half of those the speed too. Raises ValueError for no digit or more than two.
+    class_names: what to call the ten classes if they are no digits. Raises ValueError for no digit or more than two.
     """
     single_nouns, pair_nouns = (_SINGLE_NOUNS, _PAIR_NOUNS) if class_names is None else (_NAMED_NOUNS, _NAMED_PAIR)
     if len(facts) not in (1, 2):
@@ -81,15 +77,9 @@ def compose_caption(facts: list[MotionFacts], rng: np.random.Generator, class_na
         speed = f" {pick(SPEED_WORDS[fact.speed])}" if rng.random() < 0.5 else ""
         return f"{pick(_MOTION_VERBS)} {pick(DIRECTION_PHRASES[fact.direction])}{speed}"
 
-    names_motion = rng.random() < 0.85
-    if len(facts) == 1:
-        subject = pick(single_nouns).format(digit_word(facts[0].digit))
-        if names_motion:
-            return f"{subject} {motion(facts[0])}"
-        return subject if rng.random() < 0.5 else f"{subject} {pick(_FREE_MOTION)}"
-    if names_motion:
+    if rng.random() < 0.85:
         return " and ".join(f"{pick(single_nouns).format(digit_word(fact.digit))} {motion(fact)}" for fact in facts)
-    subject = pick(pair_nouns).format(*(digit_word(fact.digit) for fact in facts))
+    subject = pick(single_nouns if len(facts) == 1 else pair_nouns).format(*(digit_word(fact.digit) for fact in facts))
     return subject if rng.random() < 0.5 else f"{subject} {pick(_FREE_MOTION)}"
 
 
@@ -111,14 +101,11 @@ def split_words(prompt: str) -> list[str]:
     return re.findall(r"[0-9]|[^\W\d_]+", prompt.lower())
 
 
-def _grammar_vocabulary() -> tuple[str, ...]:
-    phrases = [*DIGIT_WORDS, *(str(d) for d in range(10)), *_MOTION_VERBS, *_SINGLE_NOUNS, *_PAIR_NOUNS, *_FREE_MOTION]
-    phrases += [p for group in DIRECTION_PHRASES for p in group] + [w for group in SPEED_WORDS.values() for w in group]
-    words = {word for phrase in phrases for word in split_words(phrase)}
-    return tuple(sorted(words))
-
-
-VOCABULARY = _grammar_vocabulary()
+_PHRASES = (
+    *DIGIT_WORDS, *map(str, range(10)), *_MOTION_VERBS, *_SINGLE_NOUNS, *_PAIR_NOUNS, *_FREE_MOTION, *chain(*DIRECTION_PHRASES),
+    *chain(*SPEED_WORDS.values()),
+)
+VOCABULARY = tuple(sorted({word for phrase in _PHRASES for word in split_words(phrase)}))
 
 
 def vocabulary_with(class_names: list[str]) -> list[str]:
@@ -132,11 +119,8 @@ NUM_TOKENS = len(VOCABULARY) + NUM_SPECIAL_TOKENS
 
 
 def parse_caption(prompt: str) -> CaptionFacts:
-    """Read digits, starting directions and speeds back from a prompt, in the order in which the digits are named.
-
-    A direction or speed belongs to the last digit named before it. Works on every caption of the grammar and on free
-    text that uses its words.
-    """
+    """Read digits, starting directions and speeds back from a prompt that uses the grammar's words, in the order in which the digits are
+    named. A direction or speed belongs to the last digit named before it."""
     digits: list[int] = []
     axes: list[list[int]] = []  # per digit: [horizontal, vertical] in {-1, 0, 1}
     speeds: list[str | None] = []
@@ -180,11 +164,8 @@ class TextEncoderConfig:
 
 
 class TextEncoder(nn.Module):
-    """Word embeddings with learned positions and one pre-norm transformer layer (the role umT5 plays in Wan).
-
-    It is trained together with the teacher in pretraining and frozen afterwards. Every prompt is padded to
-    `config.max_tokens`, so its embedding does not depend on what else is in the batch.
-    """
+    """Word embeddings with learned positions and one pre-norm transformer layer (the role umT5 plays in Wan), trained with the teacher and
+    frozen afterwards. Every prompt is padded to `config.max_tokens`: its embedding does not depend on what else is in the batch."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -203,11 +184,8 @@ class TextEncoder(nn.Module):
             self.token_embedding.weight[PAD_TOKEN].zero_()
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """Token numbers (B, L), int64, padded with `PAD_TOKEN`, on the encoder's device.
-
-        Words outside the vocabulary are left out; one warning names them all and the words that are known. Words past
-        `max_tokens` are cut, also with a warning.
-        """
+        """Token numbers (B, L), int64, padded with `PAD_TOKEN`, on the encoder's device. Warns of words that are left out because they are
+        unknown, and of words past `max_tokens`, which are cut."""
         device = self.position_embedding.device
         tokens = torch.full((len(prompts), self.config.max_tokens), PAD_TOKEN, dtype=torch.int64)
         unknown: dict[str, None] = {}
@@ -227,9 +205,7 @@ class TextEncoder(nn.Module):
                 f"Known words: {', '.join(self.vocabulary)}", stacklevel=2,
             )
         if num_cut:
-            warnings.warn(
-                f"{num_cut} prompts are longer than {self.config.max_tokens - 1} words: the rest was cut", stacklevel=2
-            )
+            warnings.warn(f"{num_cut} prompts are longer than {self.config.max_tokens - 1} words: the rest was cut", stacklevel=2)
         return tokens.to(device)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,14 @@
-"""What is done to all weights of a network at once: held constant, averaged over training."""
+"""What is done to a whole network: its weights held constant or averaged over training, its activations recomputed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
@@ -28,3 +30,14 @@ def update_average(average: nn.Module, live: nn.Module, decay: float, num_update
     decay = min(decay, (1 + num_updates) / (10 + num_updates))
     for averaged, current in zip(average.parameters(), live.parameters(), strict=True):
         averaged.lerp_(current, 1 - decay)
+
+
+def recomputed(module: nn.Module, *inputs: Any) -> Tensor:
+    """module(*inputs), whose activations are computed again in the backward pass instead of being kept (activation checkpointing, Chen et
+    al., arXiv 1604.06174); inputs must stay as they are until then. A module that is frozen now is frozen in that second pass too."""
+    is_frozen = not any(parameter.requires_grad for parameter in module.parameters())
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), frozen(module) if is_frozen else nullcontext()
+
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

@@ -78,16 +78,16 @@ def load_checkpoint(path: Path, is_mapped: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED_KEYS):
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise CheckpointError(f"{path} is not a checkpoint of this project: found {found}, expected the keys {', '.join(REQUIRED_KEYS)}")
-    if "runtime" in checkpoint and not _is_runtime(checkpoint["runtime"]):
-        raise CheckpointError(f"{path}: runtime is {checkpoint['runtime']!r}: expected a device and a precision of {', '.join(PRECISIONS)}")
+    runtime = checkpoint.get("runtime", {"device": "cpu", "precision": "float32"})
+    if not isinstance(runtime, dict) or "device" not in runtime or runtime.get("precision") not in list(PRECISIONS):
+        raise CheckpointError(f"{path}: runtime is {runtime!r}: expected a device and a precision of {', '.join(PRECISIONS)}")
     drawn = checkpoint["prompts_drawn"]
     counts = [*drawn.keys(), *drawn.values()] if isinstance(drawn, dict) else [drawn]
     if not all(isinstance(number, int) and number >= 0 for number in [checkpoint["step"], *counts]):
         raise CheckpointError(f"{path}: step and prompts_drawn are {checkpoint['step']!r} and {drawn!r}: expected whole numbers")
-    if "digits_seen" in checkpoint and not (
-        isinstance(checkpoint["digits_seen"], list) and all(split in SPLITS for split in checkpoint["digits_seen"])
-    ):
-        raise CheckpointError(f"{path}: digits_seen is {checkpoint['digits_seen']!r}: expected a list of some of {', '.join(SPLITS)}")
+    seen = checkpoint.get("digits_seen", [])
+    if not isinstance(seen, list) or not all(split in SPLITS for split in seen):
+        raise CheckpointError(f"{path}: digits_seen is {seen!r}: expected a list of some of {', '.join(SPLITS)}")
     return {key: _without_wrappers(value) if key.endswith("_state_dict") else value for key, value in checkpoint.items()}
 
 
@@ -98,13 +98,9 @@ def _without_wrappers(state: object) -> object:
     return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
 
 
-def _is_runtime(stored: object) -> bool:
-    return isinstance(stored, dict) and {"device", "precision"} <= stored.keys() and stored["precision"] in list(PRECISIONS)
-
-
 @dataclass(frozen=True)
 class LoadedNetworks:
-    """Networks built from a file, in evaluation mode. generator holds the averaged weights where the file has them."""
+    """Networks built from a file, in evaluation mode."""
 
     generator: TinyCausalWanModel
     text_encoder: TextEncoder
@@ -122,19 +118,12 @@ def checkpoint_config(path: Path, checkpoint: dict[str, Any]) -> Config:
         raise CheckpointError(f"{path}: its configuration does not fit this version of the code ({error})") from error
 
 
-def generator_key(checkpoint: dict[str, Any]) -> str:
-    """Where the weights to use stand: the averaged ones in a run's checkpoint, the only ones in a stripped one."""
-    return "generator_ema_state_dict" if "generator_ema_state_dict" in checkpoint else "generator_state_dict"
-
-
 def load_networks(path: Path, device: torch.device) -> LoadedNetworks:
-    """Build generator and text encoder from a checkpoint, strictly, in float32. Raises CheckpointError.
-
-    The stored sizes are compared with the stored tensors before memory is taken for them.
-    """
+    """Build generator (averaged weights if the file has them) and text encoder from a checkpoint, strictly, in float32. Raises
+    CheckpointError. The stored sizes are compared with the stored tensors before memory is taken for them."""
     checkpoint = load_checkpoint(path)
     config = checkpoint_config(path, checkpoint)
-    weights = generator_key(checkpoint)
+    weights = "generator_ema_state_dict" if "generator_ema_state_dict" in checkpoint else "generator_state_dict"
     if isinstance(checkpoint[weights], dict) and config.model.num_layers > len(checkpoint[weights]):
         raise CheckpointError(f"{path}: model.num_layers is {config.model.num_layers}, more than the file has tensors")
     try:
@@ -194,6 +183,12 @@ def merge_counts(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
     return {seed: max(one.get(seed, 0), other.get(seed, 0)) for seed in one.keys() | other.keys()}
 
 
+def same_text_encoder(one: LoadedNetworks, other: LoadedNetworks) -> bool:
+    """Up to rounding: a float16 file equals the float32 one that it was made of."""
+    pairs = zip(one.text_encoder.parameters(), other.text_encoder.parameters(), strict=True)
+    return all(torch.allclose(own, wanted, rtol=1e-2, atol=1e-3) for own, wanted in pairs)
+
+
 def slim_checkpoint(sources: Sequence[Path], target: Path) -> None:
     """Write the averaged weights of a source in float16, without what only resuming needs; of several, their mean (a model soup,
     Wortsman et al., arXiv 2203.05482), which only networks with a common past have. Settings are those of the last.
@@ -204,8 +199,13 @@ def slim_checkpoint(sources: Sequence[Path], target: Path) -> None:
     if target.exists():
         raise CheckpointError(f"{target} exists already: give the name of a new file, or delete it first")
     networks = [load_networks(source, torch.device("cpu")) for source in sources]  # refuses what could not be used
-    for source, other in zip(sources, networks, strict=True):
-        _check_goes_with(source, other, sources[-1], networks[-1])
+    last = networks[-1]
+    for path, item in zip(sources, networks, strict=True):
+        for name, own, wanted in (("model", item.config.model, last.config.model), ("text", item.config.text, last.config.text)):
+            if own != wanted:
+                raise CheckpointError(f"{path} has other sizes than {sources[-1]} ({name}: {own}, {wanted}): only equal ones have a mean")
+        if not same_text_encoder(item, last):
+            raise CheckpointError(f"{path} has another text encoder than {sources[-1]}: only networks of one teacher have a mean")
     checkpoint = load_checkpoint(sources[-1])
     states = [item.generator.state_dict() for item in networks]
     slim = {
@@ -217,16 +217,6 @@ def slim_checkpoint(sources: Sequence[Path], target: Path) -> None:
         **{key: checkpoint[key] for key in ("step", "training_type", "config", "runtime") if key in checkpoint},
     }
     save_checkpoint(target, slim)
-
-
-def _check_goes_with(path: Path, networks: LoadedNetworks, last_path: Path, last: LoadedNetworks) -> None:
-    """Raise CheckpointError where the mean of two networks would make no sense."""
-    for name, own, wanted in (("model", networks.config.model, last.config.model), ("text", networks.config.text, last.config.text)):
-        if own != wanted:
-            raise CheckpointError(f"{path} has other sizes than {last_path} ({name}: {own}, {wanted}): only equal ones have a mean")
-    for own, wanted in zip(networks.text_encoder.parameters(), last.text_encoder.parameters(), strict=True):
-        if not torch.allclose(own, wanted, rtol=1e-2, atol=1e-3):  # float16 files may stand beside float32 ones
-            raise CheckpointError(f"{path} has another text encoder than {last_path}: only networks of one teacher have a mean")
 
 
 def main() -> None:

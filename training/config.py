@@ -23,15 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from clips.own_videos import VideosConfig
 from machine.paths import at_home
 from method.choices import DEVICES, PRECISIONS, require
-from method.settings import (
-    TRAINING_KINDS,
-    CausalConsistencyConfig,
-    CausalODEConfig,
-    DataConfig,
-    PretrainConfig,
-    SelfForcingConfig,
-    TrainingConfig,
-)
+from method.settings import TRAINING_KINDS, DataConfig, PretrainConfig, SelfForcingConfig, TrainingConfig
 from moving_mnist import DatasetConfig
 from network.text_encoder import TextEncoderConfig
 from tiny_causal_wan import ModelConfig
@@ -83,35 +75,36 @@ class Config:
 
 def check_parts_fit(config: Config) -> None:
     """Raise ValueError where two parts of the configuration contradict each other."""
-    model, dataset, training = config.model, config.dataset, config.training
+    model, dataset, training, patch = config.model, config.dataset, config.training, config.model.patch_size[0]
     require(model.frame_size == dataset.frame_size, "model.frame_size", model.frame_size, f"dataset.frame_size={dataset.frame_size}")
     require(model.channels == dataset.channels, "model.channels", model.channels, f"dataset.channels={dataset.channels}")
     require(model.text_width == config.text.width, "model.text_width", model.text_width, f"text.width={config.text.width}")
-    require(
-        training.num_frames_per_block % model.patch_size[0] == 0, "model.patch_size", list(model.patch_size),
-        f"a temporal patch that divides training.num_frames_per_block={training.num_frames_per_block}",
-    )
+    block = f"a temporal patch that divides training.num_frames_per_block={training.num_frames_per_block}"
+    require(training.num_frames_per_block % patch == 0, "model.patch_size", list(model.patch_size), block)
     for name, frames in (("window_frames", training.window_frames or 0), ("sink_frames", training.sink_frames)):
-        require(frames % model.patch_size[0] == 0, f"training.{name}", frames, f"a multiple of the temporal patch {model.patch_size[0]}")
-    require(
-        model.patch_size[0] == 1 or not training.independent_first_frame, "training.independent_first_frame", True,
-        f"false with a temporal patch of {model.patch_size[0]} frames",
-    )
+        training.check(name, frames % patch == 0, f"a multiple of the temporal patch {patch}")
+    one_frame = f"false with a temporal patch of {patch} frames"
+    training.check("independent_first_frame", patch == 1 or not training.independent_first_frame, one_frame)
+    if isinstance(training, SelfForcingConfig) and training.optimizer != "muon":
+        for name in ("muon_momentum", "critic_muon_momentum"):
+            default = getattr(SelfForcingConfig, name)
+            unused = f"{default}, its default, with training.optimizer={training.optimizer}, which ignores it, or training.optimizer=muon"
+            training.check(name, getattr(training, name) == default, unused)
 
 
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra, so that YAML and overrides are checked against them."""
-    store = ConfigStore.instance()
+    store = ConfigStore.instance().store
     schema = OmegaConf.structured(Config)
     schema.dataset = MISSING  # its kind is chosen by the group
-    store.store(name="train_schema", node=schema)
-    store.store(group="model", name="schema", node=ModelConfig)
-    store.store(group="dataset", name="schema", node=DatasetConfig)
-    store.store(group="dataset", name="videos_schema", node=VideosConfig)
-    store.store(group="training", name="pretrain_schema", node=PretrainConfig)
-    store.store(group="training", name="self_forcing_schema", node=SelfForcingConfig)
-    store.store(group="training", name="causal_ode_schema", node=CausalODEConfig)
-    store.store(group="training", name="causal_consistency_schema", node=CausalConsistencyConfig)
+    store("train_schema", schema)
+    store("schema", ModelConfig, "model")
+    store("schema", DatasetConfig, "dataset")
+    store("videos_schema", VideosConfig, "dataset")
+    store("pretrain_schema", PretrainConfig, "training")
+    store("self_forcing_schema", SelfForcingConfig, "training")
+    for kind in ("causal_ode", "causal_consistency"):
+        store(f"{kind}_schema", TRAINING_KINDS[kind], "training")
 
 
 def build_config(composed: DictConfig) -> Config:
@@ -152,10 +145,8 @@ def _unknown_key(key: str, kinds: list[TrainingConfig], dataset: DataConfig) -> 
 
 
 def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> str:
-    """One line that says which key or choice was refused, and what would do; Hydra's own messages take a page.
-
-    known_keys: those of another configuration than a training run's.
-    """
+    """One line that says which key or choice was refused, and what would do; Hydra's own messages take a page. known_keys: those of
+    another configuration than a training run's."""
     if isinstance(error, OverrideParseException):
         return f"{_shortened(error.override)} cannot be read{_quoting_advice(error.override) or f' ({_shortened(str(error))})'}"
     root: BaseException = error
@@ -176,10 +167,8 @@ def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> st
         return _unknown_key(key, [kind for kind in kinds if type(kind) is root.object_type] or kinds, dataset)
     lines = [line.strip() for line in str(root if str(root) else error).splitlines() if line.strip()]
     if isinstance(root, OmegaConfBaseException) and root.full_key:
-        kinds = [kind() for kind in TRAINING_KINDS.values()]
-        defaults = {
-            key: value for kind in kinds for key, value in flatten(config_to_dict(Config(training=kind))).items()
-        }
+        configs = [Config(training=kind()) for kind in TRAINING_KINDS.values()]
+        defaults = {key: value for config in configs for key, value in flatten(config_to_dict(config)).items()}
         example = f"; expected a value such as {defaults[root.full_key]}, its default" if root.full_key in defaults else ""
         return f"{root.full_key}: {lines[0]}{example}"
     return "; ".join(lines)
@@ -188,8 +177,7 @@ def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> st
 def _quoting_advice(override: str) -> str:
     """How to type an override whose value has characters that Hydra's grammar keeps for itself; empty where quoting is no help."""
     key, _, value = override.partition("=")
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    quoted = f'{key}="{escaped}"'
+    quoted = '{}="{}"'.format(key, value.replace("\\", "\\\\").replace('"', '\\"'))
     try:
         OverridesParser.create().parse_override(quoted)
     except HydraException:
@@ -234,8 +222,8 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def config_from_dict(plain: dict[str, Any]) -> Config:
     """The inverse of `config_to_dict`. Raises ValueError naming a key that this version does not know.
 
-    A configuration from before digits were set aside for the judges says so by dataset.judge_fraction = 0; one from when a run could be a
-    comparison held an empty `experiment`; noise_draws was called critic_draws.
+    Of earlier versions: without dataset.judge_fraction no digits were set aside for the judges; a run could be a comparison and held an
+    empty `experiment`; noise_draws was called critic_draws.
     """
     plain = {key: plain[key] for key in dict(plain) if key != "experiment" or plain[key] is not None}
     is_own = "root" in plain.get("dataset", {})

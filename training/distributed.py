@@ -44,7 +44,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Is it this one that writes files and prints?"""
+        """The one that writes files and prints."""
         return self.rank == 0
 
     def join(self, device: torch.device) -> None:
@@ -66,10 +66,8 @@ class Processes:
         if self.count == 1 or device.type != "cuda":
             return device
         if self.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {self.local_rank} of this machine has no GPU of its own: expected one each, found {torch.cuda.device_count()}; "
-                "start fewer processes or set device=cpu"
-            )
+            raise ValueError(f"process {self.local_rank} of this machine has no GPU of its own: expected one each, found "
+                             f"{torch.cuda.device_count()}; start fewer processes or set device=cpu")
         own = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(own)
         return own
@@ -114,7 +112,6 @@ ONE_PROCESS = Processes()
 
 
 def _ask(question: Callable[[], Answer]) -> Answer:
-    """What the other processes answer."""
     try:
         return question()
     except RuntimeError as error:  # torch's for a peer that is gone, or silent for too long
@@ -169,9 +166,6 @@ def processes_of_environment(environment: Mapping[str, str] = os.environ) -> Pro
 @cache  # one connection a process, however often it is asked for
 def _connect(host: str, port: int, count: int, keeps_store: bool) -> dist.Store:
     return _ask(lambda: dist.TCPStore(host, port, count, keeps_store, STORE_TIMEOUT, wait_for_workers=False))
-
-
-# --- one step in parts ------------------------------------------------------------------------------------------------
 
 
 class BatchParts:

@@ -1,9 +1,6 @@
-"""Few-step starts for a causal student: regression on ODE trajectories, and consistency distillation.
+"""Few-step starts for a causal student: regression on ODE trajectories of a teacher, and consistency distillation.
 
 Dimensions: B batch, F frames, C channels, H height, W width, K blocks, S denoising steps of the student.
-
-Both need a teacher that is sampled in many steps. Where it is a causal one that sees clean blocks, its targets depend
-on nothing that the student cannot see.
 """
 
 from __future__ import annotations
@@ -39,10 +36,8 @@ from training.starting_networks import check_is_bidirectional, load_teacher
 
 @dataclass(frozen=True)
 class Trajectory:
-    """ODE trajectories of a teacher: x_t (S, B, F, C, H, W) at times (S,), and x_0 (B, F, C, H, W) where they end.
-
-    Those of a bidirectional teacher have their end, at time 0, among the S too, see `ode_regression_loss`.
-    """
+    """ODE trajectories of a teacher: x_t (S, B, F, C, H, W) at times (S,), and x_0 (B, F, C, H, W) where they end. Those of a bidirectional
+    teacher have their end, at time 0, among the S too, see `ode_regression_loss`."""
 
     x_t: Tensor
     times: Tensor
@@ -55,10 +50,8 @@ def ode_trajectory(
     num_frames_per_block: int, num_steps: int, kept_steps: list[int], time_shift: float, guidance: float, is_causal: bool,
     context: ContextWindow = WHOLE_PAST,
 ) -> Trajectory:
-    """Euler trajectories of the guided teacher in num_steps steps; those of the steps in kept_steps are handed out.
-
-    is_causal: block by block, each from the clean blocks before it; otherwise all frames at once.
-    """
+    """Euler trajectories of the guided teacher in num_steps steps, at the steps in kept_steps. is_causal: block by block, each from the
+    clean blocks before it, so that the targets depend on nothing that the student cannot see; otherwise all frames at once."""
     if is_causal:
         plan = many_step_plan(num_steps, time_shift, num_frames_per_block, guidance, context)
         walks: list[list[Tensor]] = []
@@ -66,10 +59,8 @@ def ode_trajectory(
         x_0 = torch.cat(list(rollout_blocks(teacher, prompt, streams, num_blocks, plan, null_prompt, trace=walks)), dim=1)
         trace = [torch.cat(blocks, dim=1) for blocks in zip(*walks, strict=True)]
     else:
-        trace = []
-        x_0 = sample_bidirectional(
-            teacher, prompt, null_prompt, streams, num_frames, BidirectionalPlan(num_steps, time_shift, guidance), trace
-        )
+        trace, plan = [], BidirectionalPlan(num_steps, time_shift, guidance)
+        x_0 = sample_bidirectional(teacher, prompt, null_prompt, streams, num_frames, plan, trace)
     times, x_t = sampling_times(num_steps, time_shift)[kept_steps], [trace[step] for step in kept_steps]
     if not is_causal:
         times, x_t = torch.cat([times, times.new_zeros(1)]), [*x_t, x_0]
@@ -84,8 +75,7 @@ def nearest_steps(num_steps: int, time_shift: float, times: tuple[float, ...]) -
 
 
 def draw_step_orders(num_steps: int, batch_size: int, num_blocks: int, generator: torch.Generator) -> Tensor:
-    """(S, B, K): for every block an order of the S steps. Row i is one training input: each block at a step of its own,
-    and over all rows each block meets each step once."""
+    """(S, B, K): for every block an order of the S steps. Row i is one training input; over all rows each block meets each step once."""
     return torch.rand((num_steps, batch_size, num_blocks), generator=generator).argsort(0)
 
 
@@ -189,7 +179,7 @@ class FewStepStage(Stage):
         return {**mean_figures(losses), "gradient_norm": norm, "num_frames": num_frames}
 
     def _regress_on_trajectories(self, config: CausalODEConfig, indices: Sequence[int], num_frames: int) -> float:
-        """Make one batch of trajectories and let every block meet every denoising step on it; leaves the gradient."""
+        """Let every block meet every denoising step on one batch of trajectories; leaves the gradient."""
         text, prompts = self._encode(self.data.captions(self.seed, indices))
         random, streams = self.random, make_noise_streams(self.random.seeds(len(indices)))
         kept = nearest_steps(config.trajectory_steps, config.time_shift, self.plan.times)
@@ -198,9 +188,8 @@ class FewStepStage(Stage):
                 self.teacher, prompts.cond, prompts.null, streams, num_frames, config.num_frames_per_block, config.trajectory_steps,
                 kept, config.time_shift, config.guidance, self.is_causal, config.context,
             )
-        total = 0.0
+        total, num_times = 0.0, len(trajectory.times)
         num_blocks = len(config.context.block_sizes(num_frames, config.num_frames_per_block))
-        num_times = len(trajectory.times)
         orders = random.draw(len(indices), lambda total: draw_step_orders(num_times, total, num_blocks, random.generator), dim=1)
         for steps in orders:
             with self.runtime.autocast():

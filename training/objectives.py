@@ -1,5 +1,4 @@
-"""Losses that use data: the pretraining of one network as bidirectional teacher and as causal starting point, and the
-two classic ways to train a causal one, diffusion forcing and teacher forcing.
+"""Losses on real videos: of the pretraining that makes bidirectional teacher and causal start in one, of diffusion and teacher forcing.
 
 Dimensions: B batch, F frames, C channels, H height, W width, K = F / num_frames_per_block blocks.
 """
@@ -31,14 +30,13 @@ def block_causal_loss(
 ) -> Tensor:
     """Diffusion forcing (arXiv 2407.01392) with block-causal attention, one time per block, and clean context.
 
-    With `clean_prefix_probability` the first 0..K-1 blocks of a video are at t = 0 and do not count in the loss: this is the context
-    that the KV cache supplies at inference. Probability 0 is diffusion forcing itself. The mean over equal parts of a batch is the
-    loss of the batch, although they differ in the number of frames that count.
+    With `clean_prefix_probability` (0 is diffusion forcing itself) the first 0..K-1 blocks of a video are at t = 0 and do not count in
+    the loss: the context that the KV cache supplies at inference. The mean over equal parts of a batch is the loss of the batch, although
+    they differ in the number of frames that count.
     """
     batch_size = random.batch_size(len(x_0))
-    t, weights = sample_block_times(
-        batch_size, x_0.shape[1], num_frames_per_block, clean_prefix_probability, time_shift, random.generator, context
-    )
+    sizes = (batch_size, x_0.shape[1], num_frames_per_block)
+    t, weights = sample_block_times(*sizes, clean_prefix_probability, time_shift, random.generator, context)
     num_counted = (weights.sum() * (len(x_0) / batch_size)).to(x_0.device)
     t, frame_weight = random.cut(t).to(x_0.device), random.cut(weights).to(x_0.device)
     x_t = add_noise(x_0, random.normal_like(x_0), t)
@@ -50,11 +48,8 @@ def teacher_forcing_loss(
     model: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext, num_frames_per_block: int, time_shift: float, time_floor: float,
     random: BatchRandom, context: ContextWindow = WHOLE_PAST,
 ) -> Tensor:
-    """Every block noised to its own time and denoised from the clean blocks before it, all in one pass.
-
-    The next-token loss of language models (Williams and Zipser 1989) for diffusion, as the baseline of Self-Forcing's
-    Table 2 (arXiv 2506.08009).
-    """
+    """Every block noised to its own time and denoised from the clean blocks before it, all in one pass: teacher forcing (Williams and
+    Zipser 1989) for diffusion, as the baseline of Self-Forcing's Table 2 (arXiv 2506.08009)."""
     batch_size = random.batch_size(len(x_0))
     t, _ = sample_block_times(batch_size, x_0.shape[1], num_frames_per_block, 0.0, time_shift, random.generator, context)
     t = random.cut(t).to(x_0.device)
@@ -69,13 +64,11 @@ def sample_block_times(
 ) -> tuple[Tensor, Tensor]:
     """Times (B, F), one per block, and the weight (B, F) of each frame in the loss: 0 on the clean prefix, else 1."""
     sizes = torch.tensor(context.block_sizes(num_frames, num_frames_per_block))
-    num_blocks = len(sizes)
-    t = sample_time((batch_size, num_blocks), time_shift, generator)
-    prefix = torch.randint(num_blocks, (batch_size, 1), generator=generator)
+    t = sample_time((batch_size, len(sizes)), time_shift, generator)
+    prefix = torch.randint(len(sizes), (batch_size, 1), generator=generator)
     has_prefix = torch.rand((batch_size, 1), generator=generator) < clean_prefix_probability
-    clean = has_prefix & (torch.arange(num_blocks) < prefix)  # (B, K)
-    t = t.masked_fill(clean, 0.0)
-    return t.repeat_interleave(sizes, 1), (~clean).float().repeat_interleave(sizes, 1)
+    clean = has_prefix & (torch.arange(len(sizes)) < prefix)  # (B, K)
+    return t.masked_fill(clean, 0.0).repeat_interleave(sizes, 1), (~clean).float().repeat_interleave(sizes, 1)
 
 
 def drop_prompts(prompts: list[str], probability: float, null_prompt: str, random: BatchRandom) -> list[str]:

@@ -1,5 +1,4 @@
-"""Going on with a run: which checkpoint is its newest readable one, whether another process still works on it, and the state of
-the random generators that are not the run's own.
+"""Continuing a run: its newest readable checkpoint, a lock against other processes, and the state of the global random generators.
 
 `training.resume` is `never`, the PATH of a checkpoint, or `auto`: the newest readable checkpoint of this run. "This run" are the
 folders under log_dir (with run_name: NAME, NAME-2, ... alone) whose stored settings equal those asked for, apart from
@@ -42,8 +41,8 @@ class RunFinished(Exception):
 
 @dataclass(frozen=True)
 class Start:
-    """What a run goes on from. attempts: the folders of this run so far, whose interval checkpoints count towards keep_last; none
-    where a PATH was given, as that may be another run's."""
+    """What a run continues. attempts: the folders of this run so far, whose interval checkpoints count towards keep_last; none for a PATH,
+    which may be another run's."""
 
     path: Path
     checkpoint: dict[str, Any]
@@ -63,9 +62,6 @@ def describe_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
     stored, wanted = flatten(stored), flatten(wanted)
     differing = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
     return ", ".join(f"{key} {stored.get(key)}, now {wanted.get(key)}" for key in differing)
-
-
-# --- finding ----------------------------------------------------------------------------------------------------------
 
 
 def interval_checkpoints(folder: Path) -> list[Path]:
@@ -150,14 +146,9 @@ def _attempts(folder: Path, checkpoint: dict[str, Any]) -> tuple[Path, ...]:
     return (*dict.fromkeys(earlier), folder)
 
 
-# --- one process a run ------------------------------------------------------------------------------------------------
-
-
 class RunClaim:
-    """Holds run folders for this process, so that no other one goes on from them or clears them meanwhile.
-
-    The kernel lets go when the process ends, however it ends. Where the file system knows no locks nothing is held.
-    """
+    """Holds run folders for this process, so that no other one continues or clears them meanwhile; the kernel lets go when it ends. On a
+    file system without locks nothing is held."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
@@ -171,9 +162,8 @@ class RunClaim:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
-            raise ValueError(
-                f"another process is still training in {folder}: wait for it or stop it, or give another run_name or training.resume=never"
-            ) from error
+            raise ValueError(f"another process is still training in {folder}: wait for it or stop it, or give another run_name or "
+                             "training.resume=never") from error
         except OSError:  # a file system without locks, such as some network ones
             os.close(descriptor)
             return False
@@ -186,9 +176,6 @@ class RunClaim:
 
     def __del__(self) -> None:  # of a trainer that was built and never ran
         self.release()
-
-
-# --- random generators ------------------------------------------------------------------------------------------------
 
 
 def global_random_states() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,7 @@ def point_to_latest(link: Path, target: Path) -> None:
 class RunLog:
     """Scalars of one run, written as they come: to scalars.csv, and to wandb unless that is disabled or broken.
 
-    draw: makes of scalars.csv the run's picture, which has the name `picture`. wandb_run_id: of the run that is resumed; as an
-    attribute, that of this run, which stays the same where wandb is off.
+    draw: makes the run's picture, of that name, from scalars.csv. wandb_run_id: that of the resumed run; as an attribute, this run's.
     """
 
     def __init__(
@@ -85,57 +85,49 @@ class RunLog:
                 id=self.wandb_run_id, resume="allow" if is_resumed or wandb_config.mode == "online" else None,  # offline: for `wandb sync`
                 settings=wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT_S),
             )
-        except Exception as error:  # whatever wandb raises, training goes on without it
+        except Exception as error:  # as in `_tell_wandb`
             self._give_up_wandb(error)
             return None
+
+    def _tell_wandb(self, tell: Callable[[Any], None]) -> None:
+        if self._wandb is not None:
+            try:
+                tell(self._wandb)
+            except Exception as error:  # whatever wandb raises, training continues without it
+                self._give_up_wandb(error)
 
     def _give_up_wandb(self, error: Exception) -> None:
         self._wandb = None
         if isinstance(error, ConnectionError):  # its local process has died: else it would fail again, aloud, when this one exits
-            self._forget_wandb()
+            with suppress(Exception):  # what is torn down is broken, whatever it says; the warning below names the cause
+                import wandb
+
+                wandb.teardown()
         reason = " ".join(str(error).split())
-        warnings.warn(f"wandb is off for the rest of this run ({reason}); scalars.csv has every figure", stacklevel=3)
-
-    def _forget_wandb(self) -> None:
-        try:
-            import wandb
-
-            wandb.teardown()
-        except Exception:  # what is torn down is broken, whatever it says; the warning above names the cause
-            return
+        warnings.warn(f"wandb is off for the rest of this run ({reason}); scalars.csv has every figure", stacklevel=4)
 
     def scalars(self, step: int, seconds: float, figures: dict[str, float]) -> None:
         """Write one row; a column without a figure stays empty."""
         self._last_step = step
         self._writer.writerow({"step": step, "seconds": f"{seconds:.2f}", **{k: f"{v:.6g}" for k, v in figures.items()}})
         self._file.flush()
-        if self._wandb is not None:
-            try:
-                self._wandb.log(figures, step=step)
-            except Exception as error:  # as above
-                self._give_up_wandb(error)
+        self._tell_wandb(lambda run: run.log(figures, step=step))
 
     def media(self, step: int, name: str, path: Path) -> None:
         """Show a picture or GIF in wandb; the file itself is already in the run's folder."""
-        self._last_step = step
-        if self._wandb is not None:
-            try:
-                import wandb
+        def show(run: Any) -> None:
+            import wandb
 
-                self._wandb.log({name: wandb.Image(str(path))}, step=step)
-            except Exception as error:  # as above
-                self._give_up_wandb(error)
+            run.log({name: wandb.Image(str(path))}, step=step)
+
+        self._last_step = step
+        self._tell_wandb(show)
 
     def verdict(self, words: str) -> None:
-        """Keep what became of the run: in verdict.txt, and in wandb's summary of the run. Nothing where there are no words."""
-        if not words:
-            return
-        (self.folder / "verdict.txt").write_text(words + "\n", encoding="utf-8")
-        if self._wandb is not None:
-            try:
-                self._wandb.summary["verdict"] = words
-            except Exception as error:  # as above
-                self._give_up_wandb(error)
+        """Keep what became of the run, if anything is said of it: in verdict.txt, and in wandb's summary of the run."""
+        if words:
+            (self.folder / "verdict.txt").write_text(words + "\n", encoding="utf-8")
+            self._tell_wandb(lambda run: run.summary.update({"verdict": words}))
 
     def draw(self) -> None:
         """Draw the run's picture from the rows so far, anew, and show it in wandb."""
@@ -150,11 +142,7 @@ class RunLog:
             self.draw()
         except OSError as error:
             warnings.warn(f"the newest figures or their picture could not be written ({error})", stacklevel=2)
-        if self._wandb is not None:
-            try:
-                self._wandb.finish()
-            except Exception as error:  # as above
-                self._give_up_wandb(error)
+        self._tell_wandb(lambda run: run.finish())
 
 
 class SilentLog:
@@ -196,15 +184,15 @@ def draw_curves(csv_path: Path, picture_path: Path) -> None:
 
 
 def read_scalars(csv_path: Path, with_seconds: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Steps and values of every column of a scalars.csv that has any; of the clock only where asked for. Raises ValueError for a file that
-    is none."""
-    series = {}
+    """Steps and values of every column of a scalars.csv that has any; of the clock only if asked for. Raises ValueError if the file is not
+    a scalars.csv."""
+    series, others = {}, ("step",) if with_seconds else ("step", "seconds")
     try:
         with open(csv_path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        for name in (name for name in (rows[0] if rows else {}) if name not in (("step",) if with_seconds else ("step", "seconds"))):
+        for name in rows[0] if rows else ():
             filled = [row for row in rows if row[name]]
-            if filled:
+            if filled and name not in others:
                 series[name] = (np.array([int(row["step"]) for row in filled]), np.array([float(row[name]) for row in filled]))
     except (KeyError, TypeError, ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"{csv_path} is no table of a run's figures by step: give the folder of a run of train.py") from error

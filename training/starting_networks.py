@@ -9,7 +9,7 @@ import torch
 from clips.own_videos import VideosConfig
 from machine.paths import REPOSITORY
 from method.settings import FewStepConfig, PretrainConfig
-from training.checkpoint import CheckpointError, LoadedNetworks, load_networks
+from training.checkpoint import CheckpointError, LoadedNetworks, load_networks, same_text_encoder
 from training.config import Config
 
 DATA_GEOMETRY = ("frame_size", "digit_size", "num_digits", "channels")  # what two stages of one network must share
@@ -27,7 +27,6 @@ def check_is_bidirectional(path: str, stored: Config) -> None:
 
 def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
     """Raise CheckpointError naming both sides where a checkpoint's networks, or what its videos show, are not this run's."""
-    groups = (("model", stored.model, wanted.model), ("text", stored.text, wanted.text), ("dataset", stored.dataset, wanted.dataset))
     if type(stored.dataset) is not type(wanted.dataset):
         kinds = ("one's own videos" if isinstance(each.dataset, VideosConfig) else "Moving MNIST" for each in (stored, wanted))
         raise CheckpointError("{} was trained on {}, and this run is of {}: give a network of the same data set".format(path, *kinds))
@@ -37,7 +36,8 @@ def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
         how = f"which do not share the words {', '.join(apart)}" if apart else "which have the same words in another order"
         raise CheckpointError(f"{path} was trained with other captions than those of this run, {how}: give the same ones, or another file")
     found, asked = [], []
-    for group, theirs, ours in groups:
+    groups = {"model": (stored.model, wanted.model), "text": (stored.text, wanted.text), "dataset": (stored.dataset, wanted.dataset)}
+    for group, (theirs, ours) in groups.items():
         keys = [key for key in vars(ours) if (group != "dataset" or key in DATA_GEOMETRY) and key != "vocabulary"]
         differing = [key for key in keys if getattr(theirs, key) != getattr(ours, key)]
         found += [f"{group}.{key}={getattr(theirs, key)}" for key in differing]
@@ -52,12 +52,9 @@ def load_start(path: Path, config: Config, teacher: LoadedNetworks, device: torc
     """The network that a generator starts from. Raises CheckpointError as `load_teacher` does, and if it was trained with
     another text encoder than the teacher's, which alone is kept."""
     start = load_fitting(path, config, device)
-    for ours, theirs in zip(start.text_encoder.parameters(), teacher.text_encoder.parameters(), strict=True):
-        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):  # float16 files may stand beside float32 ones
-            raise CheckpointError(
-                f"{path} was trained with another text encoder than the teacher {config.training.pretrained_checkpoint}: "
-                "give a generator that was trained from this teacher"
-            )
+    if not same_text_encoder(start, teacher):
+        raise CheckpointError(f"{path} was trained with another text encoder than the teacher {config.training.pretrained_checkpoint}: "
+                              "give a generator that was trained from this teacher")
     return start
 
 
@@ -73,10 +70,8 @@ def load_teacher(path: Path, config: Config, device: torch.device) -> LoadedNetw
 
 
 def load_fitting(path: Path, config: Config, device: torch.device) -> LoadedNetworks:
-    """The networks of a file, which must have this run's sizes. A relative path that is not here is looked for in the repository.
-
-    Raises CheckpointError naming both sides if sizes differ.
-    """
+    """The networks of a file, which must have this run's sizes. A relative path that is not here is looked for in the repository. Raises
+    CheckpointError naming both sides if sizes differ."""
     if not path.is_absolute() and not path.exists() and (REPOSITORY / path).exists():
         path = REPOSITORY / path
     stored = load_networks(path, device)
