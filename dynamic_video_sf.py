@@ -211,8 +211,8 @@ def rollout_blocks(
     exit_steps: of each block, the index into `plan.times` whose prediction is the result; None for the last. gradient_blocks: in
     these the exit step's forward pass carries gradient. finished: a list that collects every block as inference makes it; then blocks
     continue past their exit step and the finished ones enter the cache. Without it a block ends at its exit step, and that prediction
-    enters. first_frames: frames (B, F, C, H, W) before the first block, which only enter the cache, see `split_first_frames`.
-    trace: a list that collects x_t of each block at every time.
+    enters. first_frames: frames (B, F, C, H, W) that only enter the cache, see `split_first_frames`. trace: a list that collects x_t of
+    each block at every time.
     """
     device, last_time, block_size = next(model.parameters()).device, len(plan.times) - 1, plan.num_frames_per_block
     size_of_first = 1 if plan.context.independent_first_frame and first_frames is None else block_size
@@ -238,7 +238,7 @@ def rollout_blocks(
                 x_0_exit = x_0
             if has_gradient and finished is not None:  # a second pass: the video itself is made as at inference, bit for bit
                 with torch.enable_grad():
-                    _, x_0_exit = past.predict(x_t, t, is_last=True)
+                    x_0_exit = past.predict(x_t, t, is_last=True)[1]
             # 3. Noise it to the next time: with fresh noise, or along the ODE with the predicted noise.
             if step < last_step:
                 eps = draw_noise(streams, shape, device) if plan.fresh_noise else eps_from_velocity(x_t, v, t)
@@ -261,10 +261,9 @@ def rollout_blocks(
 def split_first_frames(frames: Tensor, plan: RolloutPlan) -> tuple[Tensor, ...]:
     """Split given frames (B, F, C, H, W) into the blocks before the first generated one: one single frame, or whole blocks (after one
     first frame if the plan has an independent first frame). Raises ValueError for another number of frames."""
-    num_frames, block = frames.shape[1], plan.num_frames_per_block
+    num_frames, block, first = frames.shape[1], plan.num_frames_per_block, 1 if plan.context.independent_first_frame else 0
     if num_frames == 1:
         return (frames,)
-    first = 1 if plan.context.independent_first_frame else 0
     if num_frames < 1 or (num_frames - first) % block:
         counts = ", ".join(str(first + block * k) for k in range(1, 4))
         raise ValueError(f"{num_frames} frames to go on from: expected 1, or as many as blocks of {block} make up, such as {counts}")
@@ -301,8 +300,7 @@ def sample_bidirectional(
 
 @dataclass
 class Rollout:
-    """A batch of generated videos: x_0 (B, F, C, H, W), its last `gradient_frames` frames, and the exit step of each block. If the
-    rollout started earlier, x_0 is the window at its end."""
+    """A batch of generated videos x_0 (B, F, C, H, W); if the rollout started earlier, the window at its end."""
 
     x_0: Tensor
     scored: Tensor  # (B, min(F, gradient_frames), C, H, W): what the generator's loss sees
@@ -351,11 +349,9 @@ class SelfForcingEngine:
     # --- videos
 
     def make_videos(self, text: Text, num_frames: int, with_gradient: bool, x_real: Tensor | None = None, first_frame: int = 0) -> Rollout:
-        """The generator's videos of these prompts, from the configured inputs: a self-rollout, a self-rollout that continues the first
-        block of the real videos x_real (B, F, C, H, W) with the configured probability, or x_real noised and denoised.
-
-        first_frame: see `rollout`. Raises ValueError if real videos are needed and not given.
-        """
+        """The generator's videos of these prompts, from the configured inputs: a self-rollout, with the configured probability one that
+        continues the first block of the real videos x_real (B, F, C, H, W), or x_real noised and denoised. first_frame: see `rollout`.
+        Raises ValueError if real videos are needed and not given."""
         config = self.config
         with torch.set_grad_enabled(with_gradient):
             prompt = self.generator.encode_prompt(*text)
@@ -377,9 +373,8 @@ class SelfForcingEngine:
 
         given: the first block (B, F_block, C, H, W), which is continued; it counts among num_frames.
         first_frame, whole blocks: the num_frames frames are a window that starts there, at the end of a longer rollout
-        (the idea of Self-Forcing++, arXiv 2510.02283). The blocks before it carry no gradient and take all denoising steps: an early
-        exit makes blurred frames, and the window must continue what it continues at inference. They are freed as they leave the
-        cache, so memory does not grow with first_frame if the cache rolls.
+        (the idea of Self-Forcing++, arXiv 2510.02283). The blocks before it carry no gradient and take all denoising steps, as at
+        inference: an early exit makes blurred frames. Memory does not grow with first_frame if the cache rolls.
         """
         config, last_step, block = self.config, len(self.plan.times) - 1, self.config.num_frames_per_block
         check_num_frames("num_frames", num_frames, block, config.independent_first_frame)
@@ -463,18 +458,16 @@ class SelfForcingEngine:
                 fake_t, real_t, t = self._noised_pair(x_0, x_real)
                 fake, real = self.critic(fake_t, t, prompt), self.critic(real_t, t, prompt)
             terms, figures = relativistic_loss(fake, real), {"logit_distance": (real - fake).mean().item()}
-        elif self.config.loss == "sid":
+        elif self.config.loss in ("dmd", "sid"):
             x_0 = x_0.repeat(self.config.noise_draws, 1, 1, 1, 1)
-            x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text)  # gradient passes through both scores, which are frozen
-            terms = sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha)
-            figures = score_figures(x_0, x_0_fake, x_0_real, t)
-        elif self.config.loss == "dmd":
-            x_0 = x_0.repeat(self.config.noise_draws, 1, 1, 1, 1)
-            with torch.no_grad():  # the two scores only supply a direction
+            is_dmd = self.config.loss == "dmd"
+            with torch.set_grad_enabled(not is_dmd):  # DMD's scores only supply a direction; SiD's gradient passes through both, frozen
                 x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text)
-                gradient = self.config.dmd_sign * dmd_gradient(x_0, x_0_fake, x_0_real)
-            terms = dmd_loss(x_0, gradient)
-            figures = {"dmd_gradient_norm": gradient.square().mean().sqrt().item(), **score_figures(x_0, x_0_fake, x_0_real, t)}
+            figures = score_figures(x_0, x_0_fake, x_0_real, t)
+            if is_dmd:
+                gradient = self.config.dmd_sign * dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
+                figures["dmd_gradient_norm"] = gradient.square().mean().sqrt().item()
+            terms = dmd_loss(x_0, gradient) if is_dmd else sid_loss(x_0, x_0_fake, x_0_real, self.config.sid_alpha)
         else:
             raise ValueError(f"training.loss is {self.config.loss}, for which the engine has no loss: add a branch here")
         if frame_exits is not None:
@@ -496,10 +489,8 @@ class SelfForcingEngine:
         return x_0_prediction_loss(v, x_t, x_0, t, self.config.loss_time_floor)
 
     def _denoised(self, x_0: Tensor, text: Text, null_text: Text) -> tuple[Tensor, Tensor, Tensor]:
-        """What averaged critic and guided teacher predict from x_0, noised: x_0_fake and x_0_real; and t (noise_draws * B,).
-
-        x_0 (noise_draws * B, F, C, H, W) holds the batch noise_draws times; text and null_text are those of the batch.
-        """
+        """What averaged critic and guided teacher predict from x_0, noised: x_0_fake and x_0_real; and t (noise_draws * B,). x_0
+        (noise_draws * B, F, C, H, W) holds the batch noise_draws times; text and null_text are those of the batch."""
         draws = self.config.noise_draws
         with torch.no_grad():  # the prompts are constants here
             fake_prompt = self.fake_average.encode_prompt(*text).repeat(draws)

@@ -31,7 +31,6 @@ from judging.digit_judge import JUDGE_PATH, DigitJudge, load_judge, warn_of_fore
 from judging.fixed_prompts import JUDGED_COLUMNS, FixedPrompts
 from judging.health import draw_run
 from judging.metrics import facts_of_prompts, score_videos, summarise
-from machine.files import remove_leftovers
 from machine.interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
 from machine.paths import CONFIGS
 from machine.runtime import PRECISIONS, Runtime, resolve_runtime
@@ -39,21 +38,13 @@ from machine.seeds import Purpose, seed_global_generators, torch_generator, vide
 from method.settings import SelfForcingConfig
 from sampling.samplers import sample
 from sampling.video_io import comparison_gif, comparison_sheet, to_display
-from training.checkpoint import CheckpointError, checkpoint_config, load_checkpoint, save_checkpoint
+from training.checkpoint import CheckpointError, checkpoint_config, save_checkpoint
 from training.config import Config, build_config, check_choices, config_to_dict, explain_command_line, explain_refusal, register_schemas
 from training.data import open_data, with_vocabulary
 from training.distributed import ONE_PROCESS, Processes, losses_named, mean_figures, processes_of_environment
 from training.few_step import FewStepStage
 from training.resumable import Sampler, Stage
-from training.resume import (
-    RunClaim,
-    RunFinished,
-    Start,
-    find_start,
-    global_random_states,
-    interval_checkpoints,
-    restore_global_random_states,
-)
+from training.resume import RunClaim, RunFinished, Start, find_common_start, global_random_states, restore_global_random_states
 from training.run_log import RunLog, SilentLog, draw_curves, make_run_folder, point_to_latest
 from training.sharding import whole
 from training.stages import PretrainStage, SelfForcingStage, rate_factor
@@ -94,7 +85,7 @@ class SimplifiedTrainer:
         dtype = processes.from_first(lambda: self._choose_format(runtime, start))  # auto may read several processors
         self.runtime = replace(self.runtime, dtype=dtype)
         self.claim = RunClaim()
-        self._interval_checkpoints = [] if start is None or not processes.is_first else self._claim_attempts(start)
+        self._interval_checkpoints = self.claim.add_attempts(start) if start is not None and processes.is_first else []
         seed_global_generators(config.seed)  # initial weights; everything later draws from `random`
         random = torch_generator(config.seed, Purpose.TRAINING)
         self.watchdog = Watchdog()
@@ -147,15 +138,6 @@ class SimplifiedTrainer:
         self._say(f"no figures of digits ({', '.join(REPORTED.values())}, stroke mass): {reason}")
         return None
 
-    def _claim_attempts(self, start: Start) -> list[Path]:
-        """Keep other processes from this run's earlier folders; returns their interval checkpoints, those to be replaced first."""
-        for folder in start.attempts:
-            if self.claim.add(folder):
-                remove_leftovers(folder)
-        kept = [path for folder in start.attempts for path in interval_checkpoints(folder)]
-        reached = [path for path in kept if path.stem <= f"checkpoint_{start.checkpoint['step']:07d}"]
-        return [path for path in kept if path not in reached] + sorted(reached, key=lambda path: path.stem)  # unreadable ones first
-
     def _start_log(self, wandb_run_id: str | None) -> RunLog | SilentLog:
         """A log whose picture is the health panel where the run is one of Self-Forcing, every scalar's curve otherwise."""
         if not self.processes.is_first:
@@ -170,11 +152,10 @@ class SimplifiedTrainer:
         return {"device": self.runtime.device.type, "precision": self.runtime.precision}
 
     def _resume(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        if checkpoint["training_type"] != self.config.training.training_type:
-            raise ValueError(
-                f"training.resume={path} is of training type {checkpoint['training_type']}, this run is "
-                f"{self.config.training.training_type}: choose the same training= or another file"
-            )
+        training, stored_type = self.config.training, checkpoint["training_type"]
+        if stored_type != training.training_type:
+            raise ValueError(f"training.resume={path} is of training type {stored_type}, this run is {training.training_type}: choose the "
+                             "same training= or another file")
         stored = checkpoint_config(path, checkpoint)
         check_same_networks(path, stored, self.config)
         try:
@@ -189,11 +170,11 @@ class SimplifiedTrainer:
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             reason = explain_refusal(error)
             raise CheckpointError(f"{path} does not hold what resuming needs ({reason}): give an untouched checkpoint of a run") from error
-        if self.first_step >= self.config.training.num_steps:
+        if self.first_step >= training.num_steps:
             raise ValueError(f"{path} stands at step {self.first_step}: set training.num_steps above it to go on")
         self.last_checkpoint = path
         # The decay belongs to the end of a run: with more steps than before, rates that had fallen rise again.
-        training, then_steps = self.config.training, stored.training.num_steps
+        then_steps = stored.training.num_steps
         then, now = (rate_factor(replace(training, num_steps=steps), self.first_step - 1) for steps in (then_steps, training.num_steps))
         if now > RATE_LEAP * then:
             self._say(
@@ -359,22 +340,6 @@ class SimplifiedTrainer:
             summary = summarise(score_videos(self.judge, torch.cat(videos), digits, directions, dataset))
             figures = ", ".join(f"{title} {summary[key]:.3f}" for key, title in REPORTED.items() if key in summary)
             self._say(f"{name:>20}: {figures} ({len(prompts)} videos)")
-
-
-def find_common_start(config: Config, processes: Processes) -> Start | None:
-    """What the first process finds to go on from; the others read the same file."""
-    if processes.count == 1:
-        return find_start(config)
-    start, finished = None, None
-    if processes.is_first:
-        try:
-            start = find_start(config)
-        except RunFinished as message:  # which all must hear
-            finished = str(message)
-    path, finished = processes.from_first(lambda: (None if start is None else start.path, finished))
-    if finished is not None:
-        raise RunFinished(finished)
-    return start if processes.is_first or path is None else Start(path, load_checkpoint(path), ())
 
 
 register_schemas()

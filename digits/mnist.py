@@ -134,8 +134,8 @@ def load_idx_split(root: Path, split: str, judge_fraction: float, download: bool
     if len(labels) == 0:
         raise _corrupt(label_file, "no labels", "one for every image")
     if images.shape != (len(labels), MNIST_SIDE, MNIST_SIDE):
-        raise _corrupt(image_file, f"images of shape {images.shape}",
-                       f"({len(labels)}, {MNIST_SIDE}, {MNIST_SIDE}), an image for every label in {label_file.name}")
+        expected = f"({len(labels)}, {MNIST_SIDE}, {MNIST_SIDE}), an image for every label in {label_file.name}"
+        raise _corrupt(image_file, f"images of shape {images.shape}", expected)
     if labels.max() >= NUM_CLASSES:
         raise _corrupt(label_file, f"the label {labels.max()}", f"0 to {NUM_CLASSES - 1}")
     labels = labels.astype(np.int64)

@@ -1,8 +1,5 @@
-"""Random draws for a batch of videos that several processes or micro-batches share.
-
-What is random for each video is drawn for the whole batch, from a generator that everyone holds in the same state, and cut to the own
-videos: N processes and k micro-batches see what one process sees in one pass.
-"""
+"""Random draws for a batch of videos that several processes or micro-batches share: drawn for the whole batch, from a generator that
+all hold in the same state, and cut to the own videos. N processes and k micro-batches see what one process sees in one pass."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """How threads wait for each other: asleep. Every script imports this room before torch, whose OpenMP library reads it once.
 
-By default the threads of a parallel region spin until the slowest arrives. Where another process uses a core, one thread of two is
-always waiting for its turn while the other burns its own, and a step takes several times as long. Asleep they lose a few
-microseconds a region and no turn. A user's own setting wins.
+By default the threads of a parallel region spin until the slowest arrives: if another process uses a core, a step takes several times as
+long. Asleep they lose a few microseconds a region. A user's own setting wins.
 """
 
 from __future__ import annotations

@@ -79,8 +79,7 @@ def sample_time(shape: tuple[int, ...], shift: float, generator: torch.Generator
 
 
 def even_times(shape: tuple[int, ...], shift: float, generator: torch.Generator) -> Tensor:
-    """Training times of one batch: each uniform in [0, 1), all at even distances in the order of their flat index, then shifted. float32,
-    on the generator's device."""
+    """Training times of one batch: each uniform in [0, 1), evenly spaced in the order of their flat index, then shifted."""
     number = math.prod(shape)
     first = torch.rand((), generator=generator, device=generator.device)
     return shift_time((torch.arange(number, device=generator.device) + first).reshape(shape) / number, shift)
@@ -89,8 +88,8 @@ def even_times(shape: tuple[int, ...], shift: float, generator: torch.Generator)
 def sampling_times(num_steps: int, shift: float) -> Tensor:
     """The num_steps + 1 times of a sampler, from 1 to 0, distinct and uniform before the shift. float32.
 
-    The last step leads to 0 from no less than VELOCITY_TIME_FLOOR: from below it a velocity would not lead to x_0. Where num_steps
-    are so many that the uniform grid goes below, the steps before the last are uniform between 1 and the floor.
+    The last step leads to 0 from at least VELOCITY_TIME_FLOOR: from below it a velocity would not lead to x_0. If the uniform grid goes
+    below, the steps before the last are uniform between 1 and the floor.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}: expected at least 1")
@@ -112,10 +111,8 @@ def classifier_free_guidance(cond: Tensor, uncond: Tensor, weight: float | Tenso
 
 def projected_guidance(cond: Tensor, uncond: Tensor, weight: float | Tensor, direction: Tensor, kept: float) -> Tensor:
     """`classifier_free_guidance` that keeps a share, 0 to 1, of what it adds along a direction, of each video on its own (projected
-    guidance, arXiv 2410.02416, section 4; 1 is classifier-free guidance). All (B, F, C, H, W).
-
-    Along the predicted ink, x_0 + 1, guidance makes strokes bolder; across it, it makes them obey the prompt.
-    """
+    guidance, arXiv 2410.02416, section 4). All (B, F, C, H, W). Along the predicted ink, x_0 + 1, guidance makes strokes bolder; across
+    it, it makes them obey the prompt."""
     added = cond - uncond
     share = (added * direction).sum((1, 2, 3, 4), keepdim=True) / direction.square().sum((1, 2, 3, 4), keepdim=True).clamp(min=1e-6)
     return cond + (weight - 1) * (added - (1 - kept) * share * direction)
@@ -128,10 +125,8 @@ def interval_weight(t: Tensor, weight: float, interval: list[float]) -> Tensor:
 
 
 def euler_sampler(velocity_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor) -> Tensor:
-    """Integrate dx/dt = velocity_fn(x, t) along the descending times by Euler's method.
-
-    x (B, F, C, H, W) at times[0]; velocity_fn takes x and one time per frame (B, F). Returns x at times[-1].
-    """
+    """Integrate dx/dt = velocity_fn(x, t) along the descending times by Euler's method: x (B, F, C, H, W) from times[0] to times[-1].
+    velocity_fn takes x and one time per frame (B, F)."""
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         v = velocity_fn(x, t.to(x).expand(x.shape[:2]))
         x = x + (t_next - t).to(x) * v
@@ -141,8 +136,7 @@ def euler_sampler(velocity_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, ti
 def fresh_share(t: Tensor, t_next: Tensor, eta: float) -> Tensor:
     """Standard deviation of the fresh noise over that of all noise in a step from t to t_next, 0 <= t_next <= t <= 1, t_next < 1.
 
-    eta sqrt(1 - (a_t s_next / (a_next s_t))^2) with a = 1 - t, s = t: DDIM's eta (arXiv 2010.02502, Eq. 16); 0 is the ODE, 1 is
-    ancestral sampling, whose steps are draws from the forward process reversed.
+    eta sqrt(1 - (a_t s_next / (a_next s_t))^2) with a = 1 - t, s = t: DDIM's eta (arXiv 2010.02502, Eq. 16); 0 is the ODE, 1 ancestral.
     """
     return eta * (1 - ((1 - t) * t_next / ((1 - t_next) * t)).square()).sqrt()
 

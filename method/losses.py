@@ -1,10 +1,7 @@
-"""Losses: flow matching's regression on data, and the three between distributions of videos: DMD, score identity distillation, and the
-relativistic GAN.
+"""Losses: flow matching's regression on data, and the three between distributions of videos that Self-Forcing was shown with (arXiv
+2506.08009, Table 2): DMD, score identity distillation, and the relativistic GAN. Nothing here draws random numbers.
 
 Dimensions: B batch, F frames, C channels, H height, W width.
-
-The last three are those that Self-Forcing was shown with (arXiv 2506.08009, Table 2). Two scores, or one discriminator, look at a
-noised video; the losses see their answers alone. Nothing here draws random numbers.
 """
 
 from __future__ import annotations
@@ -36,10 +33,8 @@ def x_0_prediction_loss(
 
 
 def dmd_gradient(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> Tensor:
-    """(x_0_fake - x_0_real) / mean |x_0 - x_0_real|, the mean over each sample (DMD, arXiv 2311.18828, Eqs. 7 and 8).
-
-    All (B, ...). The difference of the two scores' denoised estimates points away from the teacher's distribution.
-    """
+    """(x_0_fake - x_0_real) / mean |x_0 - x_0_real|, the mean over each sample (DMD, arXiv 2311.18828, Eqs. 7 and 8), all (B, ...): it
+    points away from the teacher's distribution."""
     return (x_0_fake - x_0_real) / distance_to_teacher(x_0, x_0_real)
 
 
@@ -87,10 +82,8 @@ def gradient_penalty(logits: Callable[[Tensor], Tensor], x: Tensor, logits_at_x:
 def discriminator_loss(
     logits: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, eps_real: Tensor, eps_fake: Tensor, sigma: float, penalty_weight: float
 ) -> Tensor:
-    """The relativistic loss, real videos the better ones, plus the weighted R1 and R2 (R3GAN, arXiv 2501.05441, section 2).
-
-    eps_real, eps_fake, sigma: of the two penalties, see `gradient_penalty`.
-    """
+    """The relativistic loss, real videos the better ones, plus the weighted R1 and R2 (R3GAN, arXiv 2501.05441, section 2); eps_real,
+    eps_fake, sigma: see `gradient_penalty`."""
     at_real, at_fake = logits(real), logits(fake)
     r_1 = gradient_penalty(logits, real, at_real, eps_real, sigma)
     r_2 = gradient_penalty(logits, fake, at_fake, eps_fake, sigma)

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from machine.files import remove_leftovers
 from training.checkpoint import CheckpointError, checkpoint_config, load_checkpoint
 from training.config import Config, config_to_dict, flatten
+from training.distributed import Processes
 
 try:
     import fcntl
@@ -122,6 +124,22 @@ def find_start(config: Config) -> Start | None:
     return None
 
 
+def find_common_start(config: Config, processes: Processes) -> Start | None:
+    """What the first process finds to go on from; the others read the same file."""
+    if processes.count == 1:
+        return find_start(config)
+    start, finished = None, None
+    if processes.is_first:
+        try:
+            start = find_start(config)
+        except RunFinished as message:  # which all must hear
+            finished = str(message)
+    path, finished = processes.from_first(lambda: (None if start is None else start.path, finished))
+    if finished is not None:
+        raise RunFinished(finished)
+    return start if processes.is_first or path is None else Start(path, load_checkpoint(path), ())
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """All of a folder, the newest last."""
     return interval_checkpoints(folder) + [path for path in (folder / FINAL,) if path.exists()]
@@ -169,6 +187,15 @@ class RunClaim:
             return False
         self._descriptors[folder] = descriptor
         return True
+
+    def add_attempts(self, start: Start) -> list[Path]:
+        """Hold this run's earlier folders; returns their interval checkpoints, those to be replaced first."""
+        for folder in start.attempts:
+            if self.add(folder):
+                remove_leftovers(folder)
+        kept = [path for folder in start.attempts for path in interval_checkpoints(folder)]
+        reached = [path for path in kept if path.stem <= f"checkpoint_{start.checkpoint['step']:07d}"]
+        return [path for path in kept if path not in reached] + sorted(reached, key=lambda path: path.stem)  # unreadable ones first
 
     def release(self) -> None:
         while self._descriptors:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dynamic_video_sf import Rollout, SelfForcingEngine, Text
 from machine.runtime import Runtime, require_compiler
 from method.diagnostics import STEP_COLUMNS, exit_columns
-from method.plans import BidirectionalPlan, RolloutPlan, baseline_plans, many_step_plan, teacher_plan
+from method.plans import baseline_plans, many_step_plan, teacher_plan
 from method.settings import PretrainConfig, SelfForcingConfig, TrainingConfig
 from network.text_encoder import NULL_PROMPT, TextEncoder
 from network.weights import update_average
@@ -56,8 +56,7 @@ def rate_factor(config: TrainingConfig, step: int, warmup_steps: int = 0) -> flo
 
 
 class PretrainStage(Stage):
-    """Training on real videos (see `objectives`): a share of the steps bidirectional, the others block-causal,
-    or with teacher or diffusion forcing every step causal."""
+    """Training on real videos (see `objectives`): a share of the steps bidirectional, the others block-causal, or all causal."""
 
     columns = ("loss_bidirectional", "loss_causal", "gradient_norm", "lr_factor")
     counter = "num_videos_seen"
@@ -119,26 +118,24 @@ class PretrainStage(Stage):
 
     def _loss(self, step: int, x_0: Tensor, prompt: PromptContext) -> tuple[str, Tensor]:
         """The name and value of this step's loss."""
-        config, common = self.config, (self.config.time_shift, self.config.loss_time_floor, self.random)
+        config, inputs = self.config, (self.model, x_0, prompt)
+        common, block = (config.time_shift, config.loss_time_floor, self.random), config.num_frames_per_block
         if config.objective == "teacher_forcing":
-            return "loss_causal", teacher_forcing_loss(self.model, x_0, prompt, config.num_frames_per_block, *common, config.context)
+            return "loss_causal", teacher_forcing_loss(*inputs, block, *common, config.context)
         share = config.bidirectional_share  # of the steps, evenly spread: .5 is every even step
         if config.objective == "mixed" and math.ceil((step + 1) * share) > math.ceil(step * share):
-            return "loss_bidirectional", bidirectional_loss(self.model, x_0, prompt, *common)
-        return "loss_causal", block_causal_loss(
-            self.model, x_0, prompt, config.num_frames_per_block, config.clean_prefix_probability, *common, config.context
-        )
+            return "loss_bidirectional", bidirectional_loss(*inputs, *common)
+        return "loss_causal", block_causal_loss(*inputs, block, config.clean_prefix_probability, *common, config.context)
 
     def shown(self) -> dict[str, Sampler]:
         """The averaged network in many steps, as the teacher or causally, and in few causal steps (`baseline_plans`)."""
-        config, num_steps = self.config, self.config.teacher_steps
-        if config.objective == "mixed":
-            plans: dict[str, RolloutPlan | BidirectionalPlan] = {f"teacher, {num_steps} steps": teacher_plan(config)}
-        else:
+        config, num_steps, networks = self.config, self.config.teacher_steps, (self.average["generator"], self.average["text_encoder"])
+        name, plan = "teacher", teacher_plan(config)
+        if config.objective != "mixed":
+            name = "causal"
             plan = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance, config.context)
-            plans = {f"causal, {num_steps} steps": plan}
-        networks = self.average["generator"], self.average["text_encoder"]
-        return {name: Sampler(*networks, plan) for name, plan in (plans | baseline_plans(config)).items()}
+        plans = {f"{name}, {num_steps} steps": plan, **baseline_plans(config)}
+        return {name: Sampler(*networks, plan) for name, plan in plans.items()}
 
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": self.model, "text_encoder": self.text_encoder}
@@ -154,8 +151,7 @@ class PretrainStage(Stage):
 
 
 class SelfForcingStage(Stage):
-    """Self-Forcing, or a distillation on real videos, with distribution matching: a critic update every step, a generator
-    update every few."""
+    """Self-Forcing, or a distillation on real videos: a critic update every step, a generator update every few."""
 
     def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
         super().__init__(config, runtime, random, processes)

@@ -12,7 +12,8 @@ from helpers.networks import save_untrained
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from evaluate import FIGURES, EvaluateConfig, evaluate, make_rows, run_command_line, write_results
+from clips.own_videos import VideosConfig
+from evaluate import FIGURES, EvaluateConfig, evaluate, examine_clips, make_rows, run_command_line, write_results
 from judging.held_out import new_indices, who_saw_the_judges_digits
 from judging.report import COST_FIGURES, PROMPT_FIGURES, format_table
 from machine.paths import REPOSITORY
@@ -189,3 +190,9 @@ def test_a_second_evaluation_leaves_the_first_ones_files(tmp_path):
         write_results(tmp_path, {word: figures}, [("real", video)], ["a 3"])
     assert json.loads((tmp_path / "evaluation.json").read_text()) == {"first": figures}
     assert json.loads((tmp_path / "evaluation_2.json").read_text()) == {"second": figures}
+
+
+def test_moved_clips_are_asked_for_by_the_key_of_this_script(tmp_path):
+    for config in (EvaluateConfig(), EvaluateConfig(videos_root=str(tmp_path / "elsewhere"))):
+        with pytest.raises(FileNotFoundError, match=rf"no folder at {config.videos_root or tmp_path / 'moved'}: set videos_root to the folder"):
+            examine_clips(config, VideosConfig(root=str(tmp_path / "moved")), [])

@@ -57,6 +57,14 @@ def refusal(*overrides: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- composing
 
 
+def test_momentum_goes_with_muon_and_in_a_stored_configuration_with_any_optimizer():
+    config = composed("training.optimizer=muon", "training.muon_momentum=0.9", "training.critic_muon_momentum=0")
+    assert (config.training.muon_momentum, config.training.critic_muon_momentum) == (0.9, 0.0)
+    stored = config_to_dict(config)  # whatever the defaults become, a checkpoint of AdamW stays readable
+    stored["training"]["optimizer"] = "adamw"
+    assert config_from_dict(stored).training.muon_momentum == 0.9
+
+
 def test_names_of_classes_join_the_vocabulary_and_are_kept():
     config = with_vocabulary(composed("dataset.class_names=[t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot]"))
     assert {"sneaker", "ankle", "boot", "moving"} <= set(config.text.vocabulary)
@@ -128,6 +136,8 @@ def test_overrides_arrive_with_their_type():
     ("training.noise_draws=0", ["training.noise_draws is 0"]),
     ("training.optimizer=sgd", ["training.optimizer is sgd: expected one of adamw, muon"]),
     ("training.muon_momentum=1", ["training.muon_momentum is 1"]),
+    ("training.muon_momentum=0.9", ["training.muon_momentum is 0.9: expected 0.5, its default, with training.optimizer=adamw"]),
+    ("training.critic_muon_momentum=0", ["training.critic_muon_momentum is 0", "training.optimizer=adamw", "or training.optimizer=muon"]),
     ("training.critic_lr=inf", ["training.critic_lr is inf"]), ("training.guidance=inf", ["training.guidance is inf"]),
     ("training.score_time_shift=0", ["training.score_time_shift is 0", "a positive number"]),
     ("training.guidance_interval=[0.8,0.2]", ["training.guidance_interval", "[0.8, 0.2]", "the lower one first"]),

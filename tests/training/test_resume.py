@@ -312,6 +312,18 @@ def test_asked_to_stop_in_its_last_step_a_run_is_finished(tmp_path, capsys):
     assert "all steps were done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("room", ["_show_samples", "_report_quality"])
+def test_ctrl_c_after_the_last_step_ends_a_complete_run(room, tmp_path, monkeypatch, capsys):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SimplifiedTrainer, room, interrupt)
+    command_line(monkeypatch, "training=pretrain", *TINY, "training.num_steps=2", f"log_dir={tmp_path}")  # no SystemExit
+    assert load_checkpoint(tmp_path / "checkpoint_final.pt")["step"] == 2
+    said = capsys.readouterr()
+    assert "Ctrl-C: all steps were done" in said.out and "training.resume" not in said.err
+
+
 ASKED_TWICE = """
 import os, signal, sys, time
 sys.path.insert(0, ROOT)
