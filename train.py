@@ -33,7 +33,7 @@ from judging.health import draw_run
 from judging.metrics import facts_of_prompts, score_videos, summarise
 from machine.interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
 from machine.paths import CONFIGS
-from machine.runtime import PRECISIONS, Runtime, resolve_runtime
+from machine.runtime import resolve_runtime
 from machine.seeds import Purpose, seed_global_generators, torch_generator, video_seeds
 from method.settings import SelfForcingConfig
 from sampling.samplers import sample
@@ -44,7 +44,14 @@ from training.data import open_data, with_vocabulary
 from training.distributed import ONE_PROCESS, Processes, losses_named, mean_figures, processes_of_environment
 from training.few_step import FewStepStage
 from training.resumable import Sampler, Stage
-from training.resume import RunClaim, RunFinished, Start, find_common_start, global_random_states, restore_global_random_states
+from training.resume import (
+    RunClaim,
+    RunFinished,
+    choose_format,
+    find_common_start,
+    global_random_states,
+    restore_global_random_states,
+)
 from training.run_log import RunLog, SilentLog, draw_curves, make_run_folder, point_to_latest
 from training.sharding import whole
 from training.stages import PretrainStage, SelfForcingStage, rate_factor
@@ -82,7 +89,7 @@ class SimplifiedTrainer:
         self.runtime = replace(runtime, device=processes.own_device(runtime.device))
         processes.join(self.runtime.device)
         start = find_common_start(config, processes)
-        dtype = processes.from_first(lambda: self._choose_format(runtime, start))  # auto may read several processors
+        dtype = processes.from_first(lambda: choose_format(runtime, start, config.precision))  # auto may read several processors
         self.runtime = replace(self.runtime, dtype=dtype)
         self.claim = RunClaim()
         self._interval_checkpoints = self.claim.add_attempts(start) if start is not None and processes.is_first else []
@@ -109,18 +116,6 @@ class SimplifiedTrainer:
             self.claim.add(self.folder)
         self.attempts = [*(folder.name for folder in (start.attempts if start else ())), self.folder.name]
         self.log = self._start_log(start.checkpoint.get("wandb_run_id") if start else None)
-
-    def _choose_format(self, runtime: Runtime, start: Start | None) -> torch.dtype:
-        """The format of this run: with precision=auto that of the run that it resumes. Says in one line where the format changes."""
-        stored = runtime.precision
-        if start is not None and "runtime" in start.checkpoint:  # earlier versions stored none
-            stored = start.checkpoint["runtime"]["precision"]
-        if stored != runtime.precision and self.config.precision == "auto":
-            print(f"resumes in {stored}, the format of {start.path}, where precision=auto would now choose {runtime.precision}")
-            return PRECISIONS[stored]
-        if stored != runtime.precision:
-            print(f"resumes in {runtime.precision}, as asked, where {start.path} was trained in {stored}: the run changes its format here")
-        return runtime.dtype
 
     def _load_judge(self) -> DigitJudge | None:
         """The judge that ships, or None, said in one line, where it cannot read this run's videos."""

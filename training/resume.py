@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from machine.files import remove_leftovers
+from machine.runtime import PRECISIONS, Runtime
 from training.checkpoint import CheckpointError, checkpoint_config, load_checkpoint
 from training.config import Config, config_to_dict, flatten
 from training.distributed import Processes
@@ -138,6 +139,19 @@ def find_common_start(config: Config, processes: Processes) -> Start | None:
     if finished is not None:
         raise RunFinished(finished)
     return start if processes.is_first or path is None else Start(path, load_checkpoint(path), ())
+
+
+def choose_format(runtime: Runtime, start: Start | None, precision: str) -> torch.dtype:
+    """The number format of a run: with precision=auto that of the run that it continues. Says in one line where the format changes."""
+    stored = runtime.precision
+    if start is not None and "runtime" in start.checkpoint:  # earlier versions stored none
+        stored = start.checkpoint["runtime"]["precision"]
+    if stored != runtime.precision and precision == "auto":
+        print(f"resumes in {stored}, the format of {start.path}, where precision=auto would now choose {runtime.precision}")
+        return PRECISIONS[stored]
+    if stored != runtime.precision:
+        print(f"resumes in {runtime.precision}, as asked, where {start.path} was trained in {stored}: the run changes its format here")
+    return runtime.dtype
 
 
 def _checkpoints(folder: Path) -> list[Path]:
