@@ -88,31 +88,22 @@ class DatasetConfig(DataConfig):
 
 @dataclass(frozen=True)
 class MovingMNISTBatch:
-    """B videos with everything that is known of them.
+    """B videos with everything that is known of them."""
 
-    video: (B, F, C, H, W) float32 in [-1, 1]. captions: B prompts. digits: (B, N) int64 labels. digit_index: (B, N)
-    int64, row in the generator's digit set. directions: (B, N) int64 octants at the start. speeds: B lists of N words.
-    start: (B, N, 2) float32 centres (x, y) in the first frame. velocity: (B, N, 2) float32 (x, y) pixels a frame before
-    the first bounce. track: (B, F, N, 2) float32 centres in every frame.
-    """
-
-    video: Tensor
-    captions: list[str]
-    digits: Tensor
-    digit_index: Tensor
-    directions: Tensor
-    speeds: list[list[str]]
-    start: Tensor
-    velocity: Tensor
-    track: Tensor
+    video: Tensor  # (B, F, C, H, W) float32 in [-1, 1]
+    captions: list[str]  # B prompts
+    digits: Tensor  # (B, N) int64 labels
+    digit_index: Tensor  # (B, N) int64, row in the generator's digit set
+    directions: Tensor  # (B, N) int64 octants at the start
+    speeds: list[list[str]]  # B lists of N words
+    start: Tensor  # (B, N, 2) float32 centres (x, y) in the first frame
+    velocity: Tensor  # (B, N, 2) float32 (x, y) pixels a frame before the first bounce
+    track: Tensor  # (B, F, N, 2) float32 centres in every frame
 
 
 def load_digits(config: DatasetConfig, split: str) -> DigitSet:
-    """The digits of one split, "train", "judge" or "test"; no two of them share a digit.
-
-    Raises ValueError for another split name, an empty split or a corrupt file, FileNotFoundError where IDX files are missing, OSError
-    where they cannot be downloaded.
-    """
+    """The digits of one split, "train", "judge" or "test"; no two of them share a digit. Raises ValueError for another split name, an empty
+    split or a corrupt file, FileNotFoundError if IDX files are missing, OSError if they cannot be downloaded."""
     require(split in SPLITS, "split", repr(split), f"one of {', '.join(SPLITS)}")
     if config.source == "idx":
         return load_idx_split(Path(config.mnist_root).expanduser(), split, config.judge_fraction, config.download)
@@ -128,11 +119,8 @@ def bounce(position: Tensor, span: float) -> Tensor:
 
 
 def bilinear_weights(offset: Tensor, num_pixels: int, digit_size: int) -> Tensor:
-    """Weights (..., num_pixels, digit_size) that draw digit row r at the real-valued position offset + r.
-
-    max(0, 1 - |i - (offset + r)|) for pixel i: a row's weights sum to one and their mean position is offset + r, so
-    drawing neither gains nor loses ink and moves its centre of mass by exactly the offset.
-    """
+    """Weights (..., num_pixels, digit_size) that draw digit row r at the real-valued position offset + r: max(0, 1 - |i - (offset + r)|)
+    for pixel i. Drawing neither gains nor loses ink and moves its centre of mass by exactly the offset."""
     pixel = torch.arange(num_pixels, dtype=offset.dtype, device=offset.device).unsqueeze(1)
     row = torch.arange(digit_size, dtype=offset.dtype, device=offset.device)
     return (1 - (pixel - row - offset[..., None, None]).abs()).clamp_min(0)
@@ -175,10 +163,8 @@ class MovingMNISTGenerator:
         return self.config.frame_size - self.config.digit_size
 
     def sample(self, seed: int, indices: Sequence[int], num_frames: int) -> MovingMNISTBatch:
-        """The videos (seed, index) for every index, `num_frames` long; a longer video continues a shorter one.
-
-        seed and indices: 0 to 2**64 - 1. Raises ValueError for no index, a number out of range or no frame.
-        """
+        """The videos (seed, index) for every index, `num_frames` long; a longer video continues a shorter one. seed and indices: 0 to
+        2**64 - 1. Raises ValueError for no index, a number out of range or no frame."""
         require(len(indices) > 0, "the number of indices", len(indices), "at least 1")
         require(num_frames >= 1, "num_frames", num_frames, "at least 1")
         draws = [self._draw(seed, int(index)) for index in indices]
@@ -219,10 +205,8 @@ class MovingMNISTGenerator:
         return (bounce(corner, self.span) + half).to(start.dtype)
 
     def render(self, sprites: Tensor, track: Tensor) -> Tensor:
-        """Draw sprites (B, N, D, D), ink in [0, 1], along a track (B, F, N, 2): a video (B, F, C, H, W) in [-1, 1].
-
-        Where digits overlap, the brighter one shows.
-        """
+        """Draw sprites (B, N, D, D), ink in [0, 1], along a track (B, F, N, 2): a video (B, F, C, H, W) in [-1, 1]. The brighter of two
+        digits that overlap shows."""
         size, digit_size = self.config.frame_size, self.config.digit_size
         corner = track - (digit_size - 1) / 2
         columns = bilinear_weights(corner[..., 0], size, digit_size)  # (B, F, N, W, D)

@@ -70,14 +70,10 @@ class ModelConfig:
         for axis, patch in zip(("height", "width"), self.patch_size[1:], strict=True):
             if self.frame_size % patch:
                 divisors = [n for n in range(1, min(self.frame_size, 64) + 1) if self.frame_size % n == 0]  # larger patches: no use
-                raise ValueError(
-                    f"model.patch_size {list(self.patch_size)}: the {axis} {patch} does not divide the frame size "
-                    f"{self.frame_size}; choose one of {divisors} or another model.frame_size"
-                )
-        if self.width % self.num_heads or (self.width // self.num_heads) % 2 or self.width // self.num_heads < 6:
-            raise ValueError(
-                f"model.width {self.width} over model.num_heads {self.num_heads}: expected an even head size of at least 6"
-            )
+                raise ValueError(f"model.patch_size {list(self.patch_size)}: the {axis} {patch} does not divide the frame size "
+                                 f"{self.frame_size}; choose one of {divisors} or another model.frame_size")
+        if self.width % self.num_heads or self.head_size % 2 or self.head_size < 6:
+            raise ValueError(f"model.width {self.width} over model.num_heads {self.num_heads}: expected an even head size of at least 6")
         require(self.channels in (1, 3), "model.channels", self.channels, "1 or 3")
 
     @property
@@ -106,15 +102,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PromptContext:
-    """What the network keeps of a batch of prompts, computed once: cross-attention keys and values per layer.
+    """What the network keeps of a batch of prompts, computed once."""
 
-    keys, values: one (B, h, L, d) per layer. mask (B, 1, 1, L): True where a token stands. pooled (B, D).
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    mask: Tensor
-    pooled: Tensor
+    keys: list[Tensor]  # of cross-attention: one (B, h, L, d) per layer
+    values: list[Tensor]  # the same
+    mask: Tensor  # (B, 1, 1, L): True for a token, False for padding
+    pooled: Tensor  # (B, D)
 
     def concatenate(self, other: PromptContext) -> PromptContext:
         """Both batches as one, this one first."""
@@ -354,16 +347,12 @@ class TinyCausalWanModel(nn.Module):
             raise ValueError(f"a block of {block.shape[1]} frames: expected at most the cache's window of {cache.window_frames}")
 
     def _rope(self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int = 0, num_copies: int = 1) -> Rope:
-        """Rotations of the tokens of a pass from first_frame on; x_t holds num_copies videos in a row, at the same positions each.
-
-        Raises ValueError if its inputs do not fit each other or the network.
-        """
+        """Rotations of the tokens of a pass from first_frame on; x_t holds num_copies videos in a row, at the same positions each. Raises
+        ValueError if its inputs do not fit each other or the network."""
         expected = self.config.frame_shape
         if x_t.ndim != 5 or tuple(x_t.shape[2:]) != expected or x_t.shape[1] % self.config.patch_size[0]:
-            raise ValueError(
-                f"video of shape {tuple(x_t.shape)}: expected (B, F, {', '.join(map(str, expected))}) "
-                f"with F a multiple of the temporal patch {self.config.patch_size[0]}"
-            )
+            raise ValueError(f"video of shape {tuple(x_t.shape)}: expected (B, F, {', '.join(map(str, expected))}) with F a multiple of "
+                             f"the temporal patch {self.config.patch_size[0]}")
         if prompt.pooled.shape[0] != x_t.shape[0]:
             raise ValueError(f"{prompt.pooled.shape[0]} prompts for {x_t.shape[0]} videos: expected one each")
         expand_time(t, x_t)  # refuses a t that is not (B, F); frames that share a temporal patch share its first frame's t

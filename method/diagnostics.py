@@ -42,11 +42,10 @@ def mean_by_exit_step(terms: Tensor, frame_exits: Tensor, denoising_steps: list[
 def critic_lag(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> float:
     """The share of the generator's push that is the critic's own error: sum (x_0_fake - x_0) d / sum d^2, d = x_0_fake - x_0_real.
 
-    All (B, ...): videos that the generator makes now and the critic has not learned from yet, and what critic and guided
-    teacher make of them, noised. A critic that keeps up knows E[x_0 | x_t], whose error x_0_fake - x_0 is orthogonal to every
-    function of x_t, d among them: its lag is 0 but for the noise of a finite batch. One that still believes in an earlier
-    generator, part of whose way to the teacher is done, pushes on as if it were not: with Gaussians that differ in their
-    mean its lag is the share of the way that it has missed, 1 once the generator has arrived and more when it goes past.
+    All (B, ...): videos that the generator makes now and the critic has not learned from yet, and what critic and guided teacher make of
+    them, noised. A critic that keeps up knows E[x_0 | x_t], whose error is orthogonal to every function of x_t, d among them: its lag is
+    0. With Gaussians that differ in their mean the lag of a critic that believes in an earlier generator is the share of the way to the
+    teacher that it has missed, 1 once the generator has arrived and more when it goes past.
     """
     push = x_0_fake.float() - x_0_real.float()
     energy = push.square().mean().item()

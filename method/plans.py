@@ -18,22 +18,15 @@ NAIVE_STEPS = [1000, 750, 500, 250]  # in which the pretrained network is shown 
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """How a block is denoised. times: descending, each in (0, 1]; one forward pass of the network at each.
+    """How a block is denoised."""
 
-    fresh_noise: between two times re-noise the predicted x_0 with new noise (few-step models, as in Self-Forcing's
-    Algorithm 1); otherwise keep the predicted noise, which is Euler's method.
-    context_time: the time in [0, 1] at which finished blocks enter the cache. context: what a block may see of the past.
-    guidance: weight of classifier-free guidance, 1 for none. clamp_x_0: keep every predicted x_0 in [-1, 1], as data are,
-    see `clamp_to_data`.
-    """
-
-    times: tuple[float, ...]
+    times: tuple[float, ...]  # descending, each in (0, 1]; one forward pass of the network at each
     num_frames_per_block: int
-    fresh_noise: bool = True
-    context_time: float = 0.0
-    context: ContextWindow = WHOLE_PAST
-    guidance: float = 1.0
-    clamp_x_0: bool = False
+    fresh_noise: bool = True  # between two times (few-step models, as in Algorithm 1); else keep the predicted noise: Euler's method
+    context_time: float = 0.0  # in [0, 1], at which finished blocks enter the cache
+    context: ContextWindow = WHOLE_PAST  # what a block may see of the past
+    guidance: float = 1.0  # weight of classifier-free guidance, 1 for none
+    clamp_x_0: bool = False  # keep every predicted x_0 in [-1, 1], as data are
 
     @property
     def evaluations(self) -> int:
@@ -71,15 +64,13 @@ def many_step_plan(
 
 @dataclass(frozen=True)
 class BidirectionalPlan:
-    """How the teacher is sampled: all frames at once, in num_steps guided steps. guidance: 1 for none. eta: how much of a
-    step's noise is fresh, see `fresh_share`: 0 is Euler's method, 1 ancestral sampling. ink_kept: of what guidance adds along the
-    predicted ink, the share that is kept, see `projected_guidance`: 1 is classifier-free guidance."""
+    """How the teacher is sampled: all frames at once, in num_steps guided steps."""
 
     num_steps: int
     time_shift: float
-    guidance: float
-    eta: float = 0.0
-    ink_kept: float = 1.0
+    guidance: float  # 1 for none
+    eta: float = 0.0  # how much of a step's noise is fresh, see `fresh_share`: 0 is Euler's method, 1 ancestral sampling
+    ink_kept: float = 1.0  # share of what guidance adds along the predicted ink, see `projected_guidance`; 1 is classifier-free guidance
 
     @property
     def evaluations(self) -> int:
@@ -100,11 +91,8 @@ def teacher_plan(training: TrainingConfig) -> BidirectionalPlan:
 
 
 def baseline_plans(training: TrainingConfig) -> dict[str, RolloutPlan]:
-    """What a few-step student must beat, by name: rollouts of the network that it starts from.
-
-    Without guidance in the student's own steps with fresh noise; by Euler's method under `training.guidance` in as many steps and
-    in half of them. A pretraining has no student yet: as many as `NAIVE_STEPS`.
-    """
+    """What a few-step student must beat, by name: rollouts of the network that it starts from, without guidance in the student's own steps
+    (in a pretraining `NAIVE_STEPS`), and by Euler's method under `training.guidance` in as many steps and in half of them."""
     if isinstance(training, FewStepConfig):
         unguided = few_step_plan(training)
     else:

@@ -28,11 +28,10 @@ def build_muon(matrices: list[nn.Parameter], lr: float, weight_decay: float, mom
 def self_forcing_optimizers(name: str, network: nn.Module, config: SelfForcingConfig) -> dict[str, torch.optim.Optimizer]:
     """The optimizers of "generator" or "critic", by name: AdamW, and NAME_muon for the matrices if `config.optimizer` asks for it.
     Their rates are those of the start."""
-    lr = config.lr if name == "generator" else config.critic_lr
+    lr, muon = config.lr if name == "generator" else config.critic_lr, f"{name}_muon"
     if config.optimizer == "adamw":
         return {name: torch.optim.AdamW(network.parameters(), lr=lr, **self_forcing_settings(name, config))}
     matrices, others = split_matrices(network)
-    muon = f"{name}_muon"
     return {
         name: torch.optim.AdamW(others, lr=lr, **self_forcing_settings(name, config)),
         muon: build_muon(matrices, MUON_RATE * lr, **self_forcing_settings(muon, config)),

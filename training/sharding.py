@@ -1,10 +1,9 @@
 """Networks too large for one GPU: the transformer blocks of each split over the processes (FSDP2, Zhao et al., arXiv 2304.11277).
 
-Each block is a unit of `torch.distributed.fsdp.fully_shard`: its weights, gradients and optimizer states are split along their first
-axis; a block is gathered just before it runs, with gradient or without, and let go right after; its gradients leave the backward pass
-averaged over the processes. What is outside the blocks is small and stays whole everywhere, as does each block's `modulation`, which
-the network reads without running the block: `distributed` averages these gradients. Checkpoints hold whole tensors, so that a run can go on
-sharded or not. Whatever runs a sharded network, sampling and saving included, must be done by all processes at once.
+Each block is a unit of `torch.distributed.fsdp.fully_shard`: it is gathered just before it runs and let go right after; its gradients
+leave the backward pass averaged over the processes. What is outside the blocks stays whole everywhere, as does each block's
+`modulation`, which the network reads without running the block: `distributed` averages these gradients. Checkpoints hold whole tensors.
+Whatever runs a sharded network, sampling and saving included, must be done by all processes at once.
 """
 
 from __future__ import annotations
