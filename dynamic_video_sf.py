@@ -114,18 +114,16 @@ class Past:
     def clear(self) -> None:
         self.cache = self.model.new_cache(self.plan.context.window_frames, self.plan.context.sink_frames)
         self._deferred: tuple[Tensor, Tensor, PromptContext] | None = None  # a finished block as the cache is to see it
-        self._sink: list[Tensor] = []  # the blocks, whole, that frames of the sink belong to
-        self._blocks: list[Tensor] = []  # later blocks of which a frame is still visible
+        self._blocks: list[tuple[int, Tensor]] = []  # those of which a frame is still visible, whole, with the number of their first frame
         self._num_frames = 0  # appended so far
 
     def append(self, x_0: Tensor) -> None:
         """Add a finished block x_0 (B, F_block, C, H, W): its keys and values at the context time join the cache."""
         self._write(x_0)
-        belongs_to_sink = self._num_frames < self.plan.context.sink_frames
-        (self._sink if belongs_to_sink else self._blocks).append(x_0)
+        self._blocks.append((self._num_frames, x_0))
         self._num_frames += x_0.shape[1]
-        while self._blocks and sum(block.shape[1] for block in self._blocks[1:]) >= self._num_frames - self._first_visible():
-            del self._blocks[0]
+        sink, first = self.plan.context.sink_frames, self._first_visible()
+        self._blocks = [(start, block) for start, block in self._blocks if start < sink or start + block.shape[1] > first]
 
     def append_and_switch(self, x_0: Tensor, switch: PromptSwitch) -> None:
         """Add a finished block, and change the prompt for the next one."""
@@ -140,17 +138,15 @@ class Past:
     def _encode_again(self) -> None:
         """Compute the cache again under the prompt, from the frames that the next block sees, block by block as they were made:
         frames of one block see each other."""
-        sink, blocks, num_frames = self._sink, self._blocks, self._num_frames
-        end_of_sink = min(sum(block.shape[1] for block in sink), self._first_visible())
+        sink, first, blocks, num_frames = self.plan.context.sink_frames, self._first_visible(), self._blocks, self._num_frames
         self.clear()
-        for x_0 in sink:
+        for start, x_0 in blocks:
             self._write(x_0)
-        if end_of_sink > self.plan.context.sink_frames:  # frames of the sink's last block that have left the window
-            self.flush()
-            self.cache.forget_behind_sink(end_of_sink - self.plan.context.sink_frames)
-        for x_0 in blocks:
-            self._write(x_0)
-        self._sink, self._blocks, self._num_frames = sink, blocks, num_frames
+            num_left = min(start + x_0.shape[1], first) - sink  # frames of the sink's last block that have left the window
+            if start < sink and num_left > 0:
+                self.flush()
+                self.cache.forget_behind_sink(num_left)
+        self._blocks, self._num_frames = blocks, num_frames
 
     def forget_first(self, num_frames: int) -> None:
         """Hide the first num_frames frames from what follows."""
