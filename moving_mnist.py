@@ -1,11 +1,9 @@
-"""Moving MNIST, made on the fly: real digits that move at constant velocity and bounce off the walls.
+"""Moving MNIST, made on the fly (after Srivastava et al. 2015, arXiv 1502.04681): real digits that move at constant velocity and bounce
+off the walls, with sub-pixel motion, a caption for every video, and the exact track of every digit.
 
-After Srivastava et al. 2015 (arXiv 1502.04681), with sub-pixel motion, a caption for every video, and the exact track
-of every digit, so that a generated video can be measured against the physics that it should obey.
-
-Dimensions: B batch, F frames, N digits in a video, C channels, H = W frame side, D digit side, all lengths in pixels.
-Positions are (x, y), x to the right and y down, in pixel indices: the centre of the top-left pixel is (0, 0). A digit's
-centre is the centre of its D x D box, that is the box's top-left pixel + (D - 1) / 2.
+Dimensions: B batch, F frames, N digits in a video, C channels, H = W frame side, D digit side, all lengths in pixels. Positions are
+(x, y), x to the right and y down, in pixel indices: the centre of the top-left pixel is (0, 0). A digit's centre is the centre of its
+D x D box, that is the box's top-left pixel + (D - 1) / 2.
 """
 
 from __future__ import annotations
@@ -235,7 +233,7 @@ class MovingMNISTGenerator:
 
 
 class MovingMNISTDataset(Dataset):
-    """Videos 0..length - 1 of one seed, one dictionary of tensors (and a caption) each."""
+    """Videos 0..length - 1 of one seed."""
 
     def __init__(self, generator: MovingMNISTGenerator, seed: int, length: int, num_frames: int):
         require(length >= 1, "dataset length", length, "at least 1")

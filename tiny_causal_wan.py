@@ -5,10 +5,10 @@ Dimensions
     T, Y, X the patch grid (T = F / patch_size[0]), N = Y X tokens a patch row in time, S = T N tokens of the video
     D model width, h heads, d = D / h, L prompt tokens
 
-The block is Wan's (arXiv 2503.20314, section 4): adaLN modulation with six parameters per frame, self-attention with 3-D
-RoPE and RMS-normalised queries and keys, cross-attention to the prompt, feed-forward. Two things are our own, because
-patches are large and the network is small: it predicts x_0 inside and hands out the velocity, and the mean prompt
-embedding joins the time embedding (as pooled text does in arXiv 2403.03206).
+The block is Wan's (arXiv 2503.20314, section 4): adaLN modulation with six parameters per frame, self-attention with 3-D RoPE and
+RMS-normalised queries and keys, cross-attention to the prompt, feed-forward. Two things are our own, because patches are large and the
+network is small: it predicts x_0 inside and hands out the velocity, and the mean prompt embedding joins the time embedding (as pooled
+text does in arXiv 2403.03206).
 """
 
 from __future__ import annotations
@@ -163,10 +163,8 @@ class WanBlock(nn.Module):
     def forward(
         self, x: Tensor, modulation: Tensor, rope: Rope, prompt_key: Tensor, prompt_value: Tensor, prompt_mask: Tensor, attend: Attend
     ) -> Tensor:
-        """modulation (B, T, 6, D), the layer's own too; rope: cos and sin (S, d); prompt key and value (B, h, L, d), mask (B, 1, 1, L).
-
-        If attend returns only the last rows, so does the block.
-        """
+        """modulation (B, T, 6, D), the layer's own too; rope: cos and sin (S, d); prompt key and value (B, h, L, d), mask (B, 1, 1, L). If
+        attend returns only the last rows, so does the block."""
         shift, factor = modulation[:, :, :2].unsqueeze(3).unbind(2)  # (B, T, 1, D)
         y = torch.addcmul(shift, self.norm_self(x), factor)
         q, k = self._heads(self.norm_q(self.q(y))), self._heads(self.norm_k(self.k(y)))
@@ -261,10 +259,8 @@ class TinyCausalWanModel(nn.Module):
         self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: PromptContext, num_frames_per_block: int,
         context: ContextWindow = WHOLE_PAST,
     ) -> Tensor:
-        """v of every block of x_t (B, F, C, H, W), each seeing itself and the blocks of x_clean before it, at time 0.
-
-        One pass over the doubled sequence [clean | noisy]: what decoding block by block gives where the cache holds x_clean.
-        """
+        """v of every block of x_t (B, F, C, H, W), each seeing itself and the blocks of x_clean before it, at time 0. One pass over the
+        doubled sequence [clean | noisy]: what decoding block by block gives if the cache holds x_clean."""
         if x_clean.shape != x_t.shape:
             raise ValueError(f"clean video of shape {tuple(x_clean.shape)}: expected that of the noisy one, {tuple(x_t.shape)}")
         attends = self._masked_attention(teacher_forcing_layout, x_t, num_frames_per_block, context)

@@ -115,7 +115,14 @@ class SimplifiedTrainer:
         if processes.is_first:
             self.claim.add(self.folder)
         self.attempts = [*(folder.name for folder in (start.attempts if start else ())), self.folder.name]
-        self.log = self._start_log(start.checkpoint.get("wandb_run_id") if start else None)
+        self.facts_of_runtime = {"device": self.runtime.device.type, "precision": self.runtime.precision}  # what auto was resolved to
+        self.log: RunLog | SilentLog = SilentLog()
+        if processes.is_first:
+            columns = (*self.stage.columns, *(() if self.fixed_prompts is None else JUDGED_COLUMNS))
+            picture = ("health.png", draw_run) if isinstance(self.stage, SelfForcingStage) else ("curves.png", draw_curves)
+            facts = {**config_to_dict(config), "runtime": self.facts_of_runtime}
+            wandb_run_id = start.checkpoint.get("wandb_run_id") if start else None
+            self.log = RunLog(self.folder, columns, facts, config.wandb, *picture, wandb_run_id)
 
     def _load_judge(self) -> DigitJudge | None:
         """The judge that ships, or None, said in one line, where it cannot read this run's videos."""
@@ -132,19 +139,6 @@ class SimplifiedTrainer:
             reason = f"the judge reads one digit of {sizes[1]} px on {sizes[0]} px frames, in videos of at least {MIN_JUDGED_FRAMES} frames"
         self._say(f"no figures of digits ({', '.join(REPORTED.values())}, stroke mass): {reason}")
         return None
-
-    def _start_log(self, wandb_run_id: str | None) -> RunLog | SilentLog:
-        """A log whose picture is the health panel where the run is one of Self-Forcing, every scalar's curve otherwise."""
-        if not self.processes.is_first:
-            return SilentLog()
-        columns = (*self.stage.columns, *(() if self.fixed_prompts is None else JUDGED_COLUMNS))
-        picture = ("health.png", draw_run) if isinstance(self.stage, SelfForcingStage) else ("curves.png", draw_curves)
-        facts = {**config_to_dict(self.config), "runtime": self._facts_of_runtime()}
-        return RunLog(self.folder, columns, facts, self.config.wandb, *picture, wandb_run_id)
-
-    def _facts_of_runtime(self) -> dict[str, str]:
-        """What device=auto and precision=auto were resolved to."""
-        return {"device": self.runtime.device.type, "precision": self.runtime.precision}
 
     def _resume(self, path: Path, checkpoint: dict[str, Any]) -> None:
         training, stored_type = self.config.training, checkpoint["training_type"]
@@ -293,7 +287,7 @@ class SimplifiedTrainer:
         own_states = global_random_states()
         checkpoint = {
             "step": step, "training_type": self.config.training.training_type, "config": config_to_dict(self.config),
-            **self.stage.state_dict(), "runtime": self._facts_of_runtime(), "global_random_states": own_states,
+            **self.stage.state_dict(), "runtime": self.facts_of_runtime, "global_random_states": own_states,
             "wandb_run_id": self.log.wandb_run_id, "attempts": self.attempts, "watchdog": self.watchdog.state_dict(),
         }
         if self.processes.count > 1:

@@ -102,10 +102,8 @@ def sampling_times(num_steps: int, shift: float) -> Tensor:
 
 
 def classifier_free_guidance(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:
-    """uncond + w (cond - uncond) (Ho and Salimans, arXiv 2207.12598, Eq. 6 with w there = w - 1 here).
-
-    Linear, so it may be applied to v or to x_0 alike. weight: one number, or a tensor that broadcasts against cond.
-    """
+    """uncond + w (cond - uncond) (Ho and Salimans, arXiv 2207.12598, Eq. 6 with w there = w - 1 here), of v or of x_0. weight: one number,
+    or a tensor that broadcasts against cond."""
     return uncond + weight * (cond - uncond)
 
 
@@ -144,8 +142,8 @@ def fresh_share(t: Tensor, t_next: Tensor, eta: float) -> Tensor:
 def ancestral_sampler(
     velocity_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, eta: float, draw: Callable[[], Tensor]
 ) -> Tensor:
-    """As `euler_sampler`, but part of every step's noise is fresh (DDIM, arXiv 2010.02502, Eq. 12): later steps can then mend
-    what earlier ones got wrong. draw returns standard normal noise in the shape of x, and is not called where none is needed."""
+    """As `euler_sampler`, but part of every step's noise is fresh (DDIM, arXiv 2010.02502, Eq. 12): later steps can mend what earlier ones
+    got wrong. draw returns standard normal noise in the shape of x, and is called only if some is needed."""
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         here, there = t.to(x).expand(x.shape[:2]), t_next.to(x).expand(x.shape[:2])
         v = velocity_fn(x, here)

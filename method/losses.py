@@ -22,8 +22,8 @@ def x_0_prediction_loss(
 ) -> Tensor:
     """Mean of |x_0_hat - x_0|^2 / max(t, time_floor)^2, with x_0_hat = x_t - t v; a scalar.
 
-    For t >= time_floor this is flow matching's |v_hat - v|^2 (arXiv 2210.02747, Eq. 14); below it the weight stops
-    growing. frame_weight (B, F) selects the frames that count. num_counted: what their sum is divided by; their number if not given.
+    For t >= time_floor this is flow matching's |v_hat - v|^2 (arXiv 2210.02747, Eq. 14); below it the weight stops growing. frame_weight
+    (B, F) selects the frames that count. num_counted: what their sum is divided by; their number if not given.
     """
     error = (x_0_from_velocity(x_t, v, t) - x_0) / expand_time(t, x_t).clamp(min=time_floor)
     per_frame = error.square().mean(dim=(2, 3, 4))  # (B, F)
@@ -63,19 +63,14 @@ def sid_loss(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor, alpha: float) -> T
 
 
 def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:
-    """softplus(-(better - worse)) of pairs of logits (B,), whose mean counts (RpGAN, as in R3GAN, arXiv 2501.05441, Eq. 2).
-
-    The discriminator lowers it with real videos as the better ones, the generator with its own.
-    """
+    """softplus(-(better - worse)) of pairs of logits (B,), whose mean counts (RpGAN, as in R3GAN, arXiv 2501.05441, Eq. 2): the
+    discriminator lowers it with real videos as the better ones, the generator with its own."""
     return F.softplus(worse - better)
 
 
 def gradient_penalty(logits: Callable[[Tensor], Tensor], x: Tensor, logits_at_x: Tensor, eps: Tensor, sigma: float) -> Tensor:
-    """mean [(D(x + sigma eps) - D(x)) / sigma]^2: the expected |grad D(x)|^2 for small sigma, without a second derivative.
-
-    R1 where x is real, R2 where it is generated (arXiv 2501.05441, section 2); the finite difference is arXiv 2501.08316's.
-    eps: standard normal noise, (B, ...) as x.
-    """
+    """mean [(D(x + sigma eps) - D(x)) / sigma]^2: the expected |grad D(x)|^2 for small sigma, without a second derivative. R1 for a real x,
+    R2 for a generated one (arXiv 2501.05441, section 2); the finite difference is arXiv 2501.08316's. eps: standard normal, as x."""
     return ((logits(x + sigma * eps) - logits_at_x) / sigma).square().mean()
 
 

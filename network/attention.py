@@ -61,12 +61,11 @@ WHOLE_PAST = ContextWindow()
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """What every query of a masked pass sees. mask (S_q, S_k + sink copies): True for visible keys. The first sink_rows patch rows are
-    repeated after all other keys once for each entry of copy_rows, at positions from that row on."""
+    """What every query of a masked pass sees."""
 
-    mask: Tensor
-    sink_rows: int
-    copy_rows: tuple[int, ...]
+    mask: Tensor  # (S_q, S_k + sink copies): True for visible keys
+    sink_rows: int  # the first patch rows, repeated after all other keys once for each of the copy_rows
+    copy_rows: tuple[int, ...]  # where the copies start
 
 
 @lru_cache(maxsize=64)
@@ -144,11 +143,8 @@ def rope_angles(grid: tuple[int, int], head_size: int, theta: float, first_row: 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, Eq. 1) over (B, h, S, d); mask is True where a query may look.
-
-    In bfloat16 on the CPU it is written out: at a few hundred tokens that can be 4 times as fast as the fused kernel's backward
-    pass. In float32 the fused kernel is the faster one.
-    """
+    """softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, Eq. 1) over (B, h, S, d); mask is True where a query may look. In bfloat16 on the CPU
+    it is written out: at a few hundred tokens that can be 4 times as fast as the fused kernel's backward pass."""
     if q.device.type != "cpu" or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, h, S_q, S_k)

@@ -22,11 +22,10 @@ from network.attention import Attend, attention, shifted
 
 
 class KVCache:
-    """Keys (rotated to their positions) and values of the past that a block may see.
+    """Keys (rotated to their positions) and values of the past that a block may see; only `advance` makes a block part of it.
 
     window_frames: number of frames a block may see, itself and the sink included; None for all. sink_frames: number of initial frames
-    kept in the cache (attention sink). Only `advance` makes a block part of the past. A pass with gradient gets copies, so its graph
-    stays valid when the buffers are written later. is_compiled: the passes are compiled by `torch.compile`.
+    kept in the cache (attention sink). is_compiled: the passes are compiled by `torch.compile`.
     """
 
     def __init__(
@@ -122,7 +121,7 @@ class KVCache:
         return [(keys[:, :, tokens], values[:, :, tokens]) for keys, values in zip(self._keys, self._values, strict=True)]
 
     def advance(self, num_frames: int) -> None:
-        """The block of the pass that has just run, without gradient, is now part of the past."""
+        """The block of the last pass, without gradient, is now part of the past."""
         self._end += num_frames // self._frames_per_row
         self.num_frames += num_frames
 

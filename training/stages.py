@@ -20,14 +20,14 @@ from network.text_encoder import NULL_PROMPT, TextEncoder
 from network.weights import update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training.checkpoint import CheckpointError
-from training.config import Config, config_from_dict
+from training.config import Config
 from training.data import open_data
 from training.distributed import ONE_PROCESS, Processes, mean_figures
 from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
 from training.optimizers import MUON_RATE, build_muon, self_forcing_optimizers, self_forcing_settings, split_matrices
 from training.resumable import Sampler, Stage, set_rate
 from training.sharding import shard_blocks, whole
-from training.starting_networks import check_is_bidirectional, load_start, load_teacher
+from training.starting_networks import check_is_bidirectional, check_same_start, load_start, load_teacher
 
 
 def draw_num_frames(config: TrainingConfig, random: torch.Generator) -> int:
@@ -279,19 +279,7 @@ class SelfForcingStage(Stage):
         return super().state_dict() | {"num_generator_updates": self.num_generator_updates}
 
     def load_state_dict(self, checkpoint: dict[str, Any], name: str) -> None:
-        """Also refuses another teacher or another start than that of the resumed run: they would be silently ignored."""
-        config = self.config
-        if config.generator_checkpoint is not None:
-            stored = config_from_dict(checkpoint["config"]).training
-            if not isinstance(stored, SelfForcingConfig) or stored.generator_checkpoint != config.generator_checkpoint:
-                raise CheckpointError(f"training.generator_checkpoint cannot be combined with training.resume={name}: "
-                                      "the checkpoint already contains a generator")
-        teacher, own = checkpoint.get("real_score_state_dict", {}), whole(self.engine.real_score.state_dict())
-        if teacher.keys() == own.keys() and not all(torch.equal(teacher[key], value.cpu()) for key, value in own.items()):
-            raise CheckpointError(
-                f"{name} was trained with another teacher than training.pretrained_checkpoint={config.pretrained_checkpoint}: "
-                "give the teacher of that run, or start a new run with training.generator_checkpoint"
-            )
+        check_same_start(self.config, checkpoint, name, whole(self.engine.real_score.state_dict()))
         super().load_state_dict(checkpoint, name)
         self.num_generator_updates = checkpoint["num_generator_updates"]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from clips.own_videos import VideosConfig
 from machine.paths import REPOSITORY
-from method.settings import FewStepConfig, PretrainConfig
+from method.settings import FewStepConfig, PretrainConfig, SelfForcingConfig
 from training.checkpoint import CheckpointError, LoadedNetworks, load_networks, same_text_encoder
-from training.config import Config
+from training.config import Config, config_from_dict
 
 DATA_GEOMETRY = ("frame_size", "digit_size", "num_digits", "channels")  # what two stages of one network must share
 
@@ -45,6 +47,21 @@ def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
     if found:
         raise CheckpointError(
             f"{path} was trained with {', '.join(found)}, but this run asks for {', '.join(asked)}: give the same sizes or another file"
+        )
+
+
+def check_same_start(training: SelfForcingConfig, checkpoint: dict[str, Any], name: str, teacher: dict[str, Tensor]) -> None:
+    """Raise CheckpointError where a resumed run had another start or another teacher: what is configured would be silently ignored."""
+    if training.generator_checkpoint is not None:
+        stored = config_from_dict(checkpoint["config"]).training
+        if not isinstance(stored, SelfForcingConfig) or stored.generator_checkpoint != training.generator_checkpoint:
+            raise CheckpointError(f"training.generator_checkpoint cannot be combined with training.resume={name}: "
+                                  "the checkpoint already contains a generator")
+    found = checkpoint.get("real_score_state_dict", {})
+    if found.keys() == teacher.keys() and not all(torch.equal(found[key], value.cpu()) for key, value in teacher.items()):
+        raise CheckpointError(
+            f"{name} was trained with another teacher than training.pretrained_checkpoint={training.pretrained_checkpoint}: "
+            "give the teacher of that run, or start a new run with training.generator_checkpoint"
         )
 
 
