@@ -240,15 +240,12 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def _print_warning(message: Warning | str, *_: object) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Exits with status 1 and one line where something does not fit, 2 where the command line cannot be read, 130 on Ctrl-C."""
     arguments = parse_arguments(argv)
     with warnings.catch_warnings():
-        warnings.showwarning = _print_warning  # one line without source code; put back by catch_warnings
+        # One line without source code; put back by catch_warnings.
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
         try:
             run(arguments)
         except (torch.OutOfMemoryError, MemoryError):

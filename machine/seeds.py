@@ -1,10 +1,8 @@
 """Random streams: one function from (seed, index, purpose) to a stream, which everything random in the project draws from.
 
-Every pair of a seed and an index, each 0 to 2**64 - 1, has one stream for each purpose, and no two of them overlap: seed and index are
-the key of a counter-based generator (Philox, Salmon et al. 2011), the purpose is the upper word of its counter. So two seeds that
-differ only above 32 bits are different seeds, and a seed that serves two purposes serves each of them independently.
-
-torch's own CPU generator keeps 32 bits of the seed that it is given; `torch_generator` fills its whole state from a stream instead.
+No two streams overlap: seed and index, each 0 to 2**64 - 1, are the key of a counter-based generator (Philox, Salmon et al. 2011), the
+purpose is the upper word of its counter. torch's own CPU generator keeps 32 bits of the seed that it is given; `torch_generator` fills
+its whole state from a stream instead.
 """
 
 from __future__ import annotations

@@ -220,32 +220,30 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def config_from_dict(plain: dict[str, Any]) -> Config:
-    """The inverse of `config_to_dict`. Raises ValueError naming a key that this version does not know.
+    """The inverse of `config_to_dict`, with every type checked as on the command line. Raises ValueError naming a key in one line.
 
     Of earlier versions: without dataset.judge_fraction no digits were set aside for the judges; a run could be a comparison and held an
     empty `experiment`; noise_draws was called critic_draws.
     """
     plain = {key: plain[key] for key in dict(plain) if key != "experiment" or plain[key] is not None}
     is_own = "root" in plain.get("dataset", {})
-    plain = {**plain, "dataset": {"judge_fraction": 0.0, **plain["dataset"]}} if "dataset" in plain and not is_own else plain
+    if "dataset" in plain and not is_own:
+        plain["dataset"] = {"judge_fraction": 0.0, **plain["dataset"]}
     training_type = plain["training"]["training_type"]
     if training_type not in TRAINING_KINDS:
         raise ValueError(f"training_type is {training_type!r}: expected one of {', '.join(TRAINING_KINDS)}")
-    plain = {**plain, "training": {{"critic_draws": "noise_draws"}.get(key, key): value for key, value in plain["training"].items()}}
+    plain["training"] = {{"critic_draws": "noise_draws"}.get(key, key): value for key, value in plain["training"].items()}
     parts = {
         "model": ModelConfig, "text": TextEncoderConfig, "dataset": VideosConfig if is_own else DatasetConfig,
         "training": TRAINING_KINDS[training_type], "wandb": WandbConfig,
     }
-    typed = {key: _typed(key, parts[key], value) if key in parts else value for key, value in plain.items()}
-    return Config(**typed)
-
-
-def _typed(group: str, kind: type, plain: dict[str, Any]) -> Any:
-    """The dataclass `kind` of plain values, with every type checked as on the command line. Raises ValueError in one line."""
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
-    except OverflowError as error:
-        raise ValueError(f"{group}: holds a whole number too large for a float") from error
-    except OmegaConfBaseException as error:
-        key = f"{group}.{error.full_key}" if error.full_key else group
-        raise ValueError(f"{key}: {str(error).partition(chr(10))[0]}") from error
+    for group, kind in parts.items():
+        try:
+            if group in plain:
+                plain[group] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain[group]))
+        except OverflowError as error:
+            raise ValueError(f"{group}: holds a whole number too large for a float") from error
+        except OmegaConfBaseException as error:
+            key = f"{group}.{error.full_key}" if error.full_key else group
+            raise ValueError(f"{key}: {str(error).partition(chr(10))[0]}") from error
+    return Config(**plain)

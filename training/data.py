@@ -26,7 +26,7 @@ def open_data(
 
 def with_vocabulary(config: Config) -> Config:
     """The configuration of a run with the vocabulary that its data need, unless text.vocabulary is given: the grammar's words with those of
-    class names, or the words of the clips' captions. Raises ValueError as `check_clips_fit` does."""
+    class names, or those of the clips' captions. Raises ValueError as `check_clips_fit` does."""
     words, dataset = None, config.dataset
     if isinstance(dataset, VideosConfig):
         check_clips_fit(config)
@@ -38,7 +38,6 @@ def with_vocabulary(config: Config) -> Config:
 
 def check_clips_fit(config: Config) -> None:
     """Raise ValueError naming a clip that is too short for the training, or whose caption is too long for the text encoder."""
-    assert isinstance(config.dataset, VideosConfig)
     training = config.training
     has_clips = isinstance(training, PretrainConfig) and training.clip_steps > 0
     longest = max(training.max_num_frames, training.clip_frames if has_clips else 0)

@@ -45,10 +45,6 @@ class Reading:
             f"stroke mass {self.stroke_mass_ratio:.2f}"
         )
 
-    @classmethod
-    def of(cls, step: int, figures: dict[str, float]) -> Reading:
-        return cls(step, *(figures[name] for name in ("frames_right", "one_class", "track_within_1px", "stroke_mass_ratio")))
-
 
 @dataclass
 class Watchdog:
@@ -76,7 +72,8 @@ class Watchdog:
                 found = f"the critic's loss was at least {min(recent):.2g} for {RECENT} steps, its median {median(earlier):.2g}"
                 self._warn(lines, "critic", finished, found)
         if "frames_right" in figures:
-            lines += self._read(Reading.of(finished, figures))
+            names = ("frames_right", "one_class", "track_within_1px", "stroke_mass_ratio")
+            lines += self._read(Reading(finished, *(figures[name] for name in names)))
         return lines
 
     def _read(self, reading: Reading) -> list[str]:
