@@ -354,7 +354,8 @@ def main(composed: DictConfig) -> None:
         sys.exit(f"error: {reason}" if processes.may_speak() else 1)
     except KeyboardInterrupt:
         if trainer is not None and trainer.is_complete:
-            print(f"Ctrl-C: {ALL_DONE}")
+            if processes.may_speak():
+                print(f"Ctrl-C: {ALL_DONE}")
             return
         print("interrupted; training.resume=auto goes on from the newest checkpoint, where there is one", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
