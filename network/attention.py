@@ -131,8 +131,8 @@ def rope_angles(grid: tuple[int, int], head_size: int, theta: float, first_row: 
     whose first half is negated, so that a rotation is two products."""
     half = head_size // 2
     sizes = (half - 2 * (half // 3), half // 3, half // 3)  # angles given to time, height, width
-    ranges = (range(first_row, first_row + num_rows), range(grid[0]), range(grid[1]))
-    positions = torch.meshgrid(*(torch.tensor(each, dtype=torch.float64) for each in ranges), indexing="ij")
+    bounds = ((first_row, first_row + num_rows), (0, grid[0]), (0, grid[1]))
+    positions = torch.meshgrid(*(torch.arange(*each, dtype=torch.float64) for each in bounds), indexing="ij")
     angles = []
     for size, position in zip(sizes, positions, strict=True):
         frequency = theta ** (-torch.arange(size, dtype=torch.float64) / size)
