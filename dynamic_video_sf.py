@@ -311,10 +311,8 @@ class SelfForcingEngine:
     generator: the student; generator_average: its moving average, which ships. real_score: the frozen teacher. fake_score: the critic's
     network. critic: what `critic_loss` trains, fake_score or with the GAN loss a discriminator built on it. fake_average: the moving
     average of fake_score, which judges the generator: the error of a critic that has just learned from one batch is larger than the
-    difference between generator and teacher.
-
-    A training step (`training.stages`) makes videos, steps the optimizers of generator and critic on their losses, and calls
-    `update_averages`. All networks start as copies of `teacher`, the generator of `start` if given. All randomness is drawn from `random`.
+    difference between generator and teacher. All networks start as copies of `teacher`, the generator of `start` if given. All randomness
+    is drawn from `random`. A training step (`training.stages`) owns the optimizers and calls `update_averages` last.
     """
 
     def __init__(

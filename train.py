@@ -44,14 +44,7 @@ from training.data import open_data, with_vocabulary
 from training.distributed import ONE_PROCESS, Processes, losses_named, mean_figures, processes_of_environment
 from training.few_step import FewStepStage
 from training.resumable import Stage
-from training.resume import (
-    RunClaim,
-    RunFinished,
-    choose_format,
-    find_common_start,
-    global_random_states,
-    restore_global_random_states,
-)
+from training.resume import RunClaim, RunFinished, choose_format, find_common_start, global_random_states, restore_global_random_states
 from training.run_log import RunLog, SilentLog, draw_curves, make_run_folder, point_to_latest
 from training.sharding import whole
 from training.stages import PretrainStage, SelfForcingStage, rate_factor

@@ -5,8 +5,7 @@ Dimensions: B batch, h heads, d head size, N tokens a patch row in time; rows ar
 One buffer holds the keys of all layers and one the values. The visible past is one range of rows, the sink first, and the current block
 comes right after it: a pass without gradient writes its keys and values in place and attends to a view. A row is a position: with every
 block the range moves to the right, rows on its left are forgotten, the sink is copied right before the remaining rows, and when the
-buffer is full the range moves back to row 0 and its keys are rotated. Attention depends only on differences of positions, which never
-exceed the window.
+buffer is full the range moves back to row 0 and its keys are rotated: attention depends on differences of positions only.
 """
 
 from __future__ import annotations
