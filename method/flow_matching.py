@@ -86,11 +86,9 @@ def even_times(shape: tuple[int, ...], shift: float, generator: torch.Generator)
 
 
 def sampling_times(num_steps: int, shift: float) -> Tensor:
-    """The num_steps + 1 times of a sampler, from 1 to 0, distinct and uniform before the shift. float32.
-
-    The last step leads to 0 from at least VELOCITY_TIME_FLOOR: from below it a velocity would not lead to x_0. If the uniform grid goes
-    below, the steps before the last are uniform between 1 and the floor.
-    """
+    """The num_steps + 1 times of a sampler, float32, from 1 to 0, distinct and uniform before the shift. The last step starts at
+    VELOCITY_TIME_FLOOR or above: from below it a velocity would not lead to x_0. If the uniform grid goes below, the steps before the last
+    are uniform between 1 and the floor."""
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}: expected at least 1")
     times = shift_time(torch.linspace(1, 0, num_steps + 1), shift)
