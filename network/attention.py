@@ -21,19 +21,14 @@ NUM_TRAIN_TIMESTEPS = 1000  # Wan's integer scale: timestep 1000 is t = 1
 
 @dataclass(frozen=True)
 class ContextWindow:
-    """How a video is divided into blocks and what a block sees of the past; all in frames.
+    """How a video is divided into blocks and what a block sees of the past; all in frames."""
 
-    window_frames: number of frames a block sees, itself and the sink included; None for all. sink_frames: number of initial frames
-    kept in the cache (attention sink, arXiv 2309.17453): once frames after them have left the window, they are placed right before
-    the remaining frames, so that no two frames are further apart than the window. hide_first_block: the last block of a
-    video does not see the first one, as if it had left the window (Self-Forcing, arXiv 2506.08009, section 3.4).
-    independent_first_frame: the first block is one frame, [1, 3, 3, ...].
-    """
-
-    window_frames: int | None = None
+    window_frames: int | None = None  # that a block sees, itself and the sink included; None for all
+    # Initial frames kept in the cache (attention sink, arXiv 2309.17453): once frames after them have left the window, they are placed right
+    # before the remaining frames, so that no two frames are further apart than the window.
     sink_frames: int = 0
-    hide_first_block: bool = False
-    independent_first_frame: bool = False
+    hide_first_block: bool = False  # the last block of a video does not see the first one (Self-Forcing, arXiv 2506.08009, section 3.4)
+    independent_first_frame: bool = False  # the first block is one frame, [1, 3, 3, ...]
 
     def check(self, num_frames_per_block: int, prefix: str = "") -> None:
         """Raise ValueError naming a key, after the prefix, that does not fit blocks of num_frames_per_block frames."""

@@ -144,12 +144,11 @@ def parse_caption(prompt: str) -> CaptionFacts:
 
 @dataclass
 class TextEncoderConfig:
-    """Sizes of the text encoder. width: embedding width D, a multiple of 32. max_tokens: L, longer prompts are cut. vocabulary: the
-    words that it knows; those of the grammar if not given."""
+    """Sizes of the text encoder."""
 
-    width: int = 64
-    max_tokens: int = 24
-    vocabulary: list[str] | None = None
+    width: int = 64  # D of the embeddings, a multiple of 32
+    max_tokens: int = 24  # L, longer prompts are cut
+    vocabulary: list[str] | None = None  # the words that it knows; those of the grammar if not given
 
     def __post_init__(self) -> None:
         if self.width < 32 or self.width % 32:
