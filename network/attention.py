@@ -24,8 +24,8 @@ class ContextWindow:
     """How a video is divided into blocks and what a block sees of the past; all in frames."""
 
     window_frames: int | None = None  # that a block sees, itself and the sink included; None for all
-    # Initial frames kept in the cache (attention sink, arXiv 2309.17453): once frames after them have left the window, they are placed right
-    # before the remaining frames, so that no two frames are further apart than the window.
+    # Initial frames kept in the cache (attention sink, arXiv 2309.17453): once frames after them have left the window, they are placed
+    # right before the remaining frames, so that no two frames are further apart than the window.
     sink_frames: int = 0
     hide_first_block: bool = False  # the last block of a video does not see the first one (Self-Forcing, arXiv 2506.08009, section 3.4)
     independent_first_frame: bool = False  # the first block is one frame, [1, 3, 3, ...]
