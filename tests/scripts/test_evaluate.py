@@ -193,6 +193,7 @@ def test_a_second_evaluation_leaves_the_first_ones_files(tmp_path):
 
 
 def test_moved_clips_are_asked_for_by_the_key_of_this_script(tmp_path):
-    for config in (EvaluateConfig(), EvaluateConfig(videos_root=str(tmp_path / "elsewhere"))):
-        with pytest.raises(FileNotFoundError, match=rf"no folder at {config.videos_root or tmp_path / 'moved'}: set videos_root to the folder"):
-            examine_clips(config, VideosConfig(root=str(tmp_path / "moved")), [])
+    moved, elsewhere = tmp_path / "moved", tmp_path / "elsewhere"
+    for config, missing in ((EvaluateConfig(), moved), (EvaluateConfig(videos_root=str(elsewhere)), elsewhere)):
+        with pytest.raises(FileNotFoundError, match=f"no folder at {missing}: set videos_root to the folder"):
+            examine_clips(config, VideosConfig(root=str(moved)), [])
