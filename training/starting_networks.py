@@ -53,7 +53,7 @@ def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
 def check_same_start(training: SelfForcingConfig, checkpoint: dict[str, Any], name: str, teacher: dict[str, Tensor]) -> None:
     """Raise CheckpointError where a resumed run had another start or another teacher: what is configured would be silently ignored."""
     if training.generator_checkpoint is not None:
-        stored = config_from_dict(checkpoint["config"]).training
+        stored = config_from_dict(checkpoint["config"]).training if "config" in checkpoint else None
         if not isinstance(stored, SelfForcingConfig) or stored.generator_checkpoint != training.generator_checkpoint:
             raise CheckpointError(f"training.generator_checkpoint cannot be combined with training.resume={name}: "
                                   "the checkpoint already contains a generator")
