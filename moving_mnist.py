@@ -163,7 +163,8 @@ class MovingMNISTGenerator:
     def sample(self, seed: int, indices: Sequence[int], num_frames: int) -> MovingMNISTBatch:
         """The videos (seed, index) for every index, `num_frames` long; a longer video continues a shorter one. seed and indices: 0 to
         2**64 - 1. Raises ValueError for no index, a number out of range or no frame."""
-        require(len(indices) > 0, "the number of indices", len(indices), "at least 1")
+        if len(indices) == 0:
+            raise ValueError("no indices to sample: expected at least one")
         require(num_frames >= 1, "num_frames", num_frames, "at least 1")
         draws = [self._draw(seed, int(index)) for index in indices]
         digit_index = torch.tensor([draw.rows for draw in draws])  # (B, N)
