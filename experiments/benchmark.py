@@ -18,9 +18,6 @@ shares of the limit are what to quote, never a figure against one of another mac
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import argparse
 import json
 import sys

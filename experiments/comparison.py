@@ -10,9 +10,6 @@ every job.
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import json
 import os
 import signal

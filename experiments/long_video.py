@@ -15,9 +15,6 @@ come and then forgotten, so a stream of any length fits.
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import argparse
 import json
 import resource

@@ -7,9 +7,6 @@ Every clip is a GIF, and captions.csv says what each one shows, such as "a red s
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import argparse
 import csv
 import sys

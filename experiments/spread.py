@@ -10,9 +10,6 @@ number format are refused: that is another recipe.
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import argparse
 import json
 import sys

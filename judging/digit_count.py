@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from judging.digit_judge import DigitJudge, require_digits
 from judging.ink import display_intensity, intensity_sharpness
-from judging.metrics import read_classes, summarise_measures
+from judging.metrics import VideoScores, read_classes, summarise
 from moving_mnist import DatasetConfig
 from network.text_encoder import parse_caption
 
@@ -50,7 +50,7 @@ def scale_to_judge(judge: DigitJudge, config: DatasetConfig) -> int:
     if scale < 1 or scale * judge.config.digit_size != config.digit_size or scale * judge.config.frame_size != config.frame_size:
         raise ValueError(
             f"frames of {config.frame_size} px with digits of {config.digit_size} px: expected whole multiples of the judge's "
-            f"{judge.config.frame_size} and {judge.config.digit_size}; train another one with `python metrics.py --train_judge`"
+            f"{judge.config.frame_size} and {judge.config.digit_size}; train another one with `{judge.command}`"
         )
     return scale
 
@@ -108,7 +108,7 @@ def shown_digits(classes: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def count_digits(judge: DigitJudge, video: Tensor, prompts: list[str], config: DatasetConfig, seed: int = 0) -> dict[str, float | list]:
-    """Score video (B, F, C, H, W) of one or more digits against its prompts: the figures of `summarise_measures` for
+    """Score video (B, F, C, H, W) of one or more digits against its prompts: the figures of `summarise` for
 
     frames_readable, by frame: the digits stand apart, so they can be counted and read. frames_right, by frame: readable, and the
     digits are those of the prompt, no more and no fewer; real video reaches its own share of readable frames, not 1.
@@ -138,4 +138,4 @@ def count_digits(judge: DigitJudge, video: Tensor, prompts: list[str], config: D
         "count_right": torch.tensor([count == len(digits) for count, digits in zip(counts, asked, strict=True)]),
         "videos_right": torch.tensor([shown_digits(row) == digits for row, digits in zip(by_video, asked, strict=True)]),
     }
-    return summarise_measures(by_frame, of_videos, seed)
+    return summarise(VideoScores(by_frame, of_videos), seed)
