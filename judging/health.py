@@ -20,6 +20,7 @@ from machine.paths import user_path
 from method.diagnostics import NOISE_LEVELS
 from training.run_log import plot_series, read_scalars
 
+
 @dataclass(frozen=True)
 class PanelStyle:
     """One axis of the picture. caption: what a healthy run looks like. limits: of the vertical axis, None for the data's."""
