@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from machine.interruption import refusals_in_one_line
 from machine.paths import user_path
 from machine.seeds import Purpose, stream
 from moving_mnist import bounce
@@ -61,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if min(arguments.num_clips, arguments.num_frames) < 1:
         sys.exit("error: --num_clips and --num_frames must be at least 1")
-    try:
+    if arguments.output_dir.exists():
+        sys.exit(f"error: {arguments.output_dir} exists already: give --output_dir the name of a new folder")
+    with refusals_in_one_line("the clips so far are there, most of their captions are not"):
         arguments.output_dir.mkdir(parents=True)
         with (arguments.output_dir / "captions.csv").open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
@@ -70,10 +73,6 @@ def main(argv: list[str] | None = None) -> None:
                 video, caption = make_clip(arguments.seed, index, arguments.num_frames)
                 save_video(arguments.output_dir / f"{index:04d}.gif", video, scale=1)
                 rows.writerow((f"{index:04d}.gif", caption))
-    except FileExistsError:
-        sys.exit(f"error: {arguments.output_dir} exists already: give --output_dir the name of a new folder")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(f"{arguments.num_clips} clips of {arguments.num_frames} frames, and captions.csv, in {arguments.output_dir}")
 
 

@@ -129,9 +129,9 @@ class DigitJudge(nn.Module):
 
     def check_matches(self, config: DatasetConfig) -> None:
         """Raise ValueError unless the judge was trained for these videos: one digit, the same sizes."""
+        require_digits(config)
         if config.num_digits != 1:
             raise ValueError(f"dataset.num_digits is {config.num_digits}: the measures are for videos of 1 digit")
-        require_digits(config)
         for name, found, expected in (
             ("frame_size", config.frame_size, self.config.frame_size),
             ("digit_size", config.digit_size, self.config.digit_size),
