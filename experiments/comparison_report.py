@@ -148,7 +148,8 @@ def _figures_table(table: dict[str, Any], block: int) -> list[str]:
         evaluations = format_cell(seeds[0] if seeds else {}, "evaluations_a_block")
         num_seeds = len(table["settings"]["seeds"])
         partial = f" ({len(seeds)} of {num_seeds} seeds)" if ROWS[row].paradigm and 0 < len(seeds) < num_seeds else ""
-        lines.append(f"| {ROWS[row].title}{partial} | {sampler} | {evaluations} | " + " | ".join(format_cell(figures, key) for key in COLUMNS) + " |")
+        cells = [f"{ROWS[row].title}{partial}", sampler, evaluations, *(format_cell(figures, key) for key in COLUMNS)]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

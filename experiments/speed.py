@@ -193,12 +193,10 @@ class Samplers:
         """FLOPs of one video: by sampler, and by phase of the student."""
         totals: dict[str, float] = {}
         for name, call in self.calls(1, num_frames, runtime).items():
-            if "--compile" in VARIANTS.get(name, ()):
-                totals[name] = totals["student"]
-                continue
             with flop_counter() as counter:
-                call()
-            totals[name] = counter.get_total_flops()
+                if "--compile" not in VARIANTS.get(name, ()):
+                    call()
+            totals[name] = counter.get_total_flops() or totals["student"]
         with flop_counter() as counter:
             phases = Phases(counter.get_total_flops)
             self.watched(1, num_frames, runtime, phases)
