@@ -144,7 +144,7 @@ def side_by_side_lines(speed: SideBySide) -> list[str]:
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in speed.parameters.items())
     lines = [f"\nbeside the public code: patches of {speed.patch_size}, {speed.num_frames} frames, batch 1, float32; parameters: {sizes}"]
     for sampler, rate in speed.frames_per_second.items():
-        ratio = "" if sampler == PUBLIC else f", {speed.ratio(sampler):.2f} times the public code"
+        ratio = "" if sampler == PUBLIC else f", {rate / speed.frames_per_second[PUBLIC]:.2f} times the public code"
         lines.append(f"  {sampler}: {rate:.1f} frames/s{ratio}")
     return lines
 

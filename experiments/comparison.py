@@ -98,15 +98,15 @@ class Comparison:
             overrides = self._overrides(paradigm, block, self.chosen.get((paradigm, block), ""))
             flops = self._flops(paradigm, block, overrides)
             overrides += [f"training.num_steps={num_steps(self.config.budget * yardstick, flops)}"]
-            planned += [self._plan_training(paradigm, block, seed, flops, [*overrides, f"seed={seed}"]) for seed in self.config.seeds]
+            for seed in self.config.seeds:
+                asked = [*overrides, f"seed={seed}"]
+                config = compose_run(asked)
+                made_with = {"teacher": self.teacher_digest, "code_sha256": self.code["training"]}
+                settings = {**made_with, **settings_without(config, NOT_OF_THE_RESULT)}
+                folder = self.folder / "trainings" / f"{paradigm}-block{block}-seed{seed}-{fingerprint(settings)}"
+                label = f"training {paradigm}, blocks of {block}, seed {seed}, {config.training.num_steps} steps"
+                planned.append(Training(label, paradigm, block, seed, config, asked, folder, settings, flops))
         return planned
-
-    def _plan_training(self, paradigm: str, block: int, seed: int, flops: float, overrides: list[str]) -> Training:
-        config = compose_run(overrides)
-        settings = {"teacher": self.teacher_digest, "code_sha256": self.code["training"], **settings_without(config, NOT_OF_THE_RESULT)}
-        folder = self.folder / "trainings" / f"{paradigm}-block{block}-seed{seed}-{fingerprint(settings)}"
-        label = f"training {paradigm}, blocks of {block}, seed {seed}, {config.training.num_steps} steps"
-        return Training(label, paradigm, block, seed, config, overrides, folder, settings, flops)
 
     def _overrides(self, paradigm: str, block: int, candidate: str) -> list[str]:
         """Of train.py, all but the seed and the number of steps; later ones win."""

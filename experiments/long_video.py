@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -68,6 +66,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from experiments.timing import time_in_turns  # noqa: E402
 from judging.digit_judge import load_judge, read_videos  # noqa: E402
 from judging.held_out import new_indices  # noqa: E402
 from judging.metrics import facts_of_prompts, read_classes, score_readings, share_interval  # noqa: E402
@@ -146,29 +145,19 @@ def measure_drift(
     filled = (plan.context.window_frames or 0) // block_frames  # blocks until the window is full
     compared = max(min(COMPARED_FRAMES // WINDOW, len(memory) // 2), 1)
     first_window = min(-(-filled * block_frames // WINDOW), len(memory) - 1)
+    for _ in range(filled):
+        next(streams[1])
+    timed = {"new": lambda: next(streams[1]).cpu(), "old": lambda: next(streams[0]).cpu()}  # in turns: a busier machine slows both
+    seconds = time_in_turns(timed, max(min(num_frames // block_frames // 10, TIMED_BLOCKS), 1), runtime.device)
     ends = {
         "memory_mib": [median(memory[first_window : first_window + compared]), median(memory[-compared:])],
-        "seconds_per_block": _time_in_turns([streams[1], streams[0]], filled, max(min(num_frames // block_frames // 10, TIMED_BLOCKS), 1)),
+        "seconds_per_block": [seconds["new"], seconds["old"]],
     }
     return {
         "first_21": windows[0], "segments": segments, "segment_frames": SEGMENT, "num_frames": len(windows) * WINDOW,
         "batch_size": batch_size, "first_and_last": ends,
         "change": {name: last / first - 1 for name, (first, last) in ends.items()},
     }
-
-
-def _time_in_turns(streams: list[Iterator[Tensor]], filled: int, num_blocks: int) -> list[float]:
-    """Median seconds a block of both streams, of num_blocks each in turns, once the first has made `filled` blocks. So a machine
-    that grows slower in between, or busier, slows both."""
-    for _ in range(filled):
-        next(streams[0])
-    seconds: list[list[float]] = [[], []]
-    for _ in range(num_blocks):
-        for stream, taken in zip(streams, seconds, strict=True):
-            started = time.perf_counter()
-            next(stream).cpu()
-            taken.append(time.perf_counter() - started)
-    return [median(taken) for taken in seconds]
 
 
 def measure_switch(

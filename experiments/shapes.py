@@ -28,17 +28,6 @@ FRAME_SIZE, SHAPE_SIZE, SPEED = 32, 10, 2.0  # pixels; pixels a frame
 DETAIL = 8  # pixels are averages of so many squared
 
 
-def draw_shape(canvas: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], corner: tuple[float, float]) -> None:
-    """Draw a shape whose box of SHAPE_SIZE has its upper left corner at (x, y), in pixels of the video."""
-    left, top, right, bottom = (DETAIL * value for value in (*corner, corner[0] + SHAPE_SIZE, corner[1] + SHAPE_SIZE))
-    if shape == "circle":
-        canvas.ellipse((left, top, right - 1, bottom - 1), fill=colour)
-    elif shape == "square":
-        canvas.rectangle((left, top, right - 1, bottom - 1), fill=colour)
-    else:
-        canvas.polygon(((left + right) / 2, top, right - 1, bottom - 1, left, bottom - 1), fill=colour)
-
-
 def make_clip(seed: int, index: int, num_frames: int) -> tuple[torch.Tensor, str]:
     """The video (F, 3, H, W) in [0, 1] of (seed, index), and its caption."""
     rng = stream(seed, index, Purpose.OWN_SHAPES)
@@ -46,9 +35,16 @@ def make_clip(seed: int, index: int, num_frames: int) -> tuple[torch.Tensor, str
     span = FRAME_SIZE - SHAPE_SIZE
     start, velocity = torch.from_numpy(rng.random(2) * span), SPEED * torch.tensor(DIRECTIONS[direction])
     frames = []
-    for corner in bounce(start + torch.arange(num_frames).unsqueeze(1) * velocity, span).tolist():
+    for x, y in bounce(start + torch.arange(num_frames).unsqueeze(1) * velocity, span).tolist():
         image = Image.new("RGB", (FRAME_SIZE * DETAIL, FRAME_SIZE * DETAIL))
-        draw_shape(ImageDraw.Draw(image), shape, COLOURS[colour], corner)
+        canvas = ImageDraw.Draw(image)
+        left, top, right, bottom = (DETAIL * value for value in (x, y, x + SHAPE_SIZE, y + SHAPE_SIZE))
+        if shape == "circle":
+            canvas.ellipse((left, top, right - 1, bottom - 1), fill=COLOURS[colour])
+        elif shape == "square":
+            canvas.rectangle((left, top, right - 1, bottom - 1), fill=COLOURS[colour])
+        else:
+            canvas.polygon(((left + right) / 2, top, right - 1, bottom - 1, left, bottom - 1), fill=COLOURS[colour])
         frames.append(np.asarray(image.resize((FRAME_SIZE, FRAME_SIZE), Image.Resampling.BOX)))
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2) / 255, f"a {colour} {shape} moving {direction}"
 

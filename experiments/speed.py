@@ -269,10 +269,6 @@ class SideBySide:
     parameters: dict[str, int]
     frames_per_second: dict[str, float]
 
-    def ratio(self, sampler: str) -> float:
-        """How many times as fast as the public code a sampler is, in this very run."""
-        return self.frames_per_second[sampler] / self.frames_per_second[PUBLIC]
-
 
 def measure_side_by_side(
     folder: Path | None, student: LoadedNetworks, patch_size: int, variants: tuple[str, ...], num_frames: int, repeats: int

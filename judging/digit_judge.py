@@ -102,11 +102,6 @@ class DigitJudge(nn.Module):
         config = self.config
         return f"the judge learned from {config.num_digits} digits of its own and reads {config.accuracy:.1%} of held-out frames right"
 
-    @property
-    def feature_width(self) -> int:
-        """Features that `read` gives of a frame."""
-        return self.config.widths[-1]
-
     def crop(self, intensity: Tensor) -> Tensor:
         """Windows (N, 1, crop, crop) around the centres of mass of intensities (N, H, W); zero outside the frame."""
         size = self.config.crop_size

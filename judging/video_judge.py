@@ -96,7 +96,7 @@ class VideoJudge(nn.Module):
 
     def check_matches(self, judge: DigitJudge) -> None:
         """Raise ValueError unless this network stands on the features of such a digit judge."""
-        found = (judge.config.frame_size, judge.config.digit_size, judge.feature_width)
+        found = (judge.config.frame_size, judge.config.digit_size, judge.config.widths[-1])
         expected = (self.config.frame_size, self.config.digit_size, self.config.frame_features)
         if found != expected:
             raise ValueError(
@@ -132,7 +132,7 @@ def train_video_judge(
     seed_global_generators(seed, Purpose.JUDGE_TRAINING)
     rng = torch_generator(seed, Purpose.JUDGE_TRAINING, index=2)
     readings, right = read_real_videos(judge, MovingMNISTGenerator(config, "judge"), seed, num_videos, num_frames)
-    video_judge = VideoJudge(VideoJudgeConfig(config.frame_size, config.digit_size, judge.feature_width))
+    video_judge = VideoJudge(VideoJudgeConfig(config.frame_size, config.digit_size, judge.config.widths[-1]))
     video_judge.mean_mass.copy_(readings.mass.mean())
     video_judge.mean_sharpness.copy_(readings.sharpness.mean())
 
