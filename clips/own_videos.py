@@ -126,9 +126,6 @@ def held_out_names(names: Sequence[str], fraction: float) -> set[str]:
     return {name for name in names if place[name] < fraction} or {min(names, key=place.__getitem__)}
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
-
-
 @lru_cache(maxsize=2)
 def read_clips(root: str, frame_size: int, channels: int) -> tuple[Clip, ...]:
     """All clips of a folder, in the order of their names, with their captions; the same call again reads nothing.

@@ -94,9 +94,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         require_writable(output.parent, "--output")
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
 def split_lines(split: dict[str, Cost]) -> list[str]:
     whole = sum(part.seconds for part in split.values())
     lines = [f"    {'':<34}{'ms':>9}{'of time':>9}{'GFLOP':>9}{'of limit':>10}"]
@@ -147,9 +144,6 @@ def side_by_side_lines(speed: SideBySide) -> list[str]:
         ratio = "" if sampler == PUBLIC else f", {rate / speed.frames_per_second[PUBLIC]:.2f} times the public code"
         lines.append(f"  {sampler}: {rate:.1f} frames/s{ratio}")
     return lines
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 def limit_line(speeds: list[GenerationSpeed] | list[TrainingSpeed]) -> str:

@@ -40,13 +40,12 @@ def read_table(folder: Path, name: str) -> dict[str, Any] | None:
     """The table that stands in `folder`, if there is one. Raises ValueError for a file that is none."""
     path = folder / f"{name}.json"
     try:
-        table = json.loads(path.read_text()) if path.exists() else None
-        if table is not None:
-            kinds = [type(figures) is dict and "sampler" in figures for place, figures in results_of(table).items() if place[0] != REAL]
-            for training in table["trainings"]:
-                kinds += [type(training["settings"]) is dict]
-            if not all(kinds):
-                raise ValueError("options or settings of another kind")
+        if not path.exists():
+            return None
+        table = json.loads(path.read_text())
+        scored = all(type(row) is dict and "sampler" in row for place, row in results_of(table).items() if place[0] != REAL)
+        if not scored or not all(type(training["settings"]) is dict for training in table["trainings"]):
+            raise ValueError("options or settings of another kind")
         return table
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no table of a comparison ({error!r}): move it away or choose another name") from error
@@ -94,10 +93,6 @@ def over_seeds(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     return figures
 
 
-def blocks_title(block: int) -> str:
-    return "Frame-wise: blocks of 1 frame" if block == 1 else f"Chunk-wise: blocks of {block} frames"
-
-
 def as_markdown(table: dict[str, Any]) -> str:
     """The tables by block size, the trainings, and what they were made with."""
     settings = table["settings"]
@@ -110,7 +105,8 @@ def as_markdown(table: dict[str, Any]) -> str:
         lines += [f"**Not complete**: {found} of {expected} results are there; a dash stands for what is missing.", ""]
     lines += [f"- {label} failed: {reason}" for label, reason in table["failed"].items()] + [""] * bool(table["failed"])
     for block in settings["blocks"]:
-        lines += [f"## {blocks_title(block)}", "", *_figures_table(table, block), ""]
+        title = "Frame-wise: blocks of 1 frame" if block == 1 else f"Chunk-wise: blocks of {block} frames"
+        lines += [f"## {title}", "", *_figures_table(table, block), ""]
     lines += [
         f"{settings['num_videos']} videos of {settings['num_frames']} frames, held-out prompts, seed {settings['score_seed']}; in "
         f"brackets the {interval}. Frames/s: of sampling alone, in batches of {settings['batch_size']}, with {settings['processes']} jobs "
@@ -198,6 +194,6 @@ def draw_table(path: Path, table: dict[str, Any]) -> None:
         elif key not in ON_LOG_SCALE:
             axis.set_xlim(-0.03, 1.03)
     for number, block in enumerate(blocks):
-        axes[0].plot([], [], "o", color=f"C{number}", label=blocks_title(block).split(":")[0].lower() + f" ({block})")
+        axes[0].plot([], [], "o", color=f"C{number}", label=f"{'frame-wise' if block == 1 else 'chunk-wise'} ({block})")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(blocks), fontsize=9)
     figure.savefig(path, dpi=110)

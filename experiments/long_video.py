@@ -338,7 +338,8 @@ def check_arguments(arguments: argparse.Namespace, path: Path, name: str) -> Non
     if arguments.command == "drift":
         require(arguments.num_frames >= 2 * WINDOW, "--num_frames", arguments.num_frames, f"at least {2 * WINDOW}")
     if arguments.command == "switch":
-        require(arguments.num_before >= MIN_BEFORE, "--num_before", arguments.num_before, f"at least {MIN_BEFORE}, to fit a track, in blocks")
+        wanted = f"at least {MIN_BEFORE}, to fit a track, in blocks"
+        require(arguments.num_before >= MIN_BEFORE, "--num_before", arguments.num_before, wanted)
     for name in ("batch_size", "num_streams", "num_videos", "given_frames"):
         value = vars(arguments).get(name)  # None where the command has no such option, or it is not given
         require(value is None or value >= 1, f"--{name}", value, "at least 1")

@@ -129,7 +129,8 @@ def seeds(results: Path) -> str:
     names = [name for name in SEED_FIGURES if all(name in run for run in found["runs"])]
     rows = [[str(run["seed"]), *(number(run[name]) for name in names), f"{run['minutes']:.0f}"] for run in found["runs"]]
     columns = {name: [run[name] for run in found["runs"]] for name in names}
-    rows.append(["**median**", *(number(median(columns[name])) for name in names), f"{median(run['minutes'] for run in found['runs']):.0f}"])
+    minutes = median(run["minutes"] for run in found["runs"])
+    rows.append(["**median**", *(number(median(columns[name])) for name in names), f"{minutes:.0f}"])
     worst = {
         name: max(columns[name], key=lambda value: abs(value - 1) if name == "stroke_mass" else value if name == "frechet" else -value)
         for name in names
