@@ -107,6 +107,13 @@ def as_markdown(table: dict[str, Any]) -> str:
     for block in settings["blocks"]:
         title = "Frame-wise: blocks of 1 frame" if block == 1 else f"Chunk-wise: blocks of {block} frames"
         lines += [f"## {title}", "", *_figures_table(table, block), ""]
+    chosen = dict.fromkeys(f"{each['paradigm']}, block {each['block']}: {each['chosen'] or 'as it is'}" for each in table["trainings"])
+    how_chosen = (
+        f"Every training chose among as many candidates, on seed {settings['selection_seed']} and prompts of its own "
+        f"({settings['name']}_candidates.json): {'; '.join(chosen)}."
+    )
+    if not any(settings["candidates"].values()):
+        how_chosen = "Settings are those of configs/training/ and of the comparison; nothing was chosen."
     lines += [
         f"{settings['num_videos']} videos of {settings['num_frames']} frames, held-out prompts, seed {settings['score_seed']}; in "
         f"brackets the {interval}. Frames/s: of sampling alone, in batches of {settings['batch_size']}, with {settings['processes']} jobs "
@@ -117,22 +124,10 @@ def as_markdown(table: dict[str, Any]) -> str:
         f"All start from `{Path(settings['teacher']).name}` (sha256 {settings['teacher_sha256']}) and spend the FLOPs of "
         f"{settings['budget']} steps of Self-Forcing with DMD at their block size, counted over whole cycles of generator and critic "
         "updates (matrix products and attention; the critic's warm-up costs less and counts as the other steps). Minutes are of the "
-        f"training steps; learning rate and guidance are the training's.{_how_chosen(table)}", "",
+        f"training steps; learning rate and guidance are the training's. {how_chosen}", "",
         *_trainings_table(table),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _how_chosen(table: dict[str, Any]) -> str:
-    """The sentence on what was chosen for each training, where anything was."""
-    chosen = dict.fromkeys(f"{each['paradigm']}, block {each['block']}: {each['chosen'] or 'as it is'}" for each in table["trainings"])
-    settings = table["settings"]
-    if not any(settings["candidates"].values()):
-        return " Settings are those of configs/training/ and of the comparison; nothing was chosen."
-    return (
-        f" Every training chose among as many candidates, on seed {settings['selection_seed']} and prompts of its own "
-        f"({settings['name']}_candidates.json): {'; '.join(chosen)}."
-    )
 
 
 def _figures_table(table: dict[str, Any], block: int) -> list[str]:
@@ -177,7 +172,7 @@ def draw_table(path: Path, table: dict[str, Any]) -> None:
                 if key not in figures or not (is_trained or number == 0):
                     continue
                 value = figures[key]
-                low, high = figures[f"{key}_ci"] if f"{key}_ci" in figures else (value, value)
+                low, high = figures.get(f"{key}_ci", (value, value))
                 axis.errorbar(
                     value, place + (offset if is_trained else 0), xerr=[[max(value - low, 0)], [max(high - value, 0)]],
                     fmt="o" if is_trained else "D", color=f"C{number}" if is_trained else "0.3", capsize=2, markersize=5,

@@ -65,8 +65,8 @@ ROWS = {
 
 
 def check_overrides(key: str, overrides: list[str]) -> None:
-    """Raise ValueError, naming the key, unless it ends in "all" or a paradigm and each override is KEY=VALUE of a training and of a key that
-    the comparison leaves to it."""
+    """Raise ValueError, naming the key, unless it ends in "all" or a paradigm and each is KEY=VALUE of a training and of a key that the
+    comparison leaves to it."""
     group, _, name = key.partition(".")
     require(name == "all" or name in PARADIGMS, group, name, f"all or one of {', '.join(PARADIGMS)}")
     for override in overrides:

@@ -42,15 +42,12 @@ def flops_per_step(config: Config) -> float:
             for probability, share in shares.items() if share > 0
         )
     assert isinstance(training, PretrainConfig)
-    one, two = (_pretrain_flops(config, training, batch_size, random) for batch_size in (1, 2))
+    counted, steps = [], (0, 1) if training.objective == "mixed" else (0,)
+    for batch_size in (1, 2):  # whole videos
+        stage = PretrainStage(replace(config, training=replace(training, batch_size=batch_size, clip_steps=0, **IN_ONE_PASS)), CPU, random)
+        counted.append(sum(_count_step(stage, step)[0] for step in steps) / len(steps))
+    one, two = counted
     return one + (training.batch_size - 1) * (two - one)
-
-
-def _pretrain_flops(config: Config, training: PretrainConfig, batch_size: int, random: torch.Generator) -> float:
-    """Of a step on batch_size whole videos."""
-    stage = PretrainStage(replace(config, training=replace(training, batch_size=batch_size, clip_steps=0, **IN_ONE_PASS)), CPU, random)
-    steps = (0, 1) if training.objective == "mixed" else (0,)
-    return sum(_count_step(stage, step)[0] for step in steps) / len(steps)
 
 
 def _cycle_flops(config: Config, training: SelfForcingConfig, random: torch.Generator) -> float:

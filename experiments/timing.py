@@ -33,10 +33,8 @@ def clock(device: torch.device) -> Gauge:
     """Seconds at which all work given to the device so far is done."""
 
     def read() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if device.type == "mps":
-            torch.mps.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         return time.perf_counter()
 
     return read
