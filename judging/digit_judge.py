@@ -52,16 +52,6 @@ class JudgeConfig:
     accuracy: float = 0.0
     num_digits: int = 0
 
-    def __post_init__(self) -> None:
-        self.widths = tuple(self.widths)
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"the judge's widths are {self.widths}: expected positive channel counts")
-        if self.crop_size >> (len(self.widths) - 1) < POOLING:
-            raise ValueError(
-                f"the judge's window of {self.crop_size} pixels is too small for {len(self.widths)} stages: "
-                "choose a larger digit_size or fewer widths"
-            )
-
     @property
     def crop_size(self) -> int:
         """Side of the window around the centre of mass: the digit and one pixel on every side."""
