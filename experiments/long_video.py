@@ -340,9 +340,9 @@ def check_arguments(arguments: argparse.Namespace, path: Path, name: str) -> Non
     if arguments.command == "switch":
         wanted = f"at least {MIN_BEFORE}, to fit a track, in blocks"
         require(arguments.num_before >= MIN_BEFORE, "--num_before", arguments.num_before, wanted)
-    for name in ("batch_size", "num_streams", "num_videos", "given_frames"):
-        value = vars(arguments).get(name)  # None where the command has no such option, or it is not given
-        require(value is None or value >= 1, f"--{name}", value, "at least 1")
+    for option in ("batch_size", "num_streams", "num_videos", "given_frames"):
+        value = vars(arguments).get(option)  # None where the command has no such option, or it is not given
+        require(value is None or value >= 1, f"--{option}", value, "at least 1")
     require_writable(path.parent)
     if name in read_rows(path, arguments.command) and not arguments.replace:
         raise ValueError(f"{path} has a row {name!r} already: choose another --name, or give --replace to measure that row anew")
