@@ -39,7 +39,7 @@ if __name__ == "__main__":
 from experiments.comparison_jobs import NOT_OF_THE_RESULT, Score, Training, fingerprint, quote, row_difference, stop  # noqa: E402
 from experiments.comparison_report import put_by, read_table, results_of, write_table  # noqa: E402
 from experiments.compute import flops_per_step  # noqa: E402
-from judging.held_out import JUDGED_CODE  # noqa: E402
+from judging.prompts import JUDGED_CODE  # noqa: E402
 from machine.interruption import EXIT_INTERRUPTED  # noqa: E402
 from machine.runtime import code_digest, describe_machine, file_digest, resolve_runtime  # noqa: E402
 from sampling.samplers import SamplerSettings  # noqa: E402

@@ -68,8 +68,8 @@ from tqdm import tqdm  # noqa: E402
 
 from experiments.timing import time_in_turns  # noqa: E402
 from judging.digit_judge import load_judge, read_videos  # noqa: E402
-from judging.held_out import new_indices  # noqa: E402
 from judging.metrics import facts_of_prompts, read_classes, score_readings, share_interval  # noqa: E402
+from judging.prompts import new_indices  # noqa: E402
 from judging.tracking import fit_bouncing_track  # noqa: E402
 from machine.files import replacing, require_writable  # noqa: E402
 from machine.interruption import refusals_in_one_line  # noqa: E402

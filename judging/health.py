@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from judging.fixed_prompts import JUDGED_COLUMNS
+from judging.prompts import JUDGED_COLUMNS
 from machine.interruption import refusals_in_one_line
 from machine.paths import user_path
 from method.diagnostics import NOISE_LEVELS

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from evaluate import FIGURES, EvaluateConfig, evaluate, make_rows, run_command_line, write_results
-from judging.held_out import new_indices, who_saw_the_judges_digits
+from judging.prompts import new_indices, who_saw_the_judges_digits
 from judging.report import COST_FIGURES, PROMPT_FIGURES, format_table
 from machine.paths import REPOSITORY
 from machine.runtime import Runtime
