@@ -67,6 +67,18 @@ def test_to_uint8_rounds_clamps_and_enlarges_by_whole_pixels():
     np.testing.assert_array_equal(pixels[0, :, :, 1], expected.repeat(2, axis=0).repeat(2, axis=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_float_type_and_gradients_are_accepted(dtype):
+    video = torch.ones(2, 3, 4, 4, dtype=dtype, requires_grad=True)
+    assert (video_io.to_uint8(video) == 255).all()
+
+
+def test_channels_keep_their_order():
+    video = torch.zeros(1, 3, 2, 2)
+    video[:, 2] = 1
+    np.testing.assert_array_equal(video_io.to_uint8(video)[0, 0, 0], [0, 0, 255])
+
+
 def test_array_round_trip_is_exact(tmp_path):
     video = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for prompt in ("a zero moving up", ""):
