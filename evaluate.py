@@ -86,8 +86,8 @@ from torch import Tensor  # noqa: E402
 
 from clips.own_videos import VideosConfig  # noqa: E402
 from judging.clip_panel import CLIP_FIGURES, make_clip_panel  # noqa: E402
-from judging.held_out import JUDGED_CODE, new_indices, who_saw_the_judges_digits  # noqa: E402
 from judging.panel import Panel, judge_videos, make_panel, yardsticks  # noqa: E402
+from judging.prompts import JUDGED_CODE, new_indices, who_saw_the_judges_digits  # noqa: E402
 from judging.report import (  # noqa: E402
     COST_FIGURES,
     COUNT_FIGURES,

@@ -28,9 +28,9 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from judging.digit_judge import JUDGE_PATH, DigitJudge, load_judge, warn_of_foreign_digits
-from judging.fixed_prompts import JUDGED_COLUMNS, FixedPrompts
 from judging.health import draw_run
 from judging.metrics import facts_of_prompts, score_videos, summarise
+from judging.prompts import JUDGED_COLUMNS, FixedPrompts
 from machine.interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
 from machine.paths import CONFIGS
 from machine.runtime import resolve_runtime

@@ -126,9 +126,6 @@ def held_out_names(names: Sequence[str], fraction: float) -> set[str]:
     return {name for name in names if place[name] < fraction} or {min(names, key=place.__getitem__)}
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
-
-
 @lru_cache(maxsize=2)
 def read_clips(root: str, frame_size: int, channels: int) -> tuple[Clip, ...]:
     """All clips of a folder, in the order of their names, with their captions; the same call again reads nothing.
@@ -139,7 +136,8 @@ def read_clips(root: str, frame_size: int, channels: int) -> tuple[Clip, ...]:
     folder = Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}: set dataset.root to the folder of your clips")
-    captions, clips, sizes = _read_captions(folder), {}, {}
+    file = _caption_file(folder)
+    captions, clips, sizes = None if file is None else _read_captions(file), {}, {}
     for source, name in _find_sources(folder).items():
         for each, pictures in _open_source(source, name):
             if each in clips:
@@ -153,14 +151,13 @@ def read_clips(root: str, frame_size: int, channels: int) -> tuple[Clip, ...]:
                 frames.append(_fit(picture, frame_size, channels))
             require(bool(frames), f"{source}: the number of frames", 0, "at least 1")
             if captions is not None and each not in captions:
-                file = _caption_file(folder)
                 raise ValueError(f"{source} has no caption: expected an entry for the clip {each} in {file}, or no such file")
             clips[each] = Clip(each, source, torch.from_numpy(np.stack(frames)), "" if captions is None else captions[each])
     expected = f"at least 2, as {', '.join(CLIP_SUFFIXES)} or folders of pictures"
     require(len(clips) > 1, f"{folder}: the number of clips", len(clips), expected)
     unused = [] if captions is None else [name for name in captions if name not in clips]
     if unused:
-        warnings.warn(f"{len(unused)} captions in {_caption_file(folder)} belong to no clip, such as that of {unused[0]}", stacklevel=2)
+        warnings.warn(f"{len(unused)} captions in {file} belong to no clip, such as that of {unused[0]}", stacklevel=2)
     (height, width), side = next(iter(sizes)), min(next(iter(sizes)))
     if (height, width) != (frame_size, frame_size):
         crop = "" if height == width else f"cropped to their middle {side} x {side} and "
@@ -194,7 +191,13 @@ def _open_source(source: Path, name: str) -> Iterator[tuple[str, Iterable[np.nda
         ordered = sorted(pictures, key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
         yield name, (picture for path in ordered for picture in read_pictures(path, is_strip=False))
     elif source.suffix.lower() == ".npy":
-        videos = _open_canonical(source)
+        try:
+            videos = np.load(source, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"{source} cannot be read as an npy array: truncated, or another kind of file") from error
+        if videos.ndim != 4 or videos.dtype != np.uint8 or 0 in videos.shape:
+            wanted = "uint8 (frames, videos, height, width), as mnist_test_seq.npy does"
+            raise ValueError(f"{source} holds {videos.dtype} {videos.shape}: expected {wanted}")
         for number in range(videos.shape[1]):
             yield f"{name}/{number:04d}", (np.repeat(np.float32(frame)[..., None] / 255, 3, axis=-1) for frame in videos[:, number])
     elif source.suffix.lower() == ".npz":
@@ -202,18 +205,6 @@ def _open_source(source: Path, name: str) -> Iterator[tuple[str, Iterable[np.nda
         yield name, iter(video.permute(0, 2, 3, 1).numpy())
     else:
         yield name, read_pictures(source)
-
-
-def _open_canonical(path: Path) -> np.ndarray:
-    """An array of the shape of `mnist_test_seq.npy`: uint8 (F, N, H, W), N grey videos."""
-    try:
-        videos = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an npy array: truncated, or another kind of file") from error
-    if videos.ndim != 4 or videos.dtype != np.uint8 or 0 in videos.shape:
-        wanted = "uint8 (frames, videos, height, width), as mnist_test_seq.npy does"
-        raise ValueError(f"{path} holds {videos.dtype} {videos.shape}: expected {wanted}")
-    return videos
 
 
 def _fit(picture: np.ndarray, frame_size: int, channels: int) -> np.ndarray:
@@ -232,11 +223,8 @@ def _caption_file(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _read_captions(folder: Path) -> dict[str, str] | None:
-    """Captions by the clip's name, of a CSV file with the columns clip and caption or of JSON lines with these keys; None without one."""
-    path = _caption_file(folder)
-    if path is None:
-        return None
+def _read_captions(path: Path) -> dict[str, str]:
+    """Captions by the clip's name, of a CSV file with the columns clip and caption or of JSON lines with these keys."""
     captions: dict[str, str] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:

@@ -2,3 +2,5 @@
 
 Nothing imports this wing.
 """
+
+from machine import threads  # noqa: F401  before torch, which reads its settings once

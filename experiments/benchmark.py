@@ -18,14 +18,9 @@ shares of the limit are what to quote, never a figure against one of another mac
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import argparse
 import json
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from machine.paths import PRETRAINED, user_path
@@ -72,12 +67,12 @@ from experiments.speed import (  # noqa: E402
     measure_training,
 )
 from machine.files import require_writable  # noqa: E402
-from machine.interruption import EXIT_CTRL_C  # noqa: E402
+from machine.interruption import refusals_in_one_line  # noqa: E402
 from machine.runtime import Runtime, describe_machine, resolve_runtime  # noqa: E402
 from method.settings import SelfForcingConfig  # noqa: E402
 from sampling.samplers import check_length  # noqa: E402
-from training.checkpoint import CheckpointError, LoadedNetworks, load_networks  # noqa: E402
-from training.config import Config, check_parts_fit  # noqa: E402
+from training.checkpoint import load_networks  # noqa: E402
+from training.config import check_parts_fit  # noqa: E402
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -99,20 +94,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         require_writable(output.parent, "--output")
 
 
-def training_run(teacher: LoadedNetworks, path: Path, num_frames: int, batch_size: int) -> Config:
-    """A run of training=self_forcing from this teacher, every other setting its default. Raises ValueError where they do not fit."""
-    training = SelfForcingConfig(
-        pretrained_checkpoint=str(path), batch_size=batch_size, min_num_frames=num_frames, max_num_frames=num_frames
-    )
-    config = replace(teacher.config, training=training)
-    check_parts_fit(config)
-    return config
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def split_lines(split: dict[str, Cost], whole: float) -> list[str]:
+def split_lines(split: dict[str, Cost]) -> list[str]:
+    whole = sum(part.seconds for part in split.values())
     lines = [f"    {'':<34}{'ms':>9}{'of time':>9}{'GFLOP':>9}{'of limit':>10}"]
     for phase, part in split.items():
         share = f"{part.share_of_limit:10.1%}" if part.flops else f"{'-':>10}"
@@ -130,18 +113,17 @@ def generation_lines(speeds: list[GenerationSpeed]) -> list[str]:
     student_seconds = {speed.precision: speed.whole.seconds for speed in speeds if speed.sampler == "student"}
     for speed in speeds:
         whole = speed.whole
-        line = (
-            f"  {f'{speed.sampler}, {speed.precision}':<24}{speed.frames_per_second:10.1f}{whole.seconds:10.3f}{whole.flops / 1e9:9.1f}"
-            f"{whole.share_of_limit:10.1%}"
-        )
-        if speed.first_block_seconds is not None and speed.block_seconds is not None:
-            line += f"{1e3 * speed.first_block_seconds:10.1f} ms{1e3 * speed.block_seconds:7.1f} ms"
+        if speed.split is not None:  # of the student
+            end = f"{1e3 * speed.first_block_seconds:10.1f} ms{1e3 * speed.block_seconds:7.1f} ms"
         else:
-            line += f"{whole.seconds / student_seconds[speed.precision]:33.1f} x"
-        lines.append(line)
+            end = f"{whole.seconds / student_seconds[speed.precision]:33.1f} x"
+        lines.append(
+            f"  {f'{speed.sampler}, {speed.precision}':<24}{speed.frames_per_second:10.1f}{whole.seconds:10.3f}{whole.flops / 1e9:9.1f}"
+            f"{whole.share_of_limit:10.1%}{end}"
+        )
     for speed in speeds:
-        if speed.split is not None and speed.gif_seconds is not None and speed.npz_seconds is not None:
-            lines += [f"  student in {speed.precision}:", *split_lines(speed.split, sum(part.seconds for part in speed.split.values()))]
+        if speed.split is not None:
+            lines += [f"  student in {speed.precision}:", *split_lines(speed.split)]
             lines.append(f"    writing them: GIF {1e3 * speed.gif_seconds:.1f} ms, npz {1e3 * speed.npz_seconds:.1f} ms")
     return lines
 
@@ -151,7 +133,7 @@ def training_lines(speed: TrainingSpeed) -> list[str]:
         f"\ntraining step of Self-Forcing in {speed.precision}, batch {speed.batch_size}, {speed.num_frames} frames: "
         f"{speed.whole.seconds:.2f} s on average, {speed.generator_turn_seconds:.2f} s where the generator learns too, "
         f"{speed.critic_turn_seconds:.2f} s where the critic alone does; {speed.whole.share_of_limit:.1%} of the limit",
-        *split_lines(speed.split, sum(part.seconds for part in speed.split.values())),
+        *split_lines(speed.split),
     ]
 
 
@@ -159,12 +141,9 @@ def side_by_side_lines(speed: SideBySide) -> list[str]:
     sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in speed.parameters.items())
     lines = [f"\nbeside the public code: patches of {speed.patch_size}, {speed.num_frames} frames, batch 1, float32; parameters: {sizes}"]
     for sampler, rate in speed.frames_per_second.items():
-        ratio = "" if sampler == PUBLIC else f", {speed.ratio(sampler):.2f} times the public code"
+        ratio = "" if sampler == PUBLIC else f", {rate / speed.frames_per_second[PUBLIC]:.2f} times the public code"
         lines.append(f"  {sampler}: {rate:.1f} frames/s{ratio}")
     return lines
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 def limit_line(speeds: list[GenerationSpeed] | list[TrainingSpeed]) -> str:
@@ -185,7 +164,12 @@ def run(arguments: argparse.Namespace) -> None:
     check_length(arguments.num_frames, samplers.plan, student.config.training)
     if samplers.teacher is not None:
         check_length(arguments.num_frames, samplers.teacher_plan, teacher.config.training)
-    training = training_run(teacher, arguments.teacher, arguments.num_frames, arguments.training_batch_size)
+    training = SelfForcingConfig(
+        pretrained_checkpoint=str(arguments.teacher), batch_size=arguments.training_batch_size, min_num_frames=arguments.num_frames,
+        max_num_frames=arguments.num_frames,
+    )
+    training_run = replace(teacher.config, training=training)
+    check_parts_fit(training_run)
 
     machine = describe_machine(torch.get_num_threads())
     print(f"{machine}; {device}; medians of {arguments.repeats}")
@@ -194,39 +178,27 @@ def run(arguments: argparse.Namespace) -> None:
         results["generation"] = []
         for batch_size in arguments.batch_sizes:
             speeds = measure_generation(samplers, runtimes, batch_size, arguments.num_frames, arguments.repeats)
-            report(generation_lines(speeds), speeds, results["generation"])
+            print("\n".join([*generation_lines(speeds), limit_line(speeds)]), flush=True)
+            results["generation"] += map(asdict, speeds)
     if "public" in arguments.parts:
         results["public"] = []
         for patch_size in arguments.patch_sizes:
-            pair = measure_side_by_side(
-                arguments.public_code, student, patch_size, variants, arguments.num_frames, arguments.repeats
-            )
+            pair = measure_side_by_side(arguments.public_code, student, patch_size, variants, arguments.num_frames, arguments.repeats)
             print("\n".join(side_by_side_lines(pair)), flush=True)
             results["public"].append(asdict(pair))
     if "training" in arguments.parts:
-        results["training"] = []
-        steps = measure_training(training, runtimes, arguments.repeats)
-        report([line for speed in steps for line in training_lines(speed)], steps, results["training"])
+        steps = measure_training(training_run, runtimes, arguments.repeats)
+        print("\n".join([*(line for speed in steps for line in training_lines(speed)), limit_line(steps)]), flush=True)
+        results["training"] = list(map(asdict, steps))
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print(f"\nwritten to {arguments.output}")
 
 
-def report(lines: list[str], speeds: list[GenerationSpeed] | list[TrainingSpeed], kept: list[dict[str, Any]]) -> None:
-    """Print the table with its limit and keep its figures."""
-    print("\n".join([*lines, limit_line(speeds)]), flush=True)
-    kept += [asdict(speed) for speed in speeds]
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    try:
+    with refusals_in_one_line():
         run(arguments)
-    except (CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(EXIT_CTRL_C)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,6 @@ every job.
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import json
 import os
 import signal
@@ -32,25 +29,17 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.comparison_settings import PARADIGMS, REAL, ROWS, YARDSTICK, ComparisonConfig, Sampler
+from experiments.comparison_settings import PARADIGMS, REAL, ROWS, YARDSTICK, ComparisonConfig
 from machine.paths import CONFIGS, REPOSITORY
 from training.command_line import answer_help, run_in_one_line
 
 if __name__ == "__main__":
     answer_help("comparison", __doc__, ComparisonConfig)  # before torch, which takes seconds, is loaded
 
-from experiments.comparison_jobs import (  # noqa: E402
-    NOT_OF_THE_RESULT,
-    Score,
-    Training,
-    fingerprint,
-    quote,
-    row_difference,
-    stop,
-)
+from experiments.comparison_jobs import NOT_OF_THE_RESULT, Score, Training, fingerprint, quote, row_difference, stop  # noqa: E402
 from experiments.comparison_report import put_by, read_table, results_of, write_table  # noqa: E402
 from experiments.compute import flops_per_step  # noqa: E402
-from judging.held_out import JUDGED_CODE  # noqa: E402
+from judging.prompts import JUDGED_CODE  # noqa: E402
 from machine.interruption import EXIT_INTERRUPTED  # noqa: E402
 from machine.runtime import code_digest, describe_machine, file_digest, resolve_runtime  # noqa: E402
 from sampling.samplers import SamplerSettings  # noqa: E402
@@ -106,21 +95,18 @@ class Comparison:
         yardstick = self._flops(YARDSTICK, block, self._overrides(YARDSTICK, block, ""))  # as it is, whatever is chosen for it
         planned = []
         for paradigm in self.config.paradigms:
-            overrides = self._overrides(paradigm, block, self._chosen(paradigm, block))
+            overrides = self._overrides(paradigm, block, self.chosen.get((paradigm, block), ""))
             flops = self._flops(paradigm, block, overrides)
             overrides += [f"training.num_steps={num_steps(self.config.budget * yardstick, flops)}"]
-            planned += [self._plan_training(paradigm, block, seed, flops, [*overrides, f"seed={seed}"]) for seed in self.config.seeds]
+            for seed in self.config.seeds:
+                asked = [*overrides, f"seed={seed}"]
+                config = compose_run(asked)
+                made_with = {"teacher": self.teacher_digest, "code_sha256": self.code["training"]}
+                settings = {**made_with, **settings_without(config, NOT_OF_THE_RESULT)}
+                folder = self.folder / "trainings" / f"{paradigm}-block{block}-seed{seed}-{fingerprint(settings)}"
+                label = f"training {paradigm}, blocks of {block}, seed {seed}, {config.training.num_steps} steps"
+                planned.append(Training(label, paradigm, block, seed, config, asked, folder, settings, flops))
         return planned
-
-    def _plan_training(self, paradigm: str, block: int, seed: int, flops: float, overrides: list[str]) -> Training:
-        config = compose_run(overrides)
-        settings = {"teacher": self.teacher_digest, "code_sha256": self.code["training"], **settings_without(config, NOT_OF_THE_RESULT)}
-        folder = self.folder / "trainings" / f"{paradigm}-block{block}-seed{seed}-{fingerprint(settings)}"
-        label = f"training {paradigm}, {blocks_of(block)}, seed {seed}, {config.training.num_steps} steps"
-        return Training(label, paradigm, block, seed, config, overrides, folder, settings, flops)
-
-    def _chosen(self, paradigm: str, block: int) -> str:
-        return self.chosen[paradigm, block] if (paradigm, block) in self.chosen else ""
 
     def _overrides(self, paradigm: str, block: int, candidate: str) -> list[str]:
         """Of train.py, all but the seed and the number of steps; later ones win."""
@@ -144,22 +130,22 @@ class Comparison:
         if name not in kept:
             start = time.perf_counter()
             kept[name] = flops_per_step(config)
-            print(f"counted {kept[name] / 1e9:.1f} GFLOP a step of {paradigm}, {blocks_of(block)} "
+            print(f"counted {kept[name] / 1e9:.1f} GFLOP a step of {paradigm}, blocks of {block} "
                   f"({time.perf_counter() - start:.0f} seconds)", flush=True)
             path.write_text(json.dumps(kept, indent=1) + "\n")
         return kept[name]
 
     def _plan_score(self, row: str, training: Training | None) -> Score:
         config = self.config
-        asked = settings_of_sampler(ROWS[row].sampler, config)
+        asked = sampler_options(ROWS[row].sampler, config)
         facts = {"num_videos": config.num_videos, "num_frames": config.num_frames, "seed": config.score_seed,
                  "batch_size": config.batch_size, "device": config.device, "precision": config.precision}
-        options = [f"{key}={value}".replace(" ", "") for key, value in {**facts, **options_of_sampler(asked)}.items()]
-        plan = asked.make_plan(self.teacher_training if training is None else training.config.training)
+        options = [f"{key}={value}".replace(" ", "") for key, value in {**facts, **asked}.items()]
+        plan = SamplerSettings(**asked).make_plan(self.teacher_training if training is None else training.config.training)
         settings = {**facts, "plan": json.loads(json.dumps(asdict(plan))), "code_sha256": self.code["score"],
                     "network": self.teacher_digest if training is None else training.settings}
         block, seed = (0, 0) if training is None else (training.block, training.seed)
-        label = f"scoring {row}" + ("" if training is None else f", {blocks_of(block)}, seed {seed}")
+        label = f"scoring {row}" + ("" if training is None else f", blocks of {block}, seed {seed}")
         checkpoint = self.teacher if training is None else training.checkpoint
         folder = self.folder / "scores" / f"{row}-block{block}-seed{seed}"
         return Score(label, row, block, seed, training, checkpoint, options, folder, settings)
@@ -300,8 +286,7 @@ class Comparison:
             "total_tflops": config.num_steps * training.flops_per_step / 1e12, "minutes": training.minutes(),
             "batch_size": config.batch_size, "lr": config.lr, "guidance": config.guidance, "precision": training.config.precision,
             "overrides": [*PARADIGMS[training.paradigm], *self.config.overrides["all"], *self.config.overrides[training.paradigm]],
-            "chosen": self._chosen(training.paradigm, training.block),
-            "settings": training.settings,
+            "chosen": self.chosen.get((training.paradigm, training.block), ""), "settings": training.settings,
         }
 
 
@@ -336,7 +321,7 @@ def choose_settings(config: ComparisonConfig) -> tuple[dict[tuple[str, int], str
     path = Path(config.output_dir) / f"{config.name}_candidates.json"
     path.write_text(json.dumps({"seed": config.selection_seed, "places": places}, indent=1) + "\n")
     for place in places:
-        print(f"{place['paradigm']}, {blocks_of(place['block'])}: chosen {place['chosen'] or 'the settings as they are'}", flush=True)
+        print(f"{place['paradigm']}, blocks of {place['block']}: chosen {place['chosen'] or 'the settings as they are'}", flush=True)
     print(f"candidates: frames right of each are in {path}", flush=True)
     return best, num_failed
 
@@ -357,31 +342,19 @@ def multiplied(candidate: list[str], overrides: list[str]) -> list[str]:
     return made
 
 
-def settings_of_sampler(sampler: Sampler, config: ComparisonConfig) -> SamplerSettings:
-    """What evaluate.py is asked for a row that is sampled so."""
+def sampler_options(sampler: str, config: ComparisonConfig) -> dict[str, Any]:
+    """What evaluate.py is asked for a row of this sampler (`Row`), by key."""
+    if sampler in ("own", "unguided"):
+        return {} if sampler == "own" else {"denoising_steps": config.denoising_steps}
     num_few = len(config.denoising_steps)
-    num_steps = {Sampler.BIDIRECTIONAL: config.many_steps, Sampler.MANY: config.many_steps, Sampler.FEW: num_few,
-                 Sampler.HALF: max(num_few // 2, 1)}
-    if sampler == Sampler.OWN:
-        return SamplerSettings()
-    if sampler == Sampler.UNGUIDED:
-        return SamplerSettings(denoising_steps=tuple(config.denoising_steps))
-    return SamplerSettings(num_steps=num_steps[sampler], guidance=config.guidance, causal=sampler != Sampler.BIDIRECTIONAL)
-
-
-def options_of_sampler(settings: SamplerSettings) -> dict[str, Any]:
-    """The same as keys of evaluate.py."""
-    options = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
-    return {key: value for key, value in options.items() if value is not None and value is not False}
+    num_steps = {"bidirectional": config.many_steps, "many": config.many_steps, "few": num_few, "half": max(num_few // 2, 1)}[sampler]
+    guidance = {} if config.guidance is None else {"guidance": config.guidance}
+    return {"num_steps": num_steps, **guidance, **({} if sampler == "bidirectional" else {"causal": True})}
 
 
 def num_steps(budget: float, flops: float) -> int:
     """Steps of `flops` each that spend the budget, at least one."""
     return max(round(budget / flops), 1)
-
-
-def blocks_of(block: int) -> str:
-    return f"blocks of {block}"
 
 
 def compose_run(overrides: list[str]) -> Config:
@@ -410,10 +383,5 @@ def main(composed: DictConfig) -> None:
         sys.exit(f"{num_failed} jobs failed, see above; the same command tries them again")
 
 
-def run_command_line() -> None:
-    """`main`, with every refusal of Hydra as one line."""
-    run_in_one_line(main, ComparisonConfig)
-
-
 if __name__ == "__main__":
-    run_command_line()
+    run_in_one_line(main, ComparisonConfig)

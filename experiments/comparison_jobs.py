@@ -5,7 +5,6 @@ A finished job is held against the plan: against what its own files say that it 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import shutil
@@ -20,11 +19,12 @@ from machine.runtime import file_digest
 from training.checkpoint import CheckpointError, checkpoint_config, load_checkpoint
 from training.config import Config
 from training.resume import FINAL, describe_difference, settings_without
+from training.run_log import read_scalars
 
 SECONDS_TO_STOP = 60.0  # a training step and a checkpoint
 NOT_OF_THE_RESULT = ("log_dir", "run_name", "wandb", "training.pretrained_checkpoint", "training.checkpoint_interval",
                      "training.keep_last", "training.log_interval", "training.resume")  # keys of a run that change no weight
-RESOLVED = ("plan", "num_videos", "num_frames", "seed", "batch_size", "device", "precision", "code_sha256")  # a row's, as evaluate.py says
+RESOLVED = ("plan", "num_videos", "num_frames", "seed", "batch_size", "device", "precision", "code_sha256")  # of a row of evaluate.py
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,8 @@ class Training:
 
     def minutes(self) -> float:
         """Of all attempts together, in training steps alone."""
-        seconds = 0.0
-        for path in self.folder.glob("run*/scalars.csv"):
-            with open(path, newline="") as file:
-                rows = [row["seconds"] for row in csv.DictReader(file) if row["seconds"]]
-            seconds += float(rows[-1]) if rows else 0.0
-        return seconds / 60
+        logs = [read_scalars(path, with_seconds=True) for path in self.folder.glob("run*/scalars.csv")]
+        return sum(float(log["seconds"][1][-1]) for log in logs if "seconds" in log) / 60
 
 
 @dataclass

@@ -40,13 +40,12 @@ def read_table(folder: Path, name: str) -> dict[str, Any] | None:
     """The table that stands in `folder`, if there is one. Raises ValueError for a file that is none."""
     path = folder / f"{name}.json"
     try:
-        table = json.loads(path.read_text()) if path.exists() else None
-        if table is not None:
-            kinds = [type(figures) is dict and "sampler" in figures for place, figures in results_of(table).items() if place[0] != REAL]
-            for training in table["trainings"]:
-                kinds += [type(training["settings"]) is dict]
-            if not all(kinds):
-                raise ValueError("options or settings of another kind")
+        if not path.exists():
+            return None
+        table = json.loads(path.read_text())
+        scored = all(type(row) is dict and "sampler" in row for place, row in results_of(table).items() if place[0] != REAL)
+        if not scored or not all(type(training["settings"]) is dict for training in table["trainings"]):
+            raise ValueError("options or settings of another kind")
         return table
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no table of a comparison ({error!r}): move it away or choose another name") from error
@@ -94,10 +93,6 @@ def over_seeds(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     return figures
 
 
-def blocks_title(block: int) -> str:
-    return "Frame-wise: blocks of 1 frame" if block == 1 else f"Chunk-wise: blocks of {block} frames"
-
-
 def as_markdown(table: dict[str, Any]) -> str:
     """The tables by block size, the trainings, and what they were made with."""
     settings = table["settings"]
@@ -110,7 +105,15 @@ def as_markdown(table: dict[str, Any]) -> str:
         lines += [f"**Not complete**: {found} of {expected} results are there; a dash stands for what is missing.", ""]
     lines += [f"- {label} failed: {reason}" for label, reason in table["failed"].items()] + [""] * bool(table["failed"])
     for block in settings["blocks"]:
-        lines += [f"## {blocks_title(block)}", "", *_figures_table(table, block), ""]
+        title = "Frame-wise: blocks of 1 frame" if block == 1 else f"Chunk-wise: blocks of {block} frames"
+        lines += [f"## {title}", "", *_figures_table(table, block), ""]
+    chosen = dict.fromkeys(f"{each['paradigm']}, block {each['block']}: {each['chosen'] or 'as it is'}" for each in table["trainings"])
+    how_chosen = (
+        f"Every training chose among as many candidates, on seed {settings['selection_seed']} and prompts of its own "
+        f"({settings['name']}_candidates.json): {'; '.join(chosen)}."
+    )
+    if not any(settings["candidates"].values()):
+        how_chosen = "Settings are those of configs/training/ and of the comparison; nothing was chosen."
     lines += [
         f"{settings['num_videos']} videos of {settings['num_frames']} frames, held-out prompts, seed {settings['score_seed']}; in "
         f"brackets the {interval}. Frames/s: of sampling alone, in batches of {settings['batch_size']}, with {settings['processes']} jobs "
@@ -121,22 +124,10 @@ def as_markdown(table: dict[str, Any]) -> str:
         f"All start from `{Path(settings['teacher']).name}` (sha256 {settings['teacher_sha256']}) and spend the FLOPs of "
         f"{settings['budget']} steps of Self-Forcing with DMD at their block size, counted over whole cycles of generator and critic "
         "updates (matrix products and attention; the critic's warm-up costs less and counts as the other steps). Minutes are of the "
-        f"training steps; learning rate and guidance are the training's.{_how_chosen(table)}", "",
+        f"training steps; learning rate and guidance are the training's. {how_chosen}", "",
         *_trainings_table(table),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _how_chosen(table: dict[str, Any]) -> str:
-    """The sentence on what was chosen for each training, where anything was."""
-    chosen = dict.fromkeys(f"{each['paradigm']}, block {each['block']}: {each['chosen'] or 'as it is'}" for each in table["trainings"])
-    settings = table["settings"]
-    if not any(settings["candidates"].values()):
-        return " Settings are those of configs/training/ and of the comparison; nothing was chosen."
-    return (
-        f" Every training chose among as many candidates, on seed {settings['selection_seed']} and prompts of its own "
-        f"({settings['name']}_candidates.json): {'; '.join(chosen)}."
-    )
 
 
 def _figures_table(table: dict[str, Any], block: int) -> list[str]:
@@ -148,7 +139,8 @@ def _figures_table(table: dict[str, Any], block: int) -> list[str]:
         evaluations = format_cell(seeds[0] if seeds else {}, "evaluations_a_block")
         num_seeds = len(table["settings"]["seeds"])
         partial = f" ({len(seeds)} of {num_seeds} seeds)" if ROWS[row].paradigm and 0 < len(seeds) < num_seeds else ""
-        lines.append(f"| {ROWS[row].title}{partial} | {sampler} | {evaluations} | " + " | ".join(format_cell(figures, key) for key in COLUMNS) + " |")
+        cells = [f"{ROWS[row].title}{partial}", sampler, evaluations, *(format_cell(figures, key) for key in COLUMNS)]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -180,7 +172,7 @@ def draw_table(path: Path, table: dict[str, Any]) -> None:
                 if key not in figures or not (is_trained or number == 0):
                     continue
                 value = figures[key]
-                low, high = figures[f"{key}_ci"] if f"{key}_ci" in figures else (value, value)
+                low, high = figures.get(f"{key}_ci", (value, value))
                 axis.errorbar(
                     value, place + (offset if is_trained else 0), xerr=[[max(value - low, 0)], [max(high - value, 0)]],
                     fmt="o" if is_trained else "D", color=f"C{number}" if is_trained else "0.3", capsize=2, markersize=5,
@@ -197,6 +189,6 @@ def draw_table(path: Path, table: dict[str, Any]) -> None:
         elif key not in ON_LOG_SCALE:
             axis.set_xlim(-0.03, 1.03)
     for number, block in enumerate(blocks):
-        axes[0].plot([], [], "o", color=f"C{number}", label=blocks_title(block).split(":")[0].lower() + f" ({block})")
+        axes[0].plot([], [], "o", color=f"C{number}", label=f"{'frame-wise' if block == 1 else 'chunk-wise'} ({block})")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(blocks), fontsize=9)
     figure.savefig(path, dpi=110)

@@ -8,7 +8,6 @@ for single frames.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
 from machine.paths import at_home
@@ -31,50 +30,45 @@ OWN_KEYS = (  # of a training, which the comparison itself decides
 )
 
 
-class Sampler(Enum):
-    """How a row's network is sampled: as it was trained for, all frames at once in many guided steps, or block by block: by Euler's method
-    under guidance in many, few or half as few steps, or in few steps without guidance, with fresh noise."""
-
-    OWN = "own"
-    BIDIRECTIONAL = "bidirectional"
-    MANY = "many"
-    FEW = "few"
-    HALF = "half"
-    UNGUIDED = "unguided"
-
-
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. paradigm: a key of PARADIGMS; None for real videos and for the teacher's file, which are not trained here."""
+    """A line of the table. paradigm: a key of PARADIGMS; None for real videos and for the teacher's file, which are not trained here.
+
+    sampler: "own", as the network was trained for; "bidirectional", all frames at once in many guided steps; or block by block: by Euler's
+    method under guidance in "many", "few" or "half" as few steps, or "unguided", in few steps with fresh noise.
+    """
 
     title: str
     paradigm: str | None
-    sampler: Sampler
+    sampler: str
 
 
 ROWS = {
-    REAL: Row("real video", None, Sampler.OWN),
-    TEACHER: Row("bidirectional teacher", None, Sampler.BIDIRECTIONAL),
-    "start": Row("start, no training", None, Sampler.MANY),  # the same file, block by block as it was pretrained: what every row starts from
-    "start_few": Row("start, guided", None, Sampler.FEW),
-    "start_half": Row("start, guided, half the steps", None, Sampler.HALF),
-    "start_unguided": Row("start, no guidance", None, Sampler.UNGUIDED),
-    "tf": Row("TF", "tf", Sampler.MANY),
-    "df": Row("DF", "df", Sampler.MANY),
-    "tf_few": Row("TF, guided", "tf", Sampler.FEW),
-    "df_few": Row("DF, guided", "df", Sampler.FEW),
-    "tf_unguided": Row("TF, no guidance", "tf", Sampler.UNGUIDED),
-    "df_unguided": Row("DF, no guidance", "df", Sampler.UNGUIDED),
-    "tf_dmd": Row("TF + DMD", "tf_dmd", Sampler.OWN),
-    "causvid": Row("DF + DMD (CausVid)", "causvid", Sampler.OWN),
-    "sf_dmd": Row("Self-Forcing, DMD", "sf_dmd", Sampler.OWN),
-    "sf_sid": Row("Self-Forcing, SiD", "sf_sid", Sampler.OWN),
-    "sf_gan": Row("Self-Forcing, GAN", "sf_gan", Sampler.OWN),
+    REAL: Row("real video", None, "own"),
+    TEACHER: Row("bidirectional teacher", None, "bidirectional"),
+    "start": Row("start, no training", None, "many"),  # the same file, block by block as pretrained: what every row starts from
+    "start_few": Row("start, guided", None, "few"),
+    "start_half": Row("start, guided, half the steps", None, "half"),
+    "start_unguided": Row("start, no guidance", None, "unguided"),
+    "tf": Row("TF", "tf", "many"),
+    "df": Row("DF", "df", "many"),
+    "tf_few": Row("TF, guided", "tf", "few"),
+    "df_few": Row("DF, guided", "df", "few"),
+    "tf_unguided": Row("TF, no guidance", "tf", "unguided"),
+    "df_unguided": Row("DF, no guidance", "df", "unguided"),
+    "tf_dmd": Row("TF + DMD", "tf_dmd", "own"),
+    "causvid": Row("DF + DMD (CausVid)", "causvid", "own"),
+    "sf_dmd": Row("Self-Forcing, DMD", "sf_dmd", "own"),
+    "sf_sid": Row("Self-Forcing, SiD", "sf_sid", "own"),
+    "sf_gan": Row("Self-Forcing, GAN", "sf_gan", "own"),
 }
 
 
 def check_overrides(key: str, overrides: list[str]) -> None:
-    """Raise ValueError, naming the key, unless each is KEY=VALUE of a training and of a key that the comparison leaves to it."""
+    """Raise ValueError, naming the key, unless it ends in "all" or a paradigm and each is KEY=VALUE of a training and of a key that the
+    comparison leaves to it."""
+    group, _, name = key.partition(".")
+    require(name == "all" or name in PARADIGMS, group, name, f"all or one of {', '.join(PARADIGMS)}")
     for override in overrides:
         name, equals, _ = override.lstrip("+").partition("=")
         require(
@@ -103,8 +97,8 @@ class ComparisonConfig:
     many_steps: int = 50
     denoising_steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])  # of networks that were not trained for few steps
     guidance: float | None = None  # of guided rows; that of the network's training if not given
-    # What every training may be asked besides, of which the best is kept: each "KEY=VALUE KEY=VALUE", "" for the settings as they are; `*0.5`
-    # as a value is half of what it is. By paradigm or for "all"; every paradigm is offered as many as any other.
+    # What every training may be asked besides, of which the best is kept: each "KEY=VALUE KEY=VALUE", "" for the settings as they are;
+    # `*0.5` as a value is half of what it is. By paradigm or for "all"; every paradigm is offered as many as any other.
     candidates: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in ("all", *PARADIGMS)})
     selection_seed: int = 1000  # of the trainings and prompts that choose among them
     batch_size: int = 64  # videos a forward pass in scoring
@@ -135,30 +129,24 @@ class ComparisonConfig:
         require(all(0 <= seed < 2**63 for seed in self.seeds), "seeds", self.seeds, "0 to 2**63 - 1")
         require(Path(self.name).name == self.name and self.name != "..", "name", self.name, "a file name without a path")
         check_denoising_steps("denoising_steps", self.denoising_steps)
-        self._check_candidates()
+        for name, candidates in self.candidates.items():
+            key = f"candidates.{name}"
+            require(len(set(candidates)) == len(candidates), key, candidates, "each one once")
+            check_overrides(key, [override for candidate in candidates for override in candidate.split()])
+        numbers = {name: len(self.candidates_of(name)) for name in self.paradigms}
+        require(
+            len(set(numbers.values())) <= 1, "candidates", numbers,
+            "as many for every paradigm that is trained: one that may choose among more is compared unfairly",
+        )
         require(
             0 <= self.selection_seed < 2**63 and self.selection_seed not in (*self.seeds, self.score_seed), "selection_seed",
             self.selection_seed, "another seed than seeds and score_seed: no claim is made on what chose the settings",
         )
         require(self.guidance is None or self.guidance >= 0, "guidance", self.guidance, "0 or more (1 is no guidance)")
         for name, overrides in self.overrides.items():
-            require(name == "all" or name in PARADIGMS, "overrides", name, f"all or one of {', '.join(PARADIGMS)}")
             check_overrides(f"overrides.{name}", overrides)
         require(self.rows != [REAL], "rows", self.rows, "another row too: real videos are scored beside it")
         self.rows = [row for row in ROWS if row in self.rows]  # in the table's order
-
-    def _check_candidates(self) -> None:
-        for name, candidates in self.candidates.items():
-            require(name == "all" or name in PARADIGMS, "candidates", name, f"all or one of {', '.join(PARADIGMS)}")
-            key = f"candidates.{name}"
-            require(len(set(candidates)) == len(candidates), key, candidates, "each one once")
-            for candidate in candidates:
-                check_overrides(key, candidate.split())
-        numbers = {name: len(self.candidates_of(name)) for name in self.paradigms}
-        require(
-            len(set(numbers.values())) <= 1, "candidates", numbers,
-            "as many for every paradigm that is trained: one that may choose among more is compared unfairly",
-        )
 
     def candidates_of(self, paradigm: str) -> list[str]:
         """What a paradigm may choose among; empty where nothing is chosen."""

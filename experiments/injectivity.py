@@ -10,9 +10,6 @@ solves block 1 alone, x_1 = e_1, and then block 2 given x_1: both are functions 
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import numpy as np
 
 from machine.seeds import Purpose, stream

@@ -1,6 +1,6 @@
 """Long video, measured: drift over thousands of frames, prompts that change, and clips that go on.
 
-Dimensions: B batch, F frames, C channels, H height, W width.
+Dimensions: B batch, F frames.
 
     python -m experiments.long_video drift --num_frames 10000            frames right, stroke mass, motion, memory and time of one stream
     python -m experiments.long_video drift --checkpoint TF.pt --num_steps 50 --guidance 2 --num_frames 1260       the same in many steps
@@ -15,15 +15,9 @@ come and then forgotten, so a stream of any length fits.
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import argparse
 import json
 import resource
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -72,12 +66,13 @@ from matplotlib.figure import Figure  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from judging.digit_judge import load_judge, read_videos, require_digits  # noqa: E402
-from judging.held_out import new_indices  # noqa: E402
-from judging.metrics import facts_of_prompts, read_classes, score_readings, score_videos, share_interval  # noqa: E402
+from experiments.timing import time_in_turns  # noqa: E402
+from judging.digit_judge import load_judge, read_videos  # noqa: E402
+from judging.metrics import facts_of_prompts, read_classes, score_readings, share_interval  # noqa: E402
+from judging.prompts import new_indices  # noqa: E402
 from judging.tracking import fit_bouncing_track  # noqa: E402
 from machine.files import replacing, require_writable  # noqa: E402
-from machine.interruption import EXIT_CTRL_C  # noqa: E402
+from machine.interruption import refusals_in_one_line  # noqa: E402
 from machine.runtime import Runtime, code_digest, file_digest, resolve_runtime  # noqa: E402
 from machine.seeds import Purpose  # noqa: E402
 from method.plans import RolloutPlan  # noqa: E402
@@ -88,6 +83,7 @@ from sampling.streaming import stream_video  # noqa: E402
 from training.checkpoint import LoadedNetworks, load_networks  # noqa: E402
 
 WINDOW = 21  # frames that are judged together
+DRIFT_FIGURES = ("frames_right", "class_kept", "stroke_mass_ratio", "moving", "track_within_1px", "mean_speed")  # of a window
 SEGMENT = 630  # frames of one point of the drift curves
 COMPARED_FRAMES = 1000  # at both ends of a stream, between which memory is compared
 TIMED_BLOCKS = 100  # at most, behind the end of a stream, in turns with a stream that is new
@@ -132,59 +128,36 @@ def measure_drift(
         for _ in range(2)
     ]
     windows: list[dict[str, float]] = []
-    held: list[Tensor] = []
     memory: list[float] = []  # after each window
-    with tqdm(total=num_frames, unit="frame", dynamic_ncols=True) as bar:
-        while len(windows) * WINDOW + WINDOW <= num_frames:
-            held.append(next(streams[0]).cpu())
-            bar.update(held[-1].shape[1])
-            if sum(part.shape[1] for part in held) >= WINDOW:
-                video = torch.cat(held, dim=1)
-                held = [video[:, WINDOW:]] if video.shape[1] > WINDOW else []
-                windows.append(_judge_window(judge, video[:, :WINDOW], digits, directions, config))
-                memory.append(memory_in_use(runtime.device))
-    per_segment = max(SEGMENT // WINDOW, 1)
-    segments = [_mean(windows[first : first + per_segment]) for first in range(0, len(windows), per_segment)]
+    held = next(streams[0]).cpu()
+    with tqdm(total=num_frames // WINDOW, unit="window", dynamic_ncols=True) as bar:
+        while len(windows) < num_frames // WINDOW:
+            while held.shape[1] < WINDOW:
+                held = torch.cat([held, next(streams[0]).cpu()], dim=1)
+            readings, held = read_videos(judge, held[:, :WINDOW]), held[:, WINDOW:]
+            scores = score_readings(judge, readings, digits, directions, config)
+            measures = {**scores.by_frame, **scores.of_videos, "mean_speed": fit_bouncing_track(readings.centres, config).speed}
+            windows.append({name: measures[name].float().mean().item() for name in DRIFT_FIGURES})
+            memory.append(memory_in_use(runtime.device))
+            bar.update()
+    parts = [windows[first : first + SEGMENT // WINDOW] for first in range(0, len(windows), SEGMENT // WINDOW)]
+    segments = [{name: sum(window[name] for window in part) / len(part) for name in DRIFT_FIGURES} for part in parts]
     filled = (plan.context.window_frames or 0) // block_frames  # blocks until the window is full
     compared = max(min(COMPARED_FRAMES // WINDOW, len(memory) // 2), 1)
     first_window = min(-(-filled * block_frames // WINDOW), len(memory) - 1)
+    for _ in range(filled):
+        next(streams[1])
+    timed = {"new": lambda: next(streams[1]).cpu(), "old": lambda: next(streams[0]).cpu()}  # in turns: a busier machine slows both
+    seconds = time_in_turns(timed, max(min(num_frames // block_frames // 10, TIMED_BLOCKS), 1), runtime.device)
     ends = {
         "memory_mib": [median(memory[first_window : first_window + compared]), median(memory[-compared:])],
-        "seconds_per_block": _time_in_turns([streams[1], streams[0]], filled, max(min(num_frames // block_frames // 10, TIMED_BLOCKS), 1)),
+        "seconds_per_block": [seconds["new"], seconds["old"]],
     }
     return {
         "first_21": windows[0], "segments": segments, "segment_frames": SEGMENT, "num_frames": len(windows) * WINDOW,
         "batch_size": batch_size, "first_and_last": ends,
         "change": {name: last / first - 1 for name, (first, last) in ends.items()},
     }
-
-
-def _time_in_turns(streams: list[Iterator[Tensor]], filled: int, num_blocks: int) -> list[float]:
-    """Median seconds a block of both streams, of num_blocks each in turns, once the first has made `filled` blocks. So a machine
-    that grows slower in between, or busier, slows both."""
-    for _ in range(filled):
-        next(streams[0])
-    seconds: list[list[float]] = [[], []]
-    for _ in range(num_blocks):
-        for stream, taken in zip(streams, seconds, strict=True):
-            started = time.perf_counter()
-            next(stream).cpu()
-            taken.append(time.perf_counter() - started)
-    return [median(taken) for taken in seconds]
-
-
-def _judge_window(judge: Any, video: Tensor, digits: Tensor, directions: Tensor, config: Any) -> dict[str, float]:
-    scores = score_videos(judge, video, digits, directions, config)
-    speed = fit_bouncing_track(read_videos(judge, video).centres, config).speed
-    return {
-        "frames_right": scores.frames_right.float().mean().item(), "class_kept": scores.class_kept.float().mean().item(),
-        "stroke_mass_ratio": scores.stroke_mass_ratio.mean().item(), "moving": scores.moving.float().mean().item(),
-        "track_within_1px": scores.track_within.float().mean().item(), "mean_speed": speed.mean().item(),
-    }
-
-
-def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def measure_switch(
@@ -254,7 +227,7 @@ def measure_continuation(
     """
     judge = load_judge()
     generator, parts = MovingMNISTGenerator(networks.config.dataset, "test", purpose=Purpose.LONG_VIDEO), {"continued": [], "real": []}
-    indices, digits, captions = new_indices(generator, [networks], 0, num_videos), [], []
+    indices, captions = new_indices(generator, [networks], 0, num_videos), []
     for first in tqdm(range(0, num_videos, batch_size), unit="batch", dynamic_ncols=True):
         real = generator.sample(0, indices[first: first + batch_size], num_given + num_frames)
         seeds = list(range(seed + first, seed + first + len(real.video)))
@@ -262,30 +235,30 @@ def measure_continuation(
         video = sample_few_step(
             networks.generator, networks.text_encoder, real.captions, seeds, num_given + num_frames, plan, runtime, first_frames=given
         )
-        for name, shown in (("continued", video.cpu()), ("real", real.video)):
-            parts[name].append(shown)
-        digits.append(real.digits[:, 0])
+        parts["continued"].append(video.cpu())
+        parts["real"].append(real.video)
         captions += real.captions
-    wanted, directions = torch.cat(digits), facts_of_prompts(captions)[1]
+    wanted, directions = facts_of_prompts(captions)
     results: dict[str, Any] = {"num_videos": num_videos, "num_frames": num_frames, "given_frames": num_given}
     readings = {name: read_videos(judge, torch.cat(videos)) for name, videos in parts.items()}
     for name, read in readings.items():
         scores = score_readings(judge, read, wanted, directions, networks.config.dataset)
-        right = (read_classes(read.probabilities, read.mass, judge.class_mass.cpu()) == wanted.unsqueeze(1))[:, num_given:]
+        right = scores.by_frame["frames_right"][:, num_given:]
         given = read.mass[:, :num_given].mean(dim=1)
         ratio = read.mass[:, num_given:].mean(dim=1) / given
         change = (ratio - 1).abs()
         of_videos = {
             "right_in_every_frame": right.all(dim=1), "right_in_most_frames": right.float().mean(dim=1) > 0.5,
-            "stroke_mass_kept": change <= KEPT_MASS, "track_within_1px": scores.track_within,
-            "direction_obeyed": scores.direction_obeyed[scores.direction_named],
+            "stroke_mass_kept": change <= KEPT_MASS,
+            **{key: scores.of_videos[key] for key in ("track_within_1px", "direction_obeyed")},
         }
         of_videos["kept"] = of_videos["right_in_most_frames"] & of_videos["stroke_mass_kept"]
         results[name] = {"frames_right": right.float().mean().item(), "stroke_mass_change_median": change.median().item(),
                          "stroke_mass_by_fifth": [ratio[fifth].mean().item() for fifth in given.argsort().tensor_split(5) if len(fifth)],
                          "first_error_median": (read.centres - readings["real"].centres)[:, num_given].norm(dim=-1).median().item()}
-        for key, values in ((key, values) for key, values in of_videos.items() if len(values)):
-            results[name] |= {key: values.float().mean().item(), f"{key}_ci": share_interval(values)}
+        for key, values in of_videos.items():
+            if len(values):
+                results[name] |= {key: values.float().mean().item(), f"{key}_ci": share_interval(values)}
     return results
 
 
@@ -361,16 +334,15 @@ def draw_switch(path: Path, rows: dict[str, dict[str, Any]]) -> None:
 
 def check_arguments(arguments: argparse.Namespace, path: Path, name: str) -> None:
     """Raise ValueError or OSError for what can be refused before the checkpoint is read. path, name: of the row that is to be."""
-    require(arguments.batch_size >= 1, "--batch_size", arguments.batch_size, "at least 1")
     require(0 <= arguments.seed <= MAX_SEED, "--seed", arguments.seed, f"0 to {MAX_SEED}")
     if arguments.command == "drift":
         require(arguments.num_frames >= 2 * WINDOW, "--num_frames", arguments.num_frames, f"at least {2 * WINDOW}")
     if arguments.command == "switch":
-        require(arguments.num_streams >= 1, "--num_streams", arguments.num_streams, "at least 1")
-        require(arguments.num_before >= MIN_BEFORE, "--num_before", arguments.num_before, f"at least {MIN_BEFORE}, to fit a track, in blocks")
-    if arguments.command == "continue":
-        require(arguments.num_videos >= 1, "--num_videos", arguments.num_videos, "at least 1")
-        require(arguments.given_frames is None or arguments.given_frames >= 1, "--given_frames", arguments.given_frames, "at least 1")
+        wanted = f"at least {MIN_BEFORE}, to fit a track, in blocks"
+        require(arguments.num_before >= MIN_BEFORE, "--num_before", arguments.num_before, wanted)
+    for option in ("batch_size", "num_streams", "num_videos", "given_frames"):
+        value = vars(arguments).get(option)  # None where the command has no such option, or it is not given
+        require(value is None or value >= 1, f"--{option}", value, "at least 1")
     require_writable(path.parent)
     if name in read_rows(path, arguments.command) and not arguments.replace:
         raise ValueError(f"{path} has a row {name!r} already: choose another --name, or give --replace to measure that row anew")
@@ -390,9 +362,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = settings.make_plan(networks.config.training)
     if not isinstance(plan, RolloutPlan):
         raise ValueError(f"{arguments.checkpoint} makes all frames at once: give --causal to roll it out")
-    require_digits(networks.config.dataset)
-    if networks.config.dataset.num_digits != 1:
-        raise ValueError(f"{arguments.checkpoint} shows {networks.config.dataset.num_digits} digits a video: expected 1")
+    judge = load_judge()
+    judge.check_matches(networks.config.dataset)
     common = (networks, plan, runtime)
     if arguments.command == "drift":
         found = measure_drift(*common, arguments.num_frames, arguments.batch_size, arguments.seed)
@@ -405,11 +376,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         check_num_frames("--num_frames", arguments.num_frames, plan.num_frames_per_block)
         given = plan.num_frames_per_block if arguments.given_frames is None else arguments.given_frames
         found = measure_continuation(*common, arguments.num_videos, arguments.num_frames, arguments.batch_size, arguments.seed, given)
-    found |= {"window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames}
-    found |= {"device": runtime.device.type, "precision": runtime.precision, "seed": arguments.seed}
-    found |= {"num_steps": len(plan.times), "guidance": plan.guidance, "judge_held_out_accuracy": load_judge().config.accuracy}
-    found |= {"evaluations_a_block": plan.evaluations, "cache_evaluations_a_block": plan.cache_evaluations}
-    found |= {"checkpoint_sha256": file_digest(arguments.checkpoint), "code_sha256": code_digest("experiments.long_video")}
+    found |= {
+        "window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames, "device": runtime.device.type,
+        "precision": runtime.precision, "seed": arguments.seed, "num_steps": len(plan.times), "guidance": plan.guidance,
+        "judge_held_out_accuracy": judge.config.accuracy, "evaluations_a_block": plan.evaluations,
+        "cache_evaluations_a_block": plan.cache_evaluations, "checkpoint_sha256": file_digest(arguments.checkpoint),
+        "code_sha256": code_digest("experiments.long_video"),
+    }
     print(json.dumps({key: value for key, value in found.items() if key != "segments"}, indent=2), flush=True)  # whatever the disk says
     rows = add_row(path, arguments.command, name, found, arguments.replace)
     print(f"written to {path}, row {next(row for row in rows if rows[row] is found)!r}")
@@ -417,14 +390,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        print("interrupted: a row is written once all of it is measured; the earlier ones still stand", file=sys.stderr)
-        sys.exit(EXIT_CTRL_C)
+    with refusals_in_one_line("a row is written once all of it is measured; the earlier ones still stand"):
+        run(parse_arguments(argv))
 
 
 if __name__ == "__main__":

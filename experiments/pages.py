@@ -23,12 +23,14 @@ ROW_TITLES = {  # in results/evaluation.json: in the pages
     "student, 4 steps": "**student, 4 steps**",
 }
 FIGURES = {
-    "frames_right": "frames right", "one_class": "one class in all 21", "track_within_1px": "track within 1 px", "direction_obeyed": "direction",
-    "stroke_mass_ratio": "stroke mass", "frechet_distance": "Frechet (our net)", "glyph_diversity": "glyph diversity",
-    "glyph_frechet": "glyph Frechet",
+    "frames_right": "frames right", "one_class": "one class in all 21", "track_within_1px": "track within 1 px",
+    "direction_obeyed": "direction", "stroke_mass_ratio": "stroke mass", "frechet_distance": "Frechet (our net)",
+    "glyph_diversity": "glyph diversity", "glyph_frechet": "glyph Frechet",
 }
-
-
+FEW_FIGURES = {
+    **{name: FIGURES[name] for name in ("frames_right", "one_class", "track_within_1px", "direction_obeyed", "stroke_mass_ratio")},
+    "coverage": "coverage",
+}
 OWN_FIGURES = {"frechet_distance": "Frechet (pixels)", "coverage": "coverage", "diversity": "diversity", "motion": "motion over real"}
 SEED_FIGURES = {  # of results/seeds.json
     "frames_right": "frames right", "one_class": "one class", "track_within_1px": "track", "direction_obeyed": "direction",
@@ -49,15 +51,21 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
+def with_interval(row: dict[str, Any], key: str) -> str:
+    return f"{number(row[key])} [{', '.join(map(number, row[f'{key}_ci']))}]"
+
+
+def cost(row: dict[str, Any]) -> str:
+    """Evaluations a block: to denoise it + to write it into the cache."""
+    return f"{row['evaluations_a_block']} + {row['cache_evaluations_a_block']}" if "evaluations_a_block" in row else "-"
+
+
 def evaluation(results: Path, with_intervals: bool) -> str:
     """Every row of evaluation.json: what it costs and what it reads."""
     rows = []
     for name, row in read(results, "evaluation.json").items():
-        cost = f"{row['evaluations_a_block']} + {row['cache_evaluations_a_block']}" if "evaluations_a_block" in row else "-"
-        cells = [
-            number(row[key]) + (f" [{number(row[f'{key}_ci'][0])}, {number(row[f'{key}_ci'][1])}]" if with_intervals else "") for key in FIGURES
-        ]
-        rows.append([ROW_TITLES[name] if name in ROW_TITLES else name, cost, *cells])
+        cells = [with_interval(row, key) if with_intervals else number(row[key]) for key in FIGURES]
+        rows.append([ROW_TITLES.get(name, name), cost(row), *cells])
     return as_table(["sampler", "evaluations a block", *FIGURES.values()], rows)
 
 
@@ -67,9 +75,8 @@ def drift(results: Path) -> str:
     for name, row in read(results, "drift_630/drift.json").items():
         first, whole = row["first_21"], row["segments"][0]
         rows.append([
-            name, f"{row['evaluations_a_block']} + {row['cache_evaluations_a_block']}", number(first["frames_right"]),
-            number(whole["frames_right"]), f"{first['stroke_mass_ratio']:.2f}", f"{whole['stroke_mass_ratio']:.2f}", number(whole["moving"]),
-            number(whole["track_within_1px"]), f"{whole['mean_speed']:.2f}",
+            name, cost(row), number(first["frames_right"]), number(whole["frames_right"]), f"{first['stroke_mass_ratio']:.2f}",
+            f"{whole['stroke_mass_ratio']:.2f}", number(whole["moving"]), number(whole["track_within_1px"]), f"{whole['mean_speed']:.2f}",
         ])
     return as_table(["", "evaluations a block", "frames right, 1 to 21", "frames right, 1 to 630", "stroke mass, 1 to 21", "1 to 630",
                      "windows that move", "track within 1 px", "pixels a frame"], rows)
@@ -78,13 +85,12 @@ def drift(results: Path) -> str:
 def continuation(results: Path) -> str:
     """How videos that continue real ones keep digit and style."""
     found = read(results, "long_video/continue.json")
-    rows = {name: (str(row["given_frames"]) if "given_frames" in row else "3", row["continued"]) for name, row in found.items()}
+    rows = {name: (str(row.get("given_frames", 3)), row["continued"]) for name, row in found.items()}
     newer, lines = {"track_within_1px": "", "direction_obeyed": "", "first_error_median": " px"}, []  # that earlier rows lack
     for name, (given, row) in (rows | {"real video": ("-", list(found.values())[-1]["real"])}).items():
-        low, high = row["kept_ci"]
         fifths = row["stroke_mass_by_fifth"]
         lines.append([
-            name, given, f"{row['kept']:.3f} [{low:.3f}, {high:.3f}]", number(row["right_in_most_frames"]), number(row["right_in_every_frame"]),
+            name, given, with_interval(row, "kept"), *(number(row[key]) for key in ("right_in_most_frames", "right_in_every_frame")),
             number(row["stroke_mass_kept"]), f"{fifths[0]:.2f}", f"{fifths[len(fifths) // 2]:.2f}", f"{fifths[-1]:.2f}",
             *(number(row[key]) + unit if key in row else "-" for key, unit in newer.items()),
         ])
@@ -111,8 +117,9 @@ def public_code(results: Path) -> str:
     for part in read(results, "public_code.json")["public"]:
         speeds = part["frames_per_second"]
         base = speeds["public code"]
-        cells = [f"{base:.1f}"] + [f"{speeds[key]:.1f} ({speeds[key] / base:.2f} x)" for key in ("public code, compiled", "student", "compiled")]
-        rows.append([f"patches of {part['patch_size']} pixels ({part['parameters']['student'] / 1e6:.2f} M parameters)", *cells])
+        others = [f"{speeds[key]:.1f} ({speeds[key] / base:.2f} x)" for key in ("public code, compiled", "student", "compiled")]
+        size = f"patches of {part['patch_size']} pixels ({part['parameters']['student'] / 1e6:.2f} M parameters)"
+        rows.append([size, f"{base:.1f}", *others])
     return as_table(["frames/s, medians", "public code", "the same, compiled", "ours", "ours, compiled"], rows)
 
 
@@ -122,7 +129,8 @@ def seeds(results: Path) -> str:
     names = [name for name in SEED_FIGURES if all(name in run for run in found["runs"])]
     rows = [[str(run["seed"]), *(number(run[name]) for name in names), f"{run['minutes']:.0f}"] for run in found["runs"]]
     columns = {name: [run[name] for run in found["runs"]] for name in names}
-    rows.append(["**median**", *(number(median(columns[name])) for name in names), f"{median(run['minutes'] for run in found['runs']):.0f}"])
+    minutes = median(run["minutes"] for run in found["runs"])
+    rows.append(["**median**", *(number(median(columns[name])) for name in names), f"{minutes:.0f}"])
     worst = {
         name: max(columns[name], key=lambda value: abs(value - 1) if name == "stroke_mass" else value if name == "frechet" else -value)
         for name in names
@@ -136,28 +144,23 @@ def few_steps(results: Path) -> str:
     rows = [("real", read(results, "faq/frames_21.json")["real"])]
     for name in ("frames_21", "steps_2", "steps_1"):
         rows += [(title, row) for title, row in read(results, f"faq/{name}.json").items() if title.startswith("student")]
-    names = {**{name: FIGURES[name] for name in ("frames_right", "one_class", "track_within_1px", "direction_obeyed", "stroke_mass_ratio")},
-             "coverage": "coverage", "glyph_diversity": "glyph diversity"}
-    lines = [[title, str(row["num_videos"]) if "num_videos" in row else "-", *(number(row[name]) for name in names)] for title, row in rows]
+    names = {**FEW_FIGURES, "glyph_diversity": "glyph diversity"}
+    lines = [[title, str(row.get("num_videos", "-")), *(number(row[name]) for name in names)] for title, row in rows]
     return as_table(["21 frames", "videos", *names.values()], lines)
 
 
 def context_noise(results: Path) -> str:
     """The student, trained with clean context, where finished blocks enter the cache at other timesteps."""
-    names = {**{name: FIGURES[name] for name in ("frames_right", "one_class", "track_within_1px", "direction_obeyed", "stroke_mass_ratio")},
-             "coverage": "coverage"}
     found = read(results, "faq/frames_21.json")
-    rows = [[title, *(number(found[f"{name}, 4 steps"][key]) for key in names)]
+    rows = [[title, *(number(found[f"{name}, 4 steps"][key]) for key in FEW_FIGURES)]
             for name, title in (("student", "0"), ("noise_50", "50"), ("noise_200", "200"))]
-    return as_table(["context_noise", *names.values()], rows)
+    return as_table(["context_noise", *FEW_FIGURES.values()], rows)
 
 
 def own_videos(results: Path) -> str:
     """The worked example of docs/own_videos.md: real clips, the teacher, its few steps before Self-Forcing, the student."""
-    rows = []
-    for name, row in read(results, "own_videos.json").items():
-        cost = f"{row['evaluations_a_block']} + {row['cache_evaluations_a_block']}" if "evaluations_a_block" in row else "-"
-        rows.append([name, cost, *(f"{number(row[key])} [{', '.join(map(number, row[f'{key}_ci']))}]" for key in OWN_FIGURES)])
+    found = read(results, "own_videos.json").items()
+    rows = [[name, cost(row), *(with_interval(row, key) for key in OWN_FIGURES)] for name, row in found]
     return as_table(["192 videos of 9 frames", "evaluations a block", *OWN_FIGURES.values()], rows)
 
 
@@ -165,8 +168,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "evaluation": lambda results: evaluation(results, with_intervals=False),
     "evaluation_with_intervals": lambda results: evaluation(results, with_intervals=True),
     "seeds": seeds, "drift": drift, "continuation": continuation, "switch": switch, "public_code": public_code,
-    "few_steps": few_steps, "context_noise": context_noise,
-    "own_videos": own_videos,
+    "few_steps": few_steps, "context_noise": context_noise, "own_videos": own_videos,
 }
 
 

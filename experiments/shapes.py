@@ -7,9 +7,6 @@ Every clip is a GIF, and captions.csv says what each one shows, such as "a red s
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import argparse
 import csv
 import sys
@@ -18,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from machine.interruption import refusals_in_one_line
 from machine.paths import user_path
 from machine.seeds import Purpose, stream
 from moving_mnist import bounce
@@ -30,17 +28,6 @@ FRAME_SIZE, SHAPE_SIZE, SPEED = 32, 10, 2.0  # pixels; pixels a frame
 DETAIL = 8  # pixels are averages of so many squared
 
 
-def draw_shape(canvas: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], corner: tuple[float, float]) -> None:
-    """Draw a shape whose box of SHAPE_SIZE has its upper left corner at (x, y), in pixels of the video."""
-    left, top, right, bottom = (DETAIL * value for value in (*corner, corner[0] + SHAPE_SIZE, corner[1] + SHAPE_SIZE))
-    if shape == "circle":
-        canvas.ellipse((left, top, right - 1, bottom - 1), fill=colour)
-    elif shape == "square":
-        canvas.rectangle((left, top, right - 1, bottom - 1), fill=colour)
-    else:
-        canvas.polygon(((left + right) / 2, top, right - 1, bottom - 1, left, bottom - 1), fill=colour)
-
-
 def make_clip(seed: int, index: int, num_frames: int) -> tuple[torch.Tensor, str]:
     """The video (F, 3, H, W) in [0, 1] of (seed, index), and its caption."""
     rng = stream(seed, index, Purpose.OWN_SHAPES)
@@ -48,9 +35,16 @@ def make_clip(seed: int, index: int, num_frames: int) -> tuple[torch.Tensor, str
     span = FRAME_SIZE - SHAPE_SIZE
     start, velocity = torch.from_numpy(rng.random(2) * span), SPEED * torch.tensor(DIRECTIONS[direction])
     frames = []
-    for corner in bounce(start + torch.arange(num_frames).unsqueeze(1) * velocity, span).tolist():
+    for x, y in bounce(start + torch.arange(num_frames).unsqueeze(1) * velocity, span).tolist():
         image = Image.new("RGB", (FRAME_SIZE * DETAIL, FRAME_SIZE * DETAIL))
-        draw_shape(ImageDraw.Draw(image), shape, COLOURS[colour], corner)
+        canvas = ImageDraw.Draw(image)
+        left, top, right, bottom = (DETAIL * value for value in (x, y, x + SHAPE_SIZE, y + SHAPE_SIZE))
+        if shape == "circle":
+            canvas.ellipse((left, top, right - 1, bottom - 1), fill=COLOURS[colour])
+        elif shape == "square":
+            canvas.rectangle((left, top, right - 1, bottom - 1), fill=COLOURS[colour])
+        else:
+            canvas.polygon(((left + right) / 2, top, right - 1, bottom - 1, left, bottom - 1), fill=COLOURS[colour])
         frames.append(np.asarray(image.resize((FRAME_SIZE, FRAME_SIZE), Image.Resampling.BOX)))
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2) / 255, f"a {colour} {shape} moving {direction}"
 
@@ -64,7 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if min(arguments.num_clips, arguments.num_frames) < 1:
         sys.exit("error: --num_clips and --num_frames must be at least 1")
-    try:
+    if arguments.output_dir.exists():
+        sys.exit(f"error: {arguments.output_dir} exists already: give --output_dir the name of a new folder")
+    with refusals_in_one_line("the clips so far are there, most of their captions are not"):
         arguments.output_dir.mkdir(parents=True)
         with (arguments.output_dir / "captions.csv").open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
@@ -73,10 +69,6 @@ def main(argv: list[str] | None = None) -> None:
                 video, caption = make_clip(arguments.seed, index, arguments.num_frames)
                 save_video(arguments.output_dir / f"{index:04d}.gif", video, scale=1)
                 rows.writerow((f"{index:04d}.gif", caption))
-    except FileExistsError:
-        sys.exit(f"error: {arguments.output_dir} exists already: give --output_dir the name of a new folder")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(f"{arguments.num_clips} clips of {arguments.num_frames} frames, and captions.csv, in {arguments.output_dir}")
 
 

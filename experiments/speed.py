@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dynamic_video_sf import clamp_to_data, draw_noise, make_noise_streams
 from experiments.public_code import build_public_network, sample_public
-from experiments.timing import MATRIX_SIZES, PRODUCT_FLOPS, Phases, clock, flop_counter, matrix_products, medians, time_in_turns
+from experiments.timing import Phases, clock, flop_counter, matrix_limit, matrix_products, median_totals, time_in_turns
 from machine.runtime import Runtime
 from machine.seeds import Purpose, torch_generator
 from method.flow_matching import add_noise, x_0_from_velocity
@@ -53,11 +53,6 @@ class Cost:
 
 def cost(seconds: float, flops: float, limit: float) -> Cost:
     return Cost(seconds, flops, flops / seconds / limit if seconds > 0 else 0.0)
-
-
-def split_costs(seconds: dict[str, float], flops: dict[str, float], limit: float) -> dict[str, Cost]:
-    """One cost a phase: those of seconds are all there are."""
-    return {phase: cost(value, flops.get(phase, 0.0), limit) for phase, value in seconds.items()}
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -198,12 +193,10 @@ class Samplers:
         """FLOPs of one video: by sampler, and by phase of the student."""
         totals: dict[str, float] = {}
         for name, call in self.calls(1, num_frames, runtime).items():
-            if "--compile" in VARIANTS.get(name, ()):
-                totals[name] = totals["student"]
-                continue
             with flop_counter() as counter:
-                call()
-            totals[name] = counter.get_total_flops()
+                if "--compile" not in VARIANTS.get(name, ()):
+                    call()
+            totals[name] = counter.get_total_flops() or totals["student"]
         with flop_counter() as counter:
             phases = Phases(counter.get_total_flops)
             self.watched(1, num_frames, runtime, phases)
@@ -236,11 +229,11 @@ def measure_generation(
             whole = cost(taken, batch_size * flops[name], limit)
             speed = GenerationSpeed(name, precision, batch_size, num_frames, batch_size * num_frames / taken, limit, whole)
             if name == "student":
-                split = split_costs(
-                    medians([phases.totals() for phases in watched[precision][1:]]),
-                    {phase: batch_size * value for phase, value in phase_flops.items()}, limit,
-                )
-                ends = [block_ends(phases) for phases in watched[precision][1:]]  # without the warm-up
+                runs = watched[precision][1:]  # without the warm-up
+                ends = [block_ends(phases) for phases in runs]
+                split = {
+                    phase: cost(value, batch_size * phase_flops[phase], limit) for phase, value in median_totals(runs).items()
+                }
                 gif_seconds, npz_seconds = time_output(samplers.calls(batch_size, num_frames, runtime)[name](), repeats)
                 speed = replace(
                     speed, first_block_seconds=statistics.median(end[0] for end in ends),
@@ -249,11 +242,6 @@ def measure_generation(
                 )
             speeds.append(speed)
     return speeds
-
-
-def matrix_limit(seconds: Mapping[tuple[str, Any], float], precision: str) -> float:
-    """FLOP/s of the fastest of the timed products."""
-    return max(PRODUCT_FLOPS / seconds[precision, size] for size in MATRIX_SIZES)
 
 
 def time_output(videos: Tensor, repeats: int) -> tuple[float, float]:
@@ -280,10 +268,6 @@ class SideBySide:
     num_frames: int
     parameters: dict[str, int]
     frames_per_second: dict[str, float]
-
-    def ratio(self, sampler: str) -> float:
-        """How many times as fast as the public code a sampler is, in this very run."""
-        return self.frames_per_second[sampler] / self.frames_per_second[PUBLIC]
 
 
 def measure_side_by_side(
@@ -398,13 +382,13 @@ def measure_training(config: Config, runtimes: dict[str, Runtime], repeats: int)
         whole = {kind: 0.0 for kind in ("generator", "critic")}
         for (kind, exit_step), (_, counted) in found.items():
             weight = kinds[kind][1] / len(training.denoising_steps)
-            for phase, value in medians([phases.totals() for phases in watched[precision, kind, exit_step][1:]]).items():
+            for phase, value in median_totals(watched[precision, kind, exit_step][1:]).items():
                 split[phase] = split.get(phase, 0.0) + weight * value
                 flops[phase] = flops.get(phase, 0.0) + weight * training.batch_size * counted[phase]
             whole[kind] += seconds[precision, (kind, exit_step)] / len(training.denoising_steps)
         mean = sum(share * whole[kind] for kind, (_, share) in kinds.items())
         speeds.append(TrainingSpeed(
             precision, training.batch_size, training.max_num_frames, limit, cost(mean, sum(flops.values()), limit),
-            whole["generator"], whole["critic"], split_costs(split, flops, limit),
+            whole["generator"], whole["critic"], {phase: cost(value, flops[phase], limit) for phase, value in split.items()},
         ))
     return speeds

@@ -10,12 +10,8 @@ number format are refused: that is another recipe.
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import argparse
 import json
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +40,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from evaluate import EvaluateConfig, evaluate  # noqa: E402
 from machine.files import free_paths, require_writable  # noqa: E402
+from machine.interruption import refusals_in_one_line  # noqa: E402
 from machine.runtime import describe_machine  # noqa: E402
 from training.checkpoint import checkpoint_config, load_checkpoint  # noqa: E402
 from training.resume import FINAL, describe_difference, settings_without  # noqa: E402
@@ -86,7 +83,7 @@ def score_runs(folders: list[Path], num_videos: int, seed: int, device: str, pre
     runs = [
         {"seed": config.seed, **{name: row[key] for name, (key, _, _) in FIGURES.items() if key in row},
          **{f"{name}_ci": row[f"{key}_ci"] for name, (key, _, _) in FIGURES.items() if f"{key}_ci" in row},
-         **story_of(folder, checkpoint), "training_format": checkpoint["runtime"] if "runtime" in checkpoint else {},
+         **story_of(folder, checkpoint), "training_format": checkpoint.get("runtime", {}),
          **{name: row[name] for name in ("checkpoint_sha256", "precision", "code_sha256")}}
         for folder, config, checkpoint, row in zip(folders, configs, checkpoints, rows, strict=True)
     ]
@@ -162,12 +159,10 @@ def draw(path: Path, table: dict[str, Any]) -> None:
 
 def main() -> None:
     arguments = parse_arguments(None)
-    try:
+    with refusals_in_one_line():
         table = score_runs(
             arguments.run_folders, arguments.num_videos, arguments.seed, arguments.device, arguments.precision, arguments.output_dir,
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(as_markdown(table))
 
 

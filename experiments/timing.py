@@ -33,28 +33,19 @@ def clock(device: torch.device) -> Gauge:
     """Seconds at which all work given to the device so far is done."""
 
     def read() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if device.type == "mps":
-            torch.mps.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         return time.perf_counter()
 
     return read
 
 
-def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _cpu_attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
-
-
 def flop_counter() -> FlopCounterMode:
     """Counts matrix products, forwards and backwards, the CPU's fused attention too, which PyTorch's own table leaves out."""
+    aten = torch.ops.aten
     return FlopCounterMode(display=False, custom_mapping={
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
     })
 
 
@@ -141,6 +132,12 @@ def matrix_products(runtime: Runtime) -> dict[int, Callable[[], object]]:
     return {size: products(size) for size in MATRIX_SIZES}
 
 
-def medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    """The median of each figure over runs that have the same ones."""
-    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+def matrix_limit(seconds: Mapping[tuple[str, Any], float], precision: str) -> float:
+    """FLOP/s of the fastest of the timed products, of the seconds of `time_in_turns` by number format and matrix size."""
+    return max(PRODUCT_FLOPS / seconds[precision, size] for size in MATRIX_SIZES)
+
+
+def median_totals(runs: list[Phases]) -> dict[str, float]:
+    """The median of each phase's total over runs that have the same phases."""
+    totals = [run.totals() for run in runs]
+    return {phase: statistics.median(each[phase] for each in totals) for phase in totals[0]}

@@ -2,3 +2,5 @@
 
 Never trains a generator. Imports `training` and below; the scripts and `experiments` import it.
 """
+
+from machine import threads  # noqa: F401  before torch, which reads its settings once

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from clips.own_videos import Clip, OwnVideos, VideosConfig
 from judging.corruptions import corrupt
-from judging.distribution import LEAST_VIDEOS, about, compare_distributions, resampled_counts
+from judging.distribution import LEAST_VIDEOS, compare_distributions, figure, resampled_counts
 from judging.ink import display_intensity
-from judging.metrics import summarise_measures
+from judging.metrics import VideoScores, summarise
 from machine.seeds import Purpose, torch_generator
 
 SIDE = 16  # pixels of the frames that are compared
@@ -93,11 +93,9 @@ class ClipPanel:
 
     def judge(self, video: Tensor, seed: int = 0) -> dict[str, Any]:
         """`CLIP_FIGURES`, with intervals, of video (B, F, C, H, W) made for `prompts`. Raises ValueError for values that are not finite."""
-        figures = summarise_measures({"motion": motion(video) / motion(self.held_out).mean().clamp_min(1e-9)}, {}, seed)
+        by_frame = {"motion": motion(video) / motion(self.held_out).mean().clamp_min(1e-9)}
         found, real = self.axes.features(video), self.axes.features(self.held_out)
-        for name, estimate in compare_distributions(found, real, seed).items():
-            figures |= {name: estimate.value, f"{name}_ci": [estimate.low, estimate.high]}
-        return figures | self._diversity(found, real, seed)
+        return summarise(VideoScores(by_frame, {}), seed) | compare_distributions(found, real, seed) | self._diversity(found, real, seed)
 
     def real_rows(self, seed: int = 0) -> dict[str, Tensor]:
         """Yardsticks: training clips, as perfect imitation would be; the same with frames shuffled, and stopped at the first frame."""
@@ -117,8 +115,7 @@ class ClipPanel:
         scale = (weights * torch.cdist(real, real)).sum() / weights.sum()
         counts = resampled_counts(len(found), RESAMPLES, torch_generator(seed, Purpose.BOOTSTRAP))
         numbers = [((each @ (weights * distance) @ each) / (each @ weights @ each).clamp_min(1e-9)) for each in counts]
-        estimate = about((weights * distance).sum() / weights.sum() / scale, torch.stack(numbers) / scale)
-        return {"diversity": estimate.value, "diversity_ci": [estimate.low, estimate.high]}
+        return figure("diversity", (weights * distance).sum() / weights.sum() / scale, torch.stack(numbers) / scale)
 
 
 def make_clip_panel(config: VideosConfig, num_videos: int, num_frames: int, seed: int = 0) -> ClipPanel:

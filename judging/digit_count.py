@@ -10,7 +10,6 @@ readable, and says nothing for or against the video. Real videos have such frame
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch.nn import functional
 
 from judging.digit_judge import DigitJudge, require_digits
 from judging.ink import display_intensity, intensity_sharpness
-from judging.metrics import read_classes, summarise_measures
+from judging.metrics import VideoScores, read_classes, summarise
 from moving_mnist import DatasetConfig
 from network.text_encoder import parse_caption
 
@@ -31,18 +30,6 @@ LEAST_FRAMES = 2  # frames in which a count must be seen before a video is said 
 IN_FRAME = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # neighbours: the eight in the frame, none in time
 
 
-@dataclass(frozen=True)
-class FramePieces:
-    """The digits that N frames show apart.
-
-    readable: (N,) bool, there is ink and no piece is larger than a digit. classes: N tuples of digits, sorted; `NO_DIGIT`
-    for a piece whose stroke mass is no digit's. A frame that is not readable has the classes of no piece: ().
-    """
-
-    readable: Tensor
-    classes: list[tuple[int, ...]]
-
-
 def scale_to_judge(judge: DigitJudge, config: DatasetConfig) -> int:
     """Pixels of these videos for one pixel of the judge's. Raises ValueError unless they are its digits, enlarged by a whole number."""
     require_digits(config)
@@ -50,17 +37,21 @@ def scale_to_judge(judge: DigitJudge, config: DatasetConfig) -> int:
     if scale < 1 or scale * judge.config.digit_size != config.digit_size or scale * judge.config.frame_size != config.frame_size:
         raise ValueError(
             f"frames of {config.frame_size} px with digits of {config.digit_size} px: expected whole multiples of the judge's "
-            f"{judge.config.frame_size} and {judge.config.digit_size}; train another one with `python metrics.py --train_judge`"
+            f"{judge.config.frame_size} and {judge.config.digit_size}; train another one with `{judge.command}`"
         )
     return scale
 
 
 @torch.no_grad()
-def read_pieces(judge: DigitJudge, intensity: Tensor) -> FramePieces:
-    """Cut intensities (N, H, W), at the judge's scale, into pieces and read each, alone on black, with the judge."""
+def read_pieces(judge: DigitJudge, intensity: Tensor) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """Cut intensities (N, H, W), at the judge's scale, into pieces and read each, alone on black, with the judge.
+
+    Returns whether a frame is readable, (N,) bool: there is ink and no piece is larger than a digit; and the digits that frames show
+    apart, sorted: `NO_DIGIT` for a piece whose stroke mass is no digit's, () for a frame that is not readable.
+    """
     labels, num_pieces = ndimage.label((intensity >= INK).numpy(), IN_FRAME)
     if num_pieces == 0:
-        return FramePieces(torch.zeros(len(intensity), dtype=torch.bool), [()] * len(intensity))
+        return torch.zeros(len(intensity), dtype=torch.bool), [()] * len(intensity)
     boxes = ndimage.find_objects(labels)
     frame = torch.tensor([box[0].start for box in boxes])  # (P,)
     side = torch.tensor([max(rows.stop - rows.start, columns.stop - columns.start) for _, rows, columns in boxes])
@@ -79,7 +70,7 @@ def read_pieces(judge: DigitJudge, intensity: Tensor) -> FramePieces:
         probabilities = judge((2 * alone - 1).unsqueeze(1).to(judge.class_mass.device)).softmax(dim=-1).cpu()
         for index, digit in zip(frame[part].tolist(), read_classes(probabilities, mass[part], class_mass).tolist(), strict=True):
             found[index].append(digit)
-    return FramePieces(readable, [tuple(sorted(digits)) for digits in found])
+    return readable, [tuple(sorted(digits)) for digits in found]
 
 
 def digits_of_prompts(prompts: list[str]) -> list[tuple[int, ...]]:
@@ -96,8 +87,7 @@ def shown_count(counts: list[int]) -> int:
 
     The largest, as digits that pass each other are fewer for a while, and never more.
     """
-    seen = Counter(counts)
-    return max((count for count, times in seen.items() if times >= LEAST_FRAMES), default=0)
+    return max((count for count, times in Counter(counts).items() if times >= LEAST_FRAMES), default=0)
 
 
 def shown_digits(classes: list[tuple[int, ...]]) -> tuple[int, ...]:
@@ -108,7 +98,7 @@ def shown_digits(classes: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def count_digits(judge: DigitJudge, video: Tensor, prompts: list[str], config: DatasetConfig, seed: int = 0) -> dict[str, float | list]:
-    """Score video (B, F, C, H, W) of one or more digits against its prompts: the figures of `summarise_measures` for
+    """Score video (B, F, C, H, W) of one or more digits against its prompts: the figures of `summarise` for
 
     frames_readable, by frame: the digits stand apart, so they can be counted and read. frames_right, by frame: readable, and the
     digits are those of the prompt, no more and no fewer; real video reaches its own share of readable frames, not 1.
@@ -122,13 +112,13 @@ def count_digits(judge: DigitJudge, video: Tensor, prompts: list[str], config: D
         raise ValueError(f"the video has shape {tuple(video.shape)}: expected {len(prompts)} videos of {config.frame_size} px")
     num_frames = video.shape[1]
     intensity = functional.avg_pool2d(display_intensity(video.cpu()), scale).flatten(0, 1)  # (N, H, W) at the judge's scale
-    pieces = read_pieces(judge, intensity)
-    by_video = [pieces.classes[first : first + num_frames] for first in range(0, len(pieces.classes), num_frames)]
+    readable, classes = read_pieces(judge, intensity)
+    by_video = [classes[first : first + num_frames] for first in range(0, len(classes), num_frames)]
     class_mass, class_sharpness = judge.class_mass.cpu(), judge.class_sharpness.cpu()
     mass = torch.stack([class_mass[list(digits)].sum() for digits in asked]).unsqueeze(1)  # (B, 1)
     sharpness = torch.stack([class_sharpness[list(digits)].mean() for digits in asked]).unsqueeze(1)
     by_frame = {
-        "frames_readable": pieces.readable.unflatten(0, (-1, num_frames)),
+        "frames_readable": readable.unflatten(0, (-1, num_frames)),
         "frames_right": torch.tensor([[found == digits for found in row] for row, digits in zip(by_video, asked, strict=True)]),
         "stroke_mass_ratio": intensity.sum(dim=(-2, -1)).unflatten(0, (-1, num_frames)) / mass,
         "sharpness_ratio": intensity_sharpness(intensity).unflatten(0, (-1, num_frames)) / sharpness,
@@ -138,4 +128,4 @@ def count_digits(judge: DigitJudge, video: Tensor, prompts: list[str], config: D
         "count_right": torch.tensor([count == len(digits) for count, digits in zip(counts, asked, strict=True)]),
         "videos_right": torch.tensor([shown_digits(row) == digits for row, digits in zip(by_video, asked, strict=True)]),
     }
-    return summarise_measures(by_frame, of_videos, seed)
+    return summarise(VideoScores(by_frame, of_videos), seed)

@@ -11,9 +11,9 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from math import cos, pi
+from math import cos, inf, pi
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from digits.mnist import unit_ink
 from judging.glyphs import recentre
-from judging.ink import display_intensity, edge_sharpness, intensity_centres, intensity_sharpness
+from judging.ink import display_intensity, intensity_centres, intensity_sharpness
 from machine.files import replacing
 from machine.paths import PRETRAINED
 from machine.seeds import Purpose, seed_global_generators, torch_generator
@@ -52,16 +52,6 @@ class JudgeConfig:
     accuracy: float = 0.0
     num_digits: int = 0
 
-    def __post_init__(self) -> None:
-        self.widths = tuple(self.widths)
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"the judge's widths are {self.widths}: expected positive channel counts")
-        if self.crop_size >> (len(self.widths) - 1) < POOLING:
-            raise ValueError(
-                f"the judge's window of {self.crop_size} pixels is too small for {len(self.widths)} stages: "
-                "choose a larger digit_size or fewer widths"
-            )
-
     @property
     def crop_size(self) -> int:
         """Side of the window around the centre of mass: the digit and one pixel on every side."""
@@ -74,6 +64,8 @@ class DigitJudge(nn.Module):
     The window moves by whole pixels, so nothing is resampled, and the network never has to learn translation.
     `class_mass` and `class_sharpness`, (10,) each, are the mean stroke mass and edge sharpness of every class in real frames.
     """
+
+    title, command, settings = "judge", "python -m judging.metrics --train_judge", JudgeConfig  # for `load_network`
 
     def __init__(self, config: JudgeConfig):
         super().__init__()
@@ -97,12 +89,8 @@ class DigitJudge(nn.Module):
 
     def describe(self) -> str:
         """How well it reads and what it learned from, in one line, to be printed beside its figures."""
-        return f"the judge learned from {self.config.num_digits} digits of its own and reads {self.config.accuracy:.1%} of held-out frames right"
-
-    @property
-    def feature_width(self) -> int:
-        """Features that `read` gives of a frame."""
-        return self.config.widths[-1]
+        config = self.config
+        return f"the judge learned from {config.num_digits} digits of its own and reads {config.accuracy:.1%} of held-out frames right"
 
     def crop(self, intensity: Tensor) -> Tensor:
         """Windows (N, 1, crop, crop) around the centres of mass of intensities (N, H, W); zero outside the frame."""
@@ -126,18 +114,16 @@ class DigitJudge(nn.Module):
 
     def check_matches(self, config: DatasetConfig) -> None:
         """Raise ValueError unless the judge was trained for these videos: one digit, the same sizes."""
+        require_digits(config)
         if config.num_digits != 1:
             raise ValueError(f"dataset.num_digits is {config.num_digits}: the measures are for videos of 1 digit")
-        require_digits(config)
         for name, found, expected in (
             ("frame_size", config.frame_size, self.config.frame_size),
             ("digit_size", config.digit_size, self.config.digit_size),
         ):
             if found != expected:
-                raise ValueError(
-                    f"dataset.{name} is {found}, the judge was trained for {expected}: "
-                    "train another one with `python metrics.py --train_judge`"
-                )
+                advice = f"train another one with `{self.command}`"
+                raise ValueError(f"dataset.{name} is {found}, the judge was trained for {expected}: {advice}")
 
 
 def require_digits(config: DataConfig) -> None:
@@ -147,52 +133,61 @@ def require_digits(config: DataConfig) -> None:
 
 
 def load_judge(path: str | os.PathLike = JUDGE_PATH, device: str | torch.device = "cpu") -> DigitJudge:
-    """The judge of a file that `save_judge` wrote, in float32 and eval mode, without gradients. Raises as `load_judging_network`."""
-    judge = load_judging_network(
-        path, "judge", "python metrics.py --train_judge", lambda config: DigitJudge(JudgeConfig(**config))
-    )
-    return judge.to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
+    """The judge of a file, as `load_network` reads it, and with its errors."""
+    return load_network(DigitJudge, path).to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
 
 
-def save_judge(judge: DigitJudge, path: str | os.PathLike) -> None:
-    """Write weights (float16) and config; the file appears whole or not at all."""
-    save_judging_network(judge, path, "judge")
+def load_network(kind: type[Judging], path: str | os.PathLike) -> Judging:
+    """A network of the figures from a file of `save_network`, in float32 and eval mode, without gradients, on the CPU.
 
-
-def load_judging_network(path: str | os.PathLike, name: str, command: str, build: Callable[[dict[str, Any]], Judging]) -> Judging:
-    """A network of the figures from a file of `save_judging_network`, in float32 and eval mode, without gradients, on the CPU.
-
-    name: what it is, in words; build makes the network of the stored config; command is what makes such a file. Raises
+    kind: its class, which knows its title in words, the type of its settings and the command that makes such a file. Raises
     FileNotFoundError where there is no such file, ValueError for a file that is no such network.
     """
-    advice = f"make one with `{command} --output {path}`"
+    advice = f"make one with `{kind.command} --output {path}`"
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no {name} at {path}: {advice}")
-    refusal = f"{path} is not a sound {name}: {advice}"
+        raise FileNotFoundError(f"no {kind.title} at {path}: {advice}")
+    refusal = f"{path} is not a sound {kind.title}: {advice}"
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint can raise nearly anything, and it all means the same
         raise ValueError(refusal) from error
-    weights = _weights_key(name)
+    weights = _weights_key(kind.title)
     if not isinstance(stored, dict) or set(stored) != {weights, "config"}:
         raise ValueError(refusal)
     try:
-        network = build(stored["config"])
+        network = kind(kind.settings(**stored["config"]))
         network.load_state_dict(stored[weights], strict=True)
     except (TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(refusal) from error
     return network.requires_grad_(False).eval()
 
 
-def save_judging_network(network: nn.Module, path: str | os.PathLike, name: str) -> None:
+def save_network(network: Judging, path: str | os.PathLike) -> None:
     """Write weights (float16) and config; the file appears whole or not at all."""
     state = {key: x.half() if x.is_floating_point() else x for key, x in network.state_dict().items()}
     with replacing(Path(path)) as temporary:
-        torch.save({_weights_key(name): state, "config": asdict(network.config)}, temporary)
+        torch.save({_weights_key(network.title): state, "config": asdict(network.config)}, temporary)
 
 
-def _weights_key(name: str) -> str:
-    return f"{name.replace(' ', '_')}_state_dict"
+def _weights_key(title: str) -> str:
+    return f"{title.replace(' ', '_')}_state_dict"
+
+
+def fit(network: Judging, draw_loss: Callable[[], Tensor], num_steps: int, report_every: int, max_norm: float = inf) -> Judging:
+    """Train a network of the figures on the losses drawn, with AdamW and cosine decay; returns it in eval mode, without gradients."""
+    peak_lr = 3e-3
+    optimizer = torch.optim.AdamW(network.train().parameters(), lr=peak_lr, weight_decay=0.02)
+    for step in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = peak_lr * min((step + 1) / 50, (1 + cos(pi * step / num_steps)) / 2)
+        loss = draw_loss()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), max_norm)
+        optimizer.step()
+        if (step + 1) % report_every == 0:
+            print(f"{network.title}: step {step + 1} of {num_steps}, loss {loss.item():.3f}", flush=True)
+    return network.requires_grad_(False).eval()
 
 
 def augmented_frames(generator: MovingMNISTGenerator, num_frames: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -233,10 +228,7 @@ def augmented_frames(generator: MovingMNISTGenerator, num_frames: int, rng: torc
 
 
 def train_judge(config: DatasetConfig, num_steps: int, seed: int, batch_size: int = 128) -> DigitJudge:
-    """A judge trained on augmented frames of the judges' digits: AdamW, cosine decay, bf16 autocast.
-
-    Raises ValueError for data of two digits or no step.
-    """
+    """A judge trained on augmented frames of the judges' digits, in bfloat16. Raises ValueError for data of two digits or no step."""
     if num_steps < 1:
         raise ValueError(f"the judge's number of training steps is {num_steps}: expected at least 1")
     if config.num_digits != 1:
@@ -244,23 +236,16 @@ def train_judge(config: DatasetConfig, num_steps: int, seed: int, batch_size: in
     seed_global_generators(seed, Purpose.JUDGE_TRAINING)
     rng = torch_generator(seed, Purpose.JUDGE_TRAINING, index=2)
     generator = MovingMNISTGenerator(config, "judge")
-    judge = DigitJudge(JudgeConfig(config.frame_size, config.digit_size, num_digits=len(generator.sprites))).train()
+    judge = DigitJudge(JudgeConfig(config.frame_size, config.digit_size, num_digits=len(generator.sprites)))
     judge = judge.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     measure_classes(judge, generator)
-    peak_lr = 3e-3
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=peak_lr, weight_decay=0.02)
-    for step in range(num_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = peak_lr * min((step + 1) / 50, (1 + cos(pi * step / num_steps)) / 2)
+
+    def draw_loss() -> Tensor:
         frames, digits = augmented_frames(generator, batch_size, rng)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = functional.cross_entropy(judge(frames), digits, label_smoothing=0.05)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if step % 100 == 99:
-            print(f"judge: step {step + 1} of {num_steps}, loss {loss.item():.3f}", flush=True)
-    judge.requires_grad_(False).eval()
+            return functional.cross_entropy(judge(frames), digits, label_smoothing=0.05)
+
+    fit(judge, draw_loss, num_steps, report_every=100)
     judge.config.accuracy = held_out_accuracy(judge, MovingMNISTGenerator(config, "test"), torch_generator(seed, Purpose.EXAMINATION))
     return judge
 
@@ -272,7 +257,8 @@ def measure_classes(judge: DigitJudge, generator: MovingMNISTGenerator) -> None:
     """
     labels = generator.digit_set.labels
     mass = generator.sprites.sum(dim=(1, 2))
-    sharpness = edge_sharpness(render_in_places(generator, torch_generator(0, Purpose.EXAMINATION))).mean(dim=1)
+    in_places = render_in_places(generator, torch_generator(0, Purpose.EXAMINATION))
+    sharpness = intensity_sharpness(display_intensity(in_places)).mean(dim=1)
     for values, buffer in ((mass, judge.class_mass), (sharpness, judge.class_sharpness)):
         buffer.copy_(torch.stack([values[labels == digit].mean() for digit in range(NUM_CLASSES)]))
 
@@ -289,7 +275,7 @@ class VideoReadings:
     """What the judge sees in every frame of B videos, on the CPU: all that is scored is scored from here.
 
     probabilities: (B, F, 10) of the digit; a judge always names one, even in a blank frame. features: (B, F, width) of
-    `DigitJudge.read`. mass, sharpness: (B, F), `stroke_mass` and `edge_sharpness`. centres: (B, F, 2), `centres_of_mass`. shapes:
+    `DigitJudge.read`. mass: (B, F), the sum of display intensities. centres: (B, F, 2) and sharpness: (B, F), of `ink`. shapes:
     (B, F, S, S), the ink of `glyphs.recentre`.
     """
 

@@ -1,7 +1,7 @@
 """How near a set of videos is to the real ones as a distribution: Frechet distance, density and coverage, over features.
 
 Dimensions: N generated and M real videos, E features of a video. Features are (N, E) or (M, E), float64, on the CPU; the
-functions know nothing of videos or networks.
+functions know nothing of videos or networks. A figure is a dict: under its name a number, and under NAME_ci its 95 % interval.
 
 The Frechet distance is the one behind FID and FVD (Heusel et al. 2017, arXiv 1706.08500, eq. 6), here in the features of
 `video_judge`, so its values are neither FIDs nor FVDs: read them between the floor (real against other real videos) and
@@ -10,7 +10,6 @@ the ceiling (real against real with frames shuffled) of the same run. It grows a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import inf
 
 import torch
@@ -69,21 +68,10 @@ def coverage(inside: Tensor) -> Tensor:
     return inside.any(dim=0).double().mean()
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its 95 % interval."""
+def compare_distributions(features: Tensor, reference: Tensor, seed: int = 0) -> dict[str, float | list]:
+    """frechet_distance, density and coverage of features (N, E) against reference (M, E), with bootstrap intervals over the N videos.
 
-    value: float
-    low: float
-    high: float
-
-
-def compare_distributions(features: Tensor, reference: Tensor, seed: int = 0) -> dict[str, Estimate]:
-    """frechet_distance, density and coverage of features (N, E) against reference (M, E), with intervals over the N videos.
-
-    The intervals come from `RESAMPLES` bootstrap resamples. A resample repeats videos, which raises its Frechet distance and
-    lowers its coverage whatever the videos are; so an interval is the spread of the resamples about their own mean, put about
-    the figure. Raises ValueError for sets too small, or of different features.
+    Raises ValueError for sets too small, or of different features.
     """
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
         raise ValueError(f"features {tuple(features.shape)} and {tuple(reference.shape)}: expected (N, E) and (M, E)")
@@ -94,9 +82,9 @@ def compare_distributions(features: Tensor, reference: Tensor, seed: int = 0) ->
     resampled_density = counts @ inside.double().sum(dim=1) / (NEIGHBOURS * len(features))
     resampled_coverage = ((counts > 0).double() @ inside.double() > 0).double().mean(dim=1)
     return {
-        "frechet_distance": about(frechet_distance(features, reference), frechet_distance(features, reference, counts)),
-        "density": about(density(inside), resampled_density),
-        "coverage": about(coverage(inside), resampled_coverage, most=1.0),
+        **figure("frechet_distance", frechet_distance(features, reference), frechet_distance(features, reference, counts)),
+        **figure("density", density(inside), resampled_density),
+        **figure("coverage", coverage(inside), resampled_coverage, most=1.0),
     }
 
 
@@ -106,8 +94,12 @@ def resampled_counts(num_videos: int, num_resamples: int, rng: torch.Generator) 
     return torch.zeros(rows.shape, dtype=torch.float64).scatter_add_(1, rows, torch.ones(rows.shape, dtype=torch.float64))
 
 
-def about(value: Tensor, resampled: Tensor, most: float = inf) -> Estimate:
-    """The figure with the 95 % spread of its resamples (R,) about their mean; no figure here can be negative, or above `most`."""
+def figure(name: str, value: Tensor, resampled: Tensor, most: float = inf) -> dict[str, float | list]:
+    """The figure with the 95 % spread of its resamples (R,) about their mean; no figure here can be negative, or above `most`.
+
+    A resample repeats videos, which raises its Frechet distance and lowers its coverage whatever the videos are: so the spread of the
+    resamples about their own mean is put about the figure.
+    """
     spread = (resampled - resampled.mean()).quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype))
     low, high = (value + spread).clamp(0, most).tolist()
-    return Estimate(value.item(), min(low, value.item()), max(high, value.item()))
+    return {name: value.item(), f"{name}_ci": [min(low, value.item()), max(high, value.item())]}

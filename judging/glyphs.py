@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from digits.mnist import NUM_CLASSES
-from judging.distribution import RESAMPLES, Estimate, about, frechet_distance, resampled_counts
+from judging.distribution import RESAMPLES, figure, frechet_distance, resampled_counts
 from judging.ink import intensity_centres
 from machine.seeds import Purpose, torch_generator
 
@@ -48,10 +48,12 @@ def relative_spread(glyphs: Tensor, counts: Tensor) -> Tensor:
     return variance.clamp_min(0) / norm.clamp_min(1e-12)
 
 
-def glyph_diversity(glyphs: Tensor, digits: Tensor, reference: Tensor, reference_digits: Tensor, seed: int = 0) -> Estimate | None:
+def glyph_diversity(
+    glyphs: Tensor, digits: Tensor, reference: Tensor, reference_digits: Tensor, seed: int = 0
+) -> dict[str, float | list]:
     """The spread of glyphs (N, S, S) within their classes, digits (N,), over that of real ones, averaged over the classes.
 
-    1 is as varied as real digits, 0 one glyph a class. Classes with fewer than `LEAST_GLYPHS` on either side are left out; None where
+    1 is as varied as real digits, 0 one glyph a class. Classes with fewer than `LEAST_GLYPHS` on either side are left out; empty where
     none is left. The interval is a bootstrap over the videos of each class.
     """
     rng = torch_generator(seed, Purpose.BOOTSTRAP)
@@ -63,7 +65,7 @@ def glyph_diversity(glyphs: Tensor, digits: Tensor, reference: Tensor, reference
         floor = relative_spread(real, torch.ones(1, len(real), dtype=torch.float64))
         ratios.append(relative_spread(own, torch.ones(1, len(own), dtype=torch.float64)) / floor)
         resampled.append(relative_spread(own, resampled_counts(len(own), RESAMPLES, rng)) / floor)
-    return about(torch.cat(ratios).mean(), torch.stack(resampled).nanmean(dim=0)) if ratios else None
+    return figure("glyph_diversity", torch.cat(ratios).mean(), torch.stack(resampled).nanmean(dim=0)) if ratios else {}
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class GlyphCode:
         return (glyphs.flatten(1).double() - self.mean) @ self.components
 
 
-def glyph_frechet(code: GlyphCode, glyphs: Tensor, reference: Tensor, seed: int = 0) -> Estimate:
+def glyph_frechet(code: GlyphCode, glyphs: Tensor, reference: Tensor, seed: int = 0) -> dict[str, float | list]:
     """Frechet distance between glyphs (N, S, S) and real ones (M, S, S), in the code, with a bootstrap interval over the N."""
     features, real = code.encode(glyphs), code.encode(reference)
     counts = resampled_counts(len(features), RESAMPLES, torch_generator(seed, Purpose.BOOTSTRAP))
-    return about(frechet_distance(features, real), frechet_distance(features, real, counts))
+    return figure("glyph_frechet", frechet_distance(features, real), frechet_distance(features, real, counts))

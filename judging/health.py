@@ -5,11 +5,7 @@
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from judging.fixed_prompts import JUDGED_COLUMNS
+from judging.prompts import JUDGED_COLUMNS
+from machine.interruption import refusals_in_one_line
 from machine.paths import user_path
 from method.diagnostics import NOISE_LEVELS
 from training.run_log import plot_series, read_scalars
-
-# ------------------------------------------------------------------------------------------------------------ the picture
 
 
 @dataclass(frozen=True)
@@ -53,19 +48,12 @@ PANELS = {
     "frames_right_last_block": PanelStyle("frames right, last block", "as in all frames", (-0.03, 1.03)),
     "stroke_mass_ratio_last_block": PanelStyle("stroke mass over real, last block", "as in all frames"),
 }
-EXIT_CAPTION = "steps alike, none apart"
-
-
-def panel_of(column: str) -> PanelStyle | None:
-    """How a column of scalars.csv is drawn; None for one that is not."""
-    if column.startswith("loss_exit_"):
-        return PanelStyle(f"loss, exit at {column.removeprefix('loss_exit_')}", EXIT_CAPTION)
-    return PANELS.get(column)
+EXIT = "loss_exit_"  # and a timestep: the columns of the exit steps
 
 
 def ordered_columns(found: set[str]) -> list[str]:
     """The columns that are drawn, in the order of `PANELS`, exit steps before the judge's."""
-    exits = sorted((name for name in found if name.startswith("loss_exit_")), key=lambda name: -int(name.removeprefix("loss_exit_")))
+    exits = sorted((name for name in found if name.startswith(EXIT)), key=lambda name: -int(name.removeprefix(EXIT)))
     known = [name for name in PANELS if name in found]
     first = [name for name in known if name not in JUDGED_COLUMNS]
     return [*first, *exits, *(name for name in known if name in JUDGED_COLUMNS)]
@@ -93,7 +81,7 @@ def draw_health(path: Path, runs: dict[str, dict[str, tuple[np.ndarray, np.ndarr
 
 
 def _draw_panel(axis: Axes, column: str, series: dict[str, tuple[np.ndarray, np.ndarray]], names: list[str]) -> None:
-    panel = panel_of(column)
+    panel = PANELS.get(column, PanelStyle(f"loss, exit at {column.removeprefix(EXIT)}", "steps alike, none apart"))
     for name, (steps, values) in series.items():
         plot_series(axis, steps, values, f"C{names.index(name) % 10}")
     everything = np.concatenate([values for _, values in series.values()])
@@ -113,9 +101,6 @@ def _draw_panel(axis: Axes, column: str, series: dict[str, tuple[np.ndarray, np.
 def draw_run(csv_path: Path, picture_path: Path) -> None:
     """health.png of one run."""
     draw_health(picture_path, {csv_path.parent.name: read_scalars(csv_path)})
-
-
-# ----------------------------------------------------------------------------------------------------------- command line
 
 
 def compare_runs(folders: list[Path], output: Path) -> None:
@@ -143,10 +128,8 @@ def main() -> None:
     parser.add_argument("run_folders", nargs="+", type=user_path, metavar="RUN_FOLDER", help="folders under logs/training")
     parser.add_argument("--output", required=True, type=user_path, metavar="PATH", help="the picture, a new .png file")
     arguments = parser.parse_args()
-    try:
+    with refusals_in_one_line():
         compare_runs(arguments.run_folders, arguments.output)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(f"wrote {arguments.output}")
 
 

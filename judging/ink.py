@@ -1,7 +1,6 @@
 """Ink: what can be measured in a frame without knowing what it shows: how much, where, and how sharp its edges are.
 
-Dimensions: B videos, F frames, C channels, H = W frame side. Videos are (B, F, C, H, W) in [-1, 1] and are clamped
-first; intensities are grey values in [0, 1]. Positions are (x, y) in pixel indices, x to the right and y down.
+Dimensions: H = W frame side. Intensities are grey values in [0, 1]. Positions are (x, y) in pixel indices, x to the right and y down.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def display_intensity(video: Tensor) -> Tensor:
 
 
 def intensity_centres(intensity: Tensor, haze: float = HAZE) -> Tensor:
-    """Centres (..., 2) of intensities (..., H, W), counting pixels of at least `haze`."""
+    """Centres of mass (..., 2) of intensities (..., H, W), counting pixels of at least `haze`; a blank frame gives its middle."""
     weights = torch.where(intensity >= haze, intensity, 0.0)
     mass = weights.sum(dim=(-2, -1))
     height, width = intensity.shape[-2:]
@@ -51,21 +50,3 @@ def intensity_sharpness(intensity: Tensor) -> Tensor:
     steps = torch.cat((across.flatten(-2), down.flatten(-2)), dim=-1).abs() / peak.clamp_min(FAINTEST_PEAK).flatten(-2)
     steps = torch.where(steps >= HAZE, steps, 0.0)
     return steps.square().sum(dim=-1) / steps.sum(dim=-1).clamp_min(HAZE)
-
-
-# --------------------------------------------------------------------------------------------------------- of whole videos
-
-
-def stroke_mass(video: Tensor) -> Tensor:
-    """Sum of the display intensities of every frame, (B, F), of video (B, F, C, H, W)."""
-    return display_intensity(video).sum(dim=(-2, -1))
-
-
-def centres_of_mass(video: Tensor) -> Tensor:
-    """Centre of mass (x, y) of every frame, (B, F, 2), of video (B, F, C, H, W); a blank frame gives its middle."""
-    return intensity_centres(display_intensity(video))
-
-
-def edge_sharpness(video: Tensor) -> Tensor:
-    """`intensity_sharpness` of every frame, (B, F), of video (B, F, C, H, W)."""
-    return intensity_sharpness(display_intensity(video))

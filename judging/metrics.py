@@ -10,9 +10,6 @@ on speed too. `sanity` shows which fault moves which measure.
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import argparse
 import sys
 from dataclasses import dataclass
@@ -24,16 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from judging.corruptions import corrupt as corrupt  # this name and the others said twice are for those who know them from here
-from judging.digit_judge import JUDGE_PATH, DigitJudge, VideoReadings, load_judge, read_videos, save_judge, train_judge
-from judging.digit_judge import read_digits as read_digits
+from judging.corruptions import corrupt
+from judging.digit_judge import JUDGE_PATH, DigitJudge, VideoReadings, load_judge, read_videos, save_network, train_judge
 from judging.distribution import resampled_counts
-from judging.ink import centres_of_mass as centres_of_mass
-from judging.ink import stroke_mass as stroke_mass
-from judging.tracking import FittedTrack as FittedTrack
-from judging.tracking import fit_bouncing_track as fit_bouncing_track
+from judging.tracking import fit_bouncing_track
+from machine.interruption import refusals_in_one_line
 from machine.paths import at_home
 from machine.seeds import Purpose, torch_generator
+from method.choices import require
 from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTGenerator
 from network.text_encoder import parse_caption
 
@@ -58,11 +53,6 @@ def read_classes(probabilities: Tensor, mass: Tensor, class_mass: Tensor) -> Ten
     classes = probabilities.argmax(dim=-1)
     ratio = mass / class_mass[classes]
     return torch.where((ratio >= MASS_GATE[0]) & (ratio <= MASS_GATE[1]), classes, NO_DIGIT)
-
-
-def frames_right(classes: Tensor, digits: Tensor) -> Tensor:
-    """Frames (B, F) that show the prompt's digit: classes (B, F) of `read_classes` against digits (B,)."""
-    return classes == digits.unsqueeze(1)
 
 
 def videos_right(classes: Tensor, digits: Tensor) -> Tensor:
@@ -115,74 +105,56 @@ def direction_obeyed(velocity: Tensor, moving: Tensor, directions: Tensor) -> tu
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
-def share_interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for the mean of values (N,) in [0, 1], one value a video: whether it has a property, or in how many of
-    its frames. Raises ValueError for no value and for values outside [0, 1].
+def share_interval(values: Tensor, level: float = 0.95) -> list:
+    """Wilson's score interval [low, high] for the mean of values (N,) in [0, 1], one value a video: whether it has a property, or in
+    how many of its frames; one of every column of values (N, K). Raises ValueError for no value and for values outside [0, 1].
 
     (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n) (Wilson 1927), where a bootstrap would have no width at 0 and 1.
     n is N for yes or no. A share of frames varies less over the videos, s^2 < p (1 - p), and counts as N p (1 - p) / s^2 videos: the
     effective sample size, N over the design effect (Korn and Graubard 1998); N where s^2 is 0.
     """
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"values have shape {tuple(values.shape)}: expected at least one value in one dimension")
-    low, high = share_intervals(values.unsqueeze(1), level)[0].tolist()
-    return low, high
-
-
-def share_intervals(values: Tensor, level: float = 0.95) -> Tensor:
-    """`share_interval` of every column of values (N, K), one row a video: (K, 2)."""
-    values = values.detach().cpu().double()
-    if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"values are {values.min():g} to {values.max():g}: expected shares in [0, 1]")
-    p, z = values.mean(dim=0), NormalDist().inv_cdf((1 + level) / 2)
-    single, spread = p * (1 - p), values.var(dim=0, correction=0)  # without correction: equal for yes or no
+    columns = _columns(values)
+    if not ((columns >= 0) & (columns <= 1)).all():
+        raise ValueError(f"values are {columns.min():g} to {columns.max():g}: expected shares in [0, 1]")
+    p, z = columns.mean(dim=0), NormalDist().inv_cdf((1 + level) / 2)
+    single, spread = p * (1 - p), columns.var(dim=0, correction=0)  # without correction: equal for yes or no
     n = len(values) * torch.where(spread > 1e-12, single / spread, 1.0)  # below it all values are equal, but for rounding
     middle, scale = p + z**2 / (2 * n), 1 + z**2 / n
     reach = z * (single / n + z**2 / (4 * n**2)).sqrt()
     low, high = (middle - reach) / scale, (middle + reach) / scale
-    return torch.stack([low.minimum(p), high.maximum(p)], dim=1).clamp(0, 1)  # against rounding at 0 and 1
+    intervals = torch.stack([low.minimum(p), high.maximum(p)], dim=1).clamp(0, 1).tolist()  # against rounding at 0 and 1
+    return intervals if values.ndim > 1 else intervals[0]
 
 
-def bootstrap_interval(values: Tensor, num: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of values (N,), one value a video (Efron 1979).
-
-    Raises ValueError for no value.
-    """
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"values have shape {tuple(values.shape)}: expected at least one value in one dimension")
-    low, high = bootstrap_intervals(values.unsqueeze(1), num, seed, level)[0].tolist()
-    return low, high
-
-
-def bootstrap_intervals(values: Tensor, num: int = 1000, seed: int = 0, level: float = 0.95) -> Tensor:
-    """`bootstrap_interval` of every column of values (N, K), one row a video: (K, 2)."""
+def bootstrap_interval(values: Tensor, num: int = 1000, seed: int = 0, level: float = 0.95) -> list:
+    """Percentile bootstrap interval [low, high] of the mean of values (N,), one value a video (Efron 1979); one of every column of
+    values (N, K). Raises ValueError for no value."""
+    columns = _columns(values)
     counts = resampled_counts(len(values), num, torch_generator(seed, Purpose.BOOTSTRAP))
-    means = counts @ values.detach().cpu().double() / len(values)  # (num, K)
-    return means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=0).T
+    means = counts @ columns / len(values)  # (num, K)
+    intervals = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=0).T.tolist()
+    return intervals if values.ndim > 1 else intervals[0]
+
+
+def _columns(values: Tensor) -> Tensor:
+    """(N, K), float64, of values (N,) or (N, K)."""
+    require(len(values) > 0, "the number of values", 0, "at least one value")
+    return values.detach().cpu().double().view(len(values), -1)
 
 
 @dataclass(frozen=True)
 class VideoScores:
-    """Scores of B videos of F frames, on the CPU; each is defined at the function of its name.
+    """Measures of B videos of F frames, on the CPU, by name.
 
-    (B, F), by frame: frames_right, class_kept, frames_within (the video moves and the centre is within `TRACK_TOLERANCE` of
-    the fitted track), all bool; track_error, distance from the fitted track in pixels, whether the video moves or not;
+    by_frame, (B, F) each: frames_right, class_kept and frames_within_1px (the video moves and the centre is within `TRACK_TOLERANCE`
+    of the fitted track), all bool; mean_track_error, distance from the fitted track in pixels, whether the video moves or not;
     stroke_mass_ratio and sharpness_ratio, over the mean of the prompt's digit in real frames.
-    (B,), bool: videos_right, one_class, track_within, moving, direction_obeyed, direction_named.
+    of_videos, (B,) bool each: videos_right, one_class, track_within_1px, moving; and direction_obeyed, of the videos whose prompt names
+    a direction alone.
     """
 
-    frames_right: Tensor
-    class_kept: Tensor
-    frames_within: Tensor
-    track_error: Tensor
-    stroke_mass_ratio: Tensor
-    sharpness_ratio: Tensor
-    videos_right: Tensor
-    one_class: Tensor
-    track_within: Tensor
-    moving: Tensor
-    direction_obeyed: Tensor
-    direction_named: Tensor
+    by_frame: dict[str, Tensor]
+    of_videos: dict[str, Tensor]
 
 
 def facts_of_prompts(prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -198,9 +170,7 @@ def facts_of_prompts(prompts: list[str]) -> tuple[Tensor, Tensor]:
     return torch.tensor([fact.digits[0] for fact in facts]), torch.tensor(directions)
 
 
-def score_videos(
-    judge: DigitJudge, video: Tensor, digits: Tensor, directions: Tensor, config: DatasetConfig
-) -> VideoScores:
+def score_videos(judge: DigitJudge, video: Tensor, digits: Tensor, directions: Tensor, config: DatasetConfig) -> VideoScores:
     """Score video (B, F, C, H, W) in [-1, 1] against the prompts' digits (B,) and directions (B,).
 
     directions: octants, `NO_DIRECTION` where the prompt names none. Raises ValueError where the judge, the data's
@@ -208,9 +178,7 @@ def score_videos(
     """
     judge.check_matches(config)
     if video.ndim != 5 or video.shape[-2:] != (config.frame_size, config.frame_size):
-        raise ValueError(
-            f"the video has shape {tuple(video.shape)}: expected (B, F, C, {config.frame_size}, {config.frame_size})"
-        )
+        raise ValueError(f"the video has shape {tuple(video.shape)}: expected (B, F, C, {config.frame_size}, {config.frame_size})")
     for name, values in (("digits", digits), ("directions", directions)):
         if values.shape != video.shape[:1]:
             raise ValueError(f"{name} have shape {tuple(values.shape)}: expected one a video, ({len(video)},)")
@@ -227,48 +195,25 @@ def score_readings(
     fit = fit_bouncing_track(readings.centres, config)
     moving = is_moving(fit.speed, classes, config)
     obeyed, named = direction_obeyed(fit.velocity, moving, directions)
-    return VideoScores(
-        frames_right=frames_right(classes, digits),
-        class_kept=class_kept(classes),
-        frames_within=moving.unsqueeze(1) & (fit.error <= TRACK_TOLERANCE),
-        track_error=fit.error,
-        stroke_mass_ratio=readings.mass / class_mass[digits].unsqueeze(1),
-        sharpness_ratio=readings.sharpness / class_sharpness[digits].unsqueeze(1),
-        videos_right=videos_right(classes, digits),
-        one_class=one_class_throughout(classes),
-        track_within=track_within(fit.error, moving),
-        moving=moving,
-        direction_obeyed=obeyed,
-        direction_named=named,
-    )
+    by_frame = {
+        "frames_right": classes == digits.unsqueeze(1),
+        "class_kept": class_kept(classes),
+        "frames_within_1px": moving.unsqueeze(1) & (fit.error <= TRACK_TOLERANCE),
+        "mean_track_error": fit.error,
+        "stroke_mass_ratio": readings.mass / class_mass[digits].unsqueeze(1),
+        "sharpness_ratio": readings.sharpness / class_sharpness[digits].unsqueeze(1),
+    }
+    of_videos = {
+        "videos_right": videos_right(classes, digits),
+        "one_class": one_class_throughout(classes),
+        "track_within_1px": track_within(fit.error, moving),
+        "direction_obeyed": obeyed[named],
+        "moving": moving,
+    }
+    return VideoScores(by_frame, of_videos)
 
 
 def summarise(scores: VideoScores, seed: int = 0) -> dict[str, float | list]:
-    """The figures of B videos: those of `summarise_measures` for the measures below.
-
-    By frame: frames_right, class_kept, frames_within_1px, mean_track_error (pixels), stroke_mass_ratio and sharpness_ratio
-    (1 is real). Of whole videos: videos_right, one_class, track_within_1px, moving, and direction_obeyed (over the videos
-    whose prompt names a direction; absent where none does).
-    """
-    by_frame = {
-        "frames_right": scores.frames_right,
-        "class_kept": scores.class_kept,
-        "frames_within_1px": scores.frames_within,
-        "mean_track_error": scores.track_error,
-        "stroke_mass_ratio": scores.stroke_mass_ratio,
-        "sharpness_ratio": scores.sharpness_ratio,
-    }
-    of_videos = {
-        "videos_right": scores.videos_right,
-        "one_class": scores.one_class,
-        "track_within_1px": scores.track_within,
-        "direction_obeyed": scores.direction_obeyed[scores.direction_named],
-        "moving": scores.moving,
-    }
-    return summarise_measures(by_frame, of_videos, seed)
-
-
-def summarise_measures(by_frame: dict[str, Tensor], of_videos: dict[str, Tensor], seed: int = 0) -> dict[str, float | list]:
     """Means over videos of measures (B, F) and (B,), each with its 95 % interval [low, high] over videos.
 
     The interval is `share_interval` for a bool measure, a share of videos or of their frames, `bootstrap_interval` for others and for
@@ -281,27 +226,22 @@ def summarise_measures(by_frame: dict[str, Tensor], of_videos: dict[str, Tensor]
     def add(name: str, values: Tensor, is_share: bool) -> None:
         if len(values) > 0:
             summary[name] = values.double().mean().item()
-            summary[f"{name}_ci"] = list(share_interval(values) if is_share else bootstrap_interval(values, seed=seed))
+            summary[f"{name}_ci"] = share_interval(values) if is_share else bootstrap_interval(values, seed=seed)
 
-    for name, measure in by_frame.items():
+    for name, measure in scores.by_frame.items():
         values, is_share = measure.double(), measure.dtype == torch.bool
         add(name, values.mean(dim=1), is_share)
         summary[f"{name}_by_frame"] = values.mean(dim=0).tolist()
-        summary[f"{name}_by_frame_ci"] = (share_intervals(values) if is_share else bootstrap_intervals(values, seed=seed)).tolist()
+        summary[f"{name}_by_frame_ci"] = share_interval(values) if is_share else bootstrap_interval(values, seed=seed)
         blocks = torch.stack([block.mean(dim=1) for block in values.split(FRAMES_PER_BLOCK, dim=1)], dim=1)  # (B, K)
         summary[f"{name}_by_block"] = blocks.mean(dim=0).tolist()
         if blocks.shape[1] > 1:
-            add(f"{name}_slope", slope_per_block(blocks), is_share=False)
-    for name, measure in of_videos.items():
+            index = torch.arange(blocks.shape[1], dtype=blocks.dtype)
+            centred = index - index.mean()
+            add(f"{name}_slope", blocks @ centred / centred.square().sum(), is_share=False)
+    for name, measure in scores.of_videos.items():
         add(name, measure, measure.dtype == torch.bool)
     return summary
-
-
-def slope_per_block(blocks: Tensor) -> Tensor:
-    """Slope (B,) of the least-squares line through values (B, K) of K blocks, a block."""
-    index = torch.arange(blocks.shape[1], dtype=blocks.dtype)
-    centred = index - index.mean()
-    return blocks @ centred / centred.square().sum()
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -315,8 +255,7 @@ def self_test(path: str) -> None:
     opposite = torch.where(directions == NO_DIRECTION, directions, (directions + NUM_OCTANTS // 2) % NUM_OCTANTS)
     cases = {"real": (batch.video, digits, directions, None)}
     cases["wrong prompts"] = (batch.video, (digits + 1) % NUM_CLASSES, opposite, "direction_obeyed")
-    for how, falls in (("faint", "frames_right"), ("frozen", "moving"), ("shuffled", "track_within_1px"),
-                       ("blurred", "frames_right")):
+    for how, falls in {"faint": "frames_right", "frozen": "moving", "shuffled": "track_within_1px", "blurred": "frames_right"}.items():
         cases[how] = (corrupt(batch.video, how), digits, directions, falls)
     names = ("frames_right", "videos_right", "one_class", "track_within_1px", "direction_obeyed", "moving",
              "stroke_mass_ratio", "mean_track_error")
@@ -329,14 +268,10 @@ def self_test(path: str) -> None:
         real = real or summary
         print(f"{case:14}" + "".join(f"{summary[name]:18.3f}" for name in names))
         if falls is not None and summary[falls] > real[falls] - MIN_FALL:
-            raise RuntimeError(
-                f"{falls} is {summary[falls]:.3f} on {case} videos: expected far less than {real[falls]:.3f}"
-            )
+            raise RuntimeError(f"{falls} is {summary[falls]:.3f} on {case} videos: expected far less than {real[falls]:.3f}")
     for name in ("frames_right", "one_class", "track_within_1px", "direction_obeyed"):
         if real[name] < MIN_REAL:
-            raise RuntimeError(
-                f"{name} is {real[name]:.3f} on real videos: expected {MIN_REAL} or more, train another judge"
-            )
+            raise RuntimeError(f"{name} is {real[name]:.3f} on real videos: expected {MIN_REAL} or more, train another judge")
 
 
 def main() -> None:
@@ -351,14 +286,12 @@ def main() -> None:
         sys.exit(f"error: --steps is {arguments.steps}: expected at least 1")
     if arguments.train_judge and Path(arguments.output).exists():
         sys.exit(f"error: {arguments.output} exists already: give --output the name of a new file, or delete it first")
-    try:
+    with refusals_in_one_line():
         if arguments.train_judge:
             judge = train_judge(DatasetConfig(), arguments.steps, arguments.seed)
-            save_judge(judge, arguments.output)
+            save_network(judge, arguments.output)
             print(f"{judge.config.accuracy:.2%} of held-out frames read right, judge written to {arguments.output}")
         self_test(arguments.output)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from judging.digit_count import count_digits, scale_to_judge
 from judging.digit_judge import DigitJudge, VideoReadings, load_judge, read_videos, render_in_places, warn_of_foreign_digits
-from judging.distribution import LEAST_VIDEOS, Estimate, compare_distributions
+from judging.distribution import LEAST_VIDEOS, compare_distributions
 from judging.glyphs import GlyphCode, glyph_diversity, glyph_frechet
 from judging.metrics import facts_of_prompts, read_classes, score_readings, summarise, videos_right
 from judging.video_judge import VideoJudge, embed_videos, load_video_judge, read_real_videos
@@ -69,13 +69,9 @@ def make_panel(config: DatasetConfig, num_videos: int, num_frames: int, seed: in
     for split, purpose in (("test", Purpose.REFERENCE), ("train", Purpose.IMITATION)):
         readings, right = read_real_videos(judge, MovingMNISTGenerator(config, split, purpose=purpose), seed, num_videos, num_frames)
         real.append(features_of(judge, video_judge, readings, right["digit"]))
-    return Panel(config, judge, Reference(video_judge, glyph_code(judge, config), *real))
-
-
-def glyph_code(judge: DigitJudge, config: DatasetConfig) -> GlyphCode:
-    """The code of glyphs, from the digits of the judges."""
     own = MovingMNISTGenerator(replace(config, judge_fraction=DatasetConfig.judge_fraction), "judge")
-    return GlyphCode.of(read_videos(judge, render_in_places(own, torch_generator(0, Purpose.EXAMINATION))).shapes.mean(dim=1))
+    code = GlyphCode.of(read_videos(judge, render_in_places(own, torch_generator(0, Purpose.EXAMINATION))).shapes.mean(dim=1))
+    return Panel(config, judge, Reference(video_judge, code, *real))
 
 
 def features_of(judge: DigitJudge, video_judge: VideoJudge, readings: VideoReadings, digits: Tensor) -> Features:
@@ -88,7 +84,8 @@ def judge_videos(panel: Panel, video: Tensor, prompts: list[str], seed: int = 0)
     """All figures of video (B, F, C, H, W) in [-1, 1] for its prompts.
 
     For one digit those of `metrics.summarise`, frechet_distance, density and coverage of `distribution`, and glyph_diversity and
-    glyph_frechet of `glyphs`; for two those of `digit_count.count_digits`. Raises ValueError for values that are not finite and for prompts that are not of such videos.
+    glyph_frechet of `glyphs`; for two those of `digit_count.count_digits`. Raises ValueError for values that are not finite and for
+    prompts that are not of such videos.
     """
     if panel.config.num_digits > 1:
         return count_digits(panel.judge, video, prompts, panel.config, seed)
@@ -126,15 +123,8 @@ def yardsticks(panel: Panel, video: Tensor, prompts: list[str], seed: int = 0) -
 
 def _as_figures(reference: Reference, found: Features, seed: int) -> dict[str, float | list]:
     real = reference.held_out
-    estimates: dict[str, Estimate | None] = {
-        **compare_distributions(found.embedding, real.embedding, seed),
-        "glyph_diversity": glyph_diversity(
-            found.glyphs[found.shown], found.digits[found.shown], real.glyphs[real.shown], real.digits[real.shown], seed
-        ),
-        "glyph_frechet": glyph_frechet(reference.code, found.glyphs, real.glyphs, seed),
+    shown = found.glyphs[found.shown], found.digits[found.shown], real.glyphs[real.shown], real.digits[real.shown]
+    return {
+        **compare_distributions(found.embedding, real.embedding, seed), **glyph_diversity(*shown, seed),
+        **glyph_frechet(reference.code, found.glyphs, real.glyphs, seed),
     }
-    figures: dict[str, float | list] = {}
-    for name, estimate in estimates.items():
-        if estimate is not None:
-            figures |= {name: estimate.value, f"{name}_ci": [estimate.low, estimate.high]}
-    return figures

@@ -9,21 +9,18 @@ trained on real videos of the judges' digits to tell the digit, the direction, t
 
 from __future__ import annotations
 
-from machine import threads  # noqa: F401  before torch, which reads its settings once
-
-# isort: split
 import argparse
 import os
 import sys
 from dataclasses import dataclass
-from math import cos, pi
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from judging.digit_judge import DigitJudge, VideoReadings, load_judge, load_judging_network, read_videos, save_judging_network
+from judging.digit_judge import DigitJudge, VideoReadings, fit, load_judge, load_network, read_videos, save_network
+from machine.interruption import refusals_in_one_line
 from machine.paths import PRETRAINED, at_home
 from machine.seeds import Purpose, seed_global_generators, torch_generator
 from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
@@ -61,6 +58,8 @@ class VideoJudge(nn.Module):
     state weighs all frames alike. Any number of frames will do.
     """
 
+    title, command, settings = "video judge", "python -m judging.video_judge --train", VideoJudgeConfig  # for `load_network`
+
     def __init__(self, config: VideoJudgeConfig):
         super().__init__()
         self.config = config
@@ -97,12 +96,12 @@ class VideoJudge(nn.Module):
 
     def check_matches(self, judge: DigitJudge) -> None:
         """Raise ValueError unless this network stands on the features of such a digit judge."""
-        found = (judge.config.frame_size, judge.config.digit_size, judge.feature_width)
+        found = (judge.config.frame_size, judge.config.digit_size, judge.config.widths[-1])
         expected = (self.config.frame_size, self.config.digit_size, self.config.frame_features)
         if found != expected:
             raise ValueError(
                 f"the digit judge's frame side, digit side and features are {found}, the video judge's {expected}: "
-                "train another one with `python video_judge.py --train`"
+                f"train another one with `{self.command}`"
             )
 
 
@@ -121,7 +120,7 @@ def answers(batch: MovingMNISTBatch) -> dict[str, Tensor]:
 def train_video_judge(
     judge: DigitJudge, config: DatasetConfig, num_steps: int, num_videos: int, seed: int, num_frames: int = 21, batch_size: int = 64
 ) -> VideoJudge:
-    """A video judge trained on `num_videos` real videos of the judges' digits, read once: AdamW, cosine decay.
+    """A video judge trained on `num_videos` real videos of the judges' digits, read once.
 
     Raises ValueError where the digit judge was not made for these videos, and for no step or too few videos.
     """
@@ -133,14 +132,11 @@ def train_video_judge(
     seed_global_generators(seed, Purpose.JUDGE_TRAINING)
     rng = torch_generator(seed, Purpose.JUDGE_TRAINING, index=2)
     readings, right = read_real_videos(judge, MovingMNISTGenerator(config, "judge"), seed, num_videos, num_frames)
-    video_judge = VideoJudge(VideoJudgeConfig(config.frame_size, config.digit_size, judge.feature_width)).train()
+    video_judge = VideoJudge(VideoJudgeConfig(config.frame_size, config.digit_size, judge.config.widths[-1]))
     video_judge.mean_mass.copy_(readings.mass.mean())
     video_judge.mean_sharpness.copy_(readings.sharpness.mean())
-    peak_lr = 3e-3
-    optimizer = torch.optim.AdamW(video_judge.parameters(), lr=peak_lr, weight_decay=0.02)
-    for step in range(num_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = peak_lr * min((step + 1) / 50, (1 + cos(pi * step / num_steps)) / 2)
+
+    def draw_loss() -> Tensor:
         rows = torch.randint(num_videos, (batch_size,), generator=rng)
         length = int(torch.randint(MIN_TRAINED_FRAMES, num_frames + 1, (), generator=rng))
         part = readings.take(rows, slice(length))
@@ -148,13 +144,9 @@ def train_video_judge(
         loss = functional.mse_loss(video_judge.heads["looks"](embedding), video_judge.looks(part))
         for name in ANSWERS:
             loss = loss + functional.cross_entropy(video_judge.heads[name](embedding), right[name][rows], label_smoothing=0.05)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(video_judge.parameters(), 1.0)
-        optimizer.step()
-        if step % 250 == 249:
-            print(f"video judge: step {step + 1} of {num_steps}, loss {loss.item():.3f}", flush=True)
-    video_judge.requires_grad_(False).eval()
+        return loss
+
+    fit(video_judge, draw_loss, num_steps, report_every=250, max_norm=1.0)
     video_judge.config.accuracy = examine(video_judge, judge, config, seed, num_frames)
     return video_judge
 
@@ -178,38 +170,16 @@ def read_real_videos(
     return readings, {name: torch.cat([part[name] for part in right]) for name in ANSWERS}
 
 
+@torch.no_grad()
 def answered_right(video_judge: VideoJudge, readings: VideoReadings, right: dict[str, Tensor]) -> dict[str, float]:
     """Share of videos whose digit, direction and speed the network tells."""
-    with torch.no_grad():
-        embedding = video_judge.embed(readings)
-        return {
-            name: (video_judge.heads[name](embedding).argmax(dim=-1) == right[name]).float().mean().item() for name in ANSWERS
-        }
+    embedding = video_judge.embed(readings)
+    return {name: (video_judge.heads[name](embedding).argmax(dim=-1) == right[name]).float().mean().item() for name in ANSWERS}
 
 
 def load_video_judge(path: str | os.PathLike = VIDEO_JUDGE_PATH) -> VideoJudge:
-    """The network of a file that `save_video_judge` wrote, in float32 and eval mode. Raises as `load_judging_network`."""
-    return load_judging_network(
-        path, "video judge", "python video_judge.py --train", lambda config: VideoJudge(VideoJudgeConfig(**config))
-    )
-
-
-def save_video_judge(video_judge: VideoJudge, path: str | os.PathLike) -> None:
-    """Write weights (float16) and config; the file appears whole or not at all."""
-    save_judging_network(video_judge, path, "video judge")
-
-
-def _train_or_examine(arguments: argparse.Namespace) -> dict[str, float]:
-    """Share of held-out videos answered right by the network that was made, or by the one that is there."""
-    judge, config = load_judge(), DatasetConfig()
-    if arguments.train:
-        video_judge = train_video_judge(judge, config, arguments.steps, arguments.videos, arguments.seed)
-        save_video_judge(video_judge, arguments.output)
-        assert video_judge.config.accuracy is not None
-        return video_judge.config.accuracy
-    video_judge = load_video_judge(arguments.output)
-    video_judge.check_matches(judge)
-    return examine(video_judge, judge, config, arguments.seed + 1)
+    """The network of a file, as `load_network` reads it, and with its errors."""
+    return load_network(VideoJudge, path)
 
 
 def main() -> None:
@@ -223,10 +193,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.train and Path(arguments.output).exists():
         sys.exit(f"error: {arguments.output} exists already: give --output the name of a new file, or delete it first")
-    try:
-        right = _train_or_examine(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with refusals_in_one_line():
+        judge, config = load_judge(), DatasetConfig()
+        if arguments.train:
+            video_judge = train_video_judge(judge, config, arguments.steps, arguments.videos, arguments.seed)
+            save_network(video_judge, arguments.output)
+            right = video_judge.config.accuracy
+        else:
+            video_judge = load_video_judge(arguments.output)
+            video_judge.check_matches(judge)
+            right = examine(video_judge, judge, config, arguments.seed + 1)
     print(f"{HELD_OUT_VIDEOS} videos of held-out digits, told right: " + ", ".join(f"{name} {share:.1%}" for name, share in right.items()))
 
 

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h, "try again later": no crash (1), no bad command line (2), no signal's 128 + N
 EXIT_CTRL_C = 130  # 128 + SIGINT, as shells say it: of what is no training, and so has nothing to go on with
+
+
+@contextmanager
+def refusals_in_one_line(if_interrupted: str = "nothing was written") -> Iterator[None]:
+    """Within, a ValueError or OSError, which says what does not fit, ends the process with status 1 and one line; Ctrl-C with 130."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        print(f"interrupted: {if_interrupted}", file=sys.stderr)
+        sys.exit(EXIT_CTRL_C)
 
 
 class RunInterrupted(Exception):

@@ -26,7 +26,7 @@ from method.settings import FewStepConfig, PretrainConfig, TrainingConfig, check
 from network.attention import ContextWindow
 from network.int8_products import require_exact_int8
 from network.text_encoder import NULL_PROMPT, TextEncoder
-from sampling.streaming import PromptSchedule, encode_switch, start_rollout
+from sampling.streaming import PromptSchedule, stream_video
 from tiny_causal_wan import TinyCausalWanModel
 from training.checkpoint import LoadedNetworks
 from training.stages import Sampler
@@ -48,13 +48,9 @@ def sample_few_step(
     if schedule is not None:
         schedule.check(starts)
         changes = schedule.changes()
-    video = [] if first_frames is None else [first_frames]
-    with torch.no_grad(), runtime.autocast():
-        blocks = start_rollout(model, text_encoder, prompts, seeds, plan, len(starts), first_frames)
-        for start in starts:
-            new = [changes[start]] * len(prompts) if start in changes else None
-            video.append(blocks.send(None if new is None else encode_switch(model, text_encoder, new, plan, switch)))
-        return torch.cat(video, dim=1).float()
+    stream = stream_video(model, text_encoder, prompts, seeds, plan, runtime, len(starts), switch, first_frames)
+    blocks = [stream.send([changes[start]] * len(prompts) if start in changes else None) for start in starts]
+    return torch.cat(blocks if first_frames is None else [first_frames.float(), *blocks], dim=1)
 
 
 def block_starts(num_frames: int, plan: RolloutPlan, first_frames: Tensor | None) -> list[int]:
@@ -85,10 +81,16 @@ def sample_many_step(
         return sample_bidirectional(model, prompt, null, make_noise_streams(seeds), num_frames, plan).float()
 
 
-def sample(sampler: Sampler, prompts: list[str], seeds: list[int], num_frames: int, runtime: Runtime) -> Tensor:
-    """Videos (B, F, C, H, W), float32: by the rollout or by the bidirectional sampler, as the plan says."""
-    make = sample_many_step if isinstance(sampler.plan, BidirectionalPlan) else sample_few_step
-    return make(sampler.network, sampler.text_encoder, prompts, seeds, num_frames, sampler.plan, runtime)
+def sample(
+    sampler: Sampler, prompts: list[str], seeds: list[int], num_frames: int, runtime: Runtime, schedule: PromptSchedule | None = None,
+    switch: str = "recache", first_frames: Tensor | None = None,
+) -> Tensor:
+    """Videos (B, F, C, H, W), float32: by the rollout or by the bidirectional sampler, as the plan says. schedule, switch and first_frames
+    are for a rollout alone, see `sample_few_step`."""
+    common = (sampler.network, sampler.text_encoder, prompts, seeds, num_frames, sampler.plan, runtime)
+    if isinstance(sampler.plan, BidirectionalPlan):
+        return sample_many_step(*common)
+    return sample_few_step(*common, schedule, switch, first_frames)
 
 
 @dataclass(frozen=True)
@@ -135,29 +137,6 @@ class SamplerSettings:
         Guidance left open is the checkpoint's for a teacher's steps and none otherwise. The window of a causal rollout left open is
         that of the training, and where that had none the length of its videos, so it can go on for any length.
         """
-        context, is_student = self._context(training), isinstance(training, FewStepConfig)
-        if self.num_steps is not None or (not is_student and self.denoising_steps is None):
-            if isinstance(training, PretrainConfig) and training.objective == "mixed" and not self.causal:
-                if self.window_frames is not None or self.sink_frames is not None:
-                    raise ValueError("--window_frames and --sink_frames are for a rollout block by block: leave them out, or give "
-                                     "--causal")
-                wishes = {"num_steps": self.num_steps, "guidance": self.guidance, "eta": self.eta, "ink_kept": self.ink_kept}
-                return replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
-            self._refuse_teacher_options()
-            num_steps = training.teacher_steps if self.num_steps is None else self.num_steps
-            own_guidance = 1.0 if is_student else training.guidance
-            guidance = own_guidance if self.guidance is None else self.guidance
-            context_time = training.context_time if isinstance(training, FewStepConfig) else 0.0
-            return many_step_plan(num_steps, training.time_shift, training.num_frames_per_block, guidance, context, context_time)
-        self._refuse_teacher_options()
-        plan = RolloutPlan((1.0,), training.num_frames_per_block, context=context)
-        if isinstance(training, FewStepConfig):
-            plan = few_step_plan(training, context)
-        if self.denoising_steps is not None:
-            plan = replace(plan, times=warp_steps(list(self.denoising_steps), training.time_shift))
-        return replace(plan, guidance=1.0 if self.guidance is None else self.guidance)
-
-    def _context(self, training: TrainingConfig) -> ContextWindow:
         window = training.max_num_frames if training.window_frames is None else training.window_frames
         context = ContextWindow(
             window if self.window_frames is None else self.window_frames,
@@ -165,14 +144,30 @@ class SamplerSettings:
             independent_first_frame=training.independent_first_frame,
         )
         context.check(training.num_frames_per_block, "--")
-        return context
-
-    def _refuse_teacher_options(self) -> None:
-        """Raise ValueError naming what only a bidirectional teacher has."""
-        for name, value in (("eta", self.eta), ("ink_kept", self.ink_kept)):
-            if value is not None:
-                raise ValueError(f"--{name} is for a bidirectional teacher in many steps, and this is a rollout block by block: "
-                                 "leave it out")
+        of_teacher = {"eta": self.eta, "ink_kept": self.ink_kept}
+        is_teacher = isinstance(training, PretrainConfig) and training.objective == "mixed"
+        if is_teacher and not self.causal and self.denoising_steps is None:
+            if self.window_frames is not None or self.sink_frames is not None:
+                raise ValueError("--window_frames and --sink_frames are for a rollout block by block: leave them out, or give --causal")
+            wishes = {"num_steps": self.num_steps, "guidance": self.guidance, **of_teacher}
+            return replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
+        for name, wish in of_teacher.items():
+            if wish is not None:
+                raise ValueError(
+                    f"--{name} is for a bidirectional teacher in many steps, and this is a rollout block by block: leave it out"
+                )
+        is_student = isinstance(training, FewStepConfig)
+        if self.num_steps is not None or (not is_student and self.denoising_steps is None):
+            num_steps = training.teacher_steps if self.num_steps is None else self.num_steps
+            own_guidance = 1.0 if is_student else training.guidance
+            guidance = own_guidance if self.guidance is None else self.guidance
+            context_time = training.context_time if is_student else 0.0
+            return many_step_plan(num_steps, training.time_shift, training.num_frames_per_block, guidance, context, context_time)
+        block = training.num_frames_per_block
+        plan = few_step_plan(training, context) if is_student else RolloutPlan((1.0,), block, context=context)
+        if self.denoising_steps is not None:
+            plan = replace(plan, times=warp_steps(list(self.denoising_steps), training.time_shift))
+        return replace(plan, guidance=1.0 if self.guidance is None else self.guidance)
 
 
 def check_length(
@@ -229,16 +224,15 @@ def generate(
     """One video per (prompt, seed): (B, F, C, H, W), float32, on the CPU, in model range but not clamped to [-1, 1].
 
     batch_size: videos a forward pass; compiled networks make batches of one size, at most that, as each size is compiled.
-    schedule, switch: prompts that take over later, see `sample_few_step`. first_frames
-    (F, C, H, W) in [-1, 1]: every video goes on from them and begins with them. Words that the grammar lacks are named in
-    one warning for the whole call. Raises ValueError where prompts, seeds, length or settings do not fit each other or the
-    checkpoint.
+    schedule, switch: prompts that take over later, see `sample_few_step`. first_frames (F, C, H, W) in [-1, 1]: every video goes on from
+    them and begins with them. Words that the grammar lacks are named in one warning for the whole call. Raises ValueError where prompts,
+    seeds, length or settings do not fit each other or the checkpoint.
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds: expected one seed for each of at least one prompt")
     require(batch_size >= 1, "batch_size", batch_size, "at least 1")
-    plan = settings.make_plan(networks.config.training)
-    check_length(num_frames, plan, networks.config.training, schedule, first_frames)
+    sampler = Sampler(networks.generator, networks.text_encoder, settings.make_plan(networks.config.training))
+    check_length(num_frames, sampler.plan, networks.config.training, schedule, first_frames)
     later = [] if schedule is None else list(schedule.changes().values())
     networks.text_encoder.tokenize(list(dict.fromkeys(prompts + later)))  # warns once, of all prompts together
     size, extra = batch_size, 0
@@ -252,12 +246,8 @@ def generate(
         warnings.filterwarnings("ignore", category=UserWarning, module="network.text_encoder")  # the same again, batch by batch
         for first in range(0, len(filled[0]), size):
             texts, batch_seeds = (values[first : first + size] for values in filled)
-            common = (networks.generator, networks.text_encoder, texts, batch_seeds, num_frames)
-            if isinstance(plan, BidirectionalPlan):
-                video = sample_many_step(*common, plan, runtime)
-            else:
-                given = None if first_frames is None else first_frames.to(runtime.device).expand(len(texts), -1, -1, -1, -1)
-                video = sample_few_step(*common, plan, runtime, schedule, switch, given)
+            given = None if first_frames is None else first_frames.to(runtime.device).expand(len(texts), -1, -1, -1, -1)
+            video = sample(sampler, texts, batch_seeds, num_frames, runtime, schedule, switch, given)
             videos.append(video[: len(prompts) - first].cpu())
             bar.update(len(videos[-1]))
     return torch.cat(videos)

@@ -33,15 +33,6 @@ def encode_switch(
     return PromptSwitch(model.encode_prompt(*text_encoder.encode(prompts)), switch, null)
 
 
-def start_rollout(
-    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], plan: RolloutPlan, num_blocks: int | None,
-    first_frames: Tensor | None = None,
-) -> Generator[Tensor, PromptSwitch | None, None]:
-    """`rollout_blocks` for these prompts. Generation hides nothing of the window: `hide_first_block` is for training alone."""
-    first, plan = encode_switch(model, text_encoder, prompts, plan), replace(plan, context=replace(plan.context, hide_first_block=False))
-    return rollout_blocks(model, first.prompt, make_noise_streams(seeds), num_blocks, plan, first.null_prompt, first_frames=first_frames)
-
-
 def stream_video(
     model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], plan: RolloutPlan, runtime: Runtime,
     num_blocks: int | None = None, switch: str = "recache", first_frames: Tensor | None = None,
@@ -51,9 +42,13 @@ def stream_video(
     prompts, seeds: one for each video. Send B new prompts to change them from the next block on, which `send` returns; switch: what
     happens to the cache then, see `PromptSwitch`. first_frames (B, F, C, H, W): frames before the first block.
     """
+    plan = replace(plan, context=replace(plan.context, hide_first_block=False))  # which is for training alone
     # The contexts are closed before each yield: they must not hold for whoever consumes the stream.
     with torch.no_grad(), runtime.autocast():
-        blocks = start_rollout(model, text_encoder, prompts, seeds, plan, num_blocks, first_frames)
+        first = encode_switch(model, text_encoder, prompts, plan)
+        blocks = rollout_blocks(
+            model, first.prompt, make_noise_streams(seeds), num_blocks, plan, first.null_prompt, first_frames=first_frames
+        )
     sent: list[str] | None = None
     while True:
         try:

@@ -64,28 +64,31 @@ def test_collapse_lowers_coverage_and_not_density_and_outliers_lower_density():
     real, made = normal(400, 8), normal(400, 8, seed=1)
     whole = compare_distributions(made, real)
     collapsed = compare_distributions(made[torch.arange(400) % 20], real)
-    assert collapsed["coverage"].value < 0.5 < 0.9 < whole["coverage"].value
-    assert collapsed["density"].value > 0.5
+    assert collapsed["coverage"] < 0.5 < 0.9 < whole["coverage"]
+    assert collapsed["density"] > 0.5
     far = compare_distributions(torch.cat((made[:200], made[200:] + 50)), real)
-    assert far["density"].value < 0.6 * whole["density"].value
+    assert far["density"] < 0.6 * whole["density"]
 
 
 def test_intervals_hold_the_figure_and_narrow_with_more_videos():
     real = normal(300, 4)
     many, few = compare_distributions(normal(300, 4, 1, 0.5), real), compare_distributions(normal(30, 4, 1, 0.5), real)
-    for name, estimate in many.items():
-        assert estimate.low <= estimate.value <= estimate.high and estimate.low < estimate.high, name
+    for name in ("frechet_distance", "density", "coverage"):
+        (low, high), (few_low, few_high) = many[f"{name}_ci"], few[f"{name}_ci"]
+        assert low <= many[name] <= high and low < high, name
         if name != "coverage":  # few videos cover little, whichever they are
-            assert estimate.high - estimate.low < 0.7 * (few[name].high - few[name].low), name
+            assert high - low < 0.7 * (few_high - few_low), name
     assert compare_distributions(normal(300, 4, 1, 0.5), real) == many
     truth = 4 * 0.5**2
-    assert many["frechet_distance"].low < truth < many["frechet_distance"].high
+    low, high = many["frechet_distance_ci"]
+    assert low < truth < high
 
 
 def test_the_interval_of_coverage_ends_at_one():
     real = normal(60, 2)
-    covered = compare_distributions(real + 0.01 * normal(60, 2, seed=1), real)["coverage"]
-    assert covered.value > 0.98 and covered.high <= 1 and covered.low < covered.value
+    found = compare_distributions(real + 0.01 * normal(60, 2, seed=1), real)
+    low, high = found["coverage_ci"]
+    assert found["coverage"] > 0.98 and high <= 1 and low < found["coverage"]
 
 
 def test_what_cannot_be_compared_is_refused():

@@ -57,22 +57,23 @@ def test_relative_spread_is_the_variance_over_the_squared_mean_and_a_factor_chan
 def test_real_digits_are_as_varied_as_real_digits_whichever_they_are(real):
     for split in ("test", "train", "judge"):
         found = glyph_diversity(*glyphs_of(split), *real)
-        assert found.low <= found.value <= found.high and abs(found.value - 1) < 0.15, split
+        low, high = found["glyph_diversity_ci"]
+        assert low <= found["glyph_diversity"] <= high and abs(found["glyph_diversity"] - 1) < 0.15, split
 
 
 def test_one_digit_a_class_has_no_variety_a_few_have_some_and_noise_adds_little(real):
-    one = glyph_diversity(*glyphs_of("train", rows_of_a_few("train", 1)), *real).value
-    noisy = glyph_diversity(*glyphs_of("train", rows_of_a_few("train", 1), noise=0.15), *real).value
-    three = glyph_diversity(*glyphs_of("train", rows_of_a_few("train", 3)), *real).value
+    one = glyph_diversity(*glyphs_of("train", rows_of_a_few("train", 1)), *real)["glyph_diversity"]
+    noisy = glyph_diversity(*glyphs_of("train", rows_of_a_few("train", 1), noise=0.15), *real)["glyph_diversity"]
+    three = glyph_diversity(*glyphs_of("train", rows_of_a_few("train", 3)), *real)["glyph_diversity"]
     assert one < 0.02 and noisy < 0.1 and 0.3 < three < 0.9
 
 
 def test_classes_with_too_few_glyphs_are_left_out(real):
     glyphs, digits = real
     few = torch.cat([(digits == digit).nonzero()[: LEAST_GLYPHS - 1, 0] for digit in range(10)])
-    assert glyph_diversity(glyphs[few], digits[few], *real) is None
+    assert glyph_diversity(glyphs[few], digits[few], *real) == {}
     more = torch.cat([few, (digits == 4).nonzero()[:, 0]])
-    assert glyph_diversity(glyphs[more], digits[more], *real).value > 0.5
+    assert glyph_diversity(glyphs[more], digits[more], *real)["glyph_diversity"] > 0.5
 
 
 def test_the_distance_in_the_code_keeps_style(real):
@@ -81,7 +82,8 @@ def test_the_distance_in_the_code_keeps_style(real):
     torch.testing.assert_close(code.components.T @ code.components, identity, rtol=0, atol=1e-9)
     imitation = glyph_frechet(code, glyphs_of("train")[0], real[0])
     one = glyph_frechet(code, glyphs_of("train", rows_of_a_few("train", 1))[0], real[0])
-    assert imitation.low <= imitation.value <= imitation.high and one.low > 5 * imitation.high
+    (low, high), (one_low, _) = imitation["glyph_frechet_ci"], one["glyph_frechet_ci"]
+    assert low <= imitation["glyph_frechet"] <= high and one_low > 5 * high
 
 
 def test_the_judge_reads_the_shapes_of_every_frame():

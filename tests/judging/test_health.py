@@ -19,9 +19,9 @@ import train
 from dynamic_video_sf import SelfForcingEngine
 from judging import health
 from judging.digit_judge import DigitJudge, JudgeConfig, load_judge
-from judging.fixed_prompts import JUDGED_COLUMNS, PROMPTS, SEEDS, FixedPrompts
 from judging.health import compare_runs
 from judging.metrics import facts_of_prompts
+from judging.prompts import JUDGED_COLUMNS, PROMPTS, SEEDS, FixedPrompts
 from machine.paths import REPOSITORY
 from method.diagnostics import critic_lag, exit_columns, mean_by_exit_step, mean_by_noise_level, score_figures
 from method.flow_matching import add_noise

@@ -5,8 +5,12 @@ import torch
 from torch.nn import functional
 
 from judging.corruptions import corrupt
-from judging.ink import HAZE, edge_sharpness, intensity_sharpness
+from judging.ink import HAZE, display_intensity, intensity_sharpness
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
+
+
+def edge_sharpness(video: torch.Tensor) -> torch.Tensor:
+    return intensity_sharpness(display_intensity(video))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from judging import video_judge as video_judge_room
-from judging.digit_judge import load_judge, read_videos
+from judging.digit_judge import load_judge, read_videos, save_network
 from judging.video_judge import (
     VIDEO_JUDGE_PATH,
     answered_right,
@@ -12,7 +12,6 @@ from judging.video_judge import (
     embed_videos,
     load_video_judge,
     read_real_videos,
-    save_video_judge,
     train_video_judge,
 )
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
@@ -80,7 +79,7 @@ def test_training_learns_and_round_trips(judge, tmp_path):
     readings, right = read_real_videos(judge, MovingMNISTGenerator(CONFIG, "train"), 0, 128, 9)
     assert answered_right(trained, readings, right)["digit"] > 0.6 and set(trained.config.accuracy) == {"digit", "direction", "speed"}
     path = tmp_path / "folder" / "video_judge.pt"
-    save_video_judge(trained, path)
+    save_network(trained, path)
     again = load_video_judge(path)
     assert again.config == trained.config and not again.training
     assert [file.name for file in path.parent.iterdir()] == ["video_judge.pt"]
@@ -91,12 +90,12 @@ def test_training_learns_and_round_trips(judge, tmp_path):
 
 def test_what_is_no_video_judge_is_refused(tmp_path, video_judge):
     path = tmp_path / "video_judge.pt"
-    with pytest.raises(FileNotFoundError, match="video_judge.py --train"):
+    with pytest.raises(FileNotFoundError, match="judging.video_judge --train"):
         load_video_judge(path)
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="not a sound video judge"):
         load_video_judge(path)
-    save_video_judge(video_judge, path)
+    save_network(video_judge, path)
     stored = torch.load(path, weights_only=True)
     del stored["video_judge_state_dict"]["mean_mass"]
     torch.save(stored, path)

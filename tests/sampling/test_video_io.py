@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -78,15 +79,6 @@ def test_channels_keep_their_order():
     np.testing.assert_array_equal(video_io.to_uint8(video)[0, 0, 0], [0, 0, 255])
 
 
-def test_a_batch_is_tiled_in_reading_order_with_white_gaps():
-    video = torch.tensor([0.0, 0.2, 0.4]).view(3, 1, 1, 1, 1).expand(3, 2, 1, 4, 4)
-    pixels = video_io.to_uint8(video)[..., 0]
-    side, gap = 4, video_io.GAP
-    assert pixels.shape == (2, 2 * side + gap, 2 * side + gap)
-    corners = pixels[0][[0, 0, -1, -1, side], [0, -1, 0, -1, 0]]
-    np.testing.assert_array_equal(corners, [0, 51, 102, 255, 255])  # the missing fourth video and the gap are white
-
-
 def test_array_round_trip_is_exact(tmp_path):
     video = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for prompt in ("a zero moving up", ""):
@@ -115,10 +107,10 @@ def test_load_array_refuses_other_files(tmp_path):
 
 def test_grey_gif_reads_back_exactly(tmp_path):
     video = moving_square(6)
-    video_io.save_video(tmp_path / "clip.gif", video, fps=10, scale=3)
+    video_io.save_video(tmp_path / "clip.gif", video, scale=3)
     np.testing.assert_array_equal(gif_frames(tmp_path / "clip.gif"), video_io.to_uint8(video, scale=3))
     with Image.open(tmp_path / "clip.gif") as image:
-        assert image.info["duration"] == 100 and image.info["loop"] == 0
+        assert image.info["duration"] == 120 and image.info["loop"] == 0  # 125 ms in whole hundredths of a second
 
 
 def test_colour_gif_reads_back_closely(tmp_path):
@@ -136,23 +128,21 @@ def test_a_still_gif_keeps_its_frame_count(tmp_path, channels):
     assert len(gif_frames(tmp_path / "still.gif")) == 9
 
 
-def test_png_strip_puts_frames_side_by_side_and_a_batch_in_rows(tmp_path):
-    videos = batch()
-    video_io.save_video(tmp_path / "strip.png", videos, scale=2)
+def test_png_strip_puts_frames_side_by_side(tmp_path):
+    video = moving_square(7)
+    video_io.save_video(tmp_path / "strip.png", video, scale=2)
     picture = np.asarray(Image.open(tmp_path / "strip.png"))
     side, pitch = 32, 32 + video_io.GAP
-    assert picture.shape == (pitch + side, 6 * pitch + side, 3)
-    for row, video in enumerate(videos):
-        for column, frame in enumerate(video_io.to_uint8(video, scale=2)):
-            cell = picture[row * pitch : row * pitch + side, column * pitch : column * pitch + side]
-            np.testing.assert_array_equal(cell, frame)
+    assert picture.shape == (side, 6 * pitch + side, 3)
+    for column, frame in enumerate(video_io.to_uint8(video, scale=2)):
+        np.testing.assert_array_equal(picture[:, column * pitch : column * pitch + side], frame)
     assert (picture[:, side:pitch] == 255).all()
 
 
 @pytest.mark.parametrize(("side", "scale"), [(16, 4), (15, 3), (5, 1)])
 def test_mp4_has_every_frame_and_odd_sizes_gain_one_pixel(tmp_path, side, scale):
     video = torch.linspace(0.1, 0.9, 9).view(9, 1, 1, 1).expand(9, 1, side, side)
-    video_io.save_video(tmp_path / "clip.mp4", video, fps=8, scale=scale)
+    video_io.save_video(tmp_path / "clip.mp4", video, scale=scale)
     frames = np.stack(imageio.mimread(tmp_path / "clip.mp4"))
     even = side * scale + side * scale % 2
     assert frames.shape == (9, even, even, 3)
@@ -170,8 +160,10 @@ def test_animations_of_any_length(tmp_path, num_frames):
 
 
 def test_evenly_spaced_frames_include_both_ends():
-    assert video_io._evenly_spaced(21, 7) == [0, 3, 7, 10, 13, 17, 20]
-    assert video_io._evenly_spaced(4, 7) == [0, 1, 2, 3]
+    for num_frames, shown in ((21, [0, 3, 7, 10, 13, 17, 20]), (4, [0, 1, 2, 3])):
+        strips, labels, _ = video_io._chosen_frames(torch.rand(2, num_frames, 1, 32, 32), 7, 3)
+        assert labels == [f"frame {frame}" for frame in shown]
+        assert [strip.shape for strip in strips] == [(96, 96 * len(shown) + video_io.GAP * (len(shown) - 1), 3)] * 2
 
 
 def contains(picture: np.ndarray, patch: np.ndarray) -> bool:
@@ -181,12 +173,12 @@ def contains(picture: np.ndarray, patch: np.ndarray) -> bool:
 
 def test_contact_sheet_shows_the_chosen_frames_and_its_labels(tmp_path):
     videos = batch()
-    video_io.contact_sheet(tmp_path / "sheet.png", videos, LABELS, num_columns_frames=3, scale=2)
+    video_io.contact_sheet(tmp_path / "sheet.png", videos, LABELS, num_shown=3, scale=2)
     picture = np.asarray(Image.open(tmp_path / "sheet.png"))
     for video in videos:
         frames = video_io.to_uint8(video, scale=2)
         assert [contains(picture, frame) for frame in frames] == [True, False, False, True, False, False, True]
-    video_io.contact_sheet(tmp_path / "blank.png", videos, ["", LABELS[1]], num_columns_frames=3, scale=2)
+    video_io.contact_sheet(tmp_path / "blank.png", videos, ["", LABELS[1]], num_shown=3, scale=2)
     assert not np.array_equal(picture, np.asarray(Image.open(tmp_path / "blank.png")))
     margin = video_io.MARGIN
     assert (picture[:margin] == 255).all() and (picture[-margin:] == 255).all()
@@ -195,7 +187,7 @@ def test_contact_sheet_shows_the_chosen_frames_and_its_labels(tmp_path):
 
 def test_comparison_sheet_shows_each_source_of_each_prompt(tmp_path):
     groups = [("Real", batch()), ("Teacher", 0.5 * batch()), ("Student", 0.25 * batch().expand(-1, -1, 3, -1, -1))]
-    video_io.comparison_sheet(tmp_path / "sheet.png", groups, ["no 3", LABELS[1]], num_columns_frames=2, scale=2)  # of other heights
+    video_io.comparison_sheet(tmp_path / "sheet.png", groups, ["no 3", LABELS[1]], num_shown=2, scale=2)  # of other heights
     picture = np.asarray(Image.open(tmp_path / "sheet.png"))
     for _, videos in groups:
         for video in videos:
@@ -247,7 +239,7 @@ def test_nan_is_refused_and_an_existing_file_survives(tmp_path, name):
 @every_writer
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((5, 2, 8, 8), "1 or 3 channels, got 2"), ((0, 1, 8, 8), "must not be empty")],
+    [((5, 2, 8, 8), "of 1 or 3 channels"), ((0, 1, 8, 8), "not empty")],
 )
 def test_wrong_channels_and_empty_videos_are_refused(tmp_path, name, shape, message):
     with pytest.raises(ValueError, match=message):
@@ -255,48 +247,33 @@ def test_wrong_channels_and_empty_videos_are_refused(tmp_path, name, shape, mess
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (1, 1, 2, 1, 8, 8)])
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (2, 2, 1, 8, 8)])
 def test_wrong_rank_is_refused(tmp_path, shape):
     for name in ("clip.gif", "clip.mp4", "clip.png", "clip.npz"):
-        with pytest.raises(ValueError, match=f"got {len(shape)} dimensions"):
+        with pytest.raises(ValueError, match=re.escape(f"a video is torch.float32 {shape}: expected")):
             WRITERS[name](tmp_path / name, torch.zeros(shape))
-    with pytest.raises(ValueError, match="one video"):
-        video_io.save_array(tmp_path / "clip.npz", batch(), "a two")
 
 
-def test_integer_tensors_and_arrays_are_refused():
-    with pytest.raises(TypeError, match="torch.uint8"):
+def test_integer_tensors_are_refused():
+    with pytest.raises(ValueError, match="a video is torch.uint8"):
         video_io.to_uint8(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
-    with pytest.raises(TypeError, match="ndarray"):
-        video_io.to_uint8(np.zeros((2, 1, 4, 4)))
 
 
-def test_formats_rates_and_scales_are_checked(tmp_path):
-    video = moving_square()
-    with pytest.raises(ValueError, match="save_array"):
-        video_io.save_video(tmp_path / "clip.npz", video)
+def test_formats_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="save_array for .npz"):
+        video_io.save_video(tmp_path / "clip.npz", moving_square())
     with pytest.raises(ValueError, match="'.avi'.*use one of .gif, .mp4, .png"):
-        video_io.save_video(tmp_path / "clip.avi", video)
-    with pytest.raises(ValueError, match="save_array writes .npz"):
-        video_io.save_array(tmp_path / "clip.gif", video, "x")
-    with pytest.raises(ValueError, match="fps must be"):
-        video_io.save_video(tmp_path / "clip.gif", video, fps=0)
-    with pytest.raises(ValueError, match="fps <= 50"):
-        video_io.save_video(tmp_path / "clip.gif", video, fps=60)
-    with pytest.raises(ValueError, match="scale must be"):
-        video_io.save_video(tmp_path / "clip.gif", video, scale=0)
+        video_io.save_video(tmp_path / "clip.avi", moving_square())
 
 
 def test_sheets_refuse_disagreeing_shapes(tmp_path):
     path = tmp_path / "sheet.png"
-    with pytest.raises(ValueError, match="each of the 1 labels"):
+    with pytest.raises(ValueError, match="of 1 videos, one a label"):
         video_io.contact_sheet(path, batch(), ["one label"])
-    with pytest.raises(ValueError, match="group 'Student'"):
+    with pytest.raises(ValueError, match="'Student': .1, 7, 16, 16.*the same for all"):
         video_io.comparison_sheet(path, [("Real", batch()), ("Student", batch()[:1])], LABELS)
-    with pytest.raises(ValueError, match="same \\(frames, height, width\\)"):
+    with pytest.raises(ValueError, match="'Student': .2, 3, 16, 16.*the same for all"):
         video_io.comparison_gif(path, [("Real", batch()), ("Student", batch()[:, :3])], LABELS)
-    with pytest.raises(ValueError, match="at least one group"):
-        video_io.comparison_sheet(path, [], LABELS)
 
 
 @every_writer

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from clips.own_videos import VideosConfig
 from evaluate import FIGURES, EvaluateConfig, evaluate, examine_clips, make_rows, run_command_line, write_results
-from judging.held_out import new_indices, who_saw_the_judges_digits
+from judging.prompts import new_indices, who_saw_the_judges_digits
 from judging.report import COST_FIGURES, PROMPT_FIGURES, format_table
 from machine.paths import REPOSITORY
 from machine.runtime import Runtime
