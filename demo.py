@@ -1,7 +1,8 @@
 """The page that streams, served from this clone: `python demo.py` opens it in a browser.
 
-The page is built by node, once: `python -m web.export`, then `npm ci && npm run build` in the folder web. This is the standard library's
-server with the two headers without which a browser gives a page no threads.
+The page is built by node, once: `python -m web.export`, then `npm ci && npm run build` in the folder web. `--page FILE.zip` serves, without
+node, an archive that `python -m web.archive` wrote. This is the standard library's server with the two headers without which a browser
+gives a page no threads.
 """
 
 from __future__ import annotations
@@ -11,8 +12,13 @@ import errno
 import http.server
 import mimetypes
 import sys
+import tempfile
 import threading
 import webbrowser
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -61,43 +67,70 @@ class PageHandler(http.server.SimpleHTTPRequestHandler):
         """Say nothing of single files."""
 
 
+def require_page(page: Path) -> None:
+    """Raise FileNotFoundError, in one line, for a folder without a built page."""
+    if not (page / "index.html").is_file():
+        raise FileNotFoundError(
+            f"no page in {page}: build it with `pip install -r web/requirements.txt && python -m web.export && cd web && npm ci && "
+            "npm run build` (node 20.19 or newer), or give an archive that `python -m web.archive` wrote elsewhere by --page FILE.zip"
+        )
+
+
+@contextmanager
+def unpacked(page: Path) -> Iterator[Path]:
+    """The folder of a built page; an archive is unpacked for the time of the body.
+
+    Raises FileNotFoundError where no page is, OSError for a file that is no whole archive.
+    """
+    with tempfile.TemporaryDirectory(prefix="page-") as folder:
+        if page.is_file():
+            try:
+                with zipfile.ZipFile(page) as archive:
+                    archive.extractall(folder)
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted, or packed in another way
+                raise OSError(f"{page} is no whole zip archive ({error}): expected one that `python -m web.archive` wrote") from error
+            page = Path(folder)
+        require_page(page)
+        yield page
+
+
 def make_server(folder: Path, port: int, is_isolated: bool = True) -> http.server.ThreadingHTTPServer:
     """A server of a built page on this machine alone; port 0 for any free one. is_isolated: with the headers for threads.
 
-    Raises FileNotFoundError where no page is built, OSError where the port is taken.
+    Raises OSError where the port is taken, OverflowError where it is none.
     """
-    if not (folder / "index.html").is_file():
-        raise FileNotFoundError(
-            f"no page in {folder}: build it with `pip install -r web/requirements.txt && python -m web.export && cd web && npm ci && "
-            "npm run build` (node 20.19 or newer), or unpack the built page of a release archive there"
-        )
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), partial(PageHandler, directory=str(folder), is_isolated=is_isolated))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Serve the page that streams, and open it in a browser.", allow_abbrev=False)
     parser.add_argument("--port", type=int, default=8000, help="0 for any free one; default: 8000")
-    parser.add_argument("--folder", type=user_path, default=BUILT, help="a built page; default: web/dist")
+    parser.add_argument("--page", type=user_path, default=BUILT, help="a built page: a folder or a zip archive; default: web/dist")
     parser.add_argument("--no_browser", action="store_true", help="serve only")
     parser.add_argument("--no_threads", action="store_true", help="without the headers that threads need, as many static hosts serve it")
     arguments = parser.parse_args(argv)
     try:
-        server = make_server(arguments.folder, arguments.port, not arguments.no_threads)
-    except FileNotFoundError as error:
+        with unpacked(arguments.page) as folder:
+            serve(folder, arguments.port, not arguments.no_threads, not arguments.no_browser)
+    except OSError as error:
         sys.exit(f"error: {error}")
-    except (OSError, OverflowError) as error:
-        reason = "in use" if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else error
-        sys.exit(f"error: cannot serve on port {arguments.port} ({reason}): give another one by --port, 0 for any free one")
-    address = f"http://localhost:{server.server_address[1]}/"
-    print(f"{address}  (Ctrl-C stops)", flush=True)
-    if not arguments.no_browser:
-        threading.Timer(0.2, webbrowser.open, (address,)).start()
-    try:
-        server.serve_forever()
     except KeyboardInterrupt:
         sys.exit(EXIT_CTRL_C)
-    finally:
-        server.server_close()
+
+
+def serve(folder: Path, port: int, is_isolated: bool, opens_browser: bool) -> None:
+    """Serve a built page until Ctrl-C. Raises OSError where the port cannot be had."""
+    try:
+        server = make_server(folder, port, is_isolated)
+    except (OSError, OverflowError) as error:
+        reason = "in use" if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else error
+        raise OSError(f"cannot serve on port {port} ({reason}): give another one by --port, 0 for any free one") from error
+    with server:
+        address = f"http://localhost:{server.server_address[1]}/"
+        print(f"{address}  (Ctrl-C stops)", flush=True)
+        if opens_browser:
+            threading.Timer(0.2, webbrowser.open, (address,)).start()
+        server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -97,7 +97,6 @@ const verbs = {
   recorded: async (name) => (seen.values[name] = await page.evaluate(() => window.recorded)),
   ready: () => page.waitForSelector("body[data-ready]", { timeout }),
   waitFor: (expression) => page.waitForFunction(expression, undefined, { polling: 100, timeout }),
-  wait: (milliseconds) => page.waitForTimeout(milliseconds),
   click: (selector) => page.click(selector, { timeout }),
   check: (selector) => page.check(selector, { force: true, timeout }),
   press: (key) => page.keyboard.press(key),

@@ -5,9 +5,10 @@ Needs chromium and node, `npm ci` and `npm run build` in the folder web. Run wit
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ import pytest
 import torch
 from helpers.generation import STUDENT, TEACHER, write_networks
 
-from demo import BUILT
+from demo import BUILT, unpacked
 from dynamic_video_sf import PromptSwitch, rollout_blocks
 from judging.digit_judge import load_judge, read_digits
 from machine.paths import PRETRAINED
 from network.text_encoder import parse_caption
 from sampling.samplers import SamplerSettings
 from training.checkpoint import load_networks
+from web.archive import write_archive
 from web.browse import use_page, what_is_missing
 
 pytestmark = pytest.mark.browser
@@ -45,36 +47,25 @@ def videos_of(recorded: list[dict[str, Any]], canvas: str = "video-student") -> 
     return torch.from_numpy(frames / 127.5 - 1).reshape(1, -1, 1, side, side)
 
 
-def page_noise(seed: int) -> Callable[[tuple[int, ...]], np.ndarray]:
-    """`Noise` of web/src/noise.ts, in numpy."""
-    place = 0
-
-    def mixed(word: np.ndarray) -> np.ndarray:
-        word = word.astype(np.uint32)
-        word = (word ^ (word >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-        word = (word ^ (word >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-        return word ^ (word >> np.uint32(16))
-
-    def draw(shape: tuple[int, ...]) -> np.ndarray:
-        nonlocal place
-        count = np.arange(place, place + np.prod(shape), dtype=np.uint64)
-        place += len(count)
-        key = mixed(np.uint32(seed) ^ mixed(np.zeros(1, np.uint32)))
-        words = mixed(key + (count * np.uint64(0x9E3779B9)).astype(np.uint32)).astype(np.float64)
-        radius, angle = np.sqrt(-2 * np.log((words[::2] + 1) / 2**32)), 2 * np.pi * words[1::2] / 2**32
-        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(shape).astype(np.float32)
-
-    return draw
-
-
-class NoiseStream:
-    """The page's noise as the rollout asks for it."""
+class PageNoise:
+    """`Noise` of web/src/noise.ts in numpy, as the rollout asks for it."""
 
     def __init__(self, seed: int):
-        self._draw = page_noise(seed)
+        self._seed, self._place = np.uint32(seed), 0
 
     def standard_normal(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        return self._draw(shape).astype(dtype)
+        count = np.arange(self._place, self._place + np.prod(shape), dtype=np.uint64)
+        self._place += len(count)
+        key = _mixed(self._seed ^ _mixed(np.zeros(1, np.uint32)))
+        words = _mixed(key + (count * np.uint64(0x9E3779B9)).astype(np.uint32)).astype(np.float64)
+        radius, angle = np.sqrt(-2 * np.log((words[::2] + 1) / 2**32)), 2 * np.pi * words[1::2] / 2**32
+        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(shape).astype(dtype)
+
+
+def _mixed(word: np.ndarray) -> np.ndarray:
+    word = (word ^ (word >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    word = (word ^ (word >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return word ^ (word >> np.uint32(16))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +96,7 @@ def test_the_page_shows_the_networks_own_video():
     model, encode = networks.generator, networks.text_encoder.encode
     with torch.no_grad():
         first, second = (model.encode_prompt(*encode([prompt])) for prompt in ("the digit 3 moving to the right", seen["values"]["prompt"]))
-        blocks = rollout_blocks(model, first, [NoiseStream(5)], None, SamplerSettings().make_plan(networks.config.training))
+        blocks = rollout_blocks(model, first, [PageNoise(5)], None, SamplerSettings().make_plan(networks.config.training))
         switches = [None, None, None, PromptSwitch(second, "recache"), None]
         expected = torch.cat([blocks.send(switch) for switch in switches], dim=1)
     assert parse_caption(seen["values"]["prompt"]).digits == (7,) and shown.shape == expected.shape
@@ -128,6 +119,7 @@ def test_the_page_draws_the_asked_digit_before_and_after_a_switch():
     assert "In the window" in seen["values"]["cache"]
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_2000_frames(small_page: Path):
     orders = [["ready"], ["slide", "#speed", 63], ["frames", 500], ["memory", "early"], ["frames", 1500], ["memory", "late"]]
     seen = on_page(small_page, orders)
@@ -148,13 +140,14 @@ def test_without_webgpu_the_page_runs_in_wasm_and_without_the_headers_in_one_thr
 
 
 def test_windows_sinks_and_switches_show_in_the_strip(small_page: Path):
-    cache = "[document.querySelector('#cache').dataset.frames, document.querySelector('#cache').dataset.prompts]"
+    frames, prompts = (f"document.querySelector('#cache').dataset.{name}" for name in ("frames", "prompts"))
+    cache = f"[{frames}, {prompts}]"
     step = ["step", "video"]
     orders = [
         ["ready"], ["blur"], step, step, step, step, ["read", "whole", cache],
-        ["slide", "#window", 9], ["slide", "#sink", 3], ["wait", 1500], ["read", "sunk", cache],
+        ["slide", "#window", 9], ["slide", "#sink", 3], ["waitFor", f"{frames} === '0,1,2,12,13,14'"], ["read", "sunk", cache],
         ["check", "input[value=keep]"], ["blur"], ["press", "8"], step, ["read", "kept", cache],
-        ["check", "input[value=reset]"], ["blur"], ["press", "1"], ["wait", 1500], ["read", "reset", cache],
+        ["check", "input[value=reset]"], ["blur"], ["press", "1"], ["waitFor", f"{frames} === ''"], ["read", "reset", cache],
         ["read", "words", "document.querySelector('#cache-words').textContent"],
     ]
     values = on_page(small_page, orders, PAUSED)["values"]
@@ -233,6 +226,24 @@ def test_what_goes_wrong_is_one_clear_line(small_page: Path, route: dict[str, An
     orders = [["waitFor", f"!{message}.hidden"], ["read", "message", f"{message}.textContent"]]
     seen = on_page(small_page, orders, route=route)
     assert words in seen["values"]["message"] and "\n" not in seen["values"]["message"]
+
+
+def test_pixels_that_differ_from_the_exports_are_found_before_the_page_is_ready(small_page: Path, tmp_path: Path):
+    page, facts = tmp_path / "page", json.loads((small_page / "networks" / "student" / "network.json").read_text())
+    shutil.copytree(small_page, page, ignore=shutil.ignore_patterns("start"))
+    facts["check"][7] += 0.1
+    (page / "networks" / "student" / "network.json").write_text(json.dumps(facts))
+    message = "document.querySelector('#message')"
+    orders = [["waitFor", f"!{message}.hidden"], ["read", "message", f"{message}.textContent"]]
+    seen = on_page(page, [*orders, ["read", "data", "({...document.body.dataset})"]])
+    assert "pixels differ by 0.1" in seen["values"]["message"] and "ready" not in seen["values"]["data"]
+
+
+def test_an_archive_streams_without_node(small_page: Path, tmp_path: Path):
+    write_archive(small_page, tmp_path / "page.zip")
+    with unpacked(tmp_path / "page.zip") as page:
+        seen = on_page(page, [["ready"], ["frames", 6], ["read", "notice", "fetch('NOTICE.txt').then((answer) => answer.text())"]])
+    assert not seen["errors"] and "Copyright (c) Microsoft Corporation" in seen["values"]["notice"]
 
 
 def test_the_first_load_is_small():

@@ -18,6 +18,7 @@ from machine.runtime import Runtime
 from network.text_encoder import START_TOKEN
 from sampling.streaming import stream_video
 from training.checkpoint import CheckpointError, load_networks
+from training.config import TrainingConfig
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -r web/requirements.txt")
@@ -30,22 +31,24 @@ TOLERANCE = 1e-3  # of a pixel, whose range is [-1, 1]
 FIRST, CHANGES = "a handwritten 3 moving up", {3: "the digit seven drifting left slowly", 6: "a 0"}
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny untrained student, whose blocks enter the cache with noise: its checkpoint, and the folder it is exported to."""
-    folder = tmp_path_factory.mktemp("student")
-    path = write_networks(folder / "student.pt", STUDENT)
+Exported = tuple[Path, Path]  # a checkpoint, and the folder it is exported to
+
+
+def exported(folder: Path, training: TrainingConfig) -> Exported:
+    """A tiny untrained network."""
+    path = write_networks(folder / "network.pt", training)
     export_network(path, folder / "exported")
     return path, folder / "exported"
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same of a teacher."""
-    folder = tmp_path_factory.mktemp("teacher")
-    path = write_networks(folder / "teacher.pt", TEACHER)
-    export_network(path, folder / "exported")
-    return path, folder / "exported"
+def student(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return exported(tmp_path_factory.mktemp("student"), STUDENT)  # its blocks enter the cache with noise
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return exported(tmp_path_factory.mktemp("teacher"), TEACHER)
 
 
 def numpy_noise(seed: int):
@@ -74,12 +77,12 @@ def worst_difference(checkpoint: Path, exported: Path, plan_name: str, window: i
 
 @pytest.mark.parametrize(("window", "sink"), [(21, 0), (9, 1), (12, 4)])
 @pytest.mark.parametrize("how", ["recache", "keep", "reset"])
-def test_a_stream_equals_torchs(student: tuple[Path, Path], window: int, sink: int, how: str):
+def test_a_stream_equals_torchs(student: Exported, window: int, sink: int, how: str):
     assert worst_difference(*student, "student", window, sink, how, 11) < TOLERANCE
 
 
 @pytest.mark.parametrize("plan", ["guided", "no guidance"])
-def test_the_start_equals_torchs_with_and_without_guidance(teacher: tuple[Path, Path], plan: str):
+def test_the_start_equals_torchs_with_and_without_guidance(teacher: Exported, plan: str):
     assert worst_difference(*teacher, plan, 9, 3, "recache", 9) < TOLERANCE
 
 
@@ -91,7 +94,7 @@ def test_the_shipped_student_equals_torchs(tmp_path: Path, window: int, sink: in
     assert worst_difference(PRETRAINED / "student.pt", tmp_path / "student", "student", window, sink, how, 14) < TOLERANCE
 
 
-def test_the_order_of_frames_in_the_cache_matters(teacher: tuple[Path, Path]):
+def test_the_order_of_frames_in_the_cache_matters(teacher: Exported):
     """The comparison sees a cache whose rows stand at wrong positions."""
     networks = round_weights(load_networks(teacher[0], CPU.device))
     network = OnnxNetwork(teacher[1])
@@ -108,7 +111,7 @@ def test_the_order_of_frames_in_the_cache_matters(teacher: tuple[Path, Path]):
 
 
 @pytest.mark.parametrize(("window", "sink"), [(9, 0), (12, 4), (21, 3), (15, 5)])
-def test_another_window_on_the_way_is_a_cache_made_again(teacher: tuple[Path, Path], window: int, sink: int):
+def test_another_window_on_the_way_is_a_cache_made_again(teacher: Exported, window: int, sink: int):
     networks, network = round_weights(load_networks(teacher[0], CPU.device)), OnnxNetwork(teacher[1])
     plan = plans_of(networks)["no guidance"]
     plan = replace(plan, context=replace(plan.context, window_frames=window, sink_frames=sink))
@@ -126,7 +129,7 @@ def test_another_window_on_the_way_is_a_cache_made_again(teacher: tuple[Path, Pa
     torch.testing.assert_close(torch.from_numpy(stream._caches[0].denoise(x_t.numpy(), 0.75)), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_prompts_are_read_as_the_text_encoder_reads_them(student: tuple[Path, Path]):
+def test_prompts_are_read_as_the_text_encoder_reads_them(student: Exported):
     networks, network = round_weights(load_networks(student[0], CPU.device)), OnnxNetwork(student[1])
     for prompt in ("A handwritten 7, drifting UP and to the left!", "", "the Zürich 3 moving left_handed ²", "12 up " * 20):
         with warnings.catch_warnings():
@@ -138,7 +141,7 @@ def test_prompts_are_read_as_the_text_encoder_reads_them(student: tuple[Path, Pa
         np.testing.assert_allclose(found["pooled"], expected.pooled.numpy(), atol=1e-4)
 
 
-def test_the_pixels_that_a_gpu_is_checked_by_are_those_of_the_graphs(student: tuple[Path, Path]):
+def test_the_pixels_that_a_gpu_is_checked_by_are_those_of_the_graphs(student: Exported):
     network = OnnxNetwork(student[1])
     facts, cache = network.facts, RollingCache(network, network.encode(""))
     shape = (1, facts["block_frames"], facts["channels"], facts["frame_size"], facts["frame_size"])
@@ -150,7 +153,7 @@ def test_the_pixels_that_a_gpu_is_checked_by_are_those_of_the_graphs(student: tu
     assert np.abs(found - cache.denoise(x_t, 1.0).flatten()).max() > TOLERANCE  # the cache has a part in them
 
 
-def test_what_is_written_beside_the_graphs(student: tuple[Path, Path]):
+def test_what_is_written_beside_the_graphs(student: Exported):
     path, folder = student
     facts = json.loads((folder / "network.json").read_text())
     assert facts["text"]["start_token"] == START_TOKEN and facts["block_frames"] == 3 and facts["window_frames"] == 21

@@ -5,7 +5,7 @@ import type { NetworkFacts } from "./facts";
 import type { Backend, CacheState, Command, NetworkName, Report } from "./protocol";
 import type { Switch } from "./stream";
 import { caption, octant, readPrompt, wishOf, type Wish } from "./text";
-import { TOURS, type TourPage } from "./tours";
+import { TOURS, type TourStep } from "./tours";
 import { CacheView, StepsView, canvasOf, picture, promptColour } from "./view";
 
 const byId = <T extends HTMLElement>(id: string): T => document.getElementById(id) as T;
@@ -425,22 +425,19 @@ function steer(): void {
 
 // --- tours ------------------------------------------------------------------------------------------------------------
 
-const page: TourPage = {
-  say: changePrompt,
-  set(name: string, value: string | number) {
-    if (name === "switch") {
-      choose("switch", String(value));
-      return;
-    }
-    byId<HTMLInputElement>(name).value = String(value);
-    fitContext();
-    showSpeed();
-    if (name !== "speed") changeContext();
-  },
-  compare,
-  restart,
-  play,
-};
+async function setPage(step: TourStep): Promise<void> {
+  if (step.compare !== undefined) await compare(step.compare);
+  if (step.switch !== undefined) choose("switch", step.switch);
+  for (const name of ["window", "sink", "speed"] as const) {
+    if (step[name] !== undefined) byId<HTMLInputElement>(name).value = String(step[name]);
+    fitContext(); // the window says how long a sink may be
+  }
+  showSpeed();
+  if (step.window !== undefined || step.sink !== undefined) changeContext();
+  if (step.prompt !== undefined) changePrompt(step.prompt);
+  if (step.restart) restart();
+  play(true);
+}
 
 function buildTours(): void {
   let tour = TOURS[0];
@@ -450,14 +447,14 @@ function buildTours(): void {
     if (selector !== null) document.querySelector(selector)?.classList.add("pointed");
   };
   const show = async () => {
-    const { text, at: selector, action } = tour.steps[at];
+    const step = tour.steps[at];
     byId("tour").hidden = false;
     byId("tour-title").textContent = `${tour.title} (${at + 1} of ${tour.steps.length})`;
-    byId("tour-text").textContent = text;
+    byId("tour-text").textContent = step.text;
     byId("tour-next").hidden = at + 1 === tour.steps.length;
-    point(selector);
-    document.querySelector(selector)?.scrollIntoView({ block: "nearest" });
-    await action(page);
+    point(step.at);
+    document.querySelector(step.at)?.scrollIntoView({ block: "nearest" });
+    await setPage(step);
   };
   byId("tour-list").append(
     ...TOURS.map((each) => {
@@ -486,7 +483,7 @@ function buildTours(): void {
 // --- start ------------------------------------------------------------------------------------------------------------
 
 async function main(): Promise<void> {
-  say("Loads the network.");
+  say("Loads the network and warms it up.");
   const own = await load(STUDENT);
   build(own);
   cache = new CacheView(byId<HTMLCanvasElement>("cache"), byId("cache-words"), own);
@@ -502,7 +499,7 @@ async function main(): Promise<void> {
   say("");
   play(!query.has("paused"));
   restart();
-  document.body.dataset.ready = "yes";
+  document.body.dataset.ready = String(Math.round(performance.now())); // milliseconds since the visit began
 }
 
 void main();

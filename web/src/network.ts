@@ -40,56 +40,55 @@ async function sha256(bytes: Uint8Array<ArrayBuffer>): Promise<string | null> {
   return [...digest].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-export class Network {
-  private constructor(
-    readonly ort: Ort,
-    readonly facts: NetworkFacts,
-    private readonly sessions: Record<"text" | "denoise" | "cache", Session>,
-  ) {}
+type GraphName = "text" | "denoise" | "cache";
 
-  /** Load the network of a folder that `python -m web.export` wrote. total: called once with the bytes to come. */
-  static async load(ort: Ort, folder: string, device: "wasm" | "webgpu", total: (bytes: number) => void, progress: Progress): Promise<Network> {
-    let facts: NetworkFacts;
-    try {
-      facts = JSON.parse(new TextDecoder().decode(await download(`${folder}/network.json`)));
-    } catch (error) {
-      if (error instanceof LoadError) throw error;
-      throw new LoadError(`${folder}/network.json cannot be read: build the page again.`);
+/** What `python -m web.export` wrote of a network, checked. */
+export interface NetworkFiles {
+  facts: NetworkFacts;
+  bytes: Record<GraphName | "weights", Uint8Array<ArrayBuffer>>;
+}
+
+/** Download a network's folder. total: called once with the bytes to come. */
+export async function downloadNetwork(folder: string, total: (bytes: number) => void, progress: Progress): Promise<NetworkFiles> {
+  let facts: NetworkFacts;
+  try {
+    facts = JSON.parse(new TextDecoder().decode(await download(`${folder}/network.json`)));
+  } catch (error) {
+    if (error instanceof LoadError) throw error;
+    throw new LoadError(`${folder}/network.json cannot be read: build the page again.`);
+  }
+  if (facts.format !== FORMAT) throw new LoadError(`The network is of format ${facts.format}, the page reads ${FORMAT}: export and build again.`);
+  total(Object.values(facts.files).reduce((sum, file) => sum + file.bytes, 0));
+  const files = Object.entries(facts.files).map(async ([name, file]) => {
+    const bytes = await download(`${folder}/${file.name}`, progress);
+    const digest = await sha256(bytes);
+    if (bytes.length !== file.bytes || (digest !== null && digest !== file.sha256)) {
+      const found = `${bytes.length.toLocaleString("en")} of ${file.bytes.toLocaleString("en")} bytes`;
+      throw new LoadError(`${file.name} arrived damaged (${found}, or other ones): reload the page.`);
     }
-    if (facts.format !== FORMAT) throw new LoadError(`The network is of format ${facts.format}, the page reads ${FORMAT}: export and build again.`);
-    total(Object.values(facts.files).reduce((sum, file) => sum + file.bytes, 0));
-    const names = ["weights", "text", "denoise", "cache"] as const;
-    const [weights, ...graphs] = await Promise.all(
-      names.map(async (name) => {
-        const file = facts.files[name];
-        const bytes = await download(`${folder}/${file.name}`, progress);
-        const digest = await sha256(bytes);
-        if (bytes.length !== file.bytes || (digest !== null && digest !== file.sha256)) {
-          const found = `${bytes.length.toLocaleString("en")} of ${file.bytes.toLocaleString("en")} bytes`;
-          throw new LoadError(`${file.name} arrived damaged (${found}, or other ones): reload the page.`);
-        }
-        return bytes;
-      }),
-    );
-    const sessions: Session[] = [];
-    for (const [index, graph] of graphs.entries()) {
-      const isCache = names[index + 1] === "cache";
-      sessions.push(
-        await ort.InferenceSession.create(graph, {
-          executionProviders: [device],
-          graphOptimizationLevel: "all",
-          extra: { session: { intra_op: { allow_spinning: "0" } } }, // threads wait asleep: other programs use the cores too
-          externalData: [{ path: facts.files.weights.name, data: weights }],
-          // The cache never leaves a GPU: what the cache pass writes there, the next passes read there.
-          ...(device === "webgpu" && isCache ? { preferredOutputLocation: { new_keys: "gpu-buffer", new_values: "gpu-buffer" } as const } : {}),
-        }),
-      );
-    }
-    const [text, denoise, cache] = sessions;
-    return new Network(ort, facts, { text, denoise, cache });
+    return [name, bytes] as const;
+  });
+  return { facts, bytes: Object.fromEntries(await Promise.all(files)) as NetworkFiles["bytes"] };
+}
+
+export class Network {
+  private constructor(readonly ort: Ort, readonly facts: NetworkFacts, private readonly sessions: Record<GraphName, Session>) {}
+
+  /** Make the graphs' sessions on a device. */
+  static async open(ort: Ort, { facts, bytes }: NetworkFiles, device: "wasm" | "webgpu"): Promise<Network> {
+    const session = (name: GraphName): Promise<Session> =>
+      ort.InferenceSession.create(bytes[name], {
+        executionProviders: [device],
+        graphOptimizationLevel: "all",
+        extra: { session: { intra_op: { allow_spinning: "0" } } }, // threads wait asleep: other programs use the cores too
+        externalData: [{ path: facts.files.weights.name, data: bytes.weights }],
+        // The cache never leaves a GPU: what the cache pass writes there, the next passes read there.
+        ...(device === "webgpu" && name === "cache" ? { preferredOutputLocation: { new_keys: "gpu-buffer", new_values: "gpu-buffer" } as const } : {}),
+      });
+    return new Network(ort, facts, { text: await session("text"), denoise: await session("denoise"), cache: await session("cache") });
   }
 
-  run(name: "text" | "denoise" | "cache", inputs: Tensors): Promise<Tensors> {
+  run(name: GraphName, inputs: Tensors): Promise<Tensors> {
     return this.sessions[name].run(inputs) as Promise<Tensors>;
   }
 
