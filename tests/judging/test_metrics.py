@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from judging import metrics, tracking
+from judging import metrics
 from judging.digit_judge import (
     JUDGE_PATH,
     DigitJudge,
@@ -36,19 +36,6 @@ def batch():
     return MovingMNISTGenerator(CONFIG, "test").sample(seed=6, indices=range(48), num_frames=NUM_FRAMES)
 
 
-@pytest.fixture(scope="module")
-def real(judge, batch):
-    return metrics.score_videos(judge, batch.video, batch.digits[:, 0], batch.directions[:, 0], CONFIG)
-
-
-@pytest.fixture(scope="module")
-def score(judge, batch):
-    """Summary of a video of the batch's prompts."""
-    return lambda video: metrics.summarise(
-        metrics.score_videos(judge, video, batch.digits[:, 0], batch.directions[:, 0], CONFIG)
-    )
-
-
 def straight_track(start, velocity, offset=(0.0, 0.0), num_frames=NUM_FRAMES):
     """Centres (1, F, 2) of a bouncing box whose centre of mass is `offset` from its centre."""
     wall, span = (CONFIG.digit_size - 1) / 2, CONFIG.frame_size - CONFIG.digit_size
@@ -68,33 +55,16 @@ def frame_with(pixels, background=-1.0):
 # -------------------------------------------------------------------------------------------------- strokes and centres
 
 
-def test_centre_of_mass_is_x_then_y_and_weighted():
-    video = frame_with({(4, 10): 1.0, (4, 20): 0.0})  # intensities 1 and 1/2
-    torch.testing.assert_close(metrics.centres_of_mass(video)[0, 0], torch.tensor([(10 + 0.5 * 20) / 1.5, 4.0]))
-
-
-def test_haze_and_values_below_range_do_not_pull_the_centre():
-    video = frame_with({(4, 10): 1.0}, background=-0.9)
-    torch.testing.assert_close(metrics.centres_of_mass(video)[0, 0], torch.tensor([10.0, 4.0]))
-    video[..., 20:, :] = -3.0
-    torch.testing.assert_close(metrics.centres_of_mass(video)[0, 0], torch.tensor([10.0, 4.0]))
-
-
-def test_blank_frame_has_its_middle_as_centre_and_no_mass():
-    blank = frame_with({})
-    torch.testing.assert_close(metrics.centres_of_mass(blank)[0, 0], torch.full((2,), (CONFIG.frame_size - 1) / 2))
-    assert metrics.stroke_mass(blank).item() == 0
-
-
-def test_stroke_mass_sums_clamped_intensity_whatever_the_channels():
-    video = frame_with({(4, 10): 5.0, (9, 9): 0.0})  # 5 is clamped to 1
-    torch.testing.assert_close(metrics.stroke_mass(video), torch.tensor([[1.5]]))
-    torch.testing.assert_close(metrics.stroke_mass(video.repeat(1, 1, 3, 1, 1)), torch.tensor([[1.5]]))
-
-
-def test_centre_of_mass_follows_the_true_track(batch):
-    offset = metrics.centres_of_mass(batch.video) - batch.track[:, :, 0]
-    assert (offset - offset.mean(dim=1, keepdim=True)).abs().max() < 0.25
+def test_centre_and_mass_of_a_stroke():
+    """Centres are x, then y, and weighted; haze and values below the range do not pull; a blank frame has its middle and no mass."""
+    for pixels, background, centre, mass in (
+        ({(4, 10): 1.0, (4, 20): 0.0}, -1.0, [(10 + 0.5 * 20) / 1.5, 4.0], 1.5),  # intensities 1 and 1/2
+        ({(4, 10): 1.0}, -0.9, [10.0, 4.0], None), ({(4, 10): 1.0, (20, 3): -3.0}, -0.9, [10.0, 4.0], None),
+        ({}, -1.0, [15.5, 15.5], 0.0), ({(4, 10): 5.0, (4, 20): 0.0}, -1.0, [(10 + 0.5 * 20) / 1.5, 4.0], 1.5),  # 5 is clamped to 1
+    ):
+        video = frame_with(pixels, background)
+        torch.testing.assert_close(metrics.centres_of_mass(video)[0, 0], torch.tensor(centre))
+        assert mass is None or metrics.stroke_mass(video).item() == metrics.stroke_mass(video.repeat(1, 1, 3, 1, 1)).item() == mass
 
 
 # ------------------------------------------------------------------------------------------------------------ the judge
@@ -118,13 +88,6 @@ def test_judge_does_not_see_where_the_digit_is(judge, batch):
     torch.testing.assert_close(logits[2], logits[0])
 
 
-def test_probabilities_do_not_depend_on_the_batch(judge, batch):
-    together = metrics.read_digits(judge, batch.video[:4])
-    assert together.shape == (4, NUM_FRAMES, 10)
-    torch.testing.assert_close(together.sum(dim=-1), torch.ones(4, NUM_FRAMES))
-    torch.testing.assert_close(metrics.read_digits(judge, batch.video[2:3])[0], together[2], atol=1e-5, rtol=1e-4)
-
-
 def test_judge_round_trip_and_strictness(judge, tmp_path):
     path = tmp_path / "folder" / "judge.pt"
     metrics.save_judge(judge, path)
@@ -135,15 +98,10 @@ def test_judge_round_trip_and_strictness(judge, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["judge.pt"]
     stored = torch.load(path, weights_only=True)
     del stored["judge_state_dict"]["class_mass"]
-    torch.save(stored, path)
-    with pytest.raises(ValueError, match="not a sound judge"):
-        metrics.load_judge(path)
-    path.write_bytes(b"no judge")
-    with pytest.raises(ValueError, match="not a sound judge"):
-        metrics.load_judge(path)
-    torch.save({"state": 1}, path)
-    with pytest.raises(ValueError, match="not a sound judge"):
-        metrics.load_judge(path)
+    for content in (stored, b"no judge", {"state": 1}):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(ValueError, match="not a sound judge"):
+            metrics.load_judge(path)
     with pytest.raises(FileNotFoundError, match="--train_judge"):
         metrics.load_judge(tmp_path / "none.pt")
 
@@ -219,25 +177,17 @@ def test_classes_to_measures():
 # --------------------------------------------------------------------------------------------------------- how it moves
 
 
-@pytest.mark.parametrize("start, velocity, offset", [
-    ((3.0, 9.0), (1.5, -0.6), (0.0, 0.0)),
-    ((17.9, 0.2), (1.1, 1.4), (0.4, -0.5)),
-    ((9.0, 9.0), (-2.2, 0.0), (-0.3, 0.2)),
-    ((0.7, 12.0), (-0.9, -1.9), (0.8, 0.1)),
+@pytest.mark.parametrize("start, velocity, offset, num_frames", [
+    ((3.0, 9.0), (1.5, -0.6), (0.0, 0.0), 21), ((17.9, 0.2), (1.1, 1.4), (0.4, -0.5), 21), ((9.0, 9.0), (-2.2, 0.0), (-0.3, 0.2), 21),
+    ((0.7, 12.0), (-0.9, -1.9), (0.8, 0.1), 21), ((3.0, 9.0), (1.53, -0.87), (0.1, 0.3), 126),
 ])
-def test_fit_recovers_a_bouncing_track(start, velocity, offset):
-    centres = straight_track(start, velocity, offset)
+def test_fit_recovers_a_bouncing_track(start, velocity, offset, num_frames):
+    centres = straight_track(start, velocity, offset, num_frames)
     fit = metrics.fit_bouncing_track(centres, CONFIG)
-    torch.testing.assert_close(fit.error, torch.zeros(1, NUM_FRAMES), atol=2e-3, rtol=0)
+    torch.testing.assert_close(fit.error, torch.zeros(1, num_frames), atol=2e-3, rtol=0)
     torch.testing.assert_close(fit.track, centres, atol=2e-3, rtol=0)
     torch.testing.assert_close(fit.velocity, torch.tensor([velocity]), atol=2e-3, rtol=0)
     torch.testing.assert_close(fit.speed, fit.velocity.norm(dim=1))
-
-
-def test_fit_works_on_long_videos():
-    centres = straight_track((3.0, 9.0), (1.53, -0.87), (0.1, 0.3), num_frames=126)
-    fit = metrics.fit_bouncing_track(centres, CONFIG)
-    torch.testing.assert_close(fit.velocity, torch.tensor([[1.53, -0.87]]), atol=2e-3, rtol=0)
 
 
 def test_fit_on_noisy_centres_is_the_least_squares_optimum():
@@ -248,13 +198,6 @@ def test_fit_on_noisy_centres_is_the_least_squares_optimum():
     assert (fit.velocity - torch.tensor([1.5, -0.6])).abs().max() < 0.15
     alone = metrics.fit_bouncing_track(noisy[5:6], CONFIG)
     torch.testing.assert_close(alone.track[0], fit.track[5])
-
-
-def test_refinement_never_loses_to_the_grid(monkeypatch):
-    centres = 32 * torch.rand(64, NUM_FRAMES, 2, generator=torch.Generator().manual_seed(0))
-    refined = metrics.fit_bouncing_track(centres, CONFIG).error.square().sum(dim=1)
-    monkeypatch.setattr(tracking, "REFINE_STEPS", 0)
-    assert (refined <= metrics.fit_bouncing_track(centres, CONFIG).error.square().sum(dim=1) + 1e-3).all()
 
 
 def test_fit_cannot_explain_other_walls_or_speeds():
@@ -307,102 +250,29 @@ def test_octants_turn_counter_clockwise_and_up_is_a_falling_row():
 # --------------------------------------------------------------------------------------------- real and corrupted video
 
 
-def test_real_held_out_videos_score_near_the_top(real):
-    summary = metrics.summarise(real)
-    assert summary["frames_right"] > 0.96
-    assert summary["videos_right"] > 0.96
-    assert summary["one_class"] > 0.85
-    assert summary["track_within_1px"] == 1.0
-    assert summary["mean_track_error"] < 0.1
-    assert summary["direction_obeyed"] > 0.97
-    assert summary["moving"] == 1.0
-    assert abs(summary["stroke_mass_ratio"] - 1) < 0.1
-    assert abs(summary["sharpness_ratio"] - 1) < 0.1
-    for name in ("frames_right", "class_kept", "frames_within_1px", "stroke_mass_ratio", "sharpness_ratio"):
-        assert abs(summary[f"{name}_slope"]) < 0.01, name
-    assert len(summary["frames_right_by_block"]) == NUM_FRAMES // 3
-    assert sum(summary["frames_right_by_block"]) / 7 == pytest.approx(summary["frames_right"], abs=1e-6)
-
-
-def test_shuffled_frames_lose_the_track_and_keep_the_digit(score, real, batch):
-    summary = score(metrics.corrupt(batch.video, "shuffled"))
-    assert summary["track_within_1px"] < 0.1 and summary["mean_track_error"] > 2
-    assert summary["frames_right"] == pytest.approx(metrics.summarise(real)["frames_right"], abs=1e-6)
-
-
-def test_frozen_videos_do_not_move(score, batch):
-    summary = score(metrics.corrupt(batch.video, "frozen"))
-    assert summary["moving"] == summary["track_within_1px"] == summary["direction_obeyed"] == 0
-    assert summary["frames_right"] > 0.95
-
-
-def test_faint_videos_show_no_digit(score, batch):
-    summary = score(metrics.corrupt(batch.video, "faint"))
-    for name in ("frames_right", "videos_right", "one_class", "track_within_1px", "direction_obeyed", "moving"):
-        assert summary[name] < 0.1, name
-    assert summary["stroke_mass_ratio"] == pytest.approx(0.2, abs=0.03)
-
-
-def test_blank_and_white_videos_earn_nothing(score, batch):
+def test_blank_and_white_videos_earn_nothing_and_direction_counts_where_it_is_named(judge, batch):
     for value in (-1.0, 1.0):
-        summary = score(torch.full_like(batch.video, value))
+        video = torch.full_like(batch.video, value)
+        scores = metrics.score_videos(judge, video, batch.digits[:, 0], batch.directions[:, 0], CONFIG)
+        summary = metrics.summarise(scores)
         for name in ("frames_right", "videos_right", "one_class", "track_within_1px", "direction_obeyed", "moving"):
             assert summary[name] == 0, name
-
-
-def test_blurred_videos_lose_the_digit_and_keep_the_track(score, real, batch):
-    summary = score(metrics.corrupt(batch.video, "blurred"))
-    assert summary["frames_right"] < metrics.summarise(real)["frames_right"] - 0.2
-    assert summary["track_within_1px"] > 0.9
-
-
-def test_wrong_prompts_lose_digit_and_direction_only(judge, batch, real):
-    wrong = metrics.score_videos(
-        judge, batch.video, (batch.digits[:, 0] + 1) % 10, (batch.directions[:, 0] + 3) % 8, CONFIG
-    )
-    assert wrong.frames_right.float().mean() < 0.05 and wrong.videos_right.float().mean() < 0.05
-    assert wrong.direction_obeyed.float().mean() < 0.02
-    torch.testing.assert_close(wrong.one_class, real.one_class)
-    torch.testing.assert_close(wrong.track_within, real.track_within)
-
-
-def test_softened_videos_lose_sharpness_and_brightened_ones_gain_mass(score, real, batch):
-    before = metrics.summarise(real)
-    softened, brightened = score(metrics.corrupt(batch.video, "softened")), score(metrics.corrupt(batch.video, "brightened"))
-    assert softened["sharpness_ratio"] < 0.75 * before["sharpness_ratio"] and softened["frames_right"] > before["frames_right"] - 0.1
-    assert brightened["stroke_mass_ratio"] > 1.15 * before["stroke_mass_ratio"]
-
-
-def test_switched_videos_keep_no_class_and_fading_ones_drift(score, batch):
-    switched, fading = score(metrics.corrupt(batch.video, "switched")), score(metrics.corrupt(batch.video, "fading"))
-    assert switched["one_class"] < 0.3 and switched["class_kept"] < 0.7
-    assert switched["frames_right_slope"] < -0.1 and switched["frames_right_slope_ci"][1] < 0
-    by_frame = torch.tensor(fading["stroke_mass_ratio_by_frame"])
-    torch.testing.assert_close(by_frame[-1] / by_frame[0], torch.tensor(0.5), atol=0.01, rtol=0)
-    assert fading["stroke_mass_ratio_slope"] == pytest.approx(-3 * 0.5 * by_frame[0].item() / 20, rel=0.02)
-
-
-def test_reversed_videos_move_the_other_way(score, batch):
-    assert score(batch.video.flip(1))["direction_obeyed"] < 0.5
-
-
-def test_unknown_corruption_is_refused(batch):
-    with pytest.raises(ValueError, match="sharpened"):
-        metrics.corrupt(batch.video, "sharpened")
+    named = torch.arange(48) < 4
+    three_of_four = replace(scores, direction_named=named, direction_obeyed=named & (torch.arange(48) > 0))
+    assert metrics.summarise(three_of_four)["direction_obeyed"] == 0.75
+    none = metrics.summarise(replace(scores, direction_named=~named & named, direction_obeyed=named))
+    assert "direction_obeyed" not in none and "direction_obeyed_ci" not in none
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
-def test_bootstrap_interval_holds_the_mean_and_narrows():
+def test_the_bootstrap_interval_is_that_of_the_normal_approximation():
     values = (torch.rand(400, generator=torch.Generator().manual_seed(1)) < 0.7).float()
     low, high = metrics.bootstrap_interval(values, seed=0)
-    standard_error = (values.var() / 400).sqrt().item()
     assert low < values.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 * standard_error, rel=0.15)
+    assert high - low == pytest.approx(2 * 1.96 * (values.var() / 400).sqrt().item(), rel=0.15)
     assert metrics.bootstrap_interval(values, seed=0) == (low, high)
-    few_low, few_high = metrics.bootstrap_interval(values[:25])
-    assert few_high - few_low > 2 * (high - low)
     half_low, half_high = metrics.bootstrap_interval(values, level=0.5)
     assert half_high - half_low < 0.5 * (high - low)
     assert metrics.bootstrap_interval(torch.ones(5)) == (1.0, 1.0)
@@ -458,20 +328,6 @@ def test_by_frame_and_by_block_and_the_slope_of_the_drift():
     assert summary["ink_by_frame_ci"][6] == list(one)
 
 
-def test_summary_counts_direction_only_where_the_prompt_names_one(real):
-    named = torch.zeros_like(real.direction_named)
-    named[:4] = True
-    obeyed = named.clone()
-    obeyed[0] = False
-    assert metrics.summarise(replace(real, direction_named=named, direction_obeyed=obeyed))["direction_obeyed"] == 0.75
-    none = metrics.summarise(replace(real, direction_named=torch.zeros_like(named), direction_obeyed=obeyed))
-    assert "direction_obeyed" not in none and "direction_obeyed_ci" not in none
-    for name in ("frames_right", "videos_right", "one_class", "track_within_1px", "mean_track_error", "moving",
-                 "stroke_mass_ratio"):
-        low, high = none[f"{name}_ci"]
-        assert low <= none[name] <= high
-
-
 def test_facts_of_prompts():
     prompts = ["the digit 7 moving up", "a three", "a 0 sliding down and left fast"]
     digits, directions = metrics.facts_of_prompts(prompts)
@@ -483,20 +339,20 @@ def test_facts_of_prompts():
 
 def test_what_does_not_belong_together_is_refused(judge, batch):
     video, digits, directions = batch.video[:2], batch.digits[:2, 0], batch.directions[:2, 0]
-    with pytest.raises(ValueError, match="num_digits is 2"):
-        metrics.score_videos(judge, video, digits, directions, replace(CONFIG, num_digits=2))
-    with pytest.raises(ValueError, match="digit_size is 16.*14"):
-        metrics.score_videos(judge, video, digits, directions, replace(CONFIG, digit_size=16))
-    with pytest.raises(ValueError, match="frame_size is 48.*32"):
-        metrics.score_videos(judge, video, digits, directions, replace(CONFIG, frame_size=48))
-    with pytest.raises(ValueError, match="shape"):
-        metrics.score_videos(judge, video[..., :16, :16], digits, directions, CONFIG)
-    with pytest.raises(ValueError, match="digits"):
-        metrics.score_videos(judge, video, batch.digits[:2], directions, CONFIG)
     broken = video.clone()
     broken[0, 3, 0, 5, 5] = float("nan")
-    with pytest.raises(ValueError, match="finite"):
-        metrics.score_videos(judge, broken, digits, directions, CONFIG)
+    for arguments, changes, words in (
+        ((video, digits), {"num_digits": 2}, "num_digits is 2"), ((video, digits), {"digit_size": 16}, "digit_size is 16.*14"),
+        ((video, digits), {"frame_size": 48}, "frame_size is 48.*32"), ((video[..., :16, :16], digits), {}, "shape"),
+        ((video, batch.digits[:2]), {}, "digits"), ((broken, digits), {}, "finite"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            metrics.score_videos(judge, *arguments, directions, replace(CONFIG, **changes))
+    with pytest.raises(ValueError, match="sharpened"):
+        metrics.corrupt(video, "sharpened")
+    for num_digits in (1, 2):
+        with pytest.raises(ValueError, match="dataset.class_names is a, b, .*: the measures are for videos of digits"):
+            make_panel(DatasetConfig(class_names=list("abcdefghij"), num_digits=num_digits), 8, 6)
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -509,13 +365,6 @@ def test_the_command_line_refuses_in_one_line_and_overwrites_nothing(arguments, 
     with pytest.raises(SystemExit, match=f"^error: .*{words}") as caught:
         metrics.main()
     assert "\n" not in caught.value.code and metrics.JUDGE_PATH.read_bytes() == before
-
-
-@pytest.mark.parametrize("num_digits", [1, 2])
-def test_classes_that_are_no_digits_are_not_judged(num_digits):
-    config = DatasetConfig(class_names=list("abcdefghij"), num_digits=num_digits)
-    with pytest.raises(ValueError, match="dataset.class_names is a, b, .*: the measures are for videos of digits"):
-        make_panel(config, 8, 6)
 
 
 @pytest.mark.parametrize("kind", ["as they are", "transposed", "shuffled labels"])
