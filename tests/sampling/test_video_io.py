@@ -53,29 +53,17 @@ WRITERS = {
 every_writer = pytest.mark.parametrize("name", WRITERS)
 
 
-def test_to_display_maps_the_model_range_and_clamps():
-    video = torch.tensor([-3.0, -1.0, 0.0, 0.5, 1.0, 7.0])
-    torch.testing.assert_close(video_io.to_display(video), torch.tensor([0.0, 0.0, 0.5, 0.75, 1.0, 1.0]))
-
-
 def test_to_uint8_rounds_clamps_and_enlarges_by_whole_pixels():
+    shown = video_io.to_display(torch.tensor([-3.0, -1.0, 0.0, 0.5, 1.0, 7.0]))
+    torch.testing.assert_close(shown, torch.tensor([0.0, 0.0, 0.5, 0.75, 1.0, 1.0]))
     video = torch.tensor([[-1.0, 0.0, 0.499], [0.5, 1.0, 2.0]]).view(1, 1, 2, 3)
     pixels = video_io.to_uint8(video, scale=2)
     assert pixels.shape == (1, 4, 6, 3) and pixels.dtype == np.uint8
     expected = np.array([[0, 0, 127], [128, 255, 255]], dtype=np.uint8)  # 0.499 * 255 = 127.2, 0.5 * 255 = 127.5
     np.testing.assert_array_equal(pixels[0, :, :, 1], expected.repeat(2, axis=0).repeat(2, axis=1))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_any_float_type_and_gradients_are_accepted(dtype):
-    video = torch.ones(2, 3, 4, 4, dtype=dtype, requires_grad=True)
-    assert (video_io.to_uint8(video) == 255).all()
-
-
-def test_channels_keep_their_order():
-    video = torch.zeros(1, 3, 2, 2)
-    video[:, 2] = 1
-    np.testing.assert_array_equal(video_io.to_uint8(video)[0, 0, 0], [0, 0, 255])
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        coloured = torch.tensor([0, 0, 1], dtype=dtype, requires_grad=True).view(1, 3, 1, 1)
+        np.testing.assert_array_equal(video_io.to_uint8(coloured)[0, 0, 0], [0, 0, 255])
 
 
 def test_a_batch_is_tiled_in_reading_order_with_white_gaps():
@@ -87,30 +75,19 @@ def test_a_batch_is_tiled_in_reading_order_with_white_gaps():
     np.testing.assert_array_equal(corners, [0, 51, 102, 255, 255])  # the missing fourth video and the gap are white
 
 
-def test_array_round_trip_is_exact(tmp_path):
-    video = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+def test_array_round_trip_is_exact_within_the_models_range_and_other_files_are_refused(tmp_path):
+    video = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 4 - 2
     for prompt in ("a zero moving up", ""):
-        path = tmp_path / "clip.npz"
+        path = tmp_path / "clip.NPZ"
         video_io.save_array(path, video, prompt)
         loaded, loaded_prompt = load_array(path)
-        assert loaded.dtype == torch.float32 and torch.equal(loaded, video) and loaded_prompt == prompt
-
-
-def test_array_is_clamped_to_the_model_range_and_has_plain_keys(tmp_path):
-    video_io.save_array(tmp_path / "clip.NPZ", moving_square() * 8 - 4, "x")
+        assert loaded.dtype == torch.float32 and torch.equal(loaded, video.clamp(-1, 1)) and loaded_prompt == prompt
     assert os.listdir(tmp_path) == ["clip.NPZ"]
-    with np.load(tmp_path / "clip.NPZ", allow_pickle=False) as arrays:
-        assert sorted(arrays.files) == ["prompt", "video"]
-        assert arrays["video"].min() == -1 and arrays["video"].max() == 1
-
-
-def test_load_array_refuses_other_files(tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
-    with pytest.raises(ValueError, match="not an .npz archive"):
-        load_array(tmp_path / "text.npz")
-    with pytest.raises(ValueError, match="weights.*expected an .npz file with the array 'video'"):
-        load_array(tmp_path / "other.npz")
+    for name, words in (("text.npz", "not an .npz archive"), ("other.npz", "weights.*expected an .npz file with the array 'video'")):
+        with pytest.raises(ValueError, match=words):
+            load_array(tmp_path / name)
 
 
 def test_grey_gif_reads_back_exactly(tmp_path):
@@ -127,13 +104,6 @@ def test_colour_gif_reads_back_closely(tmp_path):
     video_io.save_video(tmp_path / "clip.gif", video)
     error = gif_frames(tmp_path / "clip.gif").astype(int) - video_io.to_uint8(video, scale=4)
     assert abs(error).max() <= 8
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_still_gif_keeps_its_frame_count(tmp_path, channels):
-    video = torch.linspace(0, 1, 16).view(1, 1, 4, 4).expand(9, channels, 4, 4)
-    video_io.save_video(tmp_path / "still.gif", video)
-    assert len(gif_frames(tmp_path / "still.gif")) == 9
 
 
 def test_png_strip_puts_frames_side_by_side_and_a_batch_in_rows(tmp_path):
@@ -165,13 +135,9 @@ def test_mp4_has_every_frame_and_odd_sizes_gain_one_pixel(tmp_path, side, scale)
 def test_animations_of_any_length(tmp_path, num_frames):
     for suffix in (".gif", ".mp4"):
         path = tmp_path / f"clip{suffix}"
-        video_io.save_video(path, moving_square(num_frames, side=48), scale=1)
-        assert len(imageio.mimread(path)) == num_frames
-
-
-def test_evenly_spaced_frames_include_both_ends():
-    assert video_io._evenly_spaced(21, 7) == [0, 3, 7, 10, 13, 17, 20]
-    assert video_io._evenly_spaced(4, 7) == [0, 1, 2, 3]
+        for video in (moving_square(num_frames, side=48), torch.full((num_frames, 3, 48, 48), 0.5)):  # a still one too
+            video_io.save_video(path, video, scale=1)
+            assert len(imageio.mimread(path)) == num_frames
 
 
 def contains(picture: np.ndarray, patch: np.ndarray) -> bool:
@@ -188,9 +154,6 @@ def test_contact_sheet_shows_the_chosen_frames_and_its_labels(tmp_path):
         assert [contains(picture, frame) for frame in frames] == [True, False, False, True, False, False, True]
     video_io.contact_sheet(tmp_path / "blank.png", videos, ["", LABELS[1]], num_columns_frames=3, scale=2)
     assert not np.array_equal(picture, np.asarray(Image.open(tmp_path / "blank.png")))
-    margin = video_io.MARGIN
-    assert (picture[:margin] == 255).all() and (picture[-margin:] == 255).all()
-    assert (picture[:, :margin] == 255).all() and (picture[:, -margin:] == 255).all()
 
 
 def test_comparison_sheet_shows_each_source_of_each_prompt(tmp_path):
@@ -201,102 +164,45 @@ def test_comparison_sheet_shows_each_source_of_each_prompt(tmp_path):
         for video in videos:
             frames = video_io.to_uint8(video, scale=2)
             assert contains(picture, frames[0]) and contains(picture, frames[-1]) and not contains(picture, frames[3])
-
-
-def test_comparison_gif_plays_every_source_of_every_prompt_and_stays_small(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    square = moving_square(21, side=32).expand(6, -1, -1, -1, -1)
-    noisy = [square + level * torch.randn(square.shape, generator=generator) for level in (0, 0.02, 0.15, 0.03)]
-    groups = list(zip(("Real", "Teacher", "Naive", "Student"), noisy, strict=True))
-    path = tmp_path / "sheet.gif"
-    video_io.comparison_gif(path, groups, LABELS * 3)
-    assert path.stat().st_size < 1_500_000
-    frames = gif_frames(path)
-    assert len(frames) == 21
-    row = frames[:, :, -video_io.MARGIN - 96 : -video_io.MARGIN]  # the last column of prompts
-    steps = video_io.GREY_LEVELS_OF_ANIMATED_SHEET - 1
-    rounded = (video_io.to_uint8(square[5], scale=3) / 255 * steps).round() / steps * 255
-    top = frames.shape[1] - video_io.MARGIN - 4 * 96 - 3 * video_io.GAP
-    assert abs(row[:, top : top + 96] - rounded).max() <= 9  # at most one rounding step apart
-
-
-@pytest.mark.parametrize("labels", [["a", "b"], ["a prompt of many words that need several lines " * 4, "b"]])
-def test_no_label_touches_a_picture_or_another_label(tmp_path, labels):
-    """The frames of two rows are where they are found; what is written is left of them, and white lies between the rows."""
-    video_io.contact_sheet(tmp_path / "sheet.png", torch.full((2, 3, 1, 8, 8), 0.5), labels, scale=4)
-    picture = np.asarray(Image.open(tmp_path / "sheet.png"))[..., 0]
-    rows = np.flatnonzero((picture[:, -video_io.MARGIN - 1] == 128))
-    assert len(rows) == 64 and rows[32] - rows[0] >= 32 + video_io.GAP
-    first_column = np.flatnonzero((picture == 128).sum(axis=0) == 64)[0]
-    assert (picture[rows[0]:, first_column - video_io.MARGIN // 2:first_column] == 255).all()
-    written = (picture[rows[0] - 8:, : first_column - video_io.MARGIN] < 255).any(axis=1)
-    assert (np.diff(written.astype(int)) == 1).sum() >= 2, "white between the labels"
+    video_io.comparison_gif(tmp_path / "sheet.gif", groups, LABELS)
+    assert len(gif_frames(tmp_path / "sheet.gif")) == 7
 
 
 @every_writer
-def test_nan_is_refused_and_an_existing_file_survives(tmp_path, name):
-    video = moving_square()
-    video[2, 0, 3, 3] = float("nan")
-    path = tmp_path / name
+def test_what_is_no_video_is_refused_and_an_existing_file_survives(tmp_path, name):
+    broken, path = moving_square(), tmp_path / name
+    broken[2, 0, 3, 3] = float("nan")
     path.write_bytes(b"earlier")
-    with pytest.raises(ValueError, match="NaN in 1 of"):
-        WRITERS[name](path, video)
+    for video, message in (
+        (broken, "NaN in 1 of"), (torch.zeros(5, 2, 8, 8), "1 or 3 channels, got 2"), (torch.zeros(0, 1, 8, 8), "must not be empty"),
+        *((torch.zeros(shape), f"got {len(shape)} dimensions") for shape in ((8, 8), (1, 8, 8)) if name.startswith("clip")),
+    ):
+        with pytest.raises(ValueError, match=message):
+            WRITERS[name](path, video)
     assert path.read_bytes() == b"earlier" and os.listdir(tmp_path) == [name]
 
 
-@every_writer
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [((5, 2, 8, 8), "1 or 3 channels, got 2"), ((0, 1, 8, 8), "must not be empty")],
-)
-def test_wrong_channels_and_empty_videos_are_refused(tmp_path, name, shape, message):
-    with pytest.raises(ValueError, match=message):
-        WRITERS[name](tmp_path / name, torch.zeros(shape))
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda folder: video_io.to_uint8(torch.zeros(2, 1, 4, 4, dtype=torch.uint8)), "torch.uint8"),
+    (lambda folder: video_io.to_uint8(np.zeros((2, 1, 4, 4))), "ndarray"),
+    (lambda folder: video_io.save_array(folder / "clip.npz", batch(), "a two"), "one video"),
+    (lambda folder: video_io.save_video(folder / "clip.gif", torch.zeros(1, 1, 2, 1, 8, 8)), "got 6 dimensions"),
+    (lambda folder: video_io.save_video(folder / "clip.npz", moving_square()), "save_array"),
+    (lambda folder: video_io.save_video(folder / "clip.avi", moving_square()), "'.avi'.*use one of .gif, .mp4, .png"),
+    (lambda folder: video_io.save_array(folder / "clip.gif", moving_square(), "x"), "save_array writes .npz"),
+    (lambda folder: video_io.save_video(folder / "clip.gif", moving_square(), fps=0), "fps must be"),
+    (lambda folder: video_io.save_video(folder / "clip.gif", moving_square(), fps=60), "fps <= 50"),
+    (lambda folder: video_io.save_video(folder / "clip.gif", moving_square(), scale=0), "scale must be"),
+    (lambda folder: video_io.contact_sheet(folder / "sheet.png", batch(), ["one label"]), "each of the 1 labels"),
+    (lambda folder: video_io.comparison_sheet(folder / "sheet.png", [("Real", batch()), ("Student", batch()[:1])], LABELS), "group 'Student'"),
+    (lambda folder: video_io.comparison_gif(folder / "sheet.gif", [("Real", batch()), ("Student", batch()[:, :3])], LABELS),
+     r"same \(frames, height, width\)"),
+    (lambda folder: video_io.comparison_sheet(folder / "sheet.png", [], LABELS), "at least one group"),
+])
+def test_what_cannot_be_written_is_refused(tmp_path, call, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        call(tmp_path)
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (1, 1, 2, 1, 8, 8)])
-def test_wrong_rank_is_refused(tmp_path, shape):
-    for name in ("clip.gif", "clip.mp4", "clip.png", "clip.npz"):
-        with pytest.raises(ValueError, match=f"got {len(shape)} dimensions"):
-            WRITERS[name](tmp_path / name, torch.zeros(shape))
-    with pytest.raises(ValueError, match="one video"):
-        video_io.save_array(tmp_path / "clip.npz", batch(), "a two")
-
-
-def test_integer_tensors_and_arrays_are_refused():
-    with pytest.raises(TypeError, match="torch.uint8"):
-        video_io.to_uint8(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
-    with pytest.raises(TypeError, match="ndarray"):
-        video_io.to_uint8(np.zeros((2, 1, 4, 4)))
-
-
-def test_formats_rates_and_scales_are_checked(tmp_path):
-    video = moving_square()
-    with pytest.raises(ValueError, match="save_array"):
-        video_io.save_video(tmp_path / "clip.npz", video)
-    with pytest.raises(ValueError, match="'.avi'.*use one of .gif, .mp4, .png"):
-        video_io.save_video(tmp_path / "clip.avi", video)
-    with pytest.raises(ValueError, match="save_array writes .npz"):
-        video_io.save_array(tmp_path / "clip.gif", video, "x")
-    with pytest.raises(ValueError, match="fps must be"):
-        video_io.save_video(tmp_path / "clip.gif", video, fps=0)
-    with pytest.raises(ValueError, match="fps <= 50"):
-        video_io.save_video(tmp_path / "clip.gif", video, fps=60)
-    with pytest.raises(ValueError, match="scale must be"):
-        video_io.save_video(tmp_path / "clip.gif", video, scale=0)
-
-
-def test_sheets_refuse_disagreeing_shapes(tmp_path):
-    path = tmp_path / "sheet.png"
-    with pytest.raises(ValueError, match="each of the 1 labels"):
-        video_io.contact_sheet(path, batch(), ["one label"])
-    with pytest.raises(ValueError, match="group 'Student'"):
-        video_io.comparison_sheet(path, [("Real", batch()), ("Student", batch()[:1])], LABELS)
-    with pytest.raises(ValueError, match="same \\(frames, height, width\\)"):
-        video_io.comparison_gif(path, [("Real", batch()), ("Student", batch()[:, :3])], LABELS)
-    with pytest.raises(ValueError, match="at least one group"):
-        video_io.comparison_sheet(path, [], LABELS)
 
 
 @every_writer
