@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -361,12 +360,3 @@ def test_another_version_of_the_public_code_is_one_line(clone: Path):
     network.write_text(network.read_text().replace("freq_dim, ", ""))
     with pytest.raises(ValueError, match="whose network cannot be built .*freq_dim.*another version"):
         build_public_network(clone, ModelConfig(**SMALL_SIZES), 4)
-
-
-@pytest.mark.skipif("SELF_FORCING_CLONE" not in os.environ, reason="SELF_FORCING_CLONE names no clone of the public code")
-def test_the_real_public_network_has_our_size_and_its_cache_matters():
-    config = ModelConfig()
-    network = build_public_network(Path(os.environ["SELF_FORCING_CLONE"]), config, 8)
-    counts = [sum(parameter.numel() for parameter in each.parameters()) for each in (network, TinyCausalWanModel(config))]
-    assert counts[0] == pytest.approx(counts[1], rel=0.02)
-    assert sample_public(network, config, torch.randn(1, 8, 64), 6, 3, (1.0, 0.5), torch.Generator().manual_seed(0)).isfinite().all()

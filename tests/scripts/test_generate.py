@@ -251,7 +251,6 @@ def test_the_same_call_writes_the_same_files_in_every_format(student_path: Path,
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
-
 def test_what_is_prepared_for_generation_is_a_copy_that_makes_the_same_bits(student: LoadedNetworks):
     runtime = Runtime(torch.device("cpu"), torch.bfloat16)
     ready = prepared(student, runtime)
@@ -317,7 +316,8 @@ def test_a_missing_compiler_ends_in_one_line(command: str, student_path: Path, t
 
 
 @pytest.mark.parametrize(("module", "work", "arguments"), [
-    ("generate", "run", []), ("experiments.benchmark", "run", []), ("evaluate", "evaluate", OmegaConf.structured(EvaluateConfig)),
+    ("generate", "run", []), ("experiments.benchmark", "run", []), ("experiments.long_video", "run", ["drift"]),
+    ("evaluate", "evaluate", OmegaConf.structured(EvaluateConfig)),
 ])
 def test_ctrl_c_ends_in_one_line_and_130(module: str, work: str, arguments: Any, monkeypatch: pytest.MonkeyPatch, capsys):
     def interrupted(*_: object) -> None:

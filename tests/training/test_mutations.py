@@ -159,10 +159,3 @@ def test_nasty_prompts_become_videos(student_path, tmp_path, capfd):
 def test_any_prompts_become_videos(student_path, tmp_path_factory, prompts):
     prompts = ["a " + prompt if prompt.startswith("-") else prompt for prompt in prompts]
     assert_videos(student_path, tmp_path_factory.mktemp("prompts"), prompts)
-
-
-@pytest.mark.parametrize("prompt", ["\ud800", "a 7 \udcff up", "\udc80" * 3])
-def test_half_a_character_is_refused_in_one_line(student_path, tmp_path, prompt):
-    with pytest.raises(SystemExit, match="^error: the prompt .* is not valid text: give it in UTF-8$") as caught:
-        main(["--checkpoint", str(student_path), "--prompts", prompt, "--output_dir", str(tmp_path / "out"), *COMMON])
-    assert caught.value.code.isprintable() and not (tmp_path / "out").exists()
