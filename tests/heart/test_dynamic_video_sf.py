@@ -8,13 +8,7 @@ from helpers.networks import build_engine, load_self_test, random_prompt, random
 from torch import Tensor
 
 import dynamic_video_sf
-from dynamic_video_sf import (
-    clamp_to_data,
-    draw_noise,
-    make_noise_streams,
-    rollout_blocks,
-    sample_bidirectional,
-)
+from dynamic_video_sf import clamp_to_data, draw_noise, make_noise_streams, rollout_blocks, sample_bidirectional
 from method.flow_matching import shift_time
 from method.losses import dmd_gradient
 from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, warp_steps

@@ -11,12 +11,7 @@ from torch import Tensor
 
 from machine.runtime import require_compiler
 from method.flow_matching import velocity_from_x_0, x_0_from_velocity
-from network.attention import (
-    ContextWindow,
-    apply_rope,
-    attention,
-    rope_angles,
-)
+from network.attention import ContextWindow, apply_rope, attention, rope_angles
 from network.int8_products import Int8Linear
 from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
 

@@ -3,16 +3,7 @@
 import pytest
 
 from judging.panel import make_panel, yardsticks
-from judging.sanity import (
-    MUST_MOVE,
-    MUST_NOT_MOVE,
-    REAL_LIMITS,
-    SMALLEST_CHANGE,
-    check_sanity,
-    find_failures,
-    judge_faults,
-    moved,
-)
+from judging.sanity import MUST_MOVE, MUST_NOT_MOVE, REAL_LIMITS, SMALLEST_CHANGE, check_sanity, find_failures, judge_faults, moved
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 
 CONFIG = DatasetConfig()

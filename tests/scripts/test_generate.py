@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 
 import generate as entry
 from clips.video_files import load_array
-from dynamic_video_sf import SelfForcingEngine, make_noise_streams, rollout_blocks
+from dynamic_video_sf import SelfForcingEngine
 from evaluate import EvaluateConfig
 from generate import BidirectionalPlan, SamplerSettings, generate, main, slug
 from machine.runtime import Runtime
@@ -98,20 +98,6 @@ def test_a_short_video_is_the_start_of_a_long_one(student: LoadedNetworks):
     long = sample(student, PROMPTS[:1], num_frames=27)
     assert torch.equal(sample(student, PROMPTS[:1], num_frames=9), long[:, :9])
     assert torch.equal(sample(student, PROMPTS[:1], num_frames=21), long[:, :21])
-
-
-def test_past_the_training_length_the_window_rolls(student: LoadedNetworks):
-    """The first block past 21 frames no longer sees the first block: with a cache of everything it comes out otherwise."""
-    plan = SamplerSettings().make_plan(student.config.training)
-    assert isinstance(plan, RolloutPlan) and plan.context.window_frames == 21
-    with torch.no_grad():
-        prompt = student.generator.encode_prompt(*student.text_encoder.encode(PROMPTS[:1]))
-        endless = torch.cat(list(
-            rollout_blocks(student.generator, prompt, make_noise_streams([0]), 8, replace(plan, context=ContextWindow()))
-        ), dim=1)
-    video = sample(student, PROMPTS[:1], num_frames=24)
-    assert torch.equal(video[:, :21], endless[:, :21])
-    assert not torch.allclose(video[:, 21:], endless[:, 21:], atol=1e-4)
 
 
 # --- student or teacher -----------------------------------------------------------------------------------------------
