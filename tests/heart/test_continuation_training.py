@@ -12,7 +12,6 @@ from dynamic_video_sf import make_noise_streams, rollout_blocks
 from experiments.compute import flops_per_step
 
 BLOCK, NUM_FRAMES = 3, 12
-STEPS = [1000, 750, 500, 250]
 
 
 def real_videos(num_videos: int = 2, num_frames: int = NUM_FRAMES) -> torch.Tensor:
