@@ -49,17 +49,6 @@ def test_the_layer_is_the_product_of_what_was_rounded(linear, x, dtype):
     assert_close(y, expected.to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
 
 
-def test_the_layer_is_near_the_one_that_it_was_made_from(linear, x):
-    expected, found = linear(x), Int8Linear(linear, torch.float32)(x)
-    error = (found - expected).norm(dim=-1) / (expected - linear.bias).norm(dim=-1)  # (2, 5): of every token, large or small
-    assert 1e-4 < error.max() < 0.02
-
-
-def test_a_token_does_not_depend_on_the_others(linear, x):
-    layer = Int8Linear(linear, torch.float32)
-    assert torch.equal(layer(x)[1:, 2:4], layer(x[1:, 2:4]))
-
-
 def test_all_linear_layers_inside_are_replaced_and_nothing_else(linear):
     network = nn.ModuleDict({"inner": nn.Sequential(linear, nn.LayerNorm(40)), "outer": copy.deepcopy(linear)})
     quantize_linears(network, torch.bfloat16)

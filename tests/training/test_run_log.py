@@ -146,19 +146,6 @@ def test_wandb_is_told_the_figures_and_the_pictures(tmp_path, monkeypatch):
     assert told == [(3, {"loss": 2.0}), *pictures, "finished"]
 
 
-def test_offline_wandb_needs_no_account_and_leaves_a_folder(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # "wandb is off" would be one
-        log = RunLog(tmp_path, COLUMNS, {"seed": 0}, WandbConfig(), *CURVES)
-        write_steps(log, range(3))
-        log.close()
-    (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert list(run.glob("run-*.wandb"))
-
-
 def test_without_symbolic_links_the_latest_is_a_copy(tmp_path, monkeypatch):
     target = tmp_path / "run" / "checkpoint_final.pt"
     target.parent.mkdir()
