@@ -89,18 +89,6 @@ def test_a_resumed_run_keeps_its_number_format_and_says_where_it_changes(pretrai
         load_checkpoint(tmp_path / "odd.pt")
 
 
-def test_a_finished_run_that_goes_on_says_that_its_rates_rise_again(pretrained, tmp_path, capsys):
-    """The decay belongs to the end of a run, so a longer one has not begun it yet."""
-    def resumed(name: str, num_steps: int) -> str:
-        training = PretrainConfig(**{**SHARED, "num_steps": num_steps, "resume": str(pretrained / name)}, warmup_steps=2)
-        SimplifiedTrainer(tiny_config(tmp_path, training))
-        return capsys.readouterr().out
-
-    message = resumed("checkpoint_final.pt", 12)
-    assert "of a run of 6 steps, whose rates had fallen to 0." in message and "a lower training.lr goes on more gently" in message
-    assert "rates" not in resumed("checkpoint_0000004.pt", 6)
-
-
 def test_a_second_run_overwrites_nothing_and_the_link_follows_it(pretrained):
     before = {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file()}
     config = config_from_dict(load_checkpoint(pretrained / "checkpoint_final.pt")["config"])
