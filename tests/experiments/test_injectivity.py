@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.injectivity import exactly_lost, lost_by_block, main, ode_end
+from experiments.injectivity import exactly_lost, lost_by_block, ode_end
 
 
 @pytest.mark.parametrize("rho", [0.3, 0.9, -0.6])
@@ -20,9 +20,3 @@ def test_a_bidirectional_teacher_costs_block_1_what_it_must_and_a_causal_one_not
     first, second = lost_by_block(rho, is_causal=False)
     assert first == pytest.approx(exactly_lost(rho), abs=0.02) and second < 1e-9
     assert max(lost_by_block(rho, is_causal=True)) < 1e-9
-
-
-def test_the_command_prints_both(capsys):
-    main()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and lines[3].startswith("rho 0.90: bidirectional teacher 0.2") and "causal teacher 0.000 0.000" in lines[3]

@@ -46,13 +46,3 @@ def test_a_table_that_was_typed_by_hand_is_seen():
     assert changed != text and filled(changed, REPOSITORY / "results") == text
     with pytest.raises(ValueError, match="the table nothing: expected one of evaluation, "):
         filled("<!-- table: nothing -->\n<!-- end -->", REPOSITORY / "results")
-
-
-def test_every_question_is_answered_briefly_and_shown():
-    parts = re.split(r"^## (\d+)\. .*$", (REPOSITORY / "docs" / "faq.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    numbers, answers = parts[1::2], parts[2::2]
-    assert [int(number) for number in numbers] == list(range(1, 21))
-    for number, answer in zip(numbers, answers, strict=True):
-        words = re.sub(r"```bash\n.*?```", "", answer, flags=re.DOTALL).splitlines()
-        assert len([line for line in words if line and not line.startswith(("|", "<!--"))]) <= 8, number
-        assert "```bash" in answer or "\n|" in answer, number

@@ -4,21 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.networks import build_small_model, random_prompt, random_text
+from helpers.networks import build_engine, random_prompt, random_text
 from helpers.stages import build_self_forcing, run_config, self_forcing_config
 
 import dynamic_video_sf
-from dynamic_video_sf import SelfForcingEngine, make_noise_streams, rollout_blocks
+from dynamic_video_sf import make_noise_streams, rollout_blocks
 from experiments.compute import flops_per_step
-from method.diagnostics import mean_by_exit_step
-from training.config import SelfForcingConfig
 
 BLOCK, NUM_FRAMES = 3, 12
-STEPS = [1000, 750, 500, 250]
-
-
-def build_engine(**changes: object) -> SelfForcingEngine:
-    return SelfForcingEngine(SelfForcingConfig(**changes), build_small_model(), torch.Generator().manual_seed(0))
 
 
 def real_videos(num_videos: int = 2, num_frames: int = NUM_FRAMES) -> torch.Tensor:
@@ -74,6 +67,9 @@ def test_gradient_flows_in_the_last_frames_that_were_made(gradient_frames: int, 
 def test_as_many_go_on_as_asked(probability: float, low: int, high: int, monkeypatch):
     """200 times; five standard deviations around 60."""
     engine, givens = build_engine(continuation_probability=probability), []
+    if probability:
+        with pytest.raises(ValueError, match=f"training.continuation_probability={probability} needs real videos: none were given"):
+            engine.make_videos(random_text(engine.generator, 2), NUM_FRAMES, False)
     monkeypatch.setattr(engine, "rollout", lambda *args, given=None, **options: givens.append(given))
     x_real = real_videos()
     state = engine.random.generator.get_state()
@@ -98,27 +94,6 @@ def test_a_step_goes_on_from_the_videos_of_its_own_prompts(teacher: Path, monkey
         assert not torch.equal(criticised[-1][:, BLOCK:], real.video[:, BLOCK:])
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"continuation_probability": 1.5}, "training.continuation_probability is 1.5: expected a number in"),
-    ({"continuation_probability": -0.1}, "training.continuation_probability is -0.1: expected a number in"),
-    ({"generator_inputs": "teacher_forced"}, "training.continuation_probability is 0.5: expected 0 with training.generator_inputs"),
-    ({"rollout_frames": 42, "window_frames": 21}, "training.continuation_probability is 0.5: expected 0 with training.rollout_frames"),
-    ({"hide_first_chunk": True}, "training.continuation_probability is 0.5: expected 0 with training.hide_first_chunk"),
-    ({"min_num_frames": 3}, "training.min_num_frames is 3: expected more than the first block"),
-])
-def test_impossible_continuations_are_refused_in_one_line(changes: dict[str, object], words: str):
-    with pytest.raises(ValueError, match=f"^{words}") as caught:
-        SelfForcingConfig(**({"continuation_probability": 0.5} | changes))
-    assert "\n" not in str(caught.value)
-
-
-def test_what_is_given_says_nothing_of_an_exit_step():
-    terms, exits = torch.tensor([[5.0, 1.0, 2.0]]), torch.tensor([[-1, 2, 2]])
-    assert mean_by_exit_step(terms, exits, STEPS) == {"loss_exit_500": 1.5}
-    assert mean_by_exit_step(torch.tensor([3.0]), exits, STEPS) == {"loss_exit_500": 3.0}  # a loss of whole videos
-    assert mean_by_exit_step(torch.tensor([3.0]), torch.tensor([[-1, 2, 1]]), STEPS) == {}
-
-
 @pytest.mark.parametrize(("given", "first_frame", "num_frames"), [(6, 0, 12), (3, 3, 12), (1, 0, 12), (3, 0, 3)])
 def test_what_is_no_first_block_is_not_gone_on_from(given: int, first_frame: int, num_frames: int):
     engine = build_engine()
@@ -136,9 +111,3 @@ def test_flops_are_those_of_both_kinds_of_steps_in_their_shares(teacher: Path):
         for probability in (0.0, 1.0, 0.3)
     )
     assert always < never and some == pytest.approx(0.7 * never + 0.3 * always, rel=1e-12)
-
-
-def test_real_videos_are_asked_for_where_none_are_given():
-    engine = build_engine(continuation_probability=0.5)
-    with pytest.raises(ValueError, match="training.continuation_probability=0.5 needs real videos: none were given"):
-        engine.make_videos(random_text(engine.generator, 2), NUM_FRAMES, False)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynamic_video_sf import Text
+from dynamic_video_sf import SelfForcingEngine, Text
 from machine.batch_random import BatchRandom
 from network.text_encoder import TextEncoder
 from tiny_causal_wan import ModelConfig, PromptContext, TinyCausalWanModel
 from training.checkpoint import save_checkpoint
-from training.config import Config, config_to_dict
+from training.config import Config, SelfForcingConfig, config_to_dict
 
 SMALL_SIZES = {
     "frame_size": 8, "width": 24, "num_layers": 2, "num_heads": 2, "ffn_ratio": 2, "patch_size": [1, 4, 4], "text_width": 32
@@ -38,6 +38,24 @@ def build_small_model(seed: int = 0, **sizes: int | list[int]) -> TinyCausalWanM
     """A randomised network of `SMALL_SIZES`, some of them replaced."""
     torch.manual_seed(seed)
     return randomise(TinyCausalWanModel(ModelConfig(**{**SMALL_SIZES, **sizes})), seed).eval()
+
+
+def build_engine(**changes: object) -> SelfForcingEngine:
+    """The engine of `build_small_model`, from seed 0."""
+    return SelfForcingEngine(SelfForcingConfig(**changes), build_small_model(), torch.Generator().manual_seed(0))
+
+
+def perturb(module: nn.Module) -> None:
+    """Move every weight a little."""
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=random))
+
+
+def texts_of(engine: SelfForcingEngine) -> tuple[Text, Text]:
+    """Two prompts and two null prompts."""
+    return random_text(engine.real_score, 2), random_text(engine.real_score, 2, seed=9)
 
 
 def batch_random(seed: int = 0) -> BatchRandom:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from judging.digit_judge import load_judge, read_videos
 from judging.glyphs import LEAST_GLYPHS, LEAST_STROKE, NUM_COMPONENTS, GlyphCode, glyph_diversity, glyph_frechet, recentre, relative_spread
 from judging.ink import intensity_centres
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
@@ -84,12 +83,3 @@ def test_the_distance_in_the_code_keeps_style(real):
     one = glyph_frechet(code, glyphs_of("train", rows_of_a_few("train", 1))[0], real[0])
     (low, high), (one_low, _) = imitation["glyph_frechet_ci"], one["glyph_frechet_ci"]
     assert low <= imitation["glyph_frechet"] <= high and one_low > 5 * high
-
-
-def test_the_judge_reads_the_shapes_of_every_frame():
-    judge = load_judge()
-    video = MovingMNISTGenerator(DatasetConfig(), "test").sample(3, range(4), 6).video
-    readings = read_videos(judge, video)
-    assert readings.shapes.shape == (4, 6, SIDE, SIDE) and judge.config.crop_size == SIDE
-    chosen = readings.take(torch.tensor([2, 0]), torch.tensor([5, 1]))
-    torch.testing.assert_close(chosen.shapes, readings.shapes[[2, 0]][:, [5, 1]])

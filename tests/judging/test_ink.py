@@ -27,12 +27,7 @@ def test_a_hard_edge_has_sharpness_one_and_a_ramp_that_of_its_step():
     expected = (72 * 0.25**2 + ends.square().sum()) / (72 * 0.25 + ends.sum())
     torch.testing.assert_close(intensity_sharpness(stripe), expected.view(1))
     assert intensity_sharpness(torch.zeros(2, 5, 5)).tolist() == [0, 0]
-
-
-def test_a_stroke_that_touches_the_border_has_an_edge_there():
-    stripe = torch.zeros(1, 6, 6)
-    stripe[:, :, 0] = 1
-    torch.testing.assert_close(intensity_sharpness(stripe), torch.ones(1))
+    assert intensity_sharpness((torch.arange(6) == 0).float().expand(1, 6, 6)).tolist() == [1]  # the border is an edge too
 
 
 def test_blur_lowers_it_and_little_else_does(video):

@@ -3,32 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import build_small_model, random_prompt, random_text
+from helpers import networks
+from helpers.networks import perturb, random_prompt, random_text, texts_of
 from torch import Tensor, nn
 
-from dynamic_video_sf import SelfForcingEngine, Text
+from dynamic_video_sf import SelfForcingEngine
 from method.flow_matching import add_noise, x_0_from_velocity
 from method.losses import discriminator_loss, distance_to_teacher, gradient_penalty, relativistic_loss, sid_loss
-from method.settings import SelfForcingConfig
 from network.discriminator import Discriminator
 from network.weights import frozen
-
-
-def build_engine(**changes: object) -> SelfForcingEngine:
-    """An engine whose critic has moved away from the teacher."""
-    torch.manual_seed(0)
-    engine = SelfForcingEngine(SelfForcingConfig(**changes), build_small_model(), torch.Generator().manual_seed(0))
-    random = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in engine.critic.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=random))
-    engine.fake_average.load_state_dict(engine.fake_score.state_dict())
-    return engine
-
-
-def texts_of(engine: SelfForcingEngine) -> tuple[Text, Text]:
-    """Two prompts and two null prompts."""
-    return random_text(engine.real_score, 2), random_text(engine.real_score, 2, seed=9)
 
 
 def real_videos(num_frames: int = 6) -> Tensor:
@@ -37,6 +20,15 @@ def real_videos(num_frames: int = 6) -> Tensor:
 
 def moved(module: nn.Module) -> bool:
     return any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in module.parameters())
+
+
+def build_engine(**changes: object) -> SelfForcingEngine:
+    """An engine whose critic has moved away from the teacher."""
+    torch.manual_seed(0)
+    engine = networks.build_engine(**changes)
+    perturb(engine.critic)
+    engine.fake_average.load_state_dict(engine.fake_score.state_dict())
+    return engine
 
 
 # SiD

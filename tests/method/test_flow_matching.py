@@ -47,8 +47,9 @@ def test_round_trips_of_the_path_are_exact(path):
     torch.testing.assert_close(rebuilt, x_t, rtol=0, atol=1e-14)
 
 
-def test_time_zero_is_data_and_time_one_is_noise(path):
+def test_time_zero_is_data_and_time_one_is_noise_and_each_frame_has_its_own(path):
     x_0, eps, t = path
+    torch.testing.assert_close(add_noise(x_0, eps, t)[3, 5], (1 - t[3, 5]) * x_0[3, 5] + t[3, 5] * eps[3, 5], rtol=0, atol=0)
     torch.testing.assert_close(add_noise(x_0, eps, torch.zeros_like(t)), x_0, rtol=0, atol=0)
     torch.testing.assert_close(add_noise(x_0, eps, torch.ones_like(t)), eps, rtol=0, atol=0)
 
@@ -68,13 +69,6 @@ def test_velocity_from_x_0_inverts_above_the_floor_and_is_bounded_below(path):
     for time in (0.0, 1e-9, VELOCITY_TIME_FLOOR / 2, VELOCITY_TIME_FLOOR):
         v = velocity_from_x_0(x_t, wrong_x_0, torch.full_like(t, time))
         torch.testing.assert_close(v, torch.full_like(v, -1 / VELOCITY_TIME_FLOOR))
-
-
-def test_one_time_per_frame_reaches_that_frame_only(path):
-    x_0, eps, t = path
-    x_t = add_noise(x_0, eps, t)
-    for b, f in ((0, 0), (3, 5), (1, 4)):
-        torch.testing.assert_close(x_t[b, f], (1 - t[b, f]) * x_0[b, f] + t[b, f] * eps[b, f], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (6, 4), (1, 6), (4, 6, 1)])
@@ -108,12 +102,6 @@ def test_the_default_denoising_steps_at_shift_three():
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
-def test_sampling_times_fall_from_one_to_zero(shift):
-    times = sampling_times(7, shift)
-    assert times.shape == (8,) and times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
-
-
-@pytest.mark.parametrize("shift", SHIFTS)
 def test_many_sampling_times_are_distinct_and_end_at_the_floor(shift):
     for num_steps in (2, 50, 51, 57, 58, 59, 100, 1000):
         times = sampling_times(num_steps, shift)
@@ -126,30 +114,19 @@ def test_many_sampling_times_are_distinct_and_end_at_the_floor(shift):
             assert times[-2].item() == pytest.approx(VELOCITY_TIME_FLOOR, abs=1e-6)
             steps = unshift_time(times[:-1].double(), shift).diff()
             torch.testing.assert_close(steps, steps.mean().expand_as(steps), rtol=2e-3, atol=0)
-    kept = shift_time(torch.linspace(1, 0, 51), 3.0)
-    assert torch.equal(sampling_times(50, 3.0), kept)  # the default grid
-
-
-def test_no_sampling_steps_are_refused():
     with pytest.raises(ValueError, match="num_steps is 0"):
-        sampling_times(0, 1.0)
+        sampling_times(0, shift)
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_training_times_follow_the_shifted_uniform(shift):
     t = sample_time((400, 500), shift, torch.Generator().manual_seed(3)).double()
-    assert t.shape == (400, 500) and t.min() >= 0 and t.max() <= 1
+    assert t.shape == (400, 500) and t.min() >= 0 and t.max() <= 1 and t[0].unique().numel() > 400
     mean = 0.5 if shift == 1 else shift / (shift - 1) - shift * math.log(shift) / (shift - 1) ** 2
     assert abs(t.mean().item() - mean) < 0.004  # six standard errors
     for level in (0.1, 0.3, 0.5, 0.7, 0.9):
         cumulative = level / (shift - (shift - 1) * level)
         assert abs((t <= level).double().mean().item() - cumulative) < 0.007
-
-
-def test_training_times_are_a_function_of_the_generator():
-    first, again, other = (sample_time((3, 5), 3.0, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert first.unique().numel() == 15
 
 
 def test_guidance_weight_one_is_cond_and_zero_is_uncond(path):
@@ -163,14 +140,6 @@ def test_guidance_in_an_interval_is_none_outside():
     t = torch.tensor([[0.1, 0.3, 0.5], [0.7, 0.9, 1.0]])
     assert interval_weight(t, 2.5, [0.3, 0.7]).tolist() == [[1.0, 2.5, 2.5], [2.5, 1.0, 1.0]]
     assert interval_weight(t, 2.5, [0.0, 1.0]).eq(2.5).all()
-
-
-def test_guidance_is_the_same_for_velocity_and_x_0(path):
-    x_t, v_cond, t = path
-    v_uncond = v_cond.flip(0)
-    of_v = x_0_from_velocity(x_t, classifier_free_guidance(v_cond, v_uncond, 4.0), t)
-    of_x_0 = classifier_free_guidance(x_0_from_velocity(x_t, v_cond, t), x_0_from_velocity(x_t, v_uncond, t), 4.0)
-    torch.testing.assert_close(of_v, of_x_0)
 
 
 def test_projected_guidance_keeps_a_share_of_what_it_adds_along_a_direction():

@@ -49,17 +49,6 @@ def test_the_layer_is_the_product_of_what_was_rounded(linear, x, dtype):
     assert_close(y, expected.to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
 
 
-def test_the_layer_is_near_the_one_that_it_was_made_from(linear, x):
-    expected, found = linear(x), Int8Linear(linear, torch.float32)(x)
-    error = (found - expected).norm(dim=-1) / (expected - linear.bias).norm(dim=-1)  # (2, 5): of every token, large or small
-    assert 1e-4 < error.max() < 0.02
-
-
-def test_a_token_does_not_depend_on_the_others(linear, x):
-    layer = Int8Linear(linear, torch.float32)
-    assert torch.equal(layer(x)[1:, 2:4], layer(x[1:, 2:4]))
-
-
 def test_all_linear_layers_inside_are_replaced_and_nothing_else(linear):
     network = nn.ModuleDict({"inner": nn.Sequential(linear, nn.LayerNorm(40)), "outer": copy.deepcopy(linear)})
     quantize_linears(network, torch.bfloat16)
@@ -69,12 +58,9 @@ def test_all_linear_layers_inside_are_replaced_and_nothing_else(linear):
 
 def test_exact_products_pass_and_saturating_ones_are_refused(monkeypatch):
     require_exact_int8("--int8", CPU)
+    with pytest.raises(ValueError, match="^int8 is for the CPU, and this runs on cuda: leave int8 out"):
+        require_exact_int8("int8", torch.device("cuda"))
     product = torch._int_mm
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: product(a, b).clamp(max=2**15 - 1))
     with pytest.raises(ValueError, match="^--int8 needs exact products of 8-bit integers, and this processor saturates: leave --int8 out"):
         require_exact_int8("--int8", CPU)
-
-
-def test_another_device_is_refused():
-    with pytest.raises(ValueError, match="^int8 is for the CPU, and this runs on cuda: leave int8 out"):
-        require_exact_int8("int8", torch.device("cuda"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynamic_video_sf import make_noise_streams, rollout_blocks
 from method.plans import few_step_plan
-from network.attention import ContextWindow, teacher_forcing_layout
+from network.attention import ContextWindow
 from network.kv_cache import KVCache
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training.config import SelfForcingConfig
@@ -33,15 +33,22 @@ def assert_same_x_0(actual: Tensor, expected: Tensor, t: Tensor, tolerance: floa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("block", "window", "sink"), [*itertools.product((1, 3), (None, 6, 9, 21), (0, 1, 3)), (3, 8, 2), (1, 2, 1)])
-def test_cached_blocks_equal_the_mask_for_every_window_and_sink(small_model, block, window, sink):
-    x_t, t = random_video(small_model, 2, NUM_FRAMES)
-    prompt, context = random_prompt(small_model, 2), ContextWindow(window, sink)
-    cached = run_cached(small_model, x_t, t, prompt, [block] * (NUM_FRAMES // block), small_model.new_cache(window, sink))
-    masked = small_model.forward_block_causal(x_t, t, prompt, block, context)
+@pytest.mark.parametrize(("block", "window", "sink", "batch", "patch_size", "channels"), [
+    *((*case, 2, [1, 4, 4], 1) for case in (*itertools.product((1, 3), (None, 3, 6, 9, 21), (0,)), (3, 8, 2), (1, 2, 1))),
+    *((*case, 2, [1, 4, 4], 1) for case in itertools.product((1, 3), (None, 6, 9, 21), (1, 3))),
+    *((3, window, 0, 1, patch, 3) for window in (None, 3, 6) for patch in ([3, 4, 4], [1, 2, 4])),
+    (3, 9, 0, 3, [3, 8, 8], 1), (6, 6, 0, 1, [2, 4, 2], 1), (6, None, 0, 2, [2, 4, 4], 1), (3, 3, 0, 3, [1, 8, 8], 3),
+])
+def test_cached_blocks_equal_the_full_pass_under_the_mask(block, window, sink, batch, patch_size, channels):
+    model, num_frames = build_small_model(patch_size=patch_size, channels=channels), NUM_FRAMES // block * block
+    (x_t, t), prompt = random_video(model, batch, num_frames), random_prompt(model, batch)
+    cached = run_cached(model, x_t, t, prompt, [block] * (num_frames // block), model.new_cache(window, sink))
+    masked = model.forward_block_causal(x_t, t, prompt, block, ContextWindow(window, sink))
     assert_same_x_0(cached, masked, t)
+    alone = model.forward_block_causal(x_t, t, prompt, block, ContextWindow(block))
+    assert window is not None and window <= block or (masked - alone)[:, block:].abs().max() > 1e-3  # the past does matter
     if window is not None and sink:
-        without = small_model.forward_block_causal(x_t, t, prompt, block, ContextWindow(window))
+        without = model.forward_block_causal(x_t, t, prompt, block, ContextWindow(window))
         assert (masked - without)[:, window:].abs().max() > 1e-3  # the sink does matter
         assert (masked - without)[:, : window // block * block].abs().max() == 0
 
@@ -94,7 +101,9 @@ def test_a_joined_pass_refuses_what_either_pass_does():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("block", "window", "sink"), [(3, 9, 3), (3, 6, 1), (1, 6, 3), (3, 8, 0), (3, 6, 3)])
+@pytest.mark.parametrize(("block", "window", "sink"), [
+    (1, None, 0), (3, None, 0), (1, 3, 0), (3, 3, 0), (3, 9, 3), (3, 6, 1), (1, 6, 3), (3, 8, 0), (3, 6, 3),
+])
 def test_a_block_is_what_a_short_video_of_its_visible_frames_makes_of_it(block, window, sink):
     """An oracle without cache or mask. One layer: keys of the past depend on the past frame alone."""
     model = build_small_model(num_layers=1)
@@ -102,25 +111,33 @@ def test_a_block_is_what_a_short_video_of_its_visible_frames_makes_of_it(block, 
     prompt = random_prompt(model, 2)
     masked = model.forward_block_causal(x_t, t, prompt, block, ContextWindow(window, sink))
     for end in range(block, NUM_FRAMES + 1, block):
-        visible = sorted({*range(min(sink, end)), *range(max(end - (window - sink if end > window else window), 0), end)})
-        assert len(visible) <= window
+        first = 0 if window is None else max(end - (window - sink if end > window else window), 0)
+        visible = sorted({*range(min(sink, end)), *range(first, end)})
+        assert window is None or len(visible) <= window
         alone = model.forward_bidirectional(x_t[:, visible], t[:, visible], prompt)[:, -block:]
         assert_same_x_0(masked[:, end - block: end], alone, t[:, end - block: end])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("block", "window", "sink", "hide"), [(3, 9, 3, False), (1, 6, 1, False), (3, None, 0, True), (3, 9, 0, True)])
-def test_teacher_forcing_sees_the_same_window_and_sink(small_model, block, window, sink, hide):
-    (x_t, t), (x_clean, _) = random_video(small_model, 2, 15), random_video(small_model, 2, 15, seed=1)
-    prompt, cache, parts = random_prompt(small_model, 2), small_model.new_cache(window, sink), []
-    for first in range(0, 15, block):
-        now = slice(first, first + block)
-        if hide and first == 15 - block:
+@pytest.mark.parametrize(("block", "window", "sink", "hide", "first_alone", "patch_size"), [
+    (1, None, 0, False, False, [1, 4, 4]), (3, 6, 0, False, False, [1, 4, 4]), (1, 4, 0, False, False, [1, 4, 4]),
+    (3, 9, 0, False, False, [3, 4, 4]), (3, 9, 3, False, False, [1, 4, 4]), (1, 6, 1, False, False, [1, 4, 4]),
+    (3, None, 0, True, False, [1, 4, 4]), (3, 9, 0, True, False, [1, 4, 4]), (3, None, 0, False, True, [1, 4, 4]),
+])
+def test_teacher_forcing_equals_decoding_on_a_cache_of_the_clean_blocks(block, window, sink, hide, first_alone, patch_size):
+    model, context = build_small_model(patch_size=patch_size), ContextWindow(window, sink, hide, first_alone)
+    num_frames = 16 if first_alone else 15
+    sizes = context.block_sizes(num_frames, block)
+    (x_t, t), (x_clean, _) = random_video(model, 2, num_frames), random_video(model, 2, num_frames, seed=1)
+    prompt, cache, parts = random_prompt(model, 2), model.new_cache(window, sink), []
+    for x, time, clean in zip(x_t.split(sizes, 1), t.split(sizes, 1), x_clean.split(sizes, 1), strict=True):
+        if hide and len(parts) == len(sizes) - 1:
             cache.forget_first(block)
-        parts.append(small_model.forward_cached(x_t[:, now], t[:, now], prompt, cache))
-        small_model.write_cache(x_clean[:, now], torch.zeros_like(t[:, now]), prompt, cache)
-    forced = small_model.forward_teacher_forced(x_t, t, x_clean, prompt, block, ContextWindow(window, sink, hide))
+        parts.append(model.forward_cached(x, time, prompt, cache))
+        model.write_cache(clean, torch.zeros_like(time), prompt, cache)
+    forced = model.forward_teacher_forced(x_t, t, x_clean, prompt, block, context)
     assert_same_x_0(forced, torch.cat(parts, dim=1), t)
+    assert (forced - model.forward_block_causal(x_t, t, prompt, block, context))[:, block:].abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -128,8 +145,7 @@ def test_teacher_forcing_sees_the_same_window_and_sink(small_model, block, windo
 def test_a_first_frame_of_its_own(small_model, window, sink):
     context, sizes = ContextWindow(window, sink, independent_first_frame=True), [1, *[3] * 8]
     assert context.block_sizes(25, 3) == sizes
-    x_t, t = random_video(small_model, 2, 25)
-    prompt = random_prompt(small_model, 2)
+    (x_t, t), prompt = random_video(small_model, 2, 25), random_prompt(small_model, 2)
     cached = run_cached(small_model, x_t, t, prompt, sizes, small_model.new_cache(window, sink))
     masked = small_model.forward_block_causal(x_t, t, prompt, 3, context)
     assert_same_x_0(cached, masked, t)
@@ -137,15 +153,6 @@ def test_a_first_frame_of_its_own(small_model, window, sink):
     other[:, 1:4] += 1
     moved = (small_model.forward_block_causal(other, t, prompt, 3, context) - masked).abs().amax((0, 2, 3, 4))
     assert moved[0] == 0 and (moved[1:4] > 0).all()
-
-
-def test_the_layout_of_a_teacher_forced_first_frame():
-    mask = teacher_forcing_layout(4, 3, ContextWindow(independent_first_frame=True), 1, 1, torch.device("cpu")).mask
-    block = [0, 1, 1, 1]
-    for query, key in itertools.product(range(8), range(8)):
-        (query_noisy, q), (key_noisy, k) = divmod(query, 4), divmod(key, 4)
-        same, past = block[q] == block[k], block[k] < block[q]
-        assert mask[query, key] == ((same or past) and not key_noisy if not query_noisy else (same if key_noisy else past))
 
 
 @torch.no_grad()
@@ -254,36 +261,11 @@ def test_windows_that_do_not_fit_are_refused(small_model, context, message):
         small_model.forward_block_causal(x_t, t, random_prompt(small_model, 1), 3, context)
     with pytest.raises(ValueError, match="training." + message):
         SelfForcingConfig(window_frames=context.window_frames, sink_frames=context.sink_frames, hide_first_chunk=context.hide_first_block)
-
-
-def test_a_block_larger_than_the_window_of_the_cache_is_refused(small_model):
-    x_t, t = random_video(small_model, 1, 6)
     with pytest.raises(ValueError, match="a block of 6 frames: expected at most the cache's window of 3"):
         small_model.forward_cached(x_t, t, random_prompt(small_model, 1), small_model.new_cache(3))
 
 
 # What reading and writing leave alone
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("window", "expected"), [(None, [3, 6, 9, 12]), (6, [3, 6, 6, 6]), (3, [3, 3, 3, 3])])
-def test_the_cache_keeps_the_window_and_counts_all_frames(small_model, window, expected):
-    x_t, t = random_video(small_model, 1, 12)
-    prompt, cache, kept = random_prompt(small_model, 1), small_model.new_cache(window), []
-    for x, time in zip(x_t.split(3, 1), t.split(3, 1), strict=True):
-        small_model.write_cache(x, time, prompt, cache)
-        kept.append(cache.num_cached_tokens // small_model.config.tokens_per_patch_row)
-    assert kept == expected and cache.num_frames == 12
-
-
-def test_reading_the_cache_does_not_write_it(small_model):
-    x_t, t = random_video(small_model, 1, 3)
-    prompt, cache = random_prompt(small_model, 1), small_model.new_cache()
-    small_model.write_cache(x_t, t, prompt, cache)
-    first = small_model.forward_cached(x_t, t, prompt, cache)
-    tokens = cache.num_cached_tokens
-    assert torch.equal(small_model.forward_cached(x_t, t, prompt, cache), first)
-    assert cache.num_cached_tokens == tokens and cache.num_frames == 3
 
 
 def test_the_cache_carries_no_gradient(small_model):
@@ -297,5 +279,3 @@ def test_the_cache_carries_no_gradient(small_model):
     v = small_model.forward_cached(x_t[:, 3:], t[:, 3:], prompt, cache)
     (gradient,) = torch.autograd.grad(v.square().sum(), x_t)
     assert not gradient[:, :3].any() and gradient[:, 3:].any(dim=(0, 2, 3, 4)).all()
-
-

@@ -39,13 +39,6 @@ def random_captions(num_digits: int, count: int = 500) -> list[tuple[list[Motion
 
 
 @pytest.mark.parametrize("num_digits", [1, 2])
-def test_captions_use_known_words_and_fit_the_default_length(num_digits):
-    for _, caption in random_captions(num_digits):
-        words = split_words(caption)
-        assert set(words) <= set(VOCABULARY) and len(words) < TextEncoderConfig().max_tokens, caption
-
-
-@pytest.mark.parametrize("num_digits", [1, 2])
 def test_what_holds_for_any_stretch_names_the_digits_in_words_of_the_grammar_and_no_motion(num_digits):
     for facts, caption in random_captions(num_digits, 50):
         kept = caption_of_any_stretch(caption)
@@ -78,7 +71,8 @@ def test_what_a_caption_names_is_read_back(num_digits):
     cases = random_captions(num_digits)
     num_with_motion, num_speeds = 0, 0
     for facts, caption in cases:
-        said = parse_caption(caption)
+        said, words = parse_caption(caption), split_words(caption)
+        assert set(words) <= set(VOCABULARY) and len(words) < TextEncoderConfig().max_tokens, caption
         assert said.digits == tuple(fact.digit for fact in facts), caption
         if any(direction is not None for direction in said.directions):
             num_with_motion += 1
@@ -109,13 +103,10 @@ def test_free_text_is_read_too(prompt, facts):
     assert parse_caption(prompt) == facts
 
 
-@pytest.mark.parametrize("count", [0, 3])
-def test_captions_of_no_or_three_digits_are_refused(count):
-    with pytest.raises(ValueError, match=f"1 or 2 digits, found {count}"):
-        compose_caption([MotionFacts(1, 0, "slow")] * count, np.random.default_rng(0))
-
-
 def test_captions_are_a_function_of_the_generator_and_vary():
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=f"1 or 2 digits, found {count}"):
+            compose_caption([MotionFacts(1, 0, "slow")] * count, np.random.default_rng(0))
     facts = [MotionFacts(4, 1, "fast")]
     captions = [[compose_caption(facts, rng) for _ in range(50)] for rng in (np.random.default_rng(0), np.random.default_rng(0))]
     assert captions[0] == captions[1] and len(set(captions[0])) > 25
@@ -159,19 +150,6 @@ def test_long_prompts_are_cut_with_a_warning(small_text_encoder):
     assert len(caught) == 1 and torch.equal(tokens[:1], expected)
 
 
-@pytest.mark.parametrize("prompt", [
-    "a 7 moving up " * 2500, "\u4e03 a 7 \u0440\u0443\u043a\u0430 \U0001f600", "a\x00 7\x1b[31m \u202e\r\n\ud800", "\u0663 \u00b2 \u2167 7",
-    "x" * 100_000, "... --- ' \" { } \\",
-])
-def test_any_text_is_accepted(small_text_encoder, prompt):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        embedding, mask = small_text_encoder.encode([prompt])
-    assert embedding.shape == (1, 12, 32) and embedding.isfinite().all() and mask[0, 0]
-    assert len(caught) <= 2 and all(str(w.message).isprintable() and len(str(w.message)) < 5000 for w in caught)
-    parse_caption(prompt)
-
-
 @pytest.mark.parametrize("with_gradient", [False, True])  # without gradient torch takes another kernel
 def test_an_embedding_does_not_depend_on_the_rest_of_the_batch(small_text_encoder, with_gradient):
     prompts = ["", "a 3 moving up", "the digit 4 drifting down and to the left slowly", "digits 1 and 2"]
@@ -189,21 +167,6 @@ def test_words_do_not_attend_to_padding(small_text_encoder):
     small_text_encoder.position_embedding[5:] += torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
     assert mask.sum() == 5
     torch.testing.assert_close(small_text_encoder.encode(["a 3 moving up"])[0], before, rtol=0, atol=1e-6)
-
-
-def test_the_order_of_the_words_matters(small_text_encoder):
-    prompts = ["a 3 moving left and a 5 moving right", "a 5 moving left and a 3 moving right"]
-
-    def mean_embeddings() -> torch.Tensor:
-        embedding, mask = small_text_encoder.encode(prompts)
-        return (embedding * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-
-    with torch.no_grad():
-        first, second = mean_embeddings()
-        assert (first - second).abs().max() > 1e-4
-        small_text_encoder.position_embedding.zero_()  # then the prompts are the same bag of words
-        first, second = mean_embeddings()
-        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("sizes", "message"), [

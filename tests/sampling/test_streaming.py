@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.generation import COMMON, refusal
-from helpers.networks import build_small_model, random_prompt, random_video
+from helpers.networks import build_engine, build_small_model, random_prompt, random_video
 from torch import Tensor
 
 from clips.video_files import load_array, load_frames
-from dynamic_video_sf import SelfForcingEngine, draw_noise, make_noise_streams, split_first_frames
+from dynamic_video_sf import draw_noise, make_noise_streams, split_first_frames
 from generate import main
 from machine.runtime import Runtime
 from method.plans import few_step_plan, many_step_plan
@@ -40,42 +40,21 @@ def test_a_stream_begins_as_the_video_of_its_prompt_and_goes_on(small_model, sma
     assert not blocks[-1].requires_grad and torch.is_grad_enabled() and blocks[-1].isfinite().all()
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("how", ["recache", "keep", "reset"])
-def test_what_becomes_of_the_cache_at_a_switch(small_model, small_text_encoder, how):
-    sends = [None] * 5 + [[NEW]] + [None] * 2
-    blocks, plain = take(small_model, small_text_encoder, sends, switch=how), take(small_model, small_text_encoder, [None] * 8)
-    assert all(torch.equal(a, b) for a, b in zip(blocks[:5], plain[:5], strict=True))  # the past stays
-    assert (blocks[5] - plain[5]).abs().max() > 1e-3
-    encoded = {text: small_model.encode_prompt(*small_text_encoder.encode([text])) for text in (OLD, NEW)}
-    cache = small_model.new_cache(9, 3)
-    visible = {"recache": [0, 4], "keep": range(5), "reset": []}[how]  # the sink, and what the next block sees
-    streams = make_noise_streams([0])
-    for _ in range(10):  # two passes a block
-        draw_noise(streams, (3, 1, 8, 8), CPU.device)
-    with torch.no_grad():
-        for block in visible:
-            small_model.write_cache(blocks[block], torch.zeros(1, 3), encoded[NEW if how == "recache" else OLD], cache)
-        x_0 = x_t = draw_noise(streams, (3, 1, 8, 8), CPU.device)
-        for time, later in zip(PLAN.times, (*PLAN.times[1:], None), strict=True):
-            t = torch.full((1, 3), time)
-            x_0 = (x_t - time * small_model.forward_cached(x_t, t, encoded[NEW], cache)).clamp(-1, 1)
-            if later is not None:
-                x_t = (1 - later) * x_0 + later * draw_noise(streams, (3, 1, 8, 8), CPU.device)
-    torch.testing.assert_close(blocks[5], x_0, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("how", ["recache", "keep", "reset"])
-def test_a_switch_under_guidance_is_one_of_both_branches(small_model, small_text_encoder, how):
-    """Against two rollouts' caches, of the prompt and of the null prompt, that each are treated as without guidance."""
-    plan = many_step_plan(2, 3.0, 3, 2.5, ContextWindow(9, 3))
+def test_what_becomes_of_the_cache_at_a_switch(small_model, small_text_encoder, how, guidance):
+    """Under guidance against two rollouts' caches, of the prompt and of the null prompt, that each are treated as without it."""
+    plan = many_step_plan(2, 3.0, 3, guidance, ContextWindow(9, 3))
     blocks = take(small_model, small_text_encoder, [None] * 5 + [[NEW], None], plan=plan, switch=how)
+    plain = take(small_model, small_text_encoder, [None] * 6, plan=plan)
+    assert all(torch.equal(a, b) for a, b in zip(blocks[:5], plain[:5], strict=True)) and (blocks[5] - plain[5]).abs().max() > 1e-3
     old, new, null = (small_model.encode_prompt(*small_text_encoder.encode([text])) for text in (OLD, NEW, NULL_PROMPT))
     caches = [small_model.new_cache(9, 3) for _ in range(2)]
     streams = make_noise_streams([0])
     for _ in range(5):  # one noise a block
         draw_noise(streams, (3, 1, 8, 8), CPU.device)
     with torch.no_grad():
-        for block in {"recache": [0, 4], "keep": range(5), "reset": []}[how]:
+        for block in {"recache": [0, 4], "keep": range(5), "reset": []}[how]:  # the sink, and what the next block sees
             for prompt, cache in zip((new if how == "recache" else old, null), caches, strict=True):
                 small_model.write_cache(blocks[block], torch.zeros(1, 3), prompt, cache)
         for block in (5, 6):
@@ -83,7 +62,7 @@ def test_a_switch_under_guidance_is_one_of_both_branches(small_model, small_text
             for time, later in zip(plan.times, (*plan.times[1:], 0.0), strict=True):
                 t = torch.full((1, 3), time)
                 cond, uncond = (small_model.forward_cached(x, t, prompt, cache) for prompt, cache in zip((new, null), caches, strict=True))
-                x = x + (later - time) * (uncond + 2.5 * (cond - uncond))
+                x = x + (later - time) * (uncond + guidance * (cond - uncond))
             torch.testing.assert_close(blocks[block], x, rtol=1e-3, atol=1e-3)
             for prompt, cache in zip((new, null), caches, strict=True):
                 small_model.write_cache(x, torch.zeros(1, 3), prompt, cache)
@@ -164,12 +143,8 @@ def test_a_continuation_is_the_rollout_behind_the_given_frames(small_model, smal
 
 
 def test_a_model_with_a_first_frame_of_its_own_makes_and_trains_on_such_videos():
-    engine = SelfForcingEngine(
-        SelfForcingConfig(
-            independent_first_frame=True, min_num_frames=7, max_num_frames=7, gradient_frames=3, window_frames=6, sink_frames=1
-        ),
-        build_small_model(), torch.Generator().manual_seed(0),
-    )
+    lengths = {"min_num_frames": 7, "max_num_frames": 7, "gradient_frames": 3, "window_frames": 6, "sink_frames": 1}
+    engine = build_engine(independent_first_frame=True, **lengths)
     rollout = engine.rollout(random_prompt(engine.generator, 2), 7, with_gradient=True)
     assert rollout.x_0.shape[1] == 7 and rollout.scored.shape[1] == rollout.frame_exits.shape[1] == 3
     gradient = torch.autograd.grad(rollout.x_0[:, :4].sum(), engine.generator.head.weight, retain_graph=True)[0]
@@ -194,11 +169,8 @@ def test_files_that_this_project_writes_read_back(tmp_path: Path, suffix: str):
 def test_generation_goes_on_from_a_file_and_changes_its_prompt(student_path: Path, tmp_path: Path):
     clip = random_video(build_small_model(), 1, 3)[0][0].clamp(-1, 1)
     save_array(tmp_path / "clip.npz", clip, "")
-    main([
-        "--checkpoint", str(student_path), "--schedule", "0: a 7", "6: a 3", "--switch", "keep", "--init", str(tmp_path / "clip.npz"),
-        "--num_frames", "9", "--format", "npz", "--window_frames", "6", "--sink_frames", "3",
-        "--output_dir", str(tmp_path / "out"), *COMMON,
-    ])
+    main(["--checkpoint", str(student_path), "--schedule", "0: a 7", "6: a 3", "--switch", "keep", "--init", str(tmp_path / "clip.npz"),
+          "--num_frames", "9", "--format", "npz", "--window_frames", "6", "--sink_frames", "3", "--output_dir", str(tmp_path / "out"), *COMMON])
     (path,) = (tmp_path / "out").glob("*.npz")
     video, prompt = load_array(path)
     assert torch.equal(video[:3], clip) and len(video) == 9 and prompt == "a 7 | 6: a 3"
@@ -254,13 +226,9 @@ def test_what_training_hides_generation_shows(small_model, small_text_encoder):
 def test_schedules_say_what_holds_when():
     schedule = PromptSchedule.parse(["0: a 3: slowly", " 42 :a 7", "45:"])
     assert schedule.entries == ((0, "a 3: slowly"), (42, "a 7"), (45, "")) and schedule.changes() == {42: "a 7", 45: ""}
-
-
-@pytest.mark.parametrize("frame", [1, 3])
-def test_a_change_before_the_second_block_that_is_made_is_refused_in_one_line(frame: int):
-    schedule = PromptSchedule.parse(["0: a 7", f"{frame}: a 3"])
-    with pytest.raises(ValueError, match=f"at frame {frame}, but the first frame that is made is 3: give 'a 3' as the first prompt"):
-        schedule.check([3, 6, 9])
+    for frame in (1, 3):
+        with pytest.raises(ValueError, match=f"at frame {frame}, but the first frame that is made is 3: give 'a 3' as the first prompt"):
+            PromptSchedule.parse(["0: a 7", f"{frame}: a 3"]).check([3, 6, 9])
 
 
 def test_settings_leave_the_window_to_the_checkpoint(student: LoadedNetworks):

@@ -1,7 +1,6 @@
 """evaluate.py scores a checkpoint on prompts that its training never drew, and says clearly what it cannot do."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from omegaconf import OmegaConf
 from clips.own_videos import VideosConfig
 from evaluate import FIGURES, EvaluateConfig, evaluate, examine_clips, make_rows, run_command_line, write_results
 from judging.prompts import new_indices, who_saw_the_judges_digits
-from judging.report import COST_FIGURES, PROMPT_FIGURES, format_table
 from machine.paths import REPOSITORY
 from machine.runtime import Runtime
 from machine.seeds import Purpose
@@ -35,17 +33,15 @@ def teacher(tmp_path: Path) -> Path:
     return save_untrained(tmp_path / "teacher.pt", Config(model=model, training=PretrainConfig(teacher_steps=2)), NUM_DRAWN)
 
 
-def test_checkpoints_of_one_name_are_told_apart_by_their_folders():
-    rows = make_rows(EvaluateConfig(checkpoint=["one/checkpoint_final.pt", "two/checkpoint_final.pt", "three.pt"]))
-    assert [row.name for row in rows] == ["one/checkpoint_final", "two/checkpoint_final", "three"]
-
-
-def test_the_wishes_of_a_configuration_reach_the_sampler(teacher: Path):
+def test_rows_are_named_by_their_folders_and_sampled_as_wished():
     wishes = {"num_steps": 7, "guidance": 1.5, "eta": 0.25, "ink_kept": 0.75}
-    (row,) = make_rows(EvaluateConfig(checkpoint=str(teacher), **wishes))
-    assert row.settings == SamplerSettings(**wishes)
-    (row,) = make_rows(EvaluateConfig(checkpoint=str(teacher), num_steps=4, causal=True))
+    rows = make_rows(EvaluateConfig(checkpoint=["one/checkpoint_final.pt", "two/checkpoint_final.pt", "three.pt"], **wishes))
+    assert [row.name for row in rows] == ["one/checkpoint_final", "two/checkpoint_final", "three"]
+    assert {row.settings for row in rows} == {SamplerSettings(**wishes)}
+    (row,) = make_rows(EvaluateConfig(checkpoint="one.pt", num_steps=4, causal=True))
     assert row.settings == SamplerSettings(num_steps=4, causal=True)
+    assert EvaluateConfig(sanity=True).output_dir == "results" and EvaluateConfig().output_dir == "outputs/evaluation"
+    assert EvaluateConfig(sanity=True, output_dir="here").output_dir == "here"
 
 
 def test_what_ships_is_scored_beside_its_start_in_few_guided_steps():
@@ -58,15 +54,6 @@ def test_what_ships_is_scored_beside_its_start_in_few_guided_steps():
     plans = [row.settings.make_plan(start) for row in rows[1:4]]
     assert [(plan.evaluations, plan.cache_evaluations, plan.fresh_noise) for plan in plans] == [(8, 2, False), (4, 2, False), (4, 1, True)]
     assert plans[0].times == plans[2].times
-
-
-def test_a_table_shows_what_a_block_costs():
-    titles = PROMPT_FIGURES | COST_FIGURES
-    cost = {"evaluations_a_block": 100, "cache_evaluations_a_block": 2, "frames_per_second": 61.25}
-    rows = {"sampled": {"frames_right": 0.5, "frames_right_ci": [0.4, 0.6], **cost}, "real": {"frames_right": 1.0}, "nothing": cost}
-    head, sampled, real = format_table("", rows, titles).splitlines()
-    assert head.endswith("evaluations frames/s") and len(head) == len(sampled) == 184
-    assert sampled.endswith("100 + 2     61.2") and "0.500 [0.400, 0.600]" in sampled and real.endswith("-        -")
 
 
 @pytest.mark.parametrize(("changes", "options"), [
@@ -103,10 +90,7 @@ def test_real_videos_score_high_an_untrained_network_low_and_files_are_left(teac
     assert results["real"]["frechet_distance"] < untrained["frechet_distance"] and untrained["coverage"] < results["real"]["coverage"]
     assert results["real"]["frechet_distance"] < results["real"]["frames_shuffled"]["frechet_distance"]
     assert set(results["real"]["training_digits"]) >= {"frechet_distance", "density", "coverage"}
-    lines = capsys.readouterr().out.splitlines()
-    assert max(len(line) for line in lines if not line.startswith(("wrote", "of ", "note"))) <= 184
-    assert sum(line.startswith("teacher, 2 steps") for line in lines) == 3  # in every table
-    assert sum("   4 + 0 " in line for line in lines) == 2  # but for that of slopes
+    assert sum(line.startswith("teacher, 2 steps") for line in capsys.readouterr().out.splitlines()) == 3  # in every table
 
 
 def test_videos_of_two_digits_are_counted(tmp_path: Path):
@@ -122,11 +106,6 @@ def test_videos_of_two_digits_are_counted(tmp_path: Path):
 def test_too_few_videos_have_no_distribution(teacher: Path, tmp_path: Path, capsys):
     results = evaluate(EvaluateConfig(checkpoint=str(teacher), num_videos=2, num_frames=3, precision="float32", output_dir=str(tmp_path)))
     assert "coverage" not in results["real"] and "they need more videos" in capsys.readouterr().out
-
-
-def test_sanity_has_its_own_folder():
-    assert EvaluateConfig(sanity=True).output_dir == "results" and EvaluateConfig().output_dir == "outputs/evaluation"
-    assert EvaluateConfig(sanity=True, output_dir="here").output_dir == "here"
 
 
 def test_prompts_are_held_out_word_for_word(teacher: Path):
@@ -153,19 +132,13 @@ def test_the_yaml_composes_to_the_defaults():
         assert OmegaConf.to_object(compose("evaluate")) == EvaluateConfig()
 
 
-def test_bad_input_exits_with_one_line(tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / "evaluate.py", "chekpoint=x", "device=cpu"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: unknown key chekpoint: the nearest known key is checkpoint")
-
-
 @pytest.mark.parametrize(("argument", "words"), [
     ("num_videos=0", "num_videos is 0: expected at least 1"),
     ("seed=abc", "seed"),
     ("checkpoint=absent.pt", "no checkpoint at absent.pt"),
-    ("checkpoint=", "checkpoint is empty: expected a path"),
+    ("checkpoint=", "checkpoint is empty: expected a path"), ("checkpoint=[a.pt,'']", "checkpoint is empty: expected a path"),
+    ("output_dir=", "output_dir is empty: expected a path"),
+    ("chekpoint=x", "unknown key chekpoint: the nearest known key is checkpoint"),
 ])
 def test_bad_input_is_one_line(argument: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
@@ -174,14 +147,6 @@ def test_bad_input_is_one_line(argument: str, words: str, tmp_path: Path, monkey
         run_command_line()
     message = str(caught.value)
     assert message.startswith("error: ") and "\n" not in message and words in message
-
-
-@pytest.mark.parametrize(("wish", "name"), [
-    ({"checkpoint": ""}, "checkpoint"), ({"checkpoint": ["a.pt", ""]}, "checkpoint"), ({"output_dir": ""}, "output_dir"),
-])
-def test_an_empty_path_is_refused_by_its_keys_name(wish: dict[str, str | list[str]], name: str):
-    with pytest.raises(ValueError, match=f"^{name} is empty: expected a path$"):
-        EvaluateConfig(**wish)
 
 
 def test_a_second_evaluation_leaves_the_first_ones_files(tmp_path):

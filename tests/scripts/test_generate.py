@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -27,7 +26,7 @@ from omegaconf import OmegaConf
 
 import generate as entry
 from clips.video_files import load_array
-from dynamic_video_sf import SelfForcingEngine, make_noise_streams, rollout_blocks
+from dynamic_video_sf import SelfForcingEngine
 from evaluate import EvaluateConfig
 from generate import BidirectionalPlan, SamplerSettings, generate, main, slug
 from machine.runtime import Runtime
@@ -72,15 +71,9 @@ def test_the_batch_size_changes_a_video_by_rounding_at_most(kind: str, request: 
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sample(networks, batch_size=3), alone, rtol=1e-4, atol=1e-4)
     assert torch.equal(together, sample(networks, batch_size=4))
-    for other in range(1, 4):
-        assert not torch.allclose(together[0], together[other], atol=1e-2), "prompts and seeds matter"
-
-
-def test_prompt_and_seed_each_change_the_video(student: LoadedNetworks):
-    same = sample(student, [PROMPTS[0], PROMPTS[0]], seeds=[1, 1])
-    torch.testing.assert_close(same[0], same[1], rtol=1e-4, atol=1e-4)
-    changed = sample(student, [PROMPTS[0], PROMPTS[1]], seeds=[1, 1])
-    assert not torch.allclose(changed[0], changed[1], atol=1e-3)
+    for prompts, seeds in (([PROMPTS[0]] * 2, [0, 1]), (PROMPTS[:2], [0, 0])):
+        one, other = sample(networks, prompts, seeds=seeds)
+        assert not torch.allclose(one, other, atol=1e-3), "prompts and seeds matter, each alone"
 
 
 def test_the_student_generates_exactly_what_training_rolls_out(student: LoadedNetworks):
@@ -107,20 +100,6 @@ def test_a_short_video_is_the_start_of_a_long_one(student: LoadedNetworks):
     assert torch.equal(sample(student, PROMPTS[:1], num_frames=21), long[:, :21])
 
 
-def test_past_the_training_length_the_window_rolls(student: LoadedNetworks):
-    """The first block past 21 frames no longer sees the first block: with a cache of everything it comes out otherwise."""
-    plan = SamplerSettings().make_plan(student.config.training)
-    assert isinstance(plan, RolloutPlan) and plan.context.window_frames == 21
-    with torch.no_grad():
-        prompt = student.generator.encode_prompt(*student.text_encoder.encode(PROMPTS[:1]))
-        endless = torch.cat(list(
-            rollout_blocks(student.generator, prompt, make_noise_streams([0]), 8, replace(plan, context=ContextWindow()))
-        ), dim=1)
-    video = sample(student, PROMPTS[:1], num_frames=24)
-    assert torch.equal(video[:, :21], endless[:, :21])
-    assert not torch.allclose(video[:, 21:], endless[:, 21:], atol=1e-4)
-
-
 # --- student or teacher -----------------------------------------------------------------------------------------------
 
 
@@ -133,11 +112,7 @@ def test_a_student_takes_its_own_steps_context_noise_and_block():
     other = SamplerSettings(denoising_steps=(1000, 500), guidance=1.5).make_plan(STUDENT)
     assert isinstance(other, RolloutPlan)
     assert (len(other.times), other.guidance, other.context_time) == (2, 1.5, 0.1)
-
-
-def test_many_steps_on_a_student_are_a_causal_euler_rollout():
     plan = SamplerSettings(num_steps=5, guidance=2.0).make_plan(STUDENT)
-    assert isinstance(plan, RolloutPlan)
     assert (len(plan.times), plan.fresh_noise, plan.guidance, plan.context_time, plan.context.window_frames) == (5, False, 2.0, 0.1, 21)
 
 
@@ -216,59 +191,36 @@ def test_the_teacher_gives_the_video_of_its_own_sampler(teacher: LoadedNetworks)
     assert not torch.allclose(naive, expected, atol=1e-2)
 
 
-def test_guidance_reaches_the_few_step_rollout(student: LoadedNetworks):
-    plain, guided = sample(student), sample(student, settings=SamplerSettings(guidance=3.0))
-    torch.testing.assert_close(sample(student, settings=SamplerSettings(guidance=1.0)), plain)
-    assert not torch.allclose(guided[0], plain[0], atol=1e-3)
-    torch.testing.assert_close(guided[2], plain[2], rtol=1e-3, atol=1e-3)  # the empty prompt is its own null prompt
-
-
 def test_the_teacher_goes_past_its_length_only_block_by_block(teacher: LoadedNetworks):
     with pytest.raises(ValueError, match="at most the 21 frames.*--causal"):
         sample(teacher, PROMPTS[:1], num_frames=24)
     causal = sample(teacher, PROMPTS[:1], num_frames=24, settings=SamplerSettings(denoising_steps=(1000,)))
     assert causal.shape == (1, 24, 1, 8, 8)
     assert sample(teacher, PROMPTS[:1], num_frames=24, settings=SamplerSettings(num_steps=2, causal=True)).shape == (1, 24, 1, 8, 8)
-
-
-def test_prompts_and_seeds_must_pair_up(student: LoadedNetworks):
-    with pytest.raises(ValueError, match="1 prompts and 2 seeds"):
-        sample(student, PROMPTS[:1], seeds=[0, 1])
-    with pytest.raises(ValueError, match="0 prompts"):
-        sample(student, [], seeds=[])
+    for prompts, seeds, words in ((PROMPTS[:1], [0, 1], "1 prompts and 2 seeds"), ([], [], "0 prompts")):
+        with pytest.raises(ValueError, match=words):
+            sample(teacher, prompts, seeds=seeds)
 
 
 # --- warnings ---------------------------------------------------------------------------------------------------------
 
 
 def test_unknown_words_are_named_in_one_line_for_all_batches(student_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    main([
-        "--checkpoint", str(student_path), "--prompts", "a purple 7", "a 3 above the sea", "a purple 2", "--num_frames", "3",
-        "--samples_per_prompt", "2", "--batch_size", "1", "--output_dir", str(tmp_path), *COMMON,
-    ])
+    main(["--checkpoint", str(student_path), "--prompts", "a purple 7", "a 3 above the sea", "a purple 2", "--num_frames", "3",
+          "--samples_per_prompt", "2", "--batch_size", "1", "--output_dir", str(tmp_path), *COMMON])
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "unknown words" in line]
     assert len(lines) == 1
     assert lines[0].startswith("warning: unknown words") and "purple, above, sea." in lines[0]
 
 
-@pytest.mark.parametrize("num_digits", [1, 2])
-def test_default_prompts_speak_the_grammar(student: LoadedNetworks, num_digits: int):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        student.text_encoder.tokenize(list(entry.DEFAULT_PROMPTS[num_digits]))
-    assert {len(parse_caption(prompt).digits) for prompt in entry.DEFAULT_PROMPTS[num_digits]} == {num_digits}
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_call_writes_the_same_files_in_every_format(student_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_same_call_writes_the_same_files_in_every_format(student_path: Path, tmp_path: Path):
     for folder in ("first", "second"):
         for suffix in entry.FORMATS:
-            main([
-                "--checkpoint", str(student_path), "--prompts", *PROMPTS[:2], "--samples_per_prompt", "2", "--num_frames", "6", "--seed",
-                "42", "--format", suffix, "--output_dir", str(tmp_path / folder / suffix), *COMMON,
-            ])
+            main(["--checkpoint", str(student_path), "--prompts", *PROMPTS[:2], "--samples_per_prompt", "2", "--num_frames", "6", "--seed",
+                  "42", "--format", suffix, "--output_dir", str(tmp_path / folder / suffix), *COMMON])
         if folder == "first":
             time.sleep(1.1)  # a second that went into a file would show; of an archive's two-second steps see below
     stems = [
@@ -283,8 +235,6 @@ def test_the_same_call_writes_the_same_files_in_every_format(student_path: Path,
         assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second], suffix
     with zipfile.ZipFile(tmp_path / "first" / "npz" / f"{stems[0]}.npz") as archive:
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-    closing = capsys.readouterr().out.splitlines()[-1]
-    assert re.search(r"4 videos of 6 frames in [\d.]+ s \([\d.]+ frames/s, sampling only\)", closing)
 
 
 def test_what_is_prepared_for_generation_is_a_copy_that_makes_the_same_bits(student: LoadedNetworks):
@@ -311,13 +261,10 @@ def test_int8_where_it_is_slower_is_said(student_path: Path, tmp_path: Path, mon
     monkeypatch.setattr("sampling.samplers.gain_over_float32", lambda dtype: 0.2)
     main(["--checkpoint", str(student_path), *COMMON, "--prompts", "a 7", "--int8", "--output_dir", str(tmp_path)])
     assert "8-bit integers takes 5.0 times as long as one of float32 on this processor: leave --int8 out" in capsys.readouterr().err
-
-
-def test_int8_where_it_is_not_exact_ends_in_one_line(student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: torch.zeros(len(a), b.shape[1], dtype=torch.int32))
-    with pytest.raises(SystemExit, match="^error: --int8 needs exact products of 8-bit integers"):
-        main(["--checkpoint", str(student_path), *COMMON, "--int8", "--output_dir", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
+    assert "--int8 needs exact products of 8-bit integers" in refusal(
+        "--checkpoint", str(student_path), "--int8", "--output_dir", str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow
@@ -355,7 +302,8 @@ def test_a_missing_compiler_ends_in_one_line(command: str, student_path: Path, t
 
 
 @pytest.mark.parametrize(("module", "work", "arguments"), [
-    ("generate", "run", []), ("experiments.benchmark", "run", []), ("evaluate", "evaluate", OmegaConf.structured(EvaluateConfig)),
+    ("generate", "run", []), ("experiments.benchmark", "run", []), ("experiments.long_video", "run", ["drift"]),
+    ("evaluate", "evaluate", OmegaConf.structured(EvaluateConfig)),
 ])
 def test_ctrl_c_ends_in_one_line_and_130(module: str, work: str, arguments: Any, monkeypatch: pytest.MonkeyPatch, capsys):
     def interrupted(*_: object) -> None:
@@ -372,37 +320,22 @@ def test_ctrl_c_ends_in_one_line_and_130(module: str, work: str, arguments: Any,
 
 def test_other_prompts_and_samples_leave_a_video_alone(student_path: Path, tmp_path: Path):
     for folder, more in (("few", PROMPTS[:1]), ("many", PROMPTS)):
-        main([
-            "--checkpoint", str(student_path), "--prompts", *more, "--samples_per_prompt", "1" if folder == "few" else "3", "--num_frames",
-            "6", "--seed", "7", "--batch_size", "5", "--format", "npz", "--output_dir", str(tmp_path / folder), *COMMON,
-        ])
+        main(["--checkpoint", str(student_path), "--prompts", *more, "--samples_per_prompt", "1" if folder == "few" else "3", "--num_frames",
+              "6", "--seed", "7", "--batch_size", "5", "--format", "npz", "--output_dir", str(tmp_path / folder), *COMMON])
     name = "000_a-handwritten-7-drifting-up_seed7.npz"
     few, many = (load_array(tmp_path / folder / name)[0] for folder in ("few", "many"))
     torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-4)
 
 
 def test_npz_holds_the_clamped_video_and_its_prompt(teacher_path: Path, teacher: LoadedNetworks, tmp_path: Path):
-    main([
-        "--checkpoint", str(teacher_path), "--prompts", "a/b ü 7", "--num_frames", "6", "--seed", "3", "--format", "npz",
-        "--output_dir", str(tmp_path), *COMMON,
-    ])
+    main(["--checkpoint", str(teacher_path), "--prompts", "a/b ü 7", "--num_frames", "6", "--seed", "3", "--format", "npz",
+          "--output_dir", str(tmp_path), *COMMON])
     video, prompt = load_array(tmp_path / "000_a-b-u-7_seed3.npz")
     assert prompt == "a/b ü 7" and video.dtype == torch.float32
     with pytest.warns(UserWarning, match="unknown words"):
         raw = sample(teacher, ["a/b ü 7"], num_frames=6, seeds=[3])
     assert raw.abs().max() > 1, "the case would not show the clamp"
     assert torch.equal(video, raw[0].clamp(-1, 1))
-
-
-@pytest.mark.parametrize("suffix", ["gif", "mp4", "png"])
-def test_every_picture_format_reads_back(teacher_path: Path, tmp_path: Path, suffix: str):
-    main([
-        "--checkpoint", str(teacher_path), "--prompts", "a 7", "--num_frames", "6", "--num_steps", "2", "--format", suffix,
-        "--output_dir", str(tmp_path / "deep" / "folder"), *COMMON,
-    ])
-    frames = imageio.mimread(tmp_path / "deep" / "folder" / f"000_a-7_seed0.{suffix}")
-    assert len(frames) == (1 if suffix == "png" else 6)
-    assert np.ptp(np.asarray(frames)) > 50, "a picture, not a flat field"
 
 
 def test_existing_files_are_never_overwritten(student_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -421,27 +354,21 @@ def test_existing_files_are_never_overwritten(student_path: Path, tmp_path: Path
     assert listed["videos"][0]["file"] == "000_a-7_seed0_3.gif" and listed["contact_sheet"] == "contact_sheet_3.png"
 
 
-def test_the_wishes_of_the_command_line_reach_the_sampler(teacher_path: Path, tmp_path: Path):
-    main(["--checkpoint", str(teacher_path), "--prompts", "a 7", "--num_frames", "3", "--num_steps", "2", "--guidance", "1.5", "--eta",
-          "0.25", "--ink_kept", "0.75", "--output_dir", str(tmp_path), *COMMON])
-    plan = json.loads((tmp_path / "generation.json").read_text())["sampler"]["plan"]
-    assert [plan[name] for name in ("num_steps", "guidance", "eta", "ink_kept")] == [2, 1.5, 0.25, 0.75]
-
-
-def test_a_teacher_is_rolled_out_from_the_command_line(teacher_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    main(["--checkpoint", str(teacher_path), "--prompts", "a 7", "--num_frames", "6", "--causal", "--num_steps", "4", "--output_dir",
-          str(tmp_path), *COMMON])
-    sampler = json.loads((tmp_path / "generation.json").read_text())["sampler"]
-    assert sampler["kind"] == "causal" and sampler["plan"]["guidance"] == TEACHER.guidance
-    assert sampler["plan"]["times"] == pytest.approx([1, 0.9, 0.75, 0.5])
+def test_the_wishes_of_the_command_line_reach_the_sampler(teacher_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    samplers = []
+    for wishes in (["--num_steps", "2", "--guidance", "1.5", "--eta", "0.25", "--ink_kept", "0.75"], ["--causal", "--num_steps", "4"]):
+        folder = tmp_path / wishes[0]
+        main(["--checkpoint", str(teacher_path), "--prompts", "a 7", "--num_frames", "6", *wishes, "--output_dir", str(folder), *COMMON])
+        samplers.append(json.loads((folder / "generation.json").read_text())["sampler"])
+    assert [samplers[0]["plan"][name] for name in ("num_steps", "guidance", "eta", "ink_kept")] == [2, 1.5, 0.25, 0.75]
+    assert samplers[1]["kind"] == "causal" and samplers[1]["plan"]["guidance"] == TEACHER.guidance
+    assert samplers[1]["plan"]["times"] == pytest.approx([1, 0.9, 0.75, 0.5])
     assert "step 1, causal, 8 + 2 evaluations a block, on cpu" in capsys.readouterr().out
 
 
 def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: Path):
-    main([
-        "--checkpoint", str(student_path), "--prompts", "a 7", "a 7", "--num_frames", "3", "--denoising_steps", "1000", "500", "--guidance",
-        "1.5", "--output_dir", str(tmp_path), *COMMON,
-    ])
+    main(["--checkpoint", str(student_path), "--prompts", "a 7", "a 7", "--num_frames", "3", "--denoising_steps", "1000", "500",
+          "--guidance", "1.5", "--output_dir", str(tmp_path), *COMMON])
     facts = json.loads((tmp_path / "generation.json").read_text())
     digest = hashlib.sha256(student_path.read_bytes()).hexdigest()
     assert facts["checkpoint"] == {"name": "student.pt", "sha256": digest, "training_type": "dmd2", "step": 1}
@@ -451,9 +378,7 @@ def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: 
     }
     assert (facts["sampler"]["evaluations_a_block"], facts["sampler"]["cache_evaluations_a_block"]) == (4, 2)
     assert facts["sampler"]["kind"] == "causal" and facts["sampler"]["plan"]["times"] == [1.0, 0.75]
-    assert (facts["device"], facts["precision"]) == ("cpu", "float32")
-    assert facts["versions"]["torch"] == str(torch.__version__) and facts["versions"]["numpy"] == np.__version__
-    assert set(facts["versions"]) == {"torch", "numpy", "imageio", "imageio-ffmpeg", "pillow", "code_sha256"}
+    assert (facts["device"], facts["precision"], facts["versions"]["torch"]) == ("cpu", "float32", str(torch.__version__))
     for number, row in enumerate(facts["videos"]):
         own = json.loads((tmp_path / row["file"]).with_suffix(".json").read_text())
         assert own == {**row, **{key: value for key, value in facts.items() if key not in ("videos", "contact_sheet")}}, number
@@ -469,9 +394,14 @@ def test_a_slug_is_always_a_valid_name(prompt: str):
     assert len(slug(prompt)) <= entry.MAX_SLUG_LENGTH
 
 
-def test_the_default_checkpoint_stands_in_the_repository(
-    student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_default_checkpoint_stands_in_the_repository_and_default_prompts_speak_the_grammar(
+    student: LoadedNetworks, student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    for num_digits, prompts in entry.DEFAULT_PROMPTS.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            student.text_encoder.tokenize(list(prompts))
+        assert {len(parse_caption(prompt).digits) for prompt in prompts} == {num_digits}
     repository = Path(entry.__file__).resolve().parent
     assert entry.DEFAULT_CHECKPOINT == repository / "pretrained" / "student.pt"
     monkeypatch.setattr(entry, "DEFAULT_CHECKPOINT", student_path)
@@ -484,46 +414,24 @@ def test_the_default_checkpoint_stands_in_the_repository(
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [
-    (["--num_frames", "10"], r"num_frames is 10: .*nearest valid: 9 or 12"),
-    (["--num_frames", "0"], r"num_frames is 0: .*nearest valid: 3"),
-    (["--samples_per_prompt", "0"], r"--samples_per_prompt is 0: expected at least 1"),
-    (["--batch_size", "0"], r"--batch_size is 0: expected at least 1"),
-    (["--num_steps", "0"], r"--num_steps is 0: expected at least 1"),
-    (["--seed", "-1"], r"--seed is -1: expected 0 to 9223372036854775807"),
-    (["--seed", str(2**63)], r"--seed is 9223372036854775808"),
-    (["--guidance", "nan"], r"--guidance is nan"),
-    (["--guidance", "-1"], r"--guidance is -1.0: expected 0 or more"),
+    (["--num_frames", "10"], "num_frames is 10: .*nearest valid: 9 or 12"), (["--num_frames", "0"], "num_frames is 0: .*nearest valid: 3"),
+    (["--samples_per_prompt", "0"], "--samples_per_prompt is 0: expected at least 1"),
+    (["--batch_size", "0"], "--batch_size is 0: expected at least 1"), (["--num_steps", "0"], "--num_steps is 0: expected at least 1"),
+    (["--seed", "-1"], "--seed is -1: expected 0 to 9223372036854775807"), (["--seed", str(2**63)], "--seed is 9223372036854775808"),
+    (["--guidance", "nan"], "--guidance is nan"), (["--guidance", "-1"], "--guidance is -1.0: expected 0 or more"),
     (["--denoising_steps", "750", "500"], r"--denoising_steps is \[750, 500\]: expected strictly descending"),
     (["--denoising_steps", "1000", "0"], r"--denoising_steps is \[1000, 0\]"),
-    (["--denoising_steps", "1000", "--num_steps", "4"], r"--denoising_steps .* and --num_steps .* exclude each other"),
-    (["--prompts", "\udcff"], r"is not valid text"),
-    (["--checkpoint", ""], r"--checkpoint is empty: expected a path"),
-    (["--output_dir", ""], r"--output_dir is empty: expected a path"),
-    (["--switch", "keep"], r"--switch is keep, but no prompt changes without --schedule"),
-    (["--switch", "recache", "--prompts", "a 3"], r"--switch is recache, but no prompt changes without --schedule"),
+    (["--denoising_steps", "1000", "--num_steps", "4"], "--denoising_steps .* and --num_steps .* exclude each other"),
+    (["--prompts", "\udcff"], "is not valid text"), (["--checkpoint", ""], "--checkpoint is empty: expected a path"),
+    (["--output_dir", ""], "--output_dir is empty: expected a path"),
+    (["--switch", "keep"], "--switch is keep, but no prompt changes without --schedule"),
+    (["--switch", "recache", "--prompts", "a 3"], "--switch is recache, but no prompt changes without --schedule"),
+    (["--checkpoint", "missing.pt"], "no checkpoint at missing.pt"), (["--checkpoint", __file__], "test_generate.py"),
 ])
 def test_bad_arguments_end_in_one_line(student_path: Path, tmp_path: Path, arguments: list[str], expected: str):
     message = refusal("--checkpoint", str(student_path), "--output_dir", str(tmp_path / "out"), *arguments)
     assert re.search(expected, message)
     assert not (tmp_path / "out").exists(), "refused before anything is made"
-
-
-def test_a_teacher_refuses_more_frames_than_it_knows(teacher_path: Path, tmp_path: Path):
-    message = refusal("--checkpoint", str(teacher_path), "--num_frames", "24", "--output_dir", str(tmp_path / "out"))
-    assert "at most the 21 frames" in message
-
-
-def test_an_unusable_checkpoint_ends_in_one_line(tmp_path: Path):
-    assert "no checkpoint at" in refusal("--checkpoint", str(tmp_path / "missing.pt"))
-    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
-    assert "broken.pt" in refusal("--checkpoint", str(tmp_path / "broken.pt"))
-
-
-def test_a_missing_device_ends_in_one_line(student_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as stop:
-        main(["--checkpoint", str(student_path), "--device", "cuda"])
-    assert str(stop.value.code).startswith("error: device is cuda, which this machine does not have")
 
 
 def test_the_output_folder_is_checked_before_sampling(student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,8 +2,6 @@
 
 import copy
 import csv
-import os
-import pickle
 from dataclasses import replace
 from math import nan
 from pathlib import Path
@@ -91,39 +89,6 @@ def test_a_resumed_run_keeps_its_number_format_and_says_where_it_changes(pretrai
         load_checkpoint(tmp_path / "odd.pt")
 
 
-def test_a_finished_run_that_goes_on_says_that_its_rates_rise_again(pretrained, tmp_path, capsys):
-    """The decay belongs to the end of a run, so a longer one has not begun it yet."""
-    def resumed(name: str, num_steps: int) -> str:
-        training = PretrainConfig(**{**SHARED, "num_steps": num_steps, "resume": str(pretrained / name)}, warmup_steps=2)
-        SimplifiedTrainer(tiny_config(tmp_path, training))
-        return capsys.readouterr().out
-
-    message = resumed("checkpoint_final.pt", 12)
-    assert "of a run of 6 steps, whose rates had fallen to 0." in message and "a lower training.lr goes on more gently" in message
-    assert "rates" not in resumed("checkpoint_0000004.pt", 6)
-
-
-@pytest.mark.parametrize("stage", ["pretrained", "student"])
-def test_resuming_equals_not_having_stopped(request, stage, tmp_path):
-    folder = request.getfixturevalue(stage)
-    whole = load_checkpoint(folder / "checkpoint_final.pt")
-    config = config_from_dict(whole["config"])
-    resumed = replace(config, log_dir=str(tmp_path), training=replace(config.training, resume=str(folder / "checkpoint_0000004.pt")))
-    torch.manual_seed(123)  # nothing may hang on the global generator
-    result = load_checkpoint(SimplifiedTrainer(resumed).train() / "checkpoint_final.pt")
-    quiet = replace(config, log_dir=str(tmp_path / "quiet"), training=replace(config.training, checkpoint_interval=0))
-    unsaved = load_checkpoint(SimplifiedTrainer(quiet).train() / "checkpoint_final.pt")
-    for other in (result, unsaved):
-        for key in whole.keys() - {"config", "attempts"}:
-            assert_same(whole[key], other[key], key)
-
-
-def test_only_the_last_interval_checkpoints_are_kept(tmp_path):
-    training = PretrainConfig(**{**SHARED, "checkpoint_interval": 1}, keep_last=2)
-    folder = SimplifiedTrainer(tiny_config(tmp_path, training)).train()
-    assert sorted(path.name for path in folder.glob("*.pt")) == ["checkpoint_0000004.pt", "checkpoint_0000005.pt", "checkpoint_final.pt"]
-
-
 def test_a_second_run_overwrites_nothing_and_the_link_follows_it(pretrained):
     before = {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file()}
     config = config_from_dict(load_checkpoint(pretrained / "checkpoint_final.pt")["config"])
@@ -133,20 +98,6 @@ def test_a_second_run_overwrites_nothing_and_the_link_follows_it(pretrained):
 
 
 # ----------------------------------------------------------------------------------------------------------- divergence
-
-
-@pytest.mark.parametrize("bad_step, kept", [(5, "the last good checkpoint is .*checkpoint_0000004.pt"), (2, "no checkpoint was due yet")])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, bad_step, kept):
-    trainer = SimplifiedTrainer(tiny_config(tmp_path, PretrainConfig(**SHARED)))
-    sound_step = trainer.stage.train_step
-    trainer.stage.train_step = lambda step: sound_step(step) | ({"loss_causal": nan} if step == bad_step else {})
-    with pytest.raises(TrainingDiverged, match=f"loss_causal is nan at step {bad_step}: stopped; {kept}"):
-        trainer.train()
-    checkpoints = list(tmp_path.rglob("*.pt"))
-    assert [path.name for path in checkpoints] == (["checkpoint_0000004.pt"] if bad_step > 4 else [])
-    for path in checkpoints:
-        load_networks(path, torch.device("cpu"))
-    assert (trainer.folder / "curves.png").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -177,34 +128,12 @@ def test_a_resumed_run_that_diverges_names_the_checkpoint_it_came_from(pretraine
 # --------------------------------------------------------------------------------------------------- files that do not fit
 
 
-def write_bad_teacher(kind: str, path: Path, teacher: Path, trace: Path) -> None:
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, (str(trace),)
-
-    content = teacher.read_bytes()
-    if kind == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif kind == "foreign":
-        torch.save({"model": torch.zeros(3)}, path)
-    elif kind == "hostile":
-        path.write_bytes(pickle.dumps(Hostile()))
-
-
-@pytest.mark.parametrize("kind, words", [
-    ("missing", "no checkpoint at"), ("truncated", "cannot be read"), ("foreign", "not a checkpoint of this project"),
-    ("hostile", "refused"),
-])
-def test_a_bad_teacher_is_refused_before_any_work(self_forcing, tmp_path, kind, words):
-    path, trace, logs = tmp_path / "teacher.pt", tmp_path / "trace", tmp_path / "logs"
-    write_bad_teacher(kind, path, Path(self_forcing.pretrained_checkpoint), trace)
-    with pytest.raises(CheckpointError, match=words):
-        SimplifiedTrainer(tiny_config(logs, replace(self_forcing, pretrained_checkpoint=str(path))))
-    assert not logs.exists() and not trace.exists()
-
-
-def test_a_teacher_of_other_sizes_is_refused_naming_both(self_forcing, tmp_path):
-    config = tiny_config(tmp_path / "logs", self_forcing)
+def test_a_bad_teacher_is_refused_before_any_work(self_forcing, tmp_path):
+    config, content = tiny_config(tmp_path / "logs", self_forcing), Path(self_forcing.pretrained_checkpoint).read_bytes()
+    (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
+    for name, words in (("missing.pt", "no checkpoint at"), ("half.pt", "cannot be read")):
+        with pytest.raises(CheckpointError, match=words):
+            SimplifiedTrainer(replace(config, training=replace(self_forcing, pretrained_checkpoint=str(tmp_path / name))))
     with pytest.raises(CheckpointError, match="trained with model.width=24, but this run asks for model.width=36"):
         SimplifiedTrainer(replace(config, model=replace(config.model, width=36)))
     assert not (tmp_path / "logs").exists()
@@ -266,13 +195,10 @@ def test_the_command_line_refuses_in_one_line(arguments, words, tmp_path, monkey
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_command_line_trains(tmp_path, monkeypatch, capsys):
+def test_the_command_line_trains_and_shows_help_and_the_composed_job(tmp_path, monkeypatch, capsys):
     command_line(monkeypatch, "training=pretrain", *TINY, f"log_dir={tmp_path}", "run_name=mine")
     assert load_checkpoint(tmp_path / "checkpoint_final.pt")["step"] == 1
     assert "trained 1 steps" in capsys.readouterr().out
-
-
-def test_help_and_the_composed_job_are_shown(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         command_line(monkeypatch, "--help")
     assert caught.value.code in (0, None) and "num_steps: 560" in capsys.readouterr().out

@@ -1,12 +1,12 @@
 """Several processes, and several micro-batches, do what one process does in one pass."""
 
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from helpers.processes import free_port, join_one_of_two
 from helpers.stages import LENGTHS, run_config, self_forcing_config
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -102,16 +102,6 @@ def test_activation_checkpointing_gives_the_same_gradients_from_less_memory(kind
     assert kept[1] < 0.7 * kept[0]
 
 
-def join_one_of_two(rank: int, port: int) -> Processes:
-    """This process as one of two that meet at the port, on one thread."""
-    torch.set_num_threads(1)
-    processes = processes_of_environment(
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    )
-    processes.join(torch.device("cpu"))
-    return processes
-
-
 def worker(rank: int, port: int, folder: Path, teacher_path: Path) -> None:
     processes = join_one_of_two(rank, port)
     results = {}
@@ -133,10 +123,7 @@ def worker(rank: int, port: int, folder: Path, teacher_path: Path) -> None:
 
 
 def test_two_processes_equal_one(teacher, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, (port, tmp_path, teacher), nprocs=2)
+    multiprocessing.spawn(worker, (free_port(), tmp_path, teacher), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for kind in KINDS:
         expected = run(build(kind, teacher))
@@ -175,10 +162,7 @@ def sharding_worker(rank: int, port: int, folder: Path, teacher_path: Path, kind
 ], ids=["dmd", "all", "activation checkpointing", "accumulation"])
 def test_sharded_networks_have_the_gradients_of_whole_ones(kinds, changes, teacher, tmp_path):
     """Of every kind of loss, clipped over all shards, and the same moving average; each process holds half of every block."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(sharding_worker, (port, tmp_path, teacher, kinds, changes), nprocs=2)
+    multiprocessing.spawn(sharding_worker, (free_port(), tmp_path, teacher, kinds, changes), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for kind in kinds:
         stage = build(kind, teacher)

@@ -152,17 +152,3 @@ def assert_videos(student_path: Path, folder: Path, prompts: list[str]) -> None:
 def test_nasty_prompts_become_videos(student_path, tmp_path, capfd):
     assert_videos(student_path, tmp_path, list(NASTY))
     assert all(line.isprintable() for line in re.split(r"[\r\n]", capfd.readouterr().out))
-
-
-@given(prompts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=8))
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_any_prompts_become_videos(student_path, tmp_path_factory, prompts):
-    prompts = ["a " + prompt if prompt.startswith("-") else prompt for prompt in prompts]
-    assert_videos(student_path, tmp_path_factory.mktemp("prompts"), prompts)
-
-
-@pytest.mark.parametrize("prompt", ["\ud800", "a 7 \udcff up", "\udc80" * 3])
-def test_half_a_character_is_refused_in_one_line(student_path, tmp_path, prompt):
-    with pytest.raises(SystemExit, match="^error: the prompt .* is not valid text: give it in UTF-8$") as caught:
-        main(["--checkpoint", str(student_path), "--prompts", prompt, "--output_dir", str(tmp_path / "out"), *COMMON])
-    assert caught.value.code.isprintable() and not (tmp_path / "out").exists()

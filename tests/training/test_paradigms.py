@@ -11,7 +11,7 @@ from helpers.stages import CPU, assert_same, snapshot
 from hydra import compose, initialize_config_dir
 
 from machine.paths import REPOSITORY
-from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, warp_steps
+from method.plans import BidirectionalPlan, few_step_plan, many_step_plan, warp_steps
 from method.settings import PretrainConfig
 from network.attention import ContextWindow
 from sampling.samplers import SamplerSettings, sample, sample_few_step, sample_many_step
@@ -41,6 +41,7 @@ PARADIGMS = {
     "tf_dmd": ["training=tf_dmd", *SELF_FORCING],
     "sid": ["training=self_forcing", "training.loss=sid", *SELF_FORCING],
     "gan": ["training=self_forcing", "training.loss=gan", *SELF_FORCING],
+    "muon": ["training=self_forcing", "training.optimizer=muon", *SELF_FORCING],
     "long": ["training=long_self_forcing", "training.generator_checkpoint=null", "training.window_frames=6",
              "training.rollout_frames=15", *SELF_FORCING],
     "continuation": ["training=continuation", "training.generator_checkpoint=null", *SELF_FORCING],
@@ -192,13 +193,6 @@ def test_consistency_is_with_the_average_along_the_teacher(teacher, monkeypatch)
     ((student, target, of_teacher, x_0, *_),) = asked
     assert student is stage.student and target is stage.average and of_teacher is stage.teacher
     assert torch.equal(x_0, stage.data.sample(0, range(2), 6).video)
-
-
-def test_plans_of_the_mixed_teacher_and_of_a_self_forcing_student_stay(teacher):
-    mixed, student = load_networks(teacher, torch.device("cpu")).config.training, composed("sid", teacher).training
-    assert isinstance(SamplerSettings().make_plan(mixed), BidirectionalPlan)
-    assert isinstance(SamplerSettings(denoising_steps=(1000,)).make_plan(mixed), RolloutPlan)
-    assert SamplerSettings(num_steps=3).make_plan(student) == many_step_plan(3, student.time_shift, 3, 1.0, context=ContextWindow(6))
 
 
 @pytest.mark.parametrize("name", ["sid", "bidirectional_ode"])

@@ -25,7 +25,7 @@ from machine.paths import REPOSITORY
 from train import SimplifiedTrainer
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from training.config import Config, PretrainConfig, WandbConfig
-from training.resume import RunClaim, RunFinished, find_start, newest_readable
+from training.resume import RunClaim, RunFinished, find_start
 
 ROOT = REPOSITORY
 
@@ -129,13 +129,10 @@ def test_a_truncated_newest_checkpoint_is_passed_over_for_the_one_before(tmp_pat
         start = find_start(resumed(config))
     assert start.path.name == "checkpoint_0000003.pt" and start.checkpoint["step"] == 3
     assert f"goes on from {tmp_path}/run/checkpoint_0000003.pt, step 3 of 6" in capsys.readouterr().out
-
-
-def test_nothing_but_broken_checkpoints_is_a_start_from_the_beginning(tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoint_0000001.pt").write_bytes(b"half")
+    start.path.write_bytes(b"half")
+    newest.with_name("checkpoint_0000002.pt").unlink(missing_ok=True)
     with pytest.warns(UserWarning, match="passed over: "):
-        assert find_start(resumed(pretraining(tmp_path))) is None
+        assert find_start(resumed(config)) is None
     assert "starts from the beginning" in capsys.readouterr().out
 
 
@@ -185,7 +182,8 @@ def test_never_and_an_empty_folder_start_anew(tmp_path, capsys):
 
 def test_a_finished_run_says_so_and_grows_with_more_steps(tmp_path, monkeypatch, capsys):
     config = pretraining(tmp_path, num_steps=2)
-    folder = SimplifiedTrainer(config).train()
+    folder = stopping_after(SimplifiedTrainer(config), 1, []).train()  # asked to stop in its last step, it is finished
+    assert "all steps were done" in capsys.readouterr().out
     with pytest.raises(RunFinished, match="run is finished: checkpoint_final.pt stands at step 2 of 2; a larger training.num_steps"):
         SimplifiedTrainer(resumed(config))
     longer = find_start(resumed(pretraining(tmp_path, num_steps=4)))
@@ -238,10 +236,6 @@ def test_a_run_that_is_still_at_work_is_not_gone_on_with(tmp_path):
     other.release()
     SimplifiedTrainer(resumed(pretraining(tmp_path))).claim.release()
     assert not part.exists()
-
-
-def test_newest_readable_of_nothing_is_none():
-    assert newest_readable([]) is None
 
 
 # --- wandb ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from helpers.processes import environment, free_port, join_one_of_two
 from helpers.runs import OF_THE_ATTEMPT, TINY, TRAINING, pretraining, resumed, self_forcing
 from helpers.stages import assert_same
 from torch.testing import assert_close
@@ -24,22 +24,12 @@ from machine.paths import REPOSITORY
 from train import SimplifiedTrainer
 from training.checkpoint import load_checkpoint
 from training.config import Config
-from training.distributed import ONE_PROCESS, Processes, processes_of_environment
+from training.distributed import ONE_PROCESS, Processes
 
 ROOT = REPOSITORY
 PICTURES = ("draw_run", "draw_curves", "comparison_sheet", "comparison_gif")  # they take longer than the steps
 KINDS = ("pretrain", "self_forcing")
 BY_COUNT = {"random_states_by_process"}  # which one process has no use for
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def environment(rank: int, port: int) -> dict[str, str]:
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def run(config: Config, processes: Processes = ONE_PROCESS, last_step: int | None = None) -> tuple[Path, list[float]]:
@@ -74,11 +64,9 @@ def configs(folder: Path, teacher: Path, sharding: str) -> dict[str, Config]:
 
 
 def worker(rank: int, port: int, folder: Path, teacher: Path, sharding: str) -> None:
-    torch.set_num_threads(1)
     for name in PICTURES:
         vars(train)[name] = lambda *_: None
-    processes = processes_of_environment(environment(rank, port))
-    processes.join(torch.device("cpu"))
+    processes = join_one_of_two(rank, port)
     results = {}
     for kind in KINDS:
         def config(name: str, kind: str = kind) -> Config:
