@@ -169,6 +169,13 @@ def test_flops_of_forcing_count_the_optimizer_once(runs: dict[str, Config]):
     assert flops_per_step(runs["tf"]) == pytest.approx(_count_step(stage, 0)[0], rel=1e-12)
 
 
+def test_flops_of_self_forcing_count_muon_once(runs: dict[str, Config]):
+    training = replace(runs["sf_dmd"].training, optimizer="muon", finish_blocks=True, dfake_gen_update_ratio=1, critic_warmup_steps=0)
+    config = replace(runs["sf_dmd"], training=replace(training, batch_size=5))
+    stage = SelfForcingStage(config, CPU, torch.Generator().manual_seed(0))
+    assert flops_per_step(config) == pytest.approx(_count_step(stage, 0)[0], rel=1e-12)
+
+
 @pytest.mark.parametrize("name", ["tf", "df", "sf_dmd"])
 def test_attention_counts_too(runs: dict[str, Config], name: str, monkeypatch):
     """2 products forwards and 5 backwards, as the fused kernel makes one of them again, of 2 B h S_q S_k d operations each."""
