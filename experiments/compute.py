@@ -30,29 +30,36 @@ def flops_per_step(config: Config) -> float:
     Runs a few steps of a fresh stage on the CPU. Raises ValueError for videos of several lengths, and what the stage raises.
     """
     training = config.training
+    assert isinstance(training, (PretrainConfig, SelfForcingConfig))
     require(
         training.min_num_frames == training.max_num_frames, "training.min_num_frames", training.min_num_frames,
         f"training.max_num_frames={training.max_num_frames}: compute is counted for videos of one length",
     )
     random = torch_generator(0, Purpose.TRAINING)
-    if isinstance(training, SelfForcingConfig):  # whose optimizer, AdamW, multiplies no matrices
-        shares = {0.0: 1 - training.continuation_probability, 1.0: training.continuation_probability}  # from noise, and from a real block
-        return training.batch_size * sum(
-            share * _cycle_flops(config, replace(training, continuation_probability=probability), random)
-            for probability, share in shares.items() if share > 0
-        )
-    assert isinstance(training, PretrainConfig)
-    counted, steps = [], (0, 1) if training.objective == "mixed" else (0,)
-    for batch_size in (1, 2):  # whole videos
-        stage = PretrainStage(replace(config, training=replace(training, batch_size=batch_size, clip_steps=0, **IN_ONE_PASS)), CPU, random)
-        counted.append(sum(_count_step(stage, step)[0] for step in steps) / len(steps))
-    one, two = counted
+    flops_of = _pretrain_flops if isinstance(training, PretrainConfig) else _self_forcing_flops
+    one, two = (flops_of(config, replace(training, batch_size=batch_size, **IN_ONE_PASS), random) for batch_size in (1, 2))
     return one + (training.batch_size - 1) * (two - one)
 
 
+def _pretrain_flops(config: Config, training: PretrainConfig, random: torch.Generator) -> float:
+    """Of a step on whole videos."""
+    stage = PretrainStage(replace(config, training=replace(training, clip_steps=0)), CPU, random)
+    steps = (0, 1) if training.objective == "mixed" else (0,)
+    return sum(_count_step(stage, step)[0] for step in steps) / len(steps)
+
+
+def _self_forcing_flops(config: Config, training: SelfForcingConfig, random: torch.Generator) -> float:
+    """Of a step, over whether it goes on from a real block or not: both are counted for themselves."""
+    shares = {0.0: 1 - training.continuation_probability, 1.0: training.continuation_probability}
+    return sum(
+        share * _cycle_flops(config, replace(training, continuation_probability=probability), random)
+        for probability, share in shares.items() if share > 0
+    )
+
+
 def _cycle_flops(config: Config, training: SelfForcingConfig, random: torch.Generator) -> float:
-    """Of a step on one video, over a cycle. With an exit step for every block the mean is the same, as the cost is a sum over blocks."""
-    stage = SelfForcingStage(replace(config, training=replace(training, batch_size=1, same_exit_step=True, **IN_ONE_PASS)), CPU, random)
+    """Mean over a cycle. With an exit step for every block the mean is the same, as the cost is a sum over blocks."""
+    stage = SelfForcingStage(replace(config, training=replace(training, same_exit_step=True)), CPU, random)
     ratio = training.dfake_gen_update_ratio
     turn = -(-(training.critic_warmup_steps + 1) // ratio) * ratio - 1  # the first step that updates the generator
     generator = _mean_over_windows(stage, turn)
