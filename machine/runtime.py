@@ -19,7 +19,7 @@ import torch
 
 from machine.paths import REPOSITORY
 
-WINGS = ("machine", "digits", "network", "method", "training", "sampling", "judging", "experiments")  # folders of modules
+WINGS = ("machine", "digits", "network", "method", "clips", "training", "sampling", "judging", "experiments")  # folders of modules
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WORTH_A_WARNING = 0.8  # a format slower than this share of float32's speed was hardly meant
 LEAST_GAIN = 1.2  # of bfloat16 over float32 in speed, for precision=auto to choose it
