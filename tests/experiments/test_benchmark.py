@@ -234,7 +234,6 @@ def test_training_flops_over_a_cycle_are_those_that_compute_counts(training):
 
 def small_products(monkeypatch) -> None:
     monkeypatch.setattr("experiments.timing.MATRIX_SIZES", (64,))
-    monkeypatch.setattr("experiments.speed.MATRIX_SIZES", (64,))
     monkeypatch.setattr("experiments.timing.PRODUCT_FLOPS", 2 * 64**3)
 
 

@@ -300,12 +300,6 @@ def test_the_command_line_exits_with_its_own_code_and_the_command_that_goes_on(t
     assert "step 1 of 3" in capsys.readouterr().out and load_checkpoint(tmp_path / "my logs" / "checkpoint_final.pt")["step"] == 3
 
 
-def test_asked_to_stop_in_its_last_step_a_run_is_finished(tmp_path, capsys):
-    folder = stopping_after(SimplifiedTrainer(pretraining(tmp_path)), 5, []).train()
-    assert load_checkpoint(folder / "checkpoint_final.pt")["step"] == 6 and not (folder / "samples").exists()
-    assert "all steps were done" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("room", ["_show_samples", "_report_quality"])
 def test_ctrl_c_after_the_last_step_ends_a_complete_run(room, tmp_path, monkeypatch, capsys):
     def interrupt(*_: object) -> None:
