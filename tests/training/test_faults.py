@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from helpers.runs import SHARED, tiny_config
 
 import train
@@ -22,10 +23,11 @@ from machine.files import require_writable
 from machine.paths import REPOSITORY
 from train import SimplifiedTrainer, TrainingDiverged
 from training import checkpoint as checkpoint_module
+from training import run_log
 from training.checkpoint import CheckpointError, checkpoint_config, load_checkpoint, save_checkpoint
-from training.config import PretrainConfig, SelfForcingConfig, config_to_dict
+from training.config import PretrainConfig, SelfForcingConfig, WandbConfig, config_to_dict
 from training.resume import find_start
-from training.run_log import make_run_folder
+from training.run_log import RunLog, make_run_folder
 
 ROOT = REPOSITORY
 
@@ -142,6 +144,22 @@ def test_a_disk_that_fills_at_any_byte_of_a_save_leaves_the_last_checkpoint(tmp_
     room = 10**6
     save_checkpoint(path, small_checkpoint(2))
     assert load_checkpoint(path)["step"] == 2
+
+
+def test_the_kernels_own_refusal_of_a_larger_file_is_one_line_and_loses_nothing(tmp_path):
+    """RLIMIT_FSIZE: the write itself fails, below Python and torch, at sizes all over the file."""
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, small_checkpoint(1, 10_000))
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in range(0, len(before) - 1, len(before) // 20):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            with pytest.raises(OSError, match="cannot write .*File too large") as caught:
+                save_checkpoint(path, small_checkpoint(2, 10_000))
+            assert one_line(caught)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("full", ["checkpoint", "figures"])
@@ -343,6 +361,21 @@ def test_wandb_killed_mid_run_is_one_warning_and_every_figure_is_there(tmp_path)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
     assert ended.stderr.count("wandb is off for the rest of this run") == 1
     assert len((tmp_path / "scalars.csv").read_text().splitlines()) == 201
+
+
+def test_wandb_that_cannot_be_reached_is_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens on the discard port
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(run_log, "WANDB_TIMEOUT_S", 1.0)
+    with pytest.warns(UserWarning, match="wandb is off for the rest of this run .*scalars.csv has every figure") as caught:
+        log = RunLog(tmp_path, ("loss",), {}, WandbConfig(mode="online"), "none.png", lambda *_: None)
+    assert "\n" not in str(caught[0].message) and len(caught) == 1
+    log.scalars(0, 0.0, {"loss": 1.0})
+    log.close()
+    assert len((tmp_path / "scalars.csv").read_text().splitlines()) == 2
+    wandb.teardown()
 
 
 # --- many at once, and many times ------------------------------------------------------------------------------------------
