@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -236,7 +237,8 @@ def test_pixels_that_differ_from_the_exports_are_found_before_the_page_is_ready(
     message = "document.querySelector('#message')"
     orders = [["waitFor", f"!{message}.hidden"], ["read", "message", f"{message}.textContent"]]
     seen = on_page(page, [*orders, ["read", "data", "({...document.body.dataset})"]])
-    assert "pixels differ by 0.1" in seen["values"]["message"] and "ready" not in seen["values"]["data"]
+    told, found = re.search(r"pixels differ by (\S+) from those of the export", seen["values"]["message"]), seen["values"]["data"]
+    assert told and float(told[1]) == pytest.approx(0.1, abs=1e-3) and "ready" not in found
 
 
 def test_an_archive_streams_without_node(small_page: Path, tmp_path: Path):
