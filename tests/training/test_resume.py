@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -273,12 +274,16 @@ def test_wandb_sync_sees_the_offline_folders_of_a_resumed_run_as_parts_of_one_ru
 
 def offline_run_record(path: Path) -> RunRecord:
     """The run of a .wandb file: LevelDB's log format behind 7 bytes, each record behind its checksum (4), length (2) and type (1)."""
-    data, start, records = path.read_bytes(), 7, []
-    while start < len(data):
-        length = int.from_bytes(data[start + 4 : start + 6], "little")
-        records.append(Record.FromString(data[start + 7 : start + 7 + length]))
-        start += 7 + length
-    return next(record.run for record in records if record.HasField("run"))
+    deadline = time.monotonic() + 20  # wandb's own process writes the file, at times after the run has ended
+    while time.monotonic() < deadline:
+        data, start = path.read_bytes(), 7
+        while start + 7 + (length := int.from_bytes(data[start + 4 : start + 6], "little")) <= len(data):
+            record = Record.FromString(data[start + 7 : start + 7 + length])
+            if record.HasField("run"):
+                return record.run
+            start += 7 + length
+        time.sleep(0.2)
+    raise AssertionError(f"{path} holds no run")
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
