@@ -182,7 +182,8 @@ def _quoting_advice(override: str) -> str:
         OverridesParser.create().parse_override(quoted)
     except HydraException:
         return ""
-    return f": its value needs quotes within quotes, {shlex.quote(quoted)}"
+    shown = f", {shlex.quote(quoted)}" if quoted.isprintable() else ""  # a line break would make two lines of the message
+    return f": its value needs quotes within quotes{shown}"
 
 
 def explain_command_line(error: Exception, overrides: list[str]) -> str:

@@ -74,7 +74,7 @@ def hydra_is_set_up():
     *(f"experiment=[{item}]" for item in ("null", "3", "health,null", "{}", "true", "")),
     "training.lr={a:1", "training.lr=${no.such}", "training.lr=${", "training.adam_betas=${seed}",
     "seed=1e999", "model.frame_size=1" + "0" * 30, "training.adam_betas=[0.9,null]", "training.denoising_steps=[[1000]]",
-    "training.num_steps=null", "run_name=\x00", "wandb=null",
+    "training.num_steps=null", "run_name=\x00", "training.pretrained_checkpoint=\n\xad@\x85eEm", "wandb=null",
     "training.num_frames_per_block=0", "training.decay_fraction=-nan", "training.resume=\'\'",
 ])
 def test_a_refusal_names_what_was_written(hydra_is_set_up, override):
