@@ -47,10 +47,6 @@ class KVCache:
         """The position of the next block: the row behind the visible past."""
         return self._end
 
-    @property
-    def num_cached_tokens(self) -> int:
-        return (self._end - self._first) * self._tokens_per_row
-
     def make_room(self, num_frames: int) -> None:
         """Forget what a block of num_frames no longer sees. Once is enough: repeating it changes nothing."""
         if self._window_rows is None:

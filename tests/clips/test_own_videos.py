@@ -118,7 +118,8 @@ def test_colour_becomes_grey_for_one_channel(tmp_path):
 @pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])
 def test_captions_make_the_vocabulary(tmp_path, name):
     write_clips(tmp_path, 4)
-    write_captions(tmp_path, {"clip0.gif": "A dog, running", "clip1": "two dogs", "clip2.gif": "Zwei Hunde", "clip3.gif": "ein Löwe"}, name)
+    captions = {"clip0.gif": "A dog, running", "clip1": "two dogs", "clip2.gif": "Zwei Hunde", "clip3.gif": "ein Löwe"}
+    write_captions(tmp_path, captions, name)
     clips = {each.name: each.caption for each in read_clips(str(tmp_path), 8, 3)}
     assert clips == {"clip0": "A dog, running", "clip1": "two dogs", "clip2": "Zwei Hunde", "clip3": "ein Löwe"}
     data = OwnVideos(settings(tmp_path))

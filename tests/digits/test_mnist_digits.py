@@ -43,7 +43,8 @@ def test_networks_from_before_the_judges_digits_saw_these_too_and_the_test_digit
     assert len(images) == 4500
     assert {image.numpy().tobytes() for image in load_digits(DatasetConfig(), "judge").images} < images
     assert torch.equal(load_digits(before, "test").images, load_digits(DatasetConfig(), "test").images)
-    for split, words in (("judge", "leave none for split 'judge' .*judge_fraction=0.0"), ("val", "split is 'val': expected one of train, ")):
+    none_left = "leave none for split 'judge' .*judge_fraction=0.0"
+    for split, words in (("judge", none_left), ("val", "split is 'val': expected one of train, ")):
         with pytest.raises(ValueError, match=words):
             load_digits(before, split)
 
@@ -191,7 +192,8 @@ def test_a_corrupt_idx_file_is_refused_by_name(tmp_path, mnist_files, kind, word
 
 
 @pytest.mark.parametrize(("shape", "label", "words"), [
-    ((30,), 11, "found the label 11, expected 0 to 9"), ((0,), 0, "labels.* is not a sound MNIST file: found no labels, expected one for ever"),
+    ((30,), 11, "found the label 11, expected 0 to 9"),
+    ((0,), 0, "labels.* is not a sound MNIST file: found no labels, expected one for ever"),
 ])
 def test_labels_that_are_none_are_refused(tmp_path, mnist_files, shape, label, words):
     labels = gzip.compress(idx_bytes(np.full(shape, label, dtype=np.uint8)))

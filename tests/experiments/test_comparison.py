@@ -205,7 +205,8 @@ def test_rows_are_sampled_as_they_are_called(ask, fake):
         "TF, guided", "TF, no guidance", "Self-Forcing, GAN")}
     many = "guided block by block"
     assert list(samplers.values()) == ["guided", many, many, many, "unguided", many, many, "unguided", "own"]
-    assert cells(text, "real video")[0][1] == "-" and cells(text, "real video")[0][3] == "0.875 [0.200, 0.600]" and cells(text, "TF")[0][2] == "8 + 2"
+    real = cells(text, "real video")[0]
+    assert real[1] == "-" and real[3] == "0.875 [0.200, 0.600]" and cells(text, "TF")[0][2] == "8 + 2"
     plans = {path.parent.name.partition("-")[0]: json.loads(path.read_text())["settings"]["plan"]
              for path in (fake / "logs" / "scores").glob("*/settings.json")}
     assert len(plans["start"]["times"]) == 50 and plans["start_few"]["times"] == pytest.approx([1, 0.9, 0.75, 0.5])
@@ -298,7 +299,8 @@ def test_a_finished_training_that_is_not_as_planned_is_set_aside_and_made_again(
 
 
 @pytest.mark.parametrize(("name", "value", "words", "num_failed"), [
-    ("RESOLVES_TO", "seed 7, now 0", "seed 7, now 0", 2), ("SCORES_WITH", '{"precision": "bfloat16"}', "precision bfloat16, now float32", 1),
+    ("RESOLVES_TO", "seed 7, now 0", "seed 7, now 0", 2),
+    ("SCORES_WITH", '{"precision": "bfloat16"}', "precision bfloat16, now float32", 1),
     ("SCORES_WITH", '{"checkpoint_sha256": "0"}', "another ", 1), ("SCORES_WITH", '{"code_sha256": "0"}', "code_sha256 0, now", 1),
 ])
 def test_a_job_that_did_something_else_than_planned_has_failed(ask, fake, monkeypatch, capsys, name, value, words, num_failed):

@@ -77,7 +77,7 @@ def test_as_many_go_on_as_asked(probability: float, low: int, high: int, monkeyp
         engine.make_videos(random_text(engine.generator, 2), NUM_FRAMES, False, x_real)
     going_on = [given for given in givens if given is not None]
     assert low <= len(going_on) <= high and all(torch.equal(given, x_real[:, :BLOCK]) for given in going_on)
-    assert torch.equal(engine.random.generator.get_state(), state) == (probability == 0)  # the default draws as if the option were not there
+    assert torch.equal(engine.random.generator.get_state(), state) == (probability == 0)  # 0 draws as if the option were not there
 
 
 def test_a_step_goes_on_from_the_videos_of_its_own_prompts(teacher: Path, monkeypatch):

@@ -204,8 +204,9 @@ def test_a_run_logs_and_draws_its_panel_and_neither_it_nor_resuming_changes_a_bi
 def test_a_run_keeps_its_best_reading_and_ends_with_a_verdict(teacher: Path, tmp_path: Path, monkeypatch, capsys):
     """Readings that rise, fall far and half recover: what is kept is the checkpoint of the best, what is said is the fall."""
     monkeypatch.setattr(train, "load_judge", small_judge)
-    readings = iter([(0.4, 1.0), (0.9, 1.1), (0.3, 2.6), (0.8, 1.2)])
-    monkeypatch.setattr(FixedPrompts, "read", lambda self: dict(zip(JUDGED_COLUMNS, (first := next(readings))[:1] * 3 + first[1:] + first, strict=True)))
+    readings = (0.4, 1.0), (0.9, 1.1), (0.3, 2.6), (0.8, 1.2)
+    rows = (reading[:1] * 3 + reading[1:] + reading for reading in readings)
+    monkeypatch.setattr(FixedPrompts, "read", lambda self: dict(zip(JUDGED_COLUMNS, next(rows), strict=True)))
     folder = SimplifiedTrainer(watched_config(teacher, tmp_path)).train()
     printed = capsys.readouterr().out
     assert "COLLAPSE: step 4: the fixed prompts read frames right 0.30" in printed

@@ -79,7 +79,8 @@ def write_house(root, files):
 def test_a_digest_is_of_the_text_wherever_it_lies(tmp_path, monkeypatch):
     digests = []
     for place, change in (("here", ""), ("there", ""), ("there", "# a change\n")):
-        write_house(tmp_path / place, {"train.py": "", "method/losses.py": "# losses\n" + change, "tests/test_x.py": place, "docs/draw.py": place})
+        files = {"train.py": "", "method/losses.py": "# losses\n" + change, "tests/test_x.py": place, "docs/draw.py": place}
+        write_house(tmp_path / place, files)
         monkeypatch.setattr(runtime, "REPOSITORY", tmp_path / place)
         digests.append(runtime.code_digest())
     assert digests[0] == digests[1] != digests[2] and len(digests[0]) == 64

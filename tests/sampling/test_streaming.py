@@ -170,7 +170,8 @@ def test_generation_goes_on_from_a_file_and_changes_its_prompt(student_path: Pat
     clip = random_video(build_small_model(), 1, 3)[0][0].clamp(-1, 1)
     save_array(tmp_path / "clip.npz", clip, "")
     main(["--checkpoint", str(student_path), "--schedule", "0: a 7", "6: a 3", "--switch", "keep", "--init", str(tmp_path / "clip.npz"),
-          "--num_frames", "9", "--format", "npz", "--window_frames", "6", "--sink_frames", "3", "--output_dir", str(tmp_path / "out"), *COMMON])
+          "--num_frames", "9", "--format", "npz", "--window_frames", "6", "--sink_frames", "3",
+          "--output_dir", str(tmp_path / "out"), *COMMON])
     (path,) = (tmp_path / "out").glob("*.npz")
     video, prompt = load_array(path)
     assert torch.equal(video[:3], clip) and len(video) == 9 and prompt == "a 7 | 6: a 3"

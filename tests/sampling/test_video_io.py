@@ -217,7 +217,7 @@ def test_no_label_touches_a_picture_or_another_label(tmp_path, labels):
     """The frames of two rows are where they are found; what is written is left of them, and white lies between the rows."""
     video_io.contact_sheet(tmp_path / "sheet.png", torch.full((2, 3, 1, 8, 8), 0.5), labels, scale=4)
     picture = np.asarray(Image.open(tmp_path / "sheet.png"))[..., 0]
-    rows = np.flatnonzero((picture[:, -video_io.MARGIN - 1] == 128))
+    rows = np.flatnonzero(picture[:, -video_io.MARGIN - 1] == 128)
     assert len(rows) == 64 and rows[32] - rows[0] >= 32 + video_io.GAP
     first_column = np.flatnonzero((picture == 128).sum(axis=0) == 64)[0]
     assert (picture[rows[0]:, first_column - video_io.MARGIN // 2:first_column] == 255).all()

@@ -320,8 +320,9 @@ def test_ctrl_c_ends_in_one_line_and_130(module: str, work: str, arguments: Any,
 
 def test_other_prompts_and_samples_leave_a_video_alone(student_path: Path, tmp_path: Path):
     for folder, more in (("few", PROMPTS[:1]), ("many", PROMPTS)):
-        main(["--checkpoint", str(student_path), "--prompts", *more, "--samples_per_prompt", "1" if folder == "few" else "3", "--num_frames",
-              "6", "--seed", "7", "--batch_size", "5", "--format", "npz", "--output_dir", str(tmp_path / folder), *COMMON])
+        samples = "1" if folder == "few" else "3"
+        main(["--checkpoint", str(student_path), "--prompts", *more, "--samples_per_prompt", samples, "--num_frames", "6", "--seed", "7",
+              "--batch_size", "5", "--format", "npz", "--output_dir", str(tmp_path / folder), *COMMON])
     name = "000_a-handwritten-7-drifting-up_seed7.npz"
     few, many = (load_array(tmp_path / folder / name)[0] for folder in ("few", "many"))
     torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-4)

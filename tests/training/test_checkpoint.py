@@ -217,7 +217,7 @@ def test_several_sources_make_their_mean(path, tmp_path, whole):
 
 
 def test_what_digits_a_network_has_seen_is_kept_and_a_mean_has_seen_all_of_its_parts(path, tmp_path, whole):
-    assert load_networks(path, torch.device("cpu")).digits_seen == ("train", "judge")  # a file from before the judges had digits of their own
+    assert load_networks(path, torch.device("cpu")).digits_seen == ("train", "judge")  # from before judges had their own digits
     clean = changed(whole, tmp_path, "clean.pt", digits_seen=["train"])
     assert load_networks(clean, torch.device("cpu")).digits_seen == ("train",)
     for sources, seen in (([clean], ("train",)), ([clean, path], ("train", "judge"))):
@@ -226,7 +226,8 @@ def test_what_digits_a_network_has_seen_is_kept_and_a_mean_has_seen_all_of_its_p
         assert load_networks(target, torch.device("cpu")).digits_seen == seen
     with pytest.raises(CheckpointError, match="digits_seen is .*expected a list of some of train, judge, test"):
         load_checkpoint(changed(whole, tmp_path, "wrong.pt", digits_seen=["all"]))
-    for changes, splits in (({}, ("train",)), ({"judge_fraction": 0.0}, ("train", "judge")), ({"mnist_root": "x"}, ("train", "judge", "test"))):
+    both, every = ("train", "judge"), ("train", "judge", "test")
+    for changes, splits in (({}, ("train",)), ({"judge_fraction": 0.0}, both), ({"mnist_root": "x"}, every)):
         assert splits_learned(DatasetConfig(**changes)) == splits
     dataset = {key: value for key, value in whole["config"]["dataset"].items() if key != "judge_fraction"}
     assert config_from_dict({**whole["config"], "dataset": dataset}).dataset.judge_fraction == 0

@@ -35,7 +35,8 @@ def test_a_good_run_is_quiet_and_its_verdict_is_no_collapse(watched):
 
 def test_the_collapse_that_was_seen_is_said_in_its_order(watched):
     """The published figures: the gradient norm leaves .3 at step 423, then the critic loses the generator, then the videos are gone."""
-    lines = [line for step, norm in ((423, 0.58), (427, 1.3), (431, 1.7), (451, 5.0)) for line in watched.observe(step, {"gradient_norm_generator": norm})]
+    norms = {423: 0.58, 427: 1.3, 431: 1.7, 451: 5.0}
+    lines = [line for step, norm in norms.items() for line in watched.observe(step, {"gradient_norm_generator": norm})]
     assert lines == ["warning: step 428: the generator's gradient norm is 1.3, its median was 0.3"]  # once for one excursion
     (line,) = run(watched, range(451, 456), loss=0.98)
     assert line.startswith("warning: step 455: the critic's loss")
