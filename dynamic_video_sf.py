@@ -44,7 +44,7 @@ from method.losses import discriminator_loss, dmd_gradient, dmd_loss, relativist
 from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan
 from method.settings import SelfForcingConfig, check_num_frames
 from network.discriminator import Discriminator
-from network.weights import frozen, update_average
+from network.weights import exponential_decay, frozen, power_decay, update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 
 Text = tuple[Tensor, Tensor]  # encoded prompts, as `TextEncoder.encode` returns them: embeddings (B, L, text_width) and mask (B, L)
@@ -336,9 +336,11 @@ class SelfForcingEngine:
 
     def update_averages(self, num_critic_updates: int, num_generator_updates: int | None) -> None:
         """Move the averages after the optimizers' steps. The counts are of earlier updates; None if the generator has not moved."""
-        if num_generator_updates is not None:
-            update_average(self.generator_average, self.generator, self.config.ema_decay, num_generator_updates)
-        update_average(self.fake_average, self.fake_score, self.config.critic_ema_decay, num_critic_updates)
+        config, count = self.config, num_generator_updates
+        if count is not None:
+            decay = exponential_decay(config.ema_decay, count) if config.ema_power is None else power_decay(config.ema_power, count)
+            update_average(self.generator_average, self.generator, decay)
+        update_average(self.fake_average, self.fake_score, exponential_decay(config.critic_ema_decay, num_critic_updates))
 
     # --- videos
 
@@ -502,8 +504,8 @@ class SelfForcingEngine:
         else:
             cond, uncond = x_0_from_velocity(x_t, cond, t), x_0_from_velocity(x_t, uncond, t)
             x_0_real = projected_guidance(cond, uncond, weight, cond + 1, self.config.guidance_ink_kept)
-        if self.config.clamp_real_score:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): guidance overshoots
-            x_0_real = x_0_real.clamp(-1, 1)
+        if self.config.clamp_scores:  # static thresholding (Imagen, arXiv 2205.11487, section 2.3): a mean of data lies in its range
+            x_0_fake, x_0_real = x_0_fake.clamp(-1, 1), x_0_real.clamp(-1, 1)
         return x_0_fake, x_0_real, t[:, 0]
 
     def _noised_pair(self, x_0: Tensor, x_real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

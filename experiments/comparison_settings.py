@@ -19,9 +19,9 @@ PARADIGMS = {  # the trainings, as train.py is asked for them
     "df": ("training=diffusion_forcing",),
     "tf_dmd": ("training=tf_dmd",),
     "causvid": ("training=causvid",),
-    "sf_dmd": ("training=self_forcing",),
-    "sf_sid": ("training=self_forcing", "training.loss=sid"),
-    "sf_gan": ("training=self_forcing", "training.loss=gan"),
+    "sf_dmd": ("training=published_exits",),
+    "sf_sid": ("training=published_exits", "training.loss=sid"),
+    "sf_gan": ("training=published_exits", "training.loss=gan"),
 }
 OWN_KEYS = (  # of a training, which the comparison itself decides
     "training", "seed", "device", "precision", "log_dir", "run_name", "wandb", "wandb.mode", "training.num_steps",

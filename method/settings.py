@@ -241,13 +241,15 @@ class SelfForcingConfig(FewStepConfig):
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 0.85])
     # Of what guidance adds to the teacher's prediction along its ink: 1 is classifier-free guidance, less makes thinner strokes.
     guidance_ink_kept: float = 1.0
-    clamp_real_score: bool = False  # keep the guided teacher's x_0 in [-1, 1], which guidance leaves
+    clamp_scores: bool = False  # keep what critic and guided teacher predict in [-1, 1], as all data is; guidance leaves it
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
     critic_lr: float = 2e-4
     # Of generator and critic: adamw, or muon for the matrices of the transformer blocks and adamw for the rest.
     optimizer: str = "adamw"
     muon_momentum: float = 0.5  # of the generator
     critic_muon_momentum: float = 0.8
+    # Weighs update k by k^ema_power in the generator's average, which so covers a fixed share of a run; null: by ema_decay.
+    ema_power: float | None = None
     critic_ema_decay: float = 0.9  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
     context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
@@ -304,6 +306,8 @@ class SelfForcingConfig(FewStepConfig):
         self.check("critic_warmup_steps", self.critic_warmup_steps >= 0, "0 or more")
         for name in ("muon_momentum", "critic_muon_momentum", "critic_ema_decay"):
             self.check(name, 0 <= getattr(self, name) < 1, "0 (none) to below 1")
+        is_power = self.ema_power is None or 0 <= self.ema_power < math.inf
+        self.check("ema_power", is_power, "0 (all updates alike) or more, or null for ema_decay")
         self.check("loss_time_floor", 0 < self.loss_time_floor <= 1, "a number in (0, 1]")
         for name in ("critic_lr", "gan_penalty_sigma", "score_time_shift"):
             self.check(name, 0 < getattr(self, name) < math.inf, "a positive number")

@@ -24,10 +24,20 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def exponential_decay(decay: float, num_updates: int) -> float:
+    """The decay of an exponential moving average; lower after few updates, so that the start is forgotten soon."""
+    return min(decay, (1 + num_updates) / (10 + num_updates))
+
+
+def power_decay(power: float, num_updates: int) -> float:
+    """The decay with which update k (1, 2, ...) weighs about k^power in the average: it reaches back over a fixed share of the training,
+    however long that is (EDM2, arXiv 2312.02696, section 3.1: beta_gamma(t) = (1 - 1/t)^(gamma + 1)). The start weighs nothing."""
+    return (num_updates / (num_updates + 1)) ** (power + 1)
+
+
 @torch.no_grad()
-def update_average(average: nn.Module, live: nn.Module, decay: float, num_updates: int) -> None:
-    """Exponential moving average of the weights; the first updates use a lower decay, so that the start is forgotten soon."""
-    decay = min(decay, (1 + num_updates) / (10 + num_updates))
+def update_average(average: nn.Module, live: nn.Module, decay: float) -> None:
+    """Move averaged weights toward the live ones, of which they keep a share of 1 - decay."""
     for averaged, current in zip(average.parameters(), live.parameters(), strict=True):
         averaged.lerp_(current, 1 - decay)
 

@@ -85,11 +85,13 @@ def check_parts_fit(config: Config) -> None:
         training.check(name, frames % patch == 0, f"a multiple of the temporal patch {patch}")
     one_frame = f"false with a temporal patch of {patch} frames"
     training.check("independent_first_frame", patch == 1 or not training.independent_first_frame, one_frame)
-    if isinstance(training, SelfForcingConfig) and training.optimizer != "muon":
-        for name in ("muon_momentum", "critic_muon_momentum"):
-            default = getattr(SelfForcingConfig, name)
-            unused = f"{default}, its default, with training.optimizer={training.optimizer}, which ignores it, or training.optimizer=muon"
-            training.check(name, getattr(training, name) == default, unused)
+    if isinstance(training, SelfForcingConfig):
+        by_power = training.ema_power is not None, f"training.ema_power={training.ema_power}", "training.ema_power=null"
+        not_muon = training.optimizer != "muon", f"training.optimizer={training.optimizer}", "training.optimizer=muon"
+        for name, reason in {"ema_decay": by_power, "muon_momentum": not_muon, "critic_muon_momentum": not_muon}.items():
+            (is_ignored, setting, instead), default = reason, getattr(SelfForcingConfig, name)
+            unused = f"{default}, its default, with {setting}, which ignores it, or {instead}"
+            training.check(name, not is_ignored or getattr(training, name) == default, unused)
 
 
 def register_schemas() -> None:
@@ -224,7 +226,7 @@ def config_from_dict(plain: dict[str, Any]) -> Config:
     """The inverse of `config_to_dict`, with every type checked as on the command line. Raises ValueError naming a key in one line.
 
     Of earlier versions: without dataset.judge_fraction no digits were set aside for the judges; a run could be a comparison and held an
-    empty `experiment`; noise_draws was called critic_draws.
+    empty `experiment`; noise_draws was called critic_draws; clamp_scores was clamp_real_score and clamped the teacher's alone.
     """
     plain = {key: plain[key] for key in dict(plain) if key != "experiment" or plain[key] is not None}
     is_own = "root" in plain.get("dataset", {})
@@ -233,7 +235,8 @@ def config_from_dict(plain: dict[str, Any]) -> Config:
     training_type = plain["training"]["training_type"]
     if training_type not in TRAINING_KINDS:
         raise ValueError(f"training_type is {training_type!r}: expected one of {', '.join(TRAINING_KINDS)}")
-    plain["training"] = {{"critic_draws": "noise_draws"}.get(key, key): value for key, value in plain["training"].items()}
+    renamed = {"critic_draws": "noise_draws", "clamp_real_score": "clamp_scores"}
+    plain["training"] = {renamed.get(key, key): value for key, value in plain["training"].items()}
     parts = {
         "model": ModelConfig, "text": TextEncoderConfig, "dataset": VideosConfig if is_own else DatasetConfig,
         "training": TRAINING_KINDS[training_type], "wandb": WandbConfig,

@@ -23,7 +23,7 @@ from method.plans import BidirectionalPlan, baseline_plans, few_step_plan, many_
 from method.settings import CausalConsistencyConfig, CausalODEConfig
 from network.attention import WHOLE_PAST, ContextWindow
 from network.text_encoder import NULL_PROMPT
-from network.weights import update_average
+from network.weights import exponential_decay, update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training.config import Config
 from training.data import open_data
@@ -175,7 +175,7 @@ class FewStepStage(Stage):
         set_rate(self.optimizers["adamw"], rate_factor(config, step) * config.lr)
         self.optimizers["adamw"].step()
         self.optimizers["adamw"].zero_grad(set_to_none=True)
-        update_average(self.average, self.student, config.ema_decay, step)
+        update_average(self.average, self.student, exponential_decay(config.ema_decay, step))
         return {**mean_figures(losses), "gradient_norm": norm, "num_frames": num_frames}
 
     def _regress_on_trajectories(self, config: CausalODEConfig, indices: Sequence[int], num_frames: int) -> float:

@@ -17,7 +17,7 @@ from method.diagnostics import STEP_COLUMNS, exit_columns
 from method.plans import baseline_plans, many_step_plan, teacher_plan
 from method.settings import PretrainConfig, SelfForcingConfig, TrainingConfig
 from network.text_encoder import NULL_PROMPT, TextEncoder
-from network.weights import update_average
+from network.weights import exponential_decay, update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training.checkpoint import CheckpointError
 from training.config import Config
@@ -113,7 +113,7 @@ class PretrainStage(Stage):
             set_rate(optimizer, factor * self.base_rates[name])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        update_average(self.average, self.live, config.ema_decay, step)
+        update_average(self.average, self.live, exponential_decay(config.ema_decay, step))
         return {**mean_figures(losses), "gradient_norm": norm, "lr_factor": factor}
 
     def _loss(self, step: int, x_0: Tensor, prompt: PromptContext) -> tuple[str, Tensor]:

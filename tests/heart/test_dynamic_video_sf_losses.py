@@ -131,7 +131,7 @@ def test_score_times_lie_at_even_distances_and_are_shifted_as_asked_and_not_by_d
 def test_on_gaussians_the_engines_gradient_is_the_closed_form(interval: list[float], clamp: bool):
     """Fake N(m_f, s^2), teacher N(m_u, s^2) and N(m_c, s^2) guided, inside the interval, to the mean m_u + w (m_c - m_u)."""
     s, weight = 0.6, 2.0
-    config = SelfForcingConfig(guidance=weight, guidance_interval=interval, guidance_ink_kept=1.0, clamp_real_score=clamp)
+    config = SelfForcingConfig(guidance=weight, guidance_interval=interval, guidance_ink_kept=1.0, clamp_scores=clamp)
     engine = SelfForcingEngine(config, GaussianScore(torch.zeros(2), s * torch.eye(2)), torch.Generator().manual_seed(0))
     fake, cond, uncond = [0.8, -0.1], [-0.5, 0.4], [0.2, 0.1]
     x_0 = (torch.tensor(fake) + s * torch.randn(32, 3, 1, 1, 2, generator=engine.random.generator)).requires_grad_()
@@ -149,9 +149,10 @@ def test_on_gaussians_the_engines_gradient_is_the_closed_form(interval: list[flo
     x_0_real = guided + s**2 * (1 - t) / spread * (x_t - (1 - t) * guided)
     difference = (torch.tensor(fake) - guided) * t**2 / spread
     if clamp:
-        assert x_0_real.abs().max() > 1.1
-        difference = difference + x_0_real - x_0_real.clamp(-1, 1)
+        x_0_fake = x_0_real + difference
+        assert x_0_real.abs().max() > 1.1 and x_0_fake.abs().max() > 1.1
         x_0_real = x_0_real.clamp(-1, 1)
+        difference = x_0_fake.clamp(-1, 1) - x_0_real
     scale = (x_0.detach() - x_0_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     closed_form = difference / scale
     torch.testing.assert_close(derivative, closed_form / x_0.numel(), rtol=1e-3, atol=1e-7)

@@ -65,6 +65,16 @@ def test_momentum_goes_with_muon_and_in_a_stored_configuration_with_any_optimize
     assert config_from_dict(stored).training.muon_momentum == 0.9
 
 
+@pytest.mark.parametrize("override, words", [
+    ("training.ema_decay=0.9", ["training.ema_decay is 0.9: expected 0.99", "with training.ema_power=3.0", "training.ema_power=null"]),
+    ("training.muon_momentum=0.9", ["training.muon_momentum is 0.9: expected 0.5, its default, with training.optimizer=adamw"]),
+    ("training.critic_muon_momentum=0", ["training.critic_muon_momentum is 0", "training.optimizer=adamw", "or training.optimizer=muon"]),
+])
+def test_a_setting_that_another_one_makes_void_is_refused(override: str, words: list[str]):
+    message = refusal("training.optimizer=adamw", override)
+    assert all(word in message for word in words), message
+
+
 def test_names_of_classes_join_the_vocabulary_and_are_kept():
     config = with_vocabulary(composed("dataset.class_names=[t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot]"))
     assert {"sneaker", "ankle", "boot", "moving"} <= set(config.text.vocabulary)
@@ -87,9 +97,11 @@ def test_own_videos_decide_the_sizes_of_the_network():
 
 
 def test_defaults_are_the_dataclasses_own_and_overrides_arrive_with_their_type():
-    config = composed("training.num_steps=2000", "training.lr=1e-4", "training.denoising_steps=[1000,400]", "model.patch_size=[1,4,4]")
-    assert config.training == SelfForcingConfig(num_steps=2000, lr=1e-4, denoising_steps=[1000, 400]) and config.model.patch_size == [1, 4, 4]
-    assert composed() == Config(training=SelfForcingConfig())
+    changed = "training.num_steps=2000", "training.lr=1e-4", "training.denoising_steps=[1000,400]", "model.patch_size=[1,4,4]"
+    config = composed("training=published_exits", *changed)
+    assert config.training == SelfForcingConfig(num_steps=2000, lr=1e-4, denoising_steps=[1000, 400])
+    assert config.model.patch_size == [1, 4, 4]
+    assert composed("training=published_exits") == Config(training=SelfForcingConfig())
     assert composed("training=pretrain") == Config(training=PretrainConfig(clip_steps=2200))
 
 
@@ -104,14 +116,14 @@ def test_defaults_are_the_dataclasses_own_and_overrides_arrive_with_their_type()
     ("training.lr=abc", ["training.lr", "abc", "Float"]),
     ("training.num_steps=2.5", ["training.num_steps", "2.5", "Integer"]),
     ("training.denoising_steps=[1000,soon]", ["training.denoising_steps", "soon", "Integer"]),
-    ("training=selfforcing", ["unknown choice training=selfforcing", "pretrain, self_forcing, teacher_forcing"]),
+    ("training=selfforcing", ["unknown choice training=selfforcing", "pretrain, published_exits, self_forcing, teacher_forcing"]),
     ("training.loss=wgan", ["training.loss is wgan", "dmd, sid, gan"]), ("training.generator_inputs=data", ["generator_inputs is data"]),
     ("training.gan_penalty_sigma=0", ["training.gan_penalty_sigma is 0"]), ("training.gan_penalty=-1", ["training.gan_penalty is -1"]),
     ("model=huge", ["unknown choice model=huge", "tiny, tiny_64"]),
     ("training.num_steps", ["training.num_steps"]),
     ("training.min_num_frames=10", ["training.min_num_frames is 10", "9 or 12"]),
     ("training.max_num_frames=1", ["training.max_num_frames is 1", "nearest valid: 3"]),
-    ("training.max_num_frames=18", ["training.min_num_frames is 21", "training.max_num_frames=18"]),
+    ("training.max_num_frames=6", ["training.min_num_frames is 9", "training.max_num_frames=6"]),
     ("training.denoising_steps=[]", ["training.denoising_steps is []", "descending"]),
     ("training.denoising_steps=[1000,500,500]", ["training.denoising_steps is [1000, 500, 500]", "descending"]),
     ("training.denoising_steps=[750,500]", ["training.denoising_steps", "1000"]),
@@ -128,8 +140,7 @@ def test_defaults_are_the_dataclasses_own_and_overrides_arrive_with_their_type()
     ("training.noise_draws=0", ["training.noise_draws is 0"]),
     ("training.optimizer=sgd", ["training.optimizer is sgd: expected one of adamw, muon"]),
     ("training.muon_momentum=1", ["training.muon_momentum is 1"]),
-    ("training.muon_momentum=0.9", ["training.muon_momentum is 0.9: expected 0.5, its default, with training.optimizer=adamw"]),
-    ("training.critic_muon_momentum=0", ["training.critic_muon_momentum is 0", "training.optimizer=adamw", "or training.optimizer=muon"]),
+    ("training.ema_power=-1", ["training.ema_power is -1", "or null for ema_decay"]),
     ("training.critic_lr=inf", ["training.critic_lr is inf"]), ("training.guidance=inf", ["training.guidance is inf"]),
     ("training.score_time_shift=0", ["training.score_time_shift is 0", "a positive number"]),
     ("training.guidance_interval=[0.8,0.2]", ["training.guidance_interval", "[0.8, 0.2]", "the lower one first"]),

@@ -39,9 +39,9 @@ PARADIGMS = {
     "causal_consistency": ["training=causal_consistency", "training.consistency_steps=4"],
     "causvid": ["training=causvid", *SELF_FORCING],
     "tf_dmd": ["training=tf_dmd", *SELF_FORCING],
-    "sid": ["training=self_forcing", "training.loss=sid", *SELF_FORCING],
-    "gan": ["training=self_forcing", "training.loss=gan", *SELF_FORCING],
-    "muon": ["training=self_forcing", "training.optimizer=muon", *SELF_FORCING],
+    "self_forcing": ["training=self_forcing", *SELF_FORCING],
+    "sid": ["training=published_exits", "training.loss=sid", *SELF_FORCING],
+    "gan": ["training=published_exits", "training.loss=gan", *SELF_FORCING],
     "long": ["training=long_self_forcing", "training.generator_checkpoint=null", "training.window_frames=6",
              "training.rollout_frames=15", *SELF_FORCING],
     "continuation": ["training=continuation", "training.generator_checkpoint=null", *SELF_FORCING],
@@ -152,10 +152,9 @@ CONTINUOUS = {  # trainings with times from a whole range, and how near to each 
     "pretrain": 0.1, "teacher_forcing": 0.1, "diffusion_forcing": 0.1, "causal_consistency": 1e-6,
 }
 TIMED = {
-    **PARADIGMS, "self_forcing": ["training=self_forcing", *SELF_FORCING], "pretrain": ["training=pretrain", "training.clip_steps=0"],
+    **PARADIGMS, "published_exits": ["training=published_exits", *SELF_FORCING], "pretrain": ["training=pretrain", "training.clip_steps=0"],
     "context_noise": ["training=self_forcing", "training.context_noise=100", *SELF_FORCING],
-    "finished_blocks": ["training=finished_blocks", *SELF_FORCING],
-    "exit_by_block": ["training=self_forcing", "training.same_exit_step=false", *SELF_FORCING],
+    "exit_by_block": ["training=published_exits", "training.same_exit_step=false", *SELF_FORCING],
 }
 
 

@@ -10,10 +10,11 @@ from helpers.stages import CPU, LENGTHS, assert_same, build_self_forcing, run_co
 
 from dynamic_video_sf import make_noise_streams, rollout_blocks
 from method.plans import baseline_plans
+from network.weights import exponential_decay
 from sampling.samplers import sample, sample_few_step
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, slim_checkpoint
 from training.config import PretrainConfig, config_to_dict
-from training.stages import PretrainStage, SelfForcingStage, draw_num_frames, rate_factor, update_average
+from training.stages import PretrainStage, SelfForcingStage, draw_num_frames, rate_factor
 from training.starting_networks import load_teacher
 
 
@@ -52,9 +53,20 @@ def test_average_follows_the_generator_and_lags(teacher: Path):
         live = snapshot(stage.engine.generator)
         torch.testing.assert_close(snapshot(stage.engine.generator_average), decay * before + (1 - decay) * live)
         assert not torch.equal(snapshot(stage.engine.generator_average), live)
-    before = snapshot(stage.engine.generator_average)
-    update_average(stage.engine.generator_average, stage.engine.generator, 0.9, num_updates=10_000)
-    torch.testing.assert_close(snapshot(stage.engine.generator_average), 0.9 * before + 0.1 * live)
+    assert exponential_decay(0.9, num_updates=10_000) == 0.9
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 3.0])
+def test_average_by_a_power_weighs_every_update_by_its_number(teacher: Path, power: float):
+    stage = build_self_forcing(teacher, dfake_gen_update_ratio=1, critic_warmup_steps=0, ema_power=power)
+    made = []
+    for step in range(4):
+        stage.train_step(step)
+        made.append(snapshot(stage.engine.generator))
+    share = (torch.arange(5, dtype=torch.float64) / 4) ** (power + 1)  # of the first k updates: the integral of k^power
+    mean = sum(weight * weights.double() for weight, weights in zip(share.diff().tolist(), made, strict=True))
+    torch.testing.assert_close(snapshot(stage.engine.generator_average), mean.float())
+    assert not torch.equal(made[0], made[3])
 
 
 def test_teacher_and_text_encoder_stay_frozen(teacher: Path):
