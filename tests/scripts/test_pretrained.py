@@ -1,18 +1,22 @@
 """The networks that ship: small, loadable, and able to do what the README says of them."""
 
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
+from dynamic_video_sf import SelfForcingEngine
 from judging.metrics import facts_of_prompts, load_judge, score_videos, summarise
-from machine.paths import REPOSITORY
+from machine.paths import CONFIGS, PRETRAINED
 from machine.runtime import Runtime
 from moving_mnist import MovingMNISTGenerator
+from network.text_encoder import NULL_PROMPT
 from sampling.samplers import SamplerSettings, generate
 from training.checkpoint import load_networks
-from training.config import PretrainConfig, SelfForcingConfig
+from training.config import PretrainConfig, SelfForcingConfig, build_config, register_schemas
 
-PRETRAINED = REPOSITORY / "pretrained"
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
 
@@ -43,6 +47,28 @@ def test_the_students_start_needs_guidance_in_the_same_steps():
     unguided = score("teacher.pt", SamplerSettings(denoising_steps=(1000, 750, 500, 250)), 8)
     guided = score("teacher.pt", SamplerSettings(num_steps=4, causal=True), 8)
     assert unguided["frames_right"] < 0.7 < 0.8 < guided["frames_right"]
+
+
+@torch.no_grad()
+def test_guidance_of_the_default_run_leaves_the_ink_of_real_videos_as_it_is():
+    """At every noise level of the scores; a generator that draws as real digits is pushed neither bolder nor fainter."""
+    register_schemas()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = build_config(compose("train", []))
+    teacher = load_networks(PRETRAINED / "teacher_long.pt", RUNTIME.device)
+    data = MovingMNISTGenerator(config.dataset, "test")
+    video, captions = data.sample(987_654_321, range(32), 9).video, data.captions(987_654_321, range(32))
+    text, null_text = (teacher.text_encoder.encode(prompts) for prompts in (captions, [NULL_PROMPT] * 32))
+
+    def ink_by_guidance(t: float, **changes: Any) -> float:
+        settings = {"noise_draws": 1, "min_score_time": t, "max_score_time": t + 1e-4} | changes
+        engine = SelfForcingEngine(replace(config.training, **settings), teacher.generator, torch.Generator().manual_seed(0))
+        unguided, guided, _ = engine._denoised(video, text, null_text)  # the critic is the teacher yet
+        return ((guided + 1).sum() / (unguided + 1).sum()).item()
+
+    for t in (0.35, 0.5, 0.65, 0.8, 0.95):
+        assert ink_by_guidance(t) == pytest.approx(1, abs=0.05), t
+    assert ink_by_guidance(0.9, guidance_ink_kept=1.0) > 1.2 and ink_by_guidance(0.9, clamp_scores=False) < 0.85
 
 
 @pytest.mark.slow
