@@ -344,15 +344,17 @@ class SelfForcingEngine:
 
     # --- videos
 
-    def make_videos(self, text: Text, num_frames: int, with_gradient: bool, x_real: Tensor | None = None, first_frame: int = 0) -> Rollout:
+    def make_videos(
+        self, text: Text, num_frames: int, with_gradient: bool, x_real: Tensor | None = None, first_frame: int = 0, turn: int | None = None
+    ) -> Rollout:
         """The generator's videos of these prompts, from the configured inputs: a self-rollout, with the configured probability one that
-        continues the first block of the real videos x_real (B, F, C, H, W), or x_real noised and denoised. first_frame: see `rollout`.
-        Raises ValueError if real videos are needed and not given."""
+        continues the first block of the real videos x_real (B, F, C, H, W), or x_real noised and denoised. first_frame, turn: see
+        `rollout`. Raises ValueError if real videos are needed and not given."""
         config = self.config
         with torch.set_grad_enabled(with_gradient):
             prompt = self.generator.encode_prompt(*text)
         if config.generator_inputs == "self_rollout" and config.continuation_probability == 0:
-            return self.rollout(prompt, num_frames, with_gradient, first_frame)
+            return self.rollout(prompt, num_frames, with_gradient, first_frame, turn=turn)
         if x_real is None:
             key = "generator_inputs" if config.generator_inputs != "self_rollout" else "continuation_probability"
             raise ValueError(f"training.{key}={getattr(config, key)} needs real videos: none were given")
@@ -360,10 +362,11 @@ class SelfForcingEngine:
             return self.denoise_real(prompt, x_real, with_gradient)
         continues = torch.rand((), generator=self.random.generator).item() < config.continuation_probability
         given = x_real[:, : config.context.block_sizes(num_frames, config.num_frames_per_block)[0]] if continues else None
-        return self.rollout(prompt, num_frames, with_gradient, given=given)
+        return self.rollout(prompt, num_frames, with_gradient, given=given, turn=turn)
 
     def rollout(
-        self, prompt: PromptContext, num_frames: int, with_gradient: bool, first_frame: int = 0, given: Tensor | None = None
+        self, prompt: PromptContext, num_frames: int, with_gradient: bool, first_frame: int = 0, given: Tensor | None = None,
+        turn: int | None = None,
     ) -> Rollout:
         """Generate num_frames frames from noise as inference does, up to a random exit step (Algorithm 1).
 
@@ -371,6 +374,8 @@ class SelfForcingEngine:
         first_frame, whole blocks: the num_frames frames are a window that starts there, at the end of a longer rollout
         (the idea of Self-Forcing++, arXiv 2510.02283). The blocks before it carry no gradient and take all denoising steps, as at
         inference: an early exit makes blurred frames. Memory does not grow with first_frame if the cache rolls.
+        turn: the number of the generator's update. With finished blocks exit steps take turns by it, last step first: drawn at random, the
+        last one, which is shown, can be left out for a dozen updates, in which the others move it where they do not look.
         """
         config, last_step, block = self.config, len(self.plan.times) - 1, self.config.num_frames_per_block
         check_num_frames("num_frames", num_frames, block, config.independent_first_frame)
@@ -384,6 +389,8 @@ class SelfForcingEngine:
         # 1. Draw the exit steps, one for all blocks or one each, and a seed for every video's noise.
         if config.finish_blocks and not with_gradient:
             exit_steps = [last_step] * len(sizes)  # as at inference: only finished videos are asked for
+        elif config.finish_blocks and config.same_exit_step and turn is not None:
+            exit_steps = [last_step - turn % (last_step + 1)] * len(sizes)
         else:
             num_exits = 1 if config.same_exit_step else len(sizes)
             exit_steps = torch.randint(last_step + 1, (num_exits,), generator=self.random.generator).tolist() * (len(sizes) // num_exits)

@@ -226,7 +226,7 @@ class SelfForcingStage(Stage):
             x_real = self.data.sample(self.seed, indices, num_frames).video.to(self.runtime.device)
         text = self._encode(self.data.captions(self.seed, indices))
         with self.runtime.autocast():
-            rollout = self.engine.make_videos(text, num_frames, with_gradient, x_real, first_frame)
+            rollout = self.engine.make_videos(text, num_frames, with_gradient, x_real, first_frame, self.num_generator_updates)
         first_scored = first_frame + max(num_frames - self.config.gradient_frames, 0)
         if first_scored > 0 and self.config.loss != "gan":  # a caption's direction is that of the first frames, which are not scored
             text = self._encode(self.data.captions_of_any_stretch(self.seed, indices))

@@ -56,6 +56,15 @@ def test_average_follows_the_generator_and_lags(teacher: Path):
     assert exponential_decay(0.9, num_updates=10_000) == 0.9
 
 
+def test_exit_steps_take_turns_where_blocks_are_finished(teacher: Path):
+    stage = build_self_forcing(teacher, dfake_gen_update_ratio=2, critic_warmup_steps=0, finish_blocks=True)
+    last = len(stage.engine.plan.times) - 1
+    assert [stage.train_step(step)["exit_step"] for step in range(1, 12, 2)] == [last - turn % (last + 1) for turn in range(6)]
+    resumed = build_self_forcing(teacher, dfake_gen_update_ratio=2, critic_warmup_steps=0, finish_blocks=True)
+    resumed.load_state_dict(stage.state_dict(), "run")
+    assert resumed.train_step(13)["exit_step"] == last - 6 % (last + 1) != stage.train_step(12)["exit_step"]
+
+
 @pytest.mark.parametrize("power", [0.0, 1.0, 3.0])
 def test_average_by_a_power_weighs_every_update_by_its_number(teacher: Path, power: float):
     stage = build_self_forcing(teacher, dfake_gen_update_ratio=1, critic_warmup_steps=0, ema_power=power)
@@ -86,8 +95,8 @@ def test_the_rollout_carries_a_graph_in_the_generators_turn_only(teacher: Path, 
     wanted: list[bool] = []
     rollout = stage.engine.rollout
 
-    def record(prompt: Any, num_frames: int, with_gradient: bool, *others: Any) -> Any:
-        result = rollout(prompt, num_frames, with_gradient, *others)
+    def record(prompt: Any, num_frames: int, with_gradient: bool, *others: Any, **options: Any) -> Any:
+        result = rollout(prompt, num_frames, with_gradient, *others, **options)
         wanted.append(with_gradient)
         assert result.scored.requires_grad == with_gradient and prompt.pooled.requires_grad == with_gradient
         return result
