@@ -201,7 +201,7 @@ def test_the_command_line_trains_and_shows_help_and_the_composed_job(tmp_path, m
     assert "trained 1 steps" in capsys.readouterr().out
     with pytest.raises(SystemExit) as caught:
         command_line(monkeypatch, "--help")
-    assert caught.value.code in (0, None) and "num_steps: 560" in capsys.readouterr().out
+    assert caught.value.code in (0, None) and "dfake_gen_update_ratio: " in capsys.readouterr().out
     command_line(monkeypatch, "--cfg", "job", "training.num_steps=7")
     assert "num_steps: 7" in capsys.readouterr().out
 
