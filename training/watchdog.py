@@ -77,17 +77,20 @@ class Watchdog:
         return lines
 
     def _read(self, reading: Reading) -> list[str]:
-        best = self.best.frames_right if self.best is not None else 0.0
-        self.latest = reading
+        self.latest, is_lost = reading, self._is_lost(reading)
         if self.best is None or reading.quality > self.best.quality:
             self.best = reading
-        is_lost = best >= READABLE and reading.frames_right < best - WORST_FALL
-        is_off = best >= READABLE and not 1 / HEAVIEST <= reading.stroke_mass_ratio <= HEAVIEST
-        if not (is_lost or is_off):
+        if not is_lost:
             return []
         self.collapse = self.collapse or reading
         where = f", the best was {self.best} at step {self.best.step}" if self.best is not reading else ""
         return [f"COLLAPSE: step {reading.step}: the fixed prompts read {reading}{where}"]
+
+    def _is_lost(self, reading: Reading) -> bool:
+        """Is what the best reading so far had lost in this one: the digits, or strokes of a digit's weight?"""
+        best = 0.0 if self.best is None else self.best.frames_right
+        is_off = not 1 / HEAVIEST <= reading.stroke_mass_ratio <= HEAVIEST
+        return best >= READABLE and (reading.frames_right < best - WORST_FALL or is_off)
 
     def _warn(self, lines: list[str], kind: str, finished: int, found: str) -> None:
         if finished - self.last_warning.get(kind, -QUIET_STEPS) >= QUIET_STEPS:
@@ -108,7 +111,8 @@ class Watchdog:
         end = f"at the end {self.latest}, at best {self.best} at step {self.best.step}"
         if self.collapse is None:
             return f"verdict: no collapse; the fixed prompts read {end}"
-        return f"verdict: COLLAPSED at step {self.collapse.step} ({self.collapse}); {end}"
+        after = "" if self._is_lost(self.latest) else " and recovered"
+        return f"verdict: COLLAPSED at step {self.collapse.step} ({self.collapse}){after}; {end}"
 
     def state_dict(self) -> dict[str, Any]:
         readings = {"best": self.best, "latest": self.latest, "collapse": self.collapse}

@@ -43,8 +43,10 @@ def test_the_collapse_that_was_seen_is_said_in_its_order(watched):
     (line,) = run(watched, range(456, 490), loss=0.04, norm=5, reading=GOOD | {"frames_right": 0.42, "stroke_mass_ratio": 2.6})[-1:]
     assert line.startswith("COLLAPSE: step 490: the fixed prompts read frames right 0.42") and "at step 420" in line
     assert not watched.is_best
+    fallen = watched.verdict()
+    assert fallen.startswith("verdict: COLLAPSED at step 490 (frames right 0.42") and "recovered" not in fallen
     run(watched, range(490, 560), reading=GOOD | {"frames_right": 0.9})
-    assert watched.verdict().startswith("verdict: COLLAPSED at step 490") and "at best frames right 0.95" in watched.verdict()
+    assert watched.verdict().startswith("verdict: COLLAPSED at step 490") and " and recovered; at the end frames right 0.90" in watched.verdict()
 
 
 @pytest.mark.parametrize("mass", [1.6, 0.6])
