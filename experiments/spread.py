@@ -5,7 +5,7 @@
 
 A run is the folder of a finished training of `train.py`. All are scored by `evaluate.evaluate`, with the same held-out prompts and
 noise, and beside the figures stand what the run cost and what its watchdog said. Runs that differ in more than their seed, machine or
-number format are refused: that is another recipe.
+number format are refused: that is another recipe. With `--add_to results/seeds.json` the runs of that file are kept and these join them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--output_dir", type=user_path, default=Path("results"))
+    parser.add_argument("--add_to", type=user_path, metavar="SEEDS_JSON", help="keep the runs of this earlier seeds.json too")
     return parser.parse_args(argv)
 
 
@@ -59,7 +60,9 @@ FIGURES = {  # name in the file: key of `evaluate`, title, and whether higher is
 EARLY = 0.2  # of a run, whose readings of fixed prompts show the way from the start and not what it holds
 
 
-def score_runs(folders: list[Path], num_videos: int, seed: int, device: str, precision: str, output_dir: Path) -> dict[str, Any]:
+def score_runs(
+    folders: list[Path], num_videos: int, seed: int, device: str, precision: str, output_dir: Path, add_to: Path | None = None,
+) -> dict[str, Any]:
     """Score every run; returns what seeds.json holds and leaves the files. Raises ValueError and OSError."""
     paths = [folder / FINAL for folder in folders]
     for folder, path in zip(folders, paths, strict=True):
@@ -74,6 +77,8 @@ def score_runs(folders: list[Path], num_videos: int, seed: int, device: str, pre
     for folder, config in zip(folders, configs, strict=True):
         if difference := describe_difference(recipe, settings_without(config, NOT_OF_THE_RECIPE)):
             raise ValueError(f"{folder} is of another recipe than {folders[0]} ({difference}): score them apart")
+    facts = {"num_videos": num_videos, "prompt_seed": seed, "recipe": json.loads(json.dumps(recipe))}
+    earlier = [] if add_to is None else earlier_runs(add_to, facts, {config.seed for config in configs})
     asked = EvaluateConfig(
         checkpoint=[str(path) for path in paths], num_videos=num_videos, seed=seed, device=device, precision=precision,
         output_dir=str(output_dir / "seeds_figures"),
@@ -87,8 +92,11 @@ def score_runs(folders: list[Path], num_videos: int, seed: int, device: str, pre
          **{name: row[name] for name in ("checkpoint_sha256", "precision", "code_sha256")}}
         for folder, config, checkpoint, row in zip(folders, configs, checkpoints, rows, strict=True)
     ]
+    if earlier and earlier[0]["code_sha256"] != runs[0]["code_sha256"]:
+        raise ValueError(f"{add_to} was scored by other code than this: score all its runs anew, without --add_to")
+    runs = sorted(earlier + runs, key=lambda run: run["seed"])
     table = {
-        "num_videos": num_videos, "prompt_seed": seed, "machine": describe_machine(torch.get_num_threads()), "recipe": recipe,
+        **facts, "machine": describe_machine(torch.get_num_threads()),
         "real": {name: real[key] for name, (key, _, _) in FIGURES.items() if key in real}, "runs": runs,
     }
     figures, text, picture = free_paths(output_dir, ["seeds.json", "seeds.md", "seeds.png"])
@@ -97,6 +105,21 @@ def score_runs(folders: list[Path], num_videos: int, seed: int, device: str, pre
     draw(picture, table)
     print(f"wrote {figures.name}, {text.name} and {picture.name} to {output_dir}")
     return table
+
+
+def earlier_runs(path: Path, facts: dict[str, Any], new_seeds: set[int]) -> list[dict[str, Any]]:
+    """The runs of an earlier seeds.json that the new ones may join. Raises ValueError."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        runs, other = table["runs"], [name for name, value in facts.items() if table[name] != value]
+        twice = new_seeds & {run["seed"] for run in runs}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as a seeds.json of this command ({type(error).__name__})") from None
+    if other:
+        raise ValueError(f"{path} differs from these runs in {', '.join(other)}: score them apart")
+    if twice:
+        raise ValueError(f"{path} holds seed {min(twice)} already: leave that run out")
+    return runs
 
 
 def story_of(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +185,7 @@ def main() -> None:
     with refusals_in_one_line():
         table = score_runs(
             arguments.run_folders, arguments.num_videos, arguments.seed, arguments.device, arguments.precision, arguments.output_dir,
+            arguments.add_to,
         )
     print(as_markdown(table))
 

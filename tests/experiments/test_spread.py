@@ -66,3 +66,20 @@ def test_other_recipes_and_unfinished_runs_are_refused(judged, tmp_path):
         score_runs(folders[:1] * 2, 8, 1, "cpu", "float32", tmp_path / "results")
     with pytest.raises(ValueError, match="holds no checkpoint_final.pt: give the folders of finished runs"):
         score_runs([tmp_path], 8, 1, "cpu", "float32", tmp_path / "results")
+
+
+def test_runs_join_those_of_an_earlier_table_if_nothing_but_their_seed_differs(judged, tmp_path):
+    first, second, third = (make_run(tmp_path / "runs", seed) for seed in READ)
+    table = score_runs([first, third], 8, 1, "cpu", "float32", tmp_path / "results")
+    earlier = tmp_path / "results" / "seeds.json"
+    both = score_runs([second], 8, 1, "cpu", "float32", tmp_path / "both", earlier)
+    assert [run["seed"] for run in both["runs"]] == [0, 1, 2] and both["runs"][::2] == table["runs"]
+    for folder, num_videos, refusal in (
+        (third, 8, "holds seed 2 already"), (second, 16, "differs from these runs in num_videos"),
+        (make_run(tmp_path / "other", 1, lr=1e-3), 8, "differs from these runs in recipe"),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            score_runs([folder], num_videos, 1, "cpu", "float32", tmp_path / "both", earlier)
+    earlier.write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read as a seeds.json"):
+        score_runs([second], 8, 1, "cpu", "float32", tmp_path / "both", earlier)
