@@ -120,11 +120,8 @@ def build_graph(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> onn
     """One pass as an ONNX model with its weights inside."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator of torch's own, which ONNX has not
-    loggers = [logging.getLogger(each) for each in ("torch.onnx", "onnxscript")]
-    levels = [each.level for each in loggers]
+    logging.disable(logging.WARNING)
     try:
-        for each in loggers:
-            each.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -132,8 +129,7 @@ def build_graph(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> onn
             )
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+        logging.disable(logging.NOTSET)
     graph = program.model_proto
     for holder in (graph, graph.graph, *graph.graph.node, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
         del holder.metadata_props[:]  # where in the source a node comes from: more bytes than the graph itself

@@ -6,7 +6,7 @@ width. The batch is 1.
 The cache is two tensors, keys and values (layers, 1, h, R N, d). Row r of it stands at position r, the block behind it at R to R + K - 1,
 and the visible past fills the last rows: `visible` counts them, and the rows before are masked. A finished block enters by the cache pass,
 which takes R of the R + K rows in a new order and turns their keys by as many positions as each has moved (`network.attention.shifted`).
-The caller says which rows stay, and so makes window and sink: `onnx_stream` here, `src/past.ts` on the page.
+The caller says which rows stay, and so makes window and sink: `src/past.ts` on the page, `tests/helpers/onnx_stream.py` beside it.
 """
 
 from __future__ import annotations

@@ -23,8 +23,9 @@ from training.config import TrainingConfig
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -r web/requirements.txt")
 
+from helpers.onnx_stream import OnnxNetwork, OnnxStream, RollingCache  # noqa: E402  needs the packages
+
 from web.export import export_network, main, plans_of, round_weights  # noqa: E402  needs the packages
-from web.onnx_stream import OnnxNetwork, OnnxStream, RollingCache  # noqa: E402
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 TOLERANCE = 1e-3  # of a pixel, whose range is [-1, 1]

@@ -1,4 +1,4 @@
-// The rolling cache, as `RollingCache` in web/onnx_stream.py: two tensors of a fixed size, and the numbers of the rows that they show.
+// The rolling cache, as `RollingCache` in tests/helpers/onnx_stream.py: two tensors of a fixed size, and the numbers of their rows.
 
 import type { Network, Tensor, Tensors } from "./network";
 

@@ -1,4 +1,4 @@
-// One video, block by block, as `OnnxStream` in web/onnx_stream.py.
+// One video, block by block, as `OnnxStream` in tests/helpers/onnx_stream.py.
 
 import type { Plan } from "./facts";
 import type { Network, Tensor, Tensors } from "./network";

@@ -1,7 +1,7 @@
 """A stream of video by an exported network, with onnxruntime: what the page does in TypeScript, in Python.
 
-`src/past.ts` and `src/stream.ts` are this module line by line; tests hold it to `sampling.streaming` and the page to it. Dimensions as in
-`passes`; a frame's number counts from 0 in its video.
+`web/src/past.ts` and `web/src/stream.ts` are this module line by line; tests hold it to `sampling.streaming` and the page to it. Dimensions
+as in `web.passes`; a frame's number counts from 0 in its video.
 """
 
 from __future__ import annotations
