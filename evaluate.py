@@ -272,7 +272,6 @@ ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 def main(composed: DictConfig) -> None:
     try:
         config = OmegaConf.to_object(composed)
-        assert isinstance(config, EvaluateConfig)
         if config.sanity:
             check_sanity(Path(config.output_dir), config.num_videos, config.num_frames, config.seed)
         else:

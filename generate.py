@@ -107,7 +107,6 @@ from machine.interruption import EXIT_CTRL_C  # noqa: E402
 from machine.runtime import code_digest, file_digest, resolve_runtime  # noqa: E402
 from method.plans import BidirectionalPlan  # noqa: E402
 from method.settings import TrainingConfig  # noqa: E402
-from moving_mnist import DatasetConfig  # noqa: E402
 from sampling.samplers import SamplerSettings, check_length, generate, prepared  # noqa: E402
 from sampling.streaming import PromptSchedule  # noqa: E402
 from sampling.video_io import contact_sheet, save_array, save_video, to_display  # noqa: E402
@@ -172,7 +171,6 @@ def default_prompts(networks: LoadedNetworks) -> tuple[str, ...]:
             known = ", ".join(words[:40])
             raise ValueError(f"--prompts is not given: expected captions like those of your videos, of words such as {known}")
         return ("",)
-    assert isinstance(dataset, DatasetConfig)
     return DEFAULT_PROMPTS[dataset.num_digits] if dataset.class_names is None else tuple(f"the {name}" for name in dataset.class_names)
 
 

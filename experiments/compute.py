@@ -30,7 +30,6 @@ def flops_per_step(config: Config) -> float:
     Runs a few steps of a fresh stage on the CPU. Raises ValueError for videos of several lengths, and what the stage raises.
     """
     training = config.training
-    assert isinstance(training, (PretrainConfig, SelfForcingConfig))
     require(
         training.min_num_frames == training.max_num_frames, "training.min_num_frames", training.min_num_frames,
         f"training.max_num_frames={training.max_num_frames}: compute is counted for videos of one length",

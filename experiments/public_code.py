@@ -59,7 +59,6 @@ def _load(folder: Path, file: Path) -> ModuleType:
     """The module of a file, under its own name while `_stand_ins` last, and under one of ours for good: torch.compile looks it up."""
     name = ".".join(file.with_suffix("").parts)
     spec = importlib.util.spec_from_file_location(name, folder / file)
-    assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.__name__ = f"public_self_forcing_{file.stem}"

@@ -156,7 +156,6 @@ class Samplers:
     @property
     def teacher_plan(self) -> BidirectionalPlan:
         """As generate.py samples the teacher. Raises ValueError for a network that is none."""
-        assert self.teacher is not None
         plan = SamplerSettings().make_plan(self.teacher.config.training)
         if not isinstance(plan, BidirectionalPlan):
             raise ValueError("--teacher is no bidirectional teacher: expected a checkpoint of training=pretrain")
@@ -166,7 +165,6 @@ class Samplers:
         """The networks of a sampler, as generate.py runs them; made once."""
         if (name, runtime) not in self._prepared:
             networks = self.teacher if name == "teacher" else self.student
-            assert networks is not None
             self._prepared[name, runtime] = prepared(networks, runtime, *VARIANTS.get(name, ()))
         return self._prepared[name, runtime]
 
@@ -339,7 +337,6 @@ def turns(config: SelfForcingConfig) -> dict[str, tuple[int, float]]:
 
 def count_training(config: Config, runtime: Runtime) -> dict[tuple[str, int], tuple[int, dict[str, float]]]:
     """By kind of turn and exit step: a seed that draws this exit step, and the FLOPs of one video's step by phase."""
-    assert isinstance(config.training, SelfForcingConfig)
     num_exits, kinds = len(config.training.denoising_steps), turns(config.training)
     stage = SelfForcingStage(replace(config, training=replace(config.training, batch_size=1)), runtime, torch.Generator())
     found: dict[tuple[str, int], tuple[int, dict[str, float]]] = {}
@@ -358,7 +355,6 @@ def count_training(config: Config, runtime: Runtime) -> dict[tuple[str, int], tu
 def measure_training(config: Config, runtimes: dict[str, Runtime], repeats: int) -> list[TrainingSpeed]:
     """Steps of both kinds with every exit step, in all number formats, and the products of the limit, in turns; medians."""
     training = config.training
-    assert isinstance(training, SelfForcingConfig)
     device = next(iter(runtimes.values())).device
     kinds = turns(training)
     found = count_training(config, next(iter(runtimes.values())))

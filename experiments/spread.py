@@ -37,7 +37,6 @@ if __name__ == "__main__":
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 
 from evaluate import EvaluateConfig, evaluate  # noqa: E402
 from machine.files import free_paths, require_writable  # noqa: E402
@@ -45,7 +44,7 @@ from machine.interruption import refusals_in_one_line  # noqa: E402
 from machine.runtime import describe_machine  # noqa: E402
 from training.checkpoint import checkpoint_config, load_checkpoint  # noqa: E402
 from training.resume import FINAL, describe_difference, settings_without  # noqa: E402
-from training.run_log import read_scalars  # noqa: E402
+from training.run_log import panel_grid, read_scalars  # noqa: E402
 
 NOT_OF_THE_RECIPE = ("seed", "log_dir", "run_name", "wandb", "device", "precision", "training.resume")
 FIGURES = {  # name in the file: key of `evaluate`, title, and whether higher is better; None: near 1 is
@@ -162,9 +161,8 @@ def as_markdown(table: dict[str, Any]) -> str:
 def draw(path: Path, table: dict[str, Any]) -> None:
     """One axis a figure, a dot a run with its interval, the median as a line and real video's figure as a dotted one."""
     names = [name for name in FIGURES if all(name in run for run in table["runs"])]
-    figure = Figure(figsize=(2.1 * len(names), 3), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    figure, axes = panel_grid(len(names), len(names), 2.1, 3)
+    for axis, name in zip(axes, names, strict=True):
         values = [run[name] for run in table["runs"]]
         for index, run in enumerate(table["runs"]):
             if f"{name}_ci" in run:
@@ -176,7 +174,6 @@ def draw(path: Path, table: dict[str, Any]) -> None:
         axis.set_xticks(range(len(values)), [str(run["seed"]) for run in table["runs"]], fontsize=7)
         axis.set_title(FIGURES[name][1], fontsize=9)
         axis.set_xlabel("seed", fontsize=8)
-        axis.tick_params(labelsize=7)
     figure.savefig(path, dpi=110)
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from judging.prompts import JUDGED_COLUMNS
 from machine.interruption import refusals_in_one_line
 from machine.paths import user_path
 from method.diagnostics import NOISE_LEVELS
-from training.run_log import plot_series, read_scalars
+from training.run_log import panel_grid, plot_series, read_scalars, spans_magnitudes
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def ordered_columns(found: set[str]) -> list[str]:
     return [*first, *exits, *(name for name in known if name in JUDGED_COLUMNS)]
 
 
-def draw_health(path: Path, runs: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]], width: int = 4) -> None:
+def draw_health(path: Path, runs: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> None:
     """One axis per column that any of the runs has, a colour a run: values pale, running median over them.
 
     runs: by name, the series of `run_log.read_scalars`. Draws nothing where there is nothing to draw.
@@ -67,12 +66,8 @@ def draw_health(path: Path, runs: dict[str, dict[str, tuple[np.ndarray, np.ndarr
     columns = ordered_columns({column for series in runs.values() for column in series})
     if not columns:
         return
-    height = -(-len(columns) // width)
-    figure = Figure(figsize=(3.4 * width, 2.5 * height + 0.4), layout="constrained")
-    axes = figure.subplots(height, width, squeeze=False)
-    for axis in axes.flat[len(columns):]:
-        axis.axis("off")
-    for axis, column in zip(axes.flat, columns, strict=False):
+    figure, axes = panel_grid(len(columns), 4, 3.4, 2.6)
+    for axis, column in zip(axes, columns, strict=True):
         _draw_panel(axis, column, {name: series[column] for name, series in runs.items() if column in series}, list(runs))
     if len(runs) > 1:
         lines = [Line2D([], [], color=f"C{index % 10}", label=name) for index, name in enumerate(runs)]
@@ -84,18 +79,14 @@ def _draw_panel(axis: Axes, column: str, series: dict[str, tuple[np.ndarray, np.
     panel = PANELS.get(column, PanelStyle(f"loss, exit at {column.removeprefix(EXIT)}", "steps alike, none apart"))
     for name, (steps, values) in series.items():
         plot_series(axis, steps, values, f"C{names.index(name) % 10}")
-    everything = np.concatenate([values for _, values in series.values()])
-    everything = everything[np.isfinite(everything)]
     if panel.limits is not None:
         axis.set_ylim(*panel.limits)
-    elif len(everything) and everything.min() > 0 and everything.max() > 20 * np.median(everything):
+    elif spans_magnitudes(np.concatenate([values for _, values in series.values()])):
         axis.set_yscale("log")
     elif column == "critic_lag":
         axis.axhline(0, color="black", linewidth=0.6)
     axis.set_title(f"{panel.title}\n", fontsize=9, fontweight="bold")
     axis.text(0.5, 1.02, panel.caption, transform=axis.transAxes, ha="center", va="bottom", fontsize=7.5, color="dimgray")
-    axis.tick_params(labelsize=7)
-    axis.grid(alpha=0.3)
 
 
 def draw_run(csv_path: Path, picture_path: Path) -> None:

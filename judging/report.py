@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from training.run_log import panel_grid
 
 NAME_WIDTH = 37
 CELL_WIDTH = 21
@@ -79,15 +79,11 @@ def format_table(first: str, rows: dict[str, dict[str, Any]], titles: dict[str, 
     return "\n".join([format_titles(first, titles), *lines]) if lines else ""
 
 
-def draw_curves(path: Path, rows: dict[str, dict[str, Any]], width: int = 3) -> None:
+def draw_curves(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     """One panel per measure that exists by frame, over the frame's index: a line a row, its 95 % interval as a band."""
     names = [name for name in CURVES if any(f"{name}_by_frame" in figures for figures in rows.values())]
-    height = -(-len(names) // width)
-    figure = Figure(figsize=(4.6 * width, 3 * height), layout="constrained")
-    axes = figure.subplots(height, width, squeeze=False)
-    for axis in axes.flat[len(names):]:
-        axis.axis("off")
-    for axis, name in zip(axes.flat, names, strict=False):
+    figure, axes = panel_grid(len(names), 3, 4.6, 3)
+    for axis, name in zip(axes, names, strict=True):
         for number, (row, figures) in enumerate(rows.items()):
             if f"{name}_by_frame" in figures:
                 values, bands = figures[f"{name}_by_frame"], figures[f"{name}_by_frame_ci"]
@@ -96,7 +92,5 @@ def draw_curves(path: Path, rows: dict[str, dict[str, Any]], width: int = 3) -> 
                 axis.fill_between(frames, [low for low, _ in bands], [high for _, high in bands], color=f"C{number % 10}", alpha=0.2)
         axis.set_title(CURVES[name], fontsize=9)
         axis.set_xlabel("frame", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)

@@ -119,7 +119,6 @@ def build_config(composed: DictConfig) -> Config:
         if isinstance(path, str):
             OmegaConf.update(composed, key, at_home(path))
     config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
     known = flatten(config_to_dict(config))
     for key in flatten(OmegaConf.to_container(composed)):
         if key not in known:

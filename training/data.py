@@ -20,7 +20,6 @@ def open_data(
     if isinstance(config, VideosConfig):
         require(digit_variation == 0, "training.digit_variation", digit_variation, "0 with dataset=videos, which show no digits to deform")
         return OwnVideos(config, split, purpose)
-    assert isinstance(config, DatasetConfig)
     return MovingMNISTGenerator(config, split, digit_variation, purpose)
 
 

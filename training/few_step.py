@@ -142,7 +142,6 @@ class FewStepStage(Stage):
 
     def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
         super().__init__(config, runtime, random, processes)
-        assert isinstance(config.training, (CausalODEConfig, CausalConsistencyConfig))
         self.config = config.training
         self.data = open_data(config.dataset)
         loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)

@@ -160,26 +160,15 @@ class SilentLog:
 def draw_curves(csv_path: Path, picture_path: Path) -> None:
     """One panel per scalar over the step, the raw values pale and a running median over them."""
     series = read_scalars(csv_path)
-    names = list(series)
-    if not names:
+    if not series:
         return
-    num_columns = min(3, len(names))
-    num_rows = -(-len(names) // num_columns)
-    figure = Figure(figsize=(4.2 * num_columns, 2.8 * num_rows))
-    axes = figure.subplots(num_rows, num_columns, squeeze=False)
-    for axis in axes.flat[len(names):]:
-        axis.axis("off")
-    for axis, name in zip(axes.flat, names, strict=False):
-        steps, values = series[name]
+    figure, axes = panel_grid(len(series), min(3, len(series)), 4.2, 2.8)
+    for axis, (name, (steps, values)) in zip(axes, series.items(), strict=True):
         plot_series(axis, steps, values, "tab:blue")
-        finite = values[np.isfinite(values)]
-        if len(finite) and finite.min() > 0 and finite.max() > 20 * np.median(finite):
+        if spans_magnitudes(values):
             axis.set_yscale("log")
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(picture_path, dpi=110)
 
 
@@ -197,6 +186,25 @@ def read_scalars(csv_path: Path, with_seconds: bool = False) -> dict[str, tuple[
     except (KeyError, TypeError, ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"{csv_path} is no table of a run's figures by step: give the folder of a run of train.py") from error
     return series
+
+
+def panel_grid(num: int, width: int, panel_width: float, panel_height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `num` panels of this size, in inches, in rows of `width`."""
+    height = -(-num // width)
+    figure = Figure(figsize=(panel_width * width, panel_height * height), layout="constrained")
+    axes = list(figure.subplots(height, width, squeeze=False).flat)
+    for axis in axes[num:]:
+        axis.axis("off")
+    for axis in axes[:num]:
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    return figure, axes[:num]
+
+
+def spans_magnitudes(values: np.ndarray) -> bool:
+    """Is a logarithmic axis called for: are all finite values positive, and some far above their median?"""
+    finite = values[np.isfinite(values)]
+    return len(finite) > 0 and finite.min() > 0 and finite.max() > 20 * np.median(finite)
 
 
 def plot_series(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> None:
