@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import http.client
 import os
-import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from machine.files import replacing
+from machine.files import replacing, require_writable
 
 SPLITS = ("train", "judge", "test")
 NUM_CLASSES = 10
@@ -185,50 +184,26 @@ def read_idx(path: Path, num_axes: int) -> np.ndarray:
 def download_mnist(
     root: Path, mirrors: Sequence[str] = MNIST_MIRRORS, sha256: Mapping[str, str] = MNIST_SHA256
 ) -> None:
-    """Fetch the files named in `sha256` that `root` lacks; each one appears there whole and verified, or not at all. A transfer that breaks
-    off leaves NAME.part, which the next try continues. Raises OSError if every mirror failed twice."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write to the folder {root} ({error.strerror}): set dataset.mnist_root to another one") from error
+    """Fetch the files named in `sha256` that `root` lacks; each one appears there whole and verified, or not at all. Raises OSError if
+    every mirror failed twice."""
+    require_writable(root, "dataset.mnist_root")
     for name, digest in sha256.items():
         if _idx_file(root, name) is not None:
             continue
         failures = []
         for mirror in (*mirrors, *mirrors):
-            part = root / f"{name}.part"
             try:
-                _fetch(mirror + name, part)
+                with urllib.request.urlopen(mirror + name, timeout=30) as response:
+                    content = response.read()
             except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
                 failures.append(f"{mirror + name}: {error}")
                 continue
-            found = hashlib.sha256(part.read_bytes()).hexdigest()
+            found = hashlib.sha256(content).hexdigest()
             if found == digest:
-                os.replace(part, root / name)
+                with replacing(root / name) as temporary:
+                    temporary.write_bytes(content)
                 break
-            part.unlink()
             failures.append(f"{mirror + name}: SHA-256 is {found}, expected {digest}")
         else:
             raise OSError(f"cannot download {name} to {root}: {'; '.join(dict.fromkeys(failures))}. "
                           "Check the network, or copy the file there by hand")
-
-
-def _fetch(url: str, part: Path) -> None:
-    """Download to `part`, going on from what is there if the server can. Raises OSError if the transfer breaks off."""
-    size = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            is_partial = response.status == http.HTTPStatus.PARTIAL_CONTENT
-            promised = response.headers["Content-Length"]
-            with open(part, "ab" if is_partial else "wb") as file:
-                before = file.tell()
-                while chunk := response.read(1 << 16):
-                    file.write(chunk)
-                received = file.tell() - before
-    except urllib.error.HTTPError as error:
-        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and size:
-            return  # nothing is left to fetch: the checksum decides
-        raise
-    if promised is not None and received != int(promised):
-        raise ConnectionError(f"the transfer broke off after {received} of {promised} bytes")

@@ -189,7 +189,7 @@ class Comparison:
         put_by(self.output_dir, self.config.name, self.earlier, shown)
         print(f"{len(self.jobs)} jobs, {num_done} done before; {self.config.processes} at a time with {self.num_threads} threads; "
               f"folder {self.folder}", flush=True)
-        self.write()
+        write_table(self.output_dir, self.config.name, self.table())
         terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the children would outlive this process
         with ThreadPoolExecutor(self.config.processes) as pool:
             try:
@@ -217,7 +217,7 @@ class Comparison:
                     return
                 if reason:
                     self.failed[job.label] = reason
-                self.write()
+                write_table(self.output_dir, self.config.name, self.table())
 
     def _run_job(self, job: Training | Score) -> str:
         """Run a job to its end; returns why it failed, empty where it did not."""
@@ -254,10 +254,6 @@ class Comparison:
         print(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.label}: {words}", flush=True)
 
     # --- what was found -----------------------------------------------------------------------------------------------
-
-    def write(self) -> None:
-        """The table as json, md and png."""
-        write_table(self.output_dir, self.config.name, self.table())
 
     def table(self) -> dict[str, Any]:
         """Everything: settings, trainings, and by row and block size the figures of every seed that is scored."""

@@ -26,7 +26,6 @@ from training.sharding import clip_gradients, is_sharded
 Answer = TypeVar("Answer")
 PEER_TIMEOUT = timedelta(hours=2)  # the others wait while the first process samples and saves; one that ends is noticed at once
 STORE_TIMEOUT = timedelta(minutes=5)  # for all processes to be there
-BUCKET_VALUES = 8_000_000  # averaged by one all-reduce: few messages, little extra memory
 
 
 class ProcessLost(ConnectionError):
@@ -79,13 +78,12 @@ class Processes:
         """
         if self.count == 1:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        for bucket in _buckets([gradient for gradient in gradients if not is_sharded(gradient)]):
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
-            _ask(lambda flat=flat: dist.all_reduce(flat))
-            flat /= self.count
-            for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-                gradient.copy_(mean.view_as(gradient))
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None and not is_sharded(parameter.grad)]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message
+        _ask(lambda: dist.all_reduce(flat))
+        flat /= self.count
+        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def gather(self, value: Answer) -> list[Answer]:
         """What every process hands in, by rank; a small object that can be pickled."""
@@ -132,18 +130,6 @@ def losses_named() -> Iterator[None]:
 def _lost(error: RuntimeError) -> ProcessLost:
     reason = str(error).strip().partition("\n")[0][:160]
     return ProcessLost(f"another process of this run has ended or no longer answers ({reason})")
-
-
-def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The gradients in order, in groups of about BUCKET_VALUES."""
-    bucket: list[Tensor] = []
-    for gradient in gradients:
-        bucket.append(gradient)
-        if sum(g.numel() for g in bucket) >= BUCKET_VALUES:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
 
 
 def processes_of_environment(environment: Mapping[str, str] = os.environ) -> Processes:
