@@ -2,18 +2,13 @@
 
     python -m experiments.benchmark [--parts generation teacher training] [--batch_sizes 1 4 16] [--precisions float32 bfloat16]
                         [--num_frames 21] [--repeats 5] [--compile] [--int8] [--output PATH.json]
-    python -m experiments.benchmark --parts generation training --batch_sizes 1 --precisions float32 --repeats 2      # a quick run
 
-Parts: "generation", the student with its KV cache, split into phases, and the same rollout with the past recomputed; "teacher",
-its teacher beside it; "training", a step of Self-Forcing; "public", an untrained network of ours beside that of the public Self-Forcing
-code at the same size, on the CPU in float32 at batch 1:
+Parts: "generation", the student with its KV cache, split into phases, and the same rollout with the past recomputed; "teacher", its
+teacher; "training", a step of Self-Forcing; "public", an untrained network of ours beside a clone of the public Self-Forcing code at the
+same size (docs/speed.md).
 
-    git clone https://github.com/guandeh17/Self-Forcing
-    python -m experiments.benchmark --parts public --public_code Self-Forcing [--patch_sizes 4 8] [--compile] [--repeats 5]
-
-Machines are noisy: what is compared takes turns in one run, each figure is the median of its repeats, and the limit is measured in
-the same turns: the FLOPs a second of a large matrix product, of floats where the student multiplies integers too. Ratios of one run and
-shares of the limit are what to quote, never a figure against one of another machine.
+What is compared takes turns, each figure is the median of its repeats, and so is the limit: the FLOPs a second of a large matrix product,
+of floats where the student multiplies integers too. Quote ratios and shares of one run, never figures of two machines.
 """
 
 from __future__ import annotations

@@ -55,10 +55,8 @@ TRAINED_CODE = ("train",)  # what makes a training's weights: train.py, with all
 
 
 class Comparison:
-    """The jobs of one configuration and the table of what they have found so far. Raises ValueError and OSError.
-
-    chosen: further overrides of train.py, by paradigm and block size (`choose_settings`); none where none are given.
-    """
+    """The jobs of one configuration and what they have found so far. chosen: further overrides of train.py, by paradigm and block size
+    (`choose_settings`). Raises ValueError and OSError."""
 
     def __init__(self, config: ComparisonConfig, chosen: dict[tuple[str, int], str] | None = None):
         runtime = resolve_runtime(config.device, config.precision)  # once, for all jobs: auto is decided by timing
@@ -295,10 +293,8 @@ def compare(config: ComparisonConfig) -> int:
 
 
 def choose_settings(config: ComparisonConfig) -> tuple[dict[tuple[str, int], str], int]:
-    """Of its candidates the one whose row reads most frames right, by paradigm and block size, and the number of jobs that failed.
-
-    All paradigms are offered as many, on a seed and prompts that the table does not use. NAME_candidates.json keeps every figure.
-    """
+    """Of its candidates the one whose row reads most frames right, by paradigm and block size, on a seed and prompts that the table does
+    not use; and the number of jobs that failed. NAME_candidates.json keeps every figure."""
     rows = {paradigm: next(row for row in ROWS if ROWS[row].paradigm == paradigm) for paradigm in config.paradigms}
     found: dict[tuple[str, int], dict[str, float]] = {}
     num_failed = 0

@@ -1,7 +1,5 @@
-"""The jobs of a comparison: a training or a score, each a child process of train.py or evaluate.py.
-
-A finished job is held against the plan: against what its own files say that it was made with. Where they disagree it is not reused.
-"""
+"""The jobs of a comparison: a training or a score, each a child process of train.py or evaluate.py. A finished job is reused only if its
+own files say that it was made as planned."""
 
 from __future__ import annotations
 
@@ -29,10 +27,8 @@ RESOLVED = ("plan", "num_videos", "num_frames", "seed", "batch_size", "device", 
 
 @dataclass(frozen=True)
 class Training:
-    """A run of train.py: its attempts are folders run, run-2, ... in `folder`, beside a link to the finished checkpoint.
-
-    label: what it is, for people. settings: all that its weights depend on; the folder's name ends in their fingerprint.
-    """
+    """A run of train.py: its attempts are folders run, run-2, ... in `folder`, beside a link to the finished checkpoint. settings: all that
+    its weights depend on; the folder's name ends in their fingerprint."""
 
     label: str
     paradigm: str

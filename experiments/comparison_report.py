@@ -1,7 +1,6 @@
 """The table of a comparison as json, Markdown and a picture, from what is known so far; a dash stands for what is missing.
 
-`table` is what `comparison.Comparison.table` makes: "settings", "machines", "failed", "trainings", and "rows": figures of
-`panel.judge_videos` by row, block size and seed, where rows that have neither stand under "0".
+`table` is what `comparison.Comparison.table` makes; "rows" in it has figures by row, block size and seed, "0" where a row has neither.
 """
 
 from __future__ import annotations
@@ -60,10 +59,8 @@ def results_of(table: dict[str, Any] | None) -> dict[tuple[str, str, str], dict[
 
 
 def put_by(folder: Path, name: str, earlier: dict[str, Any] | None, shown: set[tuple[str, str, str]]) -> None:
-    """Copy the earlier table of `folder` where it has results that the next will not show: nothing already made is lost.
-
-    shown: row, block size and seed of those that it will.
-    """
+    """Copy the earlier table of `folder` where it has results that the next will not show: nothing already made is lost. shown: row, block
+    size and seed of those that it will."""
     lost = [place for place in results_of(earlier) if place[0] != REAL and place not in shown]
     if not lost:
         return

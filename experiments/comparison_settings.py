@@ -1,9 +1,5 @@
-"""What a comparison of paradigms can be asked: its rows, the trainings behind them, every default in a field, every check at
-construction.
-
-The rows are those of Table 2 of Self-Forcing (arXiv 2506.08009) at toy scale, once for blocks of several frames and once
-for single frames.
-"""
+"""What a comparison of paradigms can be asked: its rows, which are those of Table 2 of Self-Forcing (arXiv 2506.08009) at toy scale for
+blocks of several frames and of one, and the trainings behind them. Every default in a field, every check at construction."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """What a training step costs, counted in floating-point operations of matrix products, convolutions and attention.
 
-FLOPs of a step are linear in the batch size, and Muon's, which multiplies matrices itself, are the constant part. In a
-Self-Forcing rollout they are linear in the exit step, as each step before it is one more forward pass of the same block. So
-a few steps of one or two videos give the mean over the random exit steps exactly, whichever of them are drawn.
+FLOPs of a step are linear in the batch size (Muon's are the constant part) and, in a Self-Forcing rollout, in the exit step, as each step
+before it is one more forward pass. So a few steps of one or two videos give the mean over the random exit steps exactly.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ MAX_TRIES = 200  # steps until two different exit steps are drawn: never as many
 
 
 def flops_per_step(config: Config) -> float:
-    """Mean FLOPs of a training step, over whole cycles of generator and critic updates.
-
-    Runs a few steps of a fresh stage on the CPU. Raises ValueError for videos of several lengths, and what the stage raises.
-    """
+    """Mean FLOPs of a training step, over whole cycles of generator and critic updates; runs a few steps of a fresh stage on the CPU.
+    Raises ValueError for videos of several lengths, and what the stage raises."""
     training = config.training
     require(
         training.min_num_frames == training.max_num_frames, "training.min_num_frames", training.min_num_frames,

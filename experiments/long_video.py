@@ -190,9 +190,8 @@ def measure_switch(
 def summarise_switch(classes: Tensor, centres: Tensor, digits: tuple[Tensor, Tensor], num_before: int, config: Any) -> dict[str, Any]:
     """Of classes (B, F) and centres (B, F, 2), where digits = (old, new) (B,) change at frame num_before.
 
-    frames_until_shown: from the switch to the first frame in which `SHOWN_SHARE` of the streams show the new digit, None for
-    never. path_error: distance in pixels of the first centre after the switch from where the track of the frames before
-    leads. path_error_without: the same one frame earlier, where nothing has changed.
+    frames_until_shown: to the first frame in which `SHOWN_SHARE` of the streams show the new digit, None for never. path_error: distance in
+    pixels of the first centre after the switch from where the track before it leads; path_error_without: the same one frame earlier.
     """
     old, new = ((classes == digit.unsqueeze(1)).float().mean(dim=0) for digit in digits)  # (F,) shares
     shown = (new[num_before:] >= SHOWN_SHARE).nonzero().flatten().tolist()
@@ -221,9 +220,8 @@ def measure_continuation(
 ) -> dict[str, Any]:
     """The first num_given frames of real held-out videos, continued for num_frames frames; the real videos themselves beside it.
 
-    stroke_mass_by_fifth: that of the frames made over that of the frames given, from the fifth of the videos with the least ink to
-    that with the most. track_within_1px, direction_obeyed: of the whole videos, the given frames included. first_error_median: distance
-    in pixels of the first made centre from where the real video has it.
+    stroke_mass_by_fifth: of the frames made over that of the frames given, by fifths of the videos in order of their ink. track_within_1px,
+    direction_obeyed: of whole videos, the given frames included. first_error_median: pixels from the first made centre to the real video's.
     """
     judge = load_judge()
     generator, parts = MovingMNISTGenerator(networks.config.dataset, "test", purpose=Purpose.LONG_VIDEO), {"continued": [], "real": []}
@@ -278,11 +276,9 @@ def read_rows(path: Path, command: str) -> dict[str, dict[str, Any]]:
 
 
 def add_row(path: Path, command: str, name: str, row: dict[str, Any], replace: bool) -> dict[str, dict[str, Any]]:
-    """Write the file anew with one row more, whole or not at all, and then its plot; returns all rows.
-
-    Rows that other calls have added meanwhile stay: where one took `name`, and not replace, the new one is called "name (2)" and so on.
-    Raises ValueError and OSError; what stood in the file is then untouched.
-    """
+    """Write the file anew with one row more, whole or not at all, and then its plot; returns all rows. Where another call has taken `name`
+    meanwhile, and not replace, the new row is called "name (2)" and so on. Raises ValueError and OSError; what stood in the file is then
+    untouched."""
     rows = read_rows(path, command)
     names = (name, *(f"{name} ({number})" for number in range(2, len(rows) + 3)))
     rows[name if replace else next(each for each in names if each not in rows)] = row

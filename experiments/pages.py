@@ -1,8 +1,5 @@
-"""The tables of README.md and docs/, made from the files in results/: `python -m experiments.pages`.
-
-A page marks the place of a table by two comments, `<!-- table: NAME -->` and `<!-- end -->`; what stands between them is replaced. So no
-figure of a table is typed by hand, and a test fails if a page and its file differ.
-"""
+"""The tables of README.md and docs/, made from the files in results/: `python -m experiments.pages`. A page marks the place of a table by
+`<!-- table: NAME -->` and `<!-- end -->`; a test fails if a page and its file differ."""
 
 from __future__ import annotations
 

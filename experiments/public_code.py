@@ -2,9 +2,8 @@
 
 Dimensions: B batch, F frames, C channels, H height, W width, L prompt tokens, N tokens of a frame.
 
-Nothing of that code is in this repository. It is read from the folder of a clone of https://github.com/guandeh17/Self-Forcing; what
-its network needs of other packages is stood in for: the configuration classes of diffusers, and its attention kernels, which want
-CUDA and bfloat16, by torch's fused attention in the format of the inputs. VAE and T5 are left out, as ours has neither.
+Its code is read from a clone of https://github.com/guandeh17/Self-Forcing. Stood in for are the configuration classes of diffusers and its
+attention kernels, which want CUDA and bfloat16, by torch's fused attention. VAE and T5 are left out, as ours has neither.
 """
 
 from __future__ import annotations
@@ -77,10 +76,8 @@ def check_clone(folder: Path | None) -> Path:
 
 
 def build_public_network(folder: Path | None, config: ModelConfig, text_len: int) -> nn.Module:
-    """Its causal network, untrained, at the sizes of `config`, for prompts of text_len tokens.
-
-    Raises ValueError as `check_clone` does, and where the network in the clone is another one.
-    """
+    """Its causal network, untrained, at the sizes of `config`, for prompts of text_len tokens. Raises ValueError as `check_clone` does, and
+    where the network in the clone is another one."""
     folder = check_clone(folder)
     try:
         with _stand_ins():
@@ -100,10 +97,8 @@ def sample_public(
     network: nn.Module, config: ModelConfig, text: Tensor, num_frames: int, num_frames_per_block: int, times: tuple[float, ...],
     random: torch.Generator,
 ) -> Tensor:
-    """A video (B, F, C, H, W) by its inference loop: every block walks the times with its cache, then is run once more at time 0.
-
-    text: (B, L, text_width). Its cache holds all frames, as its pipeline does by default.
-    """
+    """A video (B, F, C, H, W) by its inference loop: every block walks the times with its cache, which holds all frames, then is run once
+    more at time 0. text: (B, L, text_width)."""
     batch_size, tokens = text.shape[0], config.tokens_per_patch_row
     frame = (config.channels, config.frame_size, config.frame_size)
     room = (batch_size, num_frames // config.patch_size[0] * tokens, config.num_heads, config.head_size)

@@ -1,9 +1,5 @@
-"""A small set of one's own videos to try `dataset=videos` on: coloured shapes that bounce off the walls, with captions.
-
-    python -m experiments.shapes --output_dir data/shapes
-
-Every clip is a GIF, and captions.csv says what each one shows, such as "a red square moving left".
-"""
+"""Clips to try `dataset=videos` on: coloured shapes that bounce off the walls, as GIFs, and captions.csv with texts such as "a red square
+moving left": `python -m experiments.shapes --output_dir data/shapes`."""
 
 from __future__ import annotations
 

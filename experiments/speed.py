@@ -62,10 +62,8 @@ def cost(seconds: float, flops: float, limit: float) -> Cost:
 def sample_without_cache(
     networks: LoadedNetworks, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan, runtime: Runtime
 ) -> Tensor:
-    """The few-step rollout with the past recomputed at every pass: the same videos (B, F, C, H, W), only slower.
-
-    What a rollout costs without a KV cache. Raises ValueError for a student trained with context noise.
-    """
+    """The few-step rollout with the past recomputed at every pass: the same videos (B, F, C, H, W), only slower. Raises ValueError for a
+    student trained with context noise."""
     if plan.context_time != 0:
         raise ValueError(f"context noise {plan.context_time}: the comparison without cache is for students that have none")
     model, config = networks.generator, networks.generator.config
@@ -115,10 +113,8 @@ def steady_block(ends: list[float], plan: RolloutPlan) -> float:
 
 @dataclass(frozen=True)
 class GenerationSpeed:
-    """One sampler at one batch size in one number format; what follows `whole` is the cached student's alone.
-
-    frames_per_second counts the frames of all videos of the batch, sampling only. gif_seconds, npz_seconds: to write them all.
-    """
+    """One sampler at one batch size in one number format; what follows `whole` is the cached student's alone. frames_per_second counts the
+    frames of all videos of the batch, sampling only. gif_seconds, npz_seconds: to write them all."""
 
     sampler: str  # one of `VARIANTS`, "no cache" or "teacher"
     precision: str

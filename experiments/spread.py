@@ -3,9 +3,8 @@
     python train.py -m seed=0,1,2,3                     # the runs, one after another, each in a folder of its own
     python -m experiments.spread logs/training/RUN [RUN ...]        # their scores: seeds.json, seeds.md and seeds.png in results/
 
-A run is the folder of a finished training of `train.py`. All are scored by `evaluate.evaluate`, with the same held-out prompts and
-noise, and beside the figures stand what the run cost and what its watchdog said. Runs that differ in more than their seed, machine or
-number format are refused: that is another recipe. With `--add_to results/seeds.json` the runs of that file are kept and these join them.
+Beside the figures of `evaluate.evaluate` stand what a run cost and what its watchdog said. Runs that differ in more than their seed,
+machine or number format are refused. With `--add_to results/seeds.json` the runs of that file are kept and these join them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
-"""Where time and arithmetic go, measured from outside: phases of running code, compared samplers in turns, the machine's limit.
-
-Library code holds no timers. `Phases` reads a gauge before and after the calls that it is told of, inside the real code path: a
-clock gives seconds, a FLOP counter gives FLOPs, of the same phases.
-"""
+"""Where time and arithmetic go, measured from outside, inside the real code path: a gauge (a clock, a FLOP counter) is read before and
+after the calls that `Phases` is told of. Compared samplers take turns, with the machine's limit."""
 
 from __future__ import annotations
 
@@ -51,11 +48,8 @@ def flop_counter() -> FlopCounterMode:
 
 @dataclass
 class Phases:
-    """What the calls named in `watch` took by `gauge`: (phase, begin, end) of each, in order.
-
-    A call inside another watched one belongs to the outer one, so phases never overlap. Nothing is changed but the time of the
-    gauge's two readings a call.
-    """
+    """What the calls named in `watch` took by `gauge`: (phase, begin, end) of each, in order. A call inside another watched one belongs to
+    the outer one, so phases never overlap."""
 
     gauge: Gauge
     calls: list[tuple[str, float, float]] = field(default_factory=list)
@@ -65,11 +59,8 @@ class Phases:
 
     @contextmanager
     def watch(self, *places: tuple[Any, str, str | Callable[[], str]]) -> Iterator[None]:
-        """Within, calls of each place (owner, name of its function, phase) are read; the gauge's whole is taken too.
-
-        A phase may be a function that says, when the call ends, which one it was. Raises AttributeError for a name that the
-        owner lacks.
-        """
+        """Within, calls of each place (owner, name of its function, phase) are read; the gauge's whole is taken too. A phase may be a
+        function that says, when the call ends, which one it was. Raises AttributeError for a name that the owner lacks."""
         with ExitStack() as stack:
             for owner, name, phase in places:
                 patcher = patch.object(owner, name)

@@ -1,8 +1,8 @@
 """Figures of one's own clips: Frechet distance, density and coverage, diversity, motion. Nothing here knows what a clip shows.
 
 The features are not a network's: frames averaged to at most 16 x 16 pixels, with their differences from frame to frame, in the principal
-axes of the training clips, each divided by its spread there. They see where things are, their colours and how they move; fine
-texture they do not see. The Frechet distance of `distribution` in them is to be read beside those of real clips, of the same run.
+axes of the training clips, each divided by its spread there. They see places, colours and motion, not fine texture. Read the Frechet
+distance in them beside those of real clips of the same run.
 
 Dimensions: B videos, F frames, C channels, H = W frame side, D numbers of a video before the axes, E after.
 """

@@ -1,10 +1,9 @@
 """How many digits a frame shows, and which: connected pieces of ink, each read by the judge of single digits.
 
-Dimensions: B videos, F frames, N frames of any video, P pieces of ink, C channels, H = W frame side. Videos are (B, F, C, H, W)
-in [-1, 1].
+Dimensions: B videos, F frames, N frames of any video, P pieces of ink, C channels, H = W frame side. Videos are (B, F, C, H, W) in [-1, 1].
 
-For videos of two digits, `dataset=moving_mnist_64`. Digits that touch are one piece, which is no digit: such a frame is not
-readable, and says nothing for or against the video. Real videos have such frames too; compare with their share.
+For videos of two digits, `dataset=moving_mnist_64`. Digits that touch are one piece, which is no digit: such a frame is not readable, and
+says nothing for or against the video. Real videos have such frames too; compare with their share.
 """
 
 from __future__ import annotations
@@ -83,10 +82,8 @@ def digits_of_prompts(prompts: list[str]) -> list[tuple[int, ...]]:
 
 
 def shown_count(counts: list[int]) -> int:
-    """Digits that a video shows: the largest count seen in `LEAST_FRAMES` frames or more of counts by frame, 0 where none is.
-
-    The largest, as digits that pass each other are fewer for a while, and never more.
-    """
+    """Digits that a video shows: the largest count seen in `LEAST_FRAMES` frames or more of counts by frame, 0 where none is: digits that
+    pass each other are fewer for a while, and never more."""
     return max((count for count, times in Counter(counts).items() if times >= LEAST_FRAMES), default=0)
 
 
@@ -100,10 +97,10 @@ def shown_digits(classes: list[tuple[int, ...]]) -> tuple[int, ...]:
 def count_digits(judge: DigitJudge, video: Tensor, prompts: list[str], config: DatasetConfig, seed: int = 0) -> dict[str, float | list]:
     """Score video (B, F, C, H, W) of one or more digits against its prompts: the figures of `summarise` for
 
-    frames_readable, by frame: the digits stand apart, so they can be counted and read. frames_right, by frame: readable, and the
-    digits are those of the prompt, no more and no fewer; real video reaches its own share of readable frames, not 1.
-    count_right: the video shows as many digits as the prompt names (`shown_count`). videos_right: they are the prompt's.
-    stroke_mass_ratio, sharpness_ratio, by frame, over the prompt's digits in real frames; digits that overlap have less ink.
+    frames_readable, by frame: the digits stand apart, so they can be counted and read. frames_right, by frame: readable, and the digits are
+    those of the prompt; real video reaches its own share of readable frames, not 1. count_right: the video shows as many digits as the
+    prompt names (`shown_count`). videos_right: they are the prompt's. stroke_mass_ratio, sharpness_ratio, by frame, over the prompt's
+    digits in real frames; digits that overlap have less ink.
 
     Raises ValueError for frames that are not the judge's, enlarged by a whole number, and for prompts that name no digit.
     """

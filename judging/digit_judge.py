@@ -41,9 +41,8 @@ Judging = TypeVar("Judging", bound=nn.Module)  # a network that the figures stan
 class JudgeConfig:
     """The frames that a judge reads, the digits it learned from, and its size.
 
-    frame_size, digit_size: as in `DatasetConfig`, pixels. widths: channels of its stages, each at half the side of the
-    one before. accuracy: share of held-out frames read right, measured when it was trained. num_digits: how many digits of the
-    split "judge" it learned from.
+    frame_size, digit_size: as in `DatasetConfig`, pixels. widths: channels of its stages, each at half the side of the one before.
+    accuracy: share of held-out frames read right when it was trained. num_digits: digits of the split "judge" that it learned from.
     """
 
     frame_size: int = 32
@@ -59,9 +58,8 @@ class JudgeConfig:
 
 
 class DigitJudge(nn.Module):
-    """Reads the digit of a frame from a window around the frame's centre of mass.
+    """Reads the digit of a frame from a window around its centre of mass, which moves by whole pixels, so nothing is resampled.
 
-    The window moves by whole pixels, so nothing is resampled, and the network never has to learn translation.
     `class_mass` and `class_sharpness`, (10,) each, are the mean stroke mass and edge sharpness of every class in real frames.
     """
 
@@ -138,11 +136,9 @@ def load_judge(path: str | os.PathLike = JUDGE_PATH, device: str | torch.device 
 
 
 def load_network(kind: type[Judging], path: str | os.PathLike) -> Judging:
-    """A network of the figures from a file of `save_network`, in float32 and eval mode, without gradients, on the CPU.
-
-    kind: its class, which knows its title in words, the type of its settings and the command that makes such a file. Raises
-    FileNotFoundError where there is no such file, ValueError for a file that is no such network.
-    """
+    """A network of the figures from a file of `save_network`, in float32 and eval mode, without gradients, on the CPU. kind: its class,
+    which knows its title in words, the type of its settings and the command that makes such a file. Raises FileNotFoundError where there is
+    no such file, ValueError for a file that is no such network."""
     advice = f"make one with `{kind.command} --output {path}`"
     if not Path(path).is_file():
         raise FileNotFoundError(f"no {kind.title} at {path}: {advice}")
@@ -191,11 +187,8 @@ def fit(network: Judging, draw_loss: Callable[[], Tensor], num_steps: int, repor
 
 
 def augmented_frames(generator: MovingMNISTGenerator, num_frames: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Augmented frames (N, C, H, W) in [-1, 1] with a digit anywhere in them, and labels (N,).
-
-    The 28 x 28 digits are rotated, scaled, sheared, bent and made thinner or thicker, the frames blurred, dimmed or
-    brightened, and given noise.
-    """
+    """Augmented frames (N, C, H, W) in [-1, 1] with a digit anywhere in them, and labels (N,). The 28 x 28 digits are rotated, scaled,
+    sheared, bent and made thinner or thicker, the frames blurred, dimmed or brightened, and given noise."""
     size, digit_size = generator.config.frame_size, generator.config.digit_size
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -251,10 +244,8 @@ def train_judge(config: DatasetConfig, num_steps: int, seed: int, batch_size: in
 
 
 def measure_classes(judge: DigitJudge, generator: MovingMNISTGenerator) -> None:
-    """Write the mean stroke mass and edge sharpness of every class, over all digits of the split, into the judge.
-
-    Sharpness depends on where between two pixels a digit stands: every digit stands in `HELD_OUT_PLACES` random places.
-    """
+    """Write the mean stroke mass and edge sharpness of every class, over all digits of the split, into the judge. Sharpness depends on
+    where between two pixels a digit stands: every digit stands in `HELD_OUT_PLACES` random places."""
     labels = generator.digit_set.labels
     mass = generator.sprites.sum(dim=(1, 2))
     in_places = render_in_places(generator, torch_generator(0, Purpose.EXAMINATION))

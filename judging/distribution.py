@@ -1,11 +1,11 @@
 """How near a set of videos is to the real ones as a distribution: Frechet distance, density and coverage, over features.
 
-Dimensions: N generated and M real videos, E features of a video. Features are (N, E) or (M, E), float64, on the CPU; the
-functions know nothing of videos or networks. A figure is a dict: under its name a number, and under NAME_ci its 95 % interval.
+Dimensions: N generated and M real videos, E features of a video. Features are (N, E) or (M, E), float64, on the CPU. A figure is a dict:
+under its name a number, and under NAME_ci its 95 % interval.
 
-The Frechet distance is the one behind FID and FVD (Heusel et al. 2017, arXiv 1706.08500, eq. 6), here in the features of
-`video_judge`, so its values are neither FIDs nor FVDs: read them between the floor (real against other real videos) and
-the ceiling (real against real with frames shuffled) of the same run. It grows as sets shrink: compare equal numbers.
+The Frechet distance is the one behind FID and FVD (Heusel et al. 2017, arXiv 1706.08500, eq. 6), here in the features of `video_judge`, so
+its values are neither: read them between the floor (real against other real videos) and the ceiling (real against real with frames
+shuffled) of the same run. It grows as sets shrink: compare equal numbers.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ def coverage(inside: Tensor) -> Tensor:
 
 def compare_distributions(features: Tensor, reference: Tensor, seed: int = 0) -> dict[str, float | list]:
     """frechet_distance, density and coverage of features (N, E) against reference (M, E), with bootstrap intervals over the N videos.
-
-    Raises ValueError for sets too small, or of different features.
-    """
+    Raises ValueError for sets too small, or of different features."""
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
         raise ValueError(f"features {tuple(features.shape)} and {tuple(reference.shape)}: expected (N, E) and (M, E)")
     if min(len(features), len(reference)) < LEAST_VIDEOS:
@@ -95,11 +93,8 @@ def resampled_counts(num_videos: int, num_resamples: int, rng: torch.Generator) 
 
 
 def figure(name: str, value: Tensor, resampled: Tensor, most: float = inf) -> dict[str, float | list]:
-    """The figure with the 95 % spread of its resamples (R,) about their mean; no figure here can be negative, or above `most`.
-
-    A resample repeats videos, which raises its Frechet distance and lowers its coverage whatever the videos are: so the spread of the
-    resamples about their own mean is put about the figure.
-    """
+    """The figure with the 95 % spread of its resamples (R,) about their own mean; no figure here can be negative, or above `most`. A
+    resample repeats videos, which raises its Frechet distance and lowers its coverage whatever the videos are."""
     spread = (resampled - resampled.mean()).quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype))
     low, high = (value + spread).clamp(0, most).tolist()
     return {name: value.item(), f"{name}_ci": [min(low, value.item()), max(high, value.item())]}

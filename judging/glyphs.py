@@ -38,9 +38,7 @@ def recentre(intensity: Tensor, side: int) -> Tensor:
 
 def relative_spread(glyphs: Tensor, counts: Tensor) -> Tensor:
     """(R,): the variance of glyphs (N, S, S), summed over pixels, over the squared norm of their mean, for R weightings counts (R, N).
-
-    Relative, so that a factor on all ink changes nothing.
-    """
+    Relative, so that a factor on all ink changes nothing."""
     flat, total = glyphs.flatten(1).double(), counts.sum(dim=1)
     mean = counts @ flat / total[:, None]  # (R, S S)
     norm = mean.square().sum(dim=1)
@@ -51,11 +49,9 @@ def relative_spread(glyphs: Tensor, counts: Tensor) -> Tensor:
 def glyph_diversity(
     glyphs: Tensor, digits: Tensor, reference: Tensor, reference_digits: Tensor, seed: int = 0
 ) -> dict[str, float | list]:
-    """The spread of glyphs (N, S, S) within their classes, digits (N,), over that of real ones, averaged over the classes.
-
-    1 is as varied as real digits, 0 one glyph a class. Classes with fewer than `LEAST_GLYPHS` on either side are left out; empty where
-    none is left. The interval is a bootstrap over the videos of each class.
-    """
+    """The spread of glyphs (N, S, S) within their classes, digits (N,), over that of real ones, averaged over the classes: 1 is as varied
+    as real digits, 0 one glyph a class. Classes with fewer than `LEAST_GLYPHS` on either side are left out; empty where none is left. The
+    interval is a bootstrap over the videos of each class."""
     rng = torch_generator(seed, Purpose.BOOTSTRAP)
     ratios, resampled = [], []
     for digit in range(NUM_CLASSES):

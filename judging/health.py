@@ -59,10 +59,8 @@ def ordered_columns(found: set[str]) -> list[str]:
 
 
 def draw_health(path: Path, runs: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> None:
-    """One axis per column that any of the runs has, a colour a run: values pale, running median over them.
-
-    runs: by name, the series of `run_log.read_scalars`. Draws nothing where there is nothing to draw.
-    """
+    """One axis per column that any of the runs has, a colour a run: values pale, running median over them; nothing where there is nothing
+    to draw. runs: by name, the series of `run_log.read_scalars`."""
     columns = ordered_columns({column for series in runs.values() for column in series})
     if not columns:
         return

@@ -14,10 +14,8 @@ FAINTEST_PEAK = 0.05  # display intensity of the brightest pixel below which a f
 
 
 def display_intensity(video: Tensor) -> Tensor:
-    """Grey values (..., H, W) in [0, 1] of video (..., C, H, W) in [-1, 1]: clamped, channels averaged.
-
-    Raises ValueError for values that are not finite: a broken video has no score.
-    """
+    """Grey values (..., H, W) in [0, 1] of video (..., C, H, W) in [-1, 1]: clamped, channels averaged. Raises ValueError for values that
+    are not finite: a broken video has no score."""
     if not torch.isfinite(video).all():
         raise ValueError("the video has values that are not finite: expected numbers in [-1, 1]")
     return (video.float().clamp(-1, 1).mean(dim=-3) + 1) / 2

@@ -1,11 +1,10 @@
 """What Moving MNIST lets us measure exactly, for videos of one digit: its class, its track, its direction, its look.
 
-Dimensions: B videos, F frames, C channels, H = W frame side. Videos are (B, F, C, H, W) in [-1, 1] and are clamped first.
-Positions are (x, y) in pixel indices, x to the right and y down.
+Dimensions: B videos, F frames, C channels, H = W frame side. Videos are (B, F, C, H, W) in [-1, 1] and are clamped first. Positions are (x,
+y) in pixel indices, x to the right and y down.
 
-Every measure has a value on real videos of held-out digits: read a generated video's score against that one, not
-against 1. A faint, blank, saturated or frozen video earns nothing: classes and tracks are gated on stroke mass, tracks
-on speed too. `sanity` shows which fault moves which measure.
+Read a generated video's score against that of real videos of held-out digits, not against 1. A faint, blank, saturated or frozen video
+earns nothing: classes and tracks are gated on stroke mass, tracks on speed too. `sanity` shows which fault moves which measure.
 """
 
 from __future__ import annotations
@@ -45,11 +44,8 @@ MIN_REAL, MIN_FALL = 0.9, 0.2  # self-test: least score of real videos, least lo
 
 
 def read_classes(probabilities: Tensor, mass: Tensor, class_mass: Tensor) -> Tensor:
-    """The class (B, F) of every frame: the most probable one of (B, F, 10), or `NO_DIGIT`.
-
-    It is `NO_DIGIT` where the stroke mass (B, F) over that class's mean real mass, class_mass (10,), is outside
-    `MASS_GATE`. The mean is the class's own: a thin "one" has a third of the ink of a "zero".
-    """
+    """The class (B, F) of every frame: the most probable one of (B, F, 10), or `NO_DIGIT` where the stroke mass (B, F) over that class's
+    mean real mass, class_mass (10,), is outside `MASS_GATE`: a thin "one" has a third of the ink of a "zero"."""
     classes = probabilities.argmax(dim=-1)
     ratio = mass / class_mass[classes]
     return torch.where((ratio >= MASS_GATE[0]) & (ratio <= MASS_GATE[1]), classes, NO_DIGIT)
@@ -77,11 +73,8 @@ def class_kept(classes: Tensor) -> Tensor:
 
 
 def is_moving(speed: Tensor, classes: Tensor, config: DatasetConfig) -> Tensor:
-    """Videos (B,) that show something that moves.
-
-    The fitted speed (B,) is at least `MOVING_SHARE` of the data's slowest one, so the video is not frozen, and more
-    than half of the frames show some digit, classes (B, F) of `read_classes`: the haze of a blank video moves too.
-    """
+    """Videos (B,) that show something that moves: the fitted speed (B,) is at least `MOVING_SHARE` of the data's slowest one, and more than
+    half of the frames show some digit, classes (B, F) of `read_classes`: the haze of a blank video moves too."""
     return (speed >= MOVING_SHARE * config.min_speed) & ((classes != NO_DIGIT).float().mean(dim=1) > 0.5)
 
 
@@ -91,11 +84,8 @@ def track_within(error: Tensor, moving: Tensor, tolerance: float = TRACK_TOLERAN
 
 
 def direction_obeyed(velocity: Tensor, moving: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a video sets off in the prompt's octant, (B,), and whether the prompt names one, (B,): the mask.
-
-    velocity: (B, 2) of `fit_bouncing_track`. directions: (B,) octants, `NO_DIRECTION` for none. A video that does not
-    move obeys none; one that moves anyhow obeys one time in eight.
-    """
+    """Whether a video sets off in the prompt's octant, (B,), and whether the prompt names one, (B,): the mask. velocity: (B, 2) of
+    `fit_bouncing_track`. directions: (B,) octants, `NO_DIRECTION` for none. A video that does not move obeys none."""
     angle = torch.atan2(-velocity[:, 1], velocity[:, 0])  # y points down, octants turn upwards
     octant = (angle * (NUM_OCTANTS / (2 * pi))).round().long() % NUM_OCTANTS
     named = directions != NO_DIRECTION
@@ -158,10 +148,8 @@ class VideoScores:
 
 
 def facts_of_prompts(prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Digits (B,) and directions (B,) that prompts ask for, `NO_DIRECTION` where they name none.
-
-    Raises ValueError for a prompt that does not name exactly one digit.
-    """
+    """Digits (B,) and directions (B,) that prompts ask for, `NO_DIRECTION` where they name none. Raises ValueError for a prompt that does
+    not name exactly one digit."""
     facts = [parse_caption(prompt) for prompt in prompts]
     for prompt, fact in zip(prompts, facts, strict=True):
         if len(fact.digits) != 1:
@@ -171,11 +159,8 @@ def facts_of_prompts(prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def score_videos(judge: DigitJudge, video: Tensor, digits: Tensor, directions: Tensor, config: DatasetConfig) -> VideoScores:
-    """Score video (B, F, C, H, W) in [-1, 1] against the prompts' digits (B,) and directions (B,).
-
-    directions: octants, `NO_DIRECTION` where the prompt names none. Raises ValueError where the judge, the data's
-    settings and the video do not belong together, and for values that are not finite.
-    """
+    """Score video (B, F, C, H, W) in [-1, 1] against the prompts' digits (B,) and directions (B,), octants or `NO_DIRECTION`. Raises
+    ValueError where judge, settings and video do not belong together, and for values that are not finite."""
     judge.check_matches(config)
     if video.ndim != 5 or video.shape[-2:] != (config.frame_size, config.frame_size):
         raise ValueError(f"the video has shape {tuple(video.shape)}: expected (B, F, C, {config.frame_size}, {config.frame_size})")

@@ -51,10 +51,8 @@ class Panel:
 
 
 def make_panel(config: DatasetConfig, num_videos: int, num_frames: int, seed: int = 0) -> Panel:
-    """The shipped judges, and as many real videos of reference as videos are to be judged, for the Frechet distance depends on it.
-
-    Raises ValueError where the judges cannot read such videos, OSError where they are not there.
-    """
+    """The shipped judges, and as many real videos of reference as videos are to be judged, for the Frechet distance depends on it. Raises
+    ValueError where the judges cannot read such videos, OSError where they are not there."""
     judge = load_judge()
     if config.num_digits == 1:
         judge.check_matches(config)
@@ -81,12 +79,9 @@ def features_of(judge: DigitJudge, video_judge: VideoJudge, readings: VideoReadi
 
 
 def judge_videos(panel: Panel, video: Tensor, prompts: list[str], seed: int = 0) -> dict[str, float | list]:
-    """All figures of video (B, F, C, H, W) in [-1, 1] for its prompts.
-
-    For one digit those of `metrics.summarise`, frechet_distance, density and coverage of `distribution`, and glyph_diversity and
-    glyph_frechet of `glyphs`; for two those of `digit_count.count_digits`. Raises ValueError for values that are not finite and for
-    prompts that are not of such videos.
-    """
+    """All figures of video (B, F, C, H, W) in [-1, 1] for its prompts: of one digit those of `metrics.summarise`, `distribution` and
+    `glyphs`; of two those of `digit_count`. Raises ValueError for values that are not finite and for prompts that are not of such
+    videos."""
     if panel.config.num_digits > 1:
         return count_digits(panel.judge, video, prompts, panel.config, seed)
     return judge_readings(panel, read_videos(panel.judge, video), *facts_of_prompts(prompts), seed)
@@ -106,11 +101,9 @@ def compare_readings(panel: Panel, readings: VideoReadings, digits: Tensor, seed
 
 
 def yardsticks(panel: Panel, video: Tensor, prompts: list[str], seed: int = 0) -> dict[str, dict[str, float | list]]:
-    """What the distribution's figures mean: those of real videos whose frames are shuffled, and of real videos of training digits.
-
-    The first is the ceiling, right in every frame and wrong in all motion. The second is what a network that makes its training
-    data perfectly would read. The floor is the figures of real held-out videos themselves. Empty without a reference.
-    """
+    """What the distribution's figures mean: those of real videos whose frames are shuffled (the ceiling: right in every frame, wrong in all
+    motion), and of real videos of training digits (perfect imitation). The floor is the figures of real held-out videos themselves. Empty
+    without a reference."""
     if panel.reference is None:
         return {}
     order = torch.randperm(video.shape[1], generator=torch_generator(seed, Purpose.FAULT))

@@ -32,10 +32,8 @@ MAX_TRIES = 1000  # candidates a prompt, before the search for new ones gives up
 
 @dataclass(frozen=True)
 class FixedPrompts:
-    """`PROMPTS`, every digit and every direction, from `SEEDS`: the same videos are asked for at every reading.
-
-    sample: makes of prompts, seeds and a number of frames videos (B, F, C, H, W), and draws from the seeds alone.
-    """
+    """`PROMPTS`, every digit and every direction, from `SEEDS`: the same videos are asked for at every reading. sample: makes of prompts,
+    seeds and a number of frames videos (B, F, C, H, W), and draws from the seeds alone."""
 
     judge: DigitJudge
     dataset: DatasetConfig
@@ -57,10 +55,8 @@ def prompts_drawn(networks: list[LoadedNetworks]) -> set[str]:
 
 
 def new_indices(held_out: MovingMNISTGenerator, networks: list[LoadedNetworks], seed: int, num_videos: int) -> list[int]:
-    """Indices of the first num_videos videos (seed, index) of held-out digits whose prompts none of the networks drew in training.
-
-    Raises ValueError where there are too few.
-    """
+    """Indices of the first num_videos videos (seed, index) of held-out digits whose prompts none of the networks drew in training. Raises
+    ValueError where there are too few."""
     drawn, indices = prompts_drawn(networks), []
     for index in count():
         if held_out.captions(seed, [index])[0] not in drawn:
@@ -74,10 +70,7 @@ def new_indices(held_out: MovingMNISTGenerator, networks: list[LoadedNetworks], 
 
 
 def who_saw_the_judges_digits(networks: dict[str, LoadedNetworks]) -> str | None:
-    """One line that names the networks which learned from digits of the judges; None where none did.
-
-    A judge reads such a network's videos better than it would read those of unseen digits.
-    """
+    """One line that names the networks which learned from digits of the judges, whose figures that flatters; None where none did."""
     seen = [name for name, item in networks.items() if "judge" in item.digits_seen]
     if not seen:
         return None

@@ -1,8 +1,5 @@
-"""Figures to read: tables for a terminal of 184 columns, and curves by frame.
-
-Figures are those of `panel.judge_videos`: under every name a number, and under NAME_ci its 95 % interval; and those of
-`COST_FIGURES`, which a sampled row has. The table of slopes, which need more room, leaves these to the tables before it.
-"""
+"""Figures to read: tables for a terminal of 184 columns, and curves by frame. Figures are those of `panel.judge_videos`, under NAME and
+NAME_ci, and those of `COST_FIGURES`, which a sampled row has; the table of slopes leaves these to the tables before it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 """Which fault moves which figure: real videos of held-out digits, made worse in known ways, through the whole panel.
 
-Dimensions: B videos, F frames. `python evaluate.py sanity=true` writes the matrix as sanity.md and sanity.json.
-
-A figure is said to have moved where it changed by at least its `SMALLEST_CHANGE` and its 95 % interval no longer meets that
-of the real videos. Every fault has the figures that it must move (`MUST_MOVE`); it may move others too.
+Dimensions: B videos, F frames. `python evaluate.py sanity=true` writes the matrix as sanity.md and sanity.json. A figure has moved where it
+changed by at least its `SMALLEST_CHANGE` and its 95 % interval no longer meets that of the real videos.
 """
 
 from __future__ import annotations

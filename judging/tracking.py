@@ -23,11 +23,8 @@ REFINE_STEPS = 12
 
 @dataclass(frozen=True)
 class FittedTrack:
-    """The best bouncing track of B videos.
-
-    track: (B, F, 2) fitted centres of mass. velocity: (B, 2) fitted velocity in the first frame, pixels a frame.
-    error: (B, F) distance in pixels of every frame's centre of mass from the track.
-    """
+    """The best bouncing track of B videos. track: (B, F, 2) fitted centres of mass. velocity: (B, 2) in the first frame, pixels a frame.
+    error: (B, F) distance in pixels of every frame's centre of mass from the track."""
 
     track: Tensor
     velocity: Tensor
@@ -68,10 +65,8 @@ def _bounce_slope(position: Tensor, span: float) -> Tensor:
 
 
 def _coarse_search(target: Tensor, span: float, top_speed: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The best starts, velocities and offsets of a grid, each (A, K), for targets (A, F); one velocity a start.
-
-    The squared error is expanded, |r|^2 = |c|^2 - 2 c.m + |m|^2, so that the grid is one matrix product for each start.
-    """
+    """The best starts, velocities and offsets of a grid, each (A, K), for targets (A, F); one velocity a start. The squared error is
+    expanded, |r|^2 = |c|^2 - 2 c.m + |m|^2, so that the grid is one matrix product for each start."""
     num_frames = target.shape[1]
     frame = torch.arange(num_frames, dtype=target.dtype)
     num_speeds = 2 * int(top_speed * (num_frames - 1) / PHASE_STEP + 1) + 1
@@ -96,11 +91,9 @@ def _coarse_search(target: Tensor, span: float, top_speed: float) -> tuple[Tenso
 def _refine(
     target: Tensor, start: Tensor, velocity: Tensor, offset: Tensor, span: float, top_speed: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best start, velocity and offset, each (A,), reached from K candidates (A, K) by Levenberg-Marquardt steps.
-
-    Between two bounces the track is linear in all three, so a step is exact unless it moves a bounce past a frame. A
-    step that does not lower the error is not taken, and the next one is damped more.
-    """
+    """The best start, velocity and offset, each (A,), reached from K candidates (A, K) by Levenberg-Marquardt steps. Between two bounces
+    the track is linear in all three, so a step is exact unless it moves a bounce past a frame. A step that does not lower the error is not
+    taken, and the next one is damped more."""
     frame = torch.arange(target.shape[1], dtype=target.dtype)
     target = target.unsqueeze(1)  # (A, 1, F)
     low = torch.tensor([-torch.inf, -top_speed, -MAX_OFFSET], dtype=target.dtype)

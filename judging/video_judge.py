@@ -2,9 +2,8 @@
 
 Dimensions: B videos, F frames, W features of a frame, E features of a video. Positions are (x, y) in pixel indices.
 
-A 3-D network trained from scratch for minutes does not learn to read digits, so its features would measure nothing. This
-one stands on the digit judge's frozen features and adds what single frames lack: where the ink is and how it moves. It is
-trained on real videos of the judges' digits to tell the digit, the direction, the speed and how the video looks.
+It stands on the digit judge's frozen features, as a 3-D network trained for minutes does not learn to read digits, and adds where the ink
+is and how it moves. It is trained on real videos of the judges' digits to tell the digit, the direction, the speed and how the video looks.
 """
 
 from __future__ import annotations
@@ -52,11 +51,8 @@ class VideoJudgeConfig:
 
 
 class VideoJudge(nn.Module):
-    """From the digit judge's readings of a video to its features (B, E), and from those to what it shows.
-
-    The recurrent network runs from the last frame to the first, so its last state knows how the video begins; its mean
-    state weighs all frames alike. Any number of frames will do.
-    """
+    """From the digit judge's readings of a video, of any length, to its features (B, E), and from those to what it shows. The recurrent
+    network runs from the last frame to the first, so its last state knows how the video begins; its mean state weighs all frames alike."""
 
     title, command, settings = "video judge", "python -m judging.video_judge --train", VideoJudgeConfig  # for `load_network`
 
@@ -120,10 +116,8 @@ def answers(batch: MovingMNISTBatch) -> dict[str, Tensor]:
 def train_video_judge(
     judge: DigitJudge, config: DatasetConfig, num_steps: int, num_videos: int, seed: int, num_frames: int = 21, batch_size: int = 64
 ) -> VideoJudge:
-    """A video judge trained on `num_videos` real videos of the judges' digits, read once.
-
-    Raises ValueError where the digit judge was not made for these videos, and for no step or too few videos.
-    """
+    """A video judge trained on `num_videos` real videos of the judges' digits, read once. Raises ValueError where the digit judge was not
+    made for these videos, and for no step or too few videos."""
     judge.check_matches(config)
     if num_steps < 1 or num_videos < batch_size or num_frames < MIN_TRAINED_FRAMES:
         raise ValueError(
