@@ -78,10 +78,8 @@ def require_page(page: Path) -> None:
 
 @contextmanager
 def unpacked(page: Path) -> Iterator[Path]:
-    """The folder of a built page; an archive is unpacked for the time of the body.
-
-    Raises FileNotFoundError where no page is, OSError for a file that is no whole archive.
-    """
+    """The folder of a built page; an archive is unpacked for the time of the body. Raises FileNotFoundError where no page is, OSError for a
+    file that is no whole archive."""
     with tempfile.TemporaryDirectory(prefix="page-") as folder:
         if page.is_file():
             try:
@@ -95,10 +93,8 @@ def unpacked(page: Path) -> Iterator[Path]:
 
 
 def make_server(folder: Path, port: int, is_isolated: bool = True) -> http.server.ThreadingHTTPServer:
-    """A server of a built page on this machine alone; port 0 for any free one. is_isolated: with the headers for threads.
-
-    Raises OSError where the port is taken, OverflowError where it is none.
-    """
+    """A server of a built page on this machine alone; port 0 for any free one. is_isolated: with the headers for threads. Raises OSError
+    where the port is taken, OverflowError where it is none."""
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), partial(PageHandler, directory=str(folder), is_isolated=is_isolated))
 
 

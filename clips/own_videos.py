@@ -76,10 +76,8 @@ class ClipBatch:
 
 
 class OwnVideos:
-    """The clips of one split, "train" or "test": (seed, index) names one of them, whatever else is in the batch.
-
-    purpose: what they are shown for; that of the split if not given. Raises the errors of `read_clips`, and ValueError for another split.
-    """
+    """The clips of one split, "train" or "test": (seed, index) names one of them, whatever else is in the batch. purpose: what they are
+    shown for; that of the split if not given. Raises the errors of `read_clips`, and ValueError for another split."""
 
     def __init__(self, config: VideosConfig, split: str = "train", purpose: Purpose | None = None):
         require(split in PURPOSES, "split", split, f"one of {', '.join(PURPOSES)}")

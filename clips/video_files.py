@@ -56,10 +56,8 @@ def load_frames(path: Path, frame_size: int, channels: int) -> Tensor:
 
 
 def load_array(path: Path) -> tuple[Tensor, str]:
-    """Read what `save_array` wrote: video float32 (F, C, H, W), about [-1, 1], and its prompt, empty where the file has none.
-
-    Raises FileNotFoundError, or ValueError where the file is no such archive. Runs no code from the file (no pickle).
-    """
+    """Read what `save_array` wrote: video float32 (F, C, H, W), about [-1, 1], and its prompt, empty where the file has none. Runs no code
+    from the file (no pickle). Raises FileNotFoundError, or ValueError where the file is no such archive."""
     wanted = "expected an .npz file with the array 'video', floating-point numbers (F, C, H, W) in [-1, 1]"
     if not zipfile.is_zipfile(path) and Path(path).exists():
         raise ValueError(f"{path} is not an .npz archive: {wanted}")
@@ -82,10 +80,8 @@ def load_array(path: Path) -> tuple[Tensor, str]:
 
 
 def read_pictures(path: Path, is_strip: bool = True) -> Iterator[np.ndarray]:
-    """The frames of a picture, animation or film, float32 (H, W, 3) in [0, 1] each, one at a time; at least one.
-
-    is_strip: cut a single wide picture into square frames. Raises ValueError naming a file that is none of these.
-    """
+    """The frames of a picture, animation or film, float32 (H, W, 3) in [0, 1] each, one at a time; at least one. is_strip: cut a single
+    wide picture into square frames. Raises ValueError naming a file that is none of these."""
     unreadable = f"{path} cannot be read as a picture or clip: truncated, or another kind of file; expected PNG, GIF, MP4 or npz"
     try:
         with Image.open(path) as image:

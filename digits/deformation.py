@@ -20,10 +20,8 @@ MAX_VARIATION = 0.4  # the determinant of a deformation is at least 1 - 2 * vari
 
 
 def draw_deformations(seed: int, indices: Sequence[int], num_digits: int, variation: float) -> Tensor:
-    """Linear maps (B, N, 2, 2): the identity with U(-variation, variation) added to every entry, of the videos (seed, index).
-
-    To first order this is a turn (0.15 is up to 9 degrees), a slant and a stretch of either axis.
-    """
+    """Linear maps (B, N, 2, 2): the identity with U(-variation, variation) added to every entry, of the videos (seed, index). To first
+    order this is a turn (0.15 is up to 9 degrees), a slant and a stretch of either axis."""
     # Streams of their own: a video moves the same way with and without deformation.
     streams = [stream(seed, index, Purpose.DEFORMATION) for index in indices]
     moved = np.stack([each.uniform(-variation, variation, size=(num_digits, 2, 2)) for each in streams])

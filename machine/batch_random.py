@@ -10,10 +10,8 @@ from torch import Tensor
 
 
 class BatchRandom:
-    """Draws one value a video from `generator`, for the whole batch or, inside `parts`, for the part in work.
-
-    Values that the whole batch shares (exit step, number of frames) are drawn from `generator` itself, and so are equal everywhere.
-    """
+    """Draws one value a video from `generator`, for the whole batch or, inside `parts`, for the part in work. Values that the whole batch
+    shares (exit step, number of frames) are drawn from `generator` itself, and so are equal everywhere."""
 
     def __init__(self, generator: torch.Generator):
         self.generator = generator

@@ -34,10 +34,8 @@ def require_writable(folder: Path, key: str = "output_dir") -> None:
 @contextmanager
 def replacing(path: Path, is_durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`, of the same suffix, and rename it to `path` if the body succeeds: `path` is always whole.
-
-    is_durable: the new file survives a loss of power. Raises OSError in one line for a folder or a file that cannot be written; what was
-    at `path` is then untouched.
-    """
+    is_durable: the new file survives a loss of power. Raises OSError in one line for a folder or a file that cannot be written; what was at
+    `path` is then untouched."""
     if path.is_dir():
         raise OSError(f"cannot write the file {path}: a folder of that name exists; choose another file name")
     require_writable(path.parent, "folder")

@@ -32,11 +32,8 @@ class RunInterrupted(Exception):
 
 
 class StopRequest:
-    """Within `with`, the first SIGTERM or Ctrl-C is noted in `reason` and printed; a Ctrl-C after it leaves at once.
-
-    More SIGTERMs change nothing: launchers repeat theirs. Outside the main thread, where Python hears no signals, it notes none.
-    is_silent: print nothing, as another process of the same run does.
-    """
+    """Within `with`, the first SIGTERM or Ctrl-C is noted in `reason` and printed, unless is_silent; a Ctrl-C after it leaves at once. More
+    SIGTERMs change nothing: launchers repeat theirs. Outside the main thread, where Python hears no signals, it notes none."""
 
     def __init__(self, is_silent: bool = False) -> None:
         self.reason: str | None = None

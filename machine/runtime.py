@@ -50,10 +50,7 @@ class Runtime:
 
 
 def resolve_runtime(device: str, precision: str) -> Runtime:
-    """Turn `auto|cpu|cuda|mps` and `auto|float32|bfloat16` into a Runtime.
-
-    Raises ValueError where the device asked for is not there.
-    """
+    """Turn `auto|cpu|cuda|mps` and `auto|float32|bfloat16` into a Runtime. Raises ValueError where the device asked for is not there."""
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if has[name])

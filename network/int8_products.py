@@ -21,10 +21,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer (..., K) to (..., N) for inference: int8 products, summed exactly in int32, and results in `dtype`.
-
-    Made from a trained layer with a bias. It pays where it is compiled: else finding scales and rounding cost more than the product saves.
-    """
+    """A linear layer (..., K) to (..., N) for inference, made from a trained one with a bias: int8 products, summed exactly in int32, and
+    results in `dtype`. It pays where it is compiled: else finding scales and rounding cost more than the product saves."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()

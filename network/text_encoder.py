@@ -58,9 +58,7 @@ class CaptionFacts:
 
 def compose_caption(facts: list[MotionFacts], rng: np.random.Generator, class_names: list[str] | None = None) -> str:
     """One caption for one or two digits, of random templates and synonyms: 85 % name the direction, and half of those the speed too.
-
-    class_names: what to call the ten classes if they are no digits. Raises ValueError for no digit or more than two.
-    """
+    class_names: what to call the ten classes if they are no digits. Raises ValueError for no digit or more than two."""
     single_nouns, pair_nouns = (_SINGLE_NOUNS, _PAIR_NOUNS) if class_names is None else (_NAMED_NOUNS, _NAMED_PAIR)
     if len(facts) not in (1, 2):
         raise ValueError(f"a caption describes 1 or 2 digits, found {len(facts)}")

@@ -1,9 +1,7 @@
-"""Videos from prompts with networks that are already trained: what a sampler is, and one call for all of them.
+"""Videos from prompts with networks that are already trained: a caller's settings and a checkpoint's configuration become a plan, prompts
+become embeddings, and `dynamic_video_sf` samples.
 
 Dimensions: B batch, F frames, C channels, H height, W width.
-
-The rollout and the bidirectional sampler are in `dynamic_video_sf`; here a caller's settings and a
-checkpoint's configuration become a plan, and prompts become embeddings.
 """
 
 from __future__ import annotations
@@ -38,11 +36,8 @@ def sample_few_step(
     model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan,
     runtime: Runtime, schedule: PromptSchedule | None = None, switch: str = "recache", first_frames: Tensor | None = None,
 ) -> Tensor:
-    """Videos (B, F, C, H, W), float32, from the one rollout; under the plan's guidance where it is not 1.
-
-    schedule: prompts that take over later, of all videos alike; switch: see `PromptSwitch`. first_frames (B, F, C, H, W) come
-    first and count among num_frames.
-    """
+    """Videos (B, F, C, H, W), float32, from the one rollout; under the plan's guidance where it is not 1. schedule: prompts that take over
+    later, of all videos alike; switch: see `PromptSwitch`. first_frames (B, F, C, H, W) come first and count among num_frames."""
     starts = block_starts(num_frames, plan, first_frames)
     changes: dict[int, str] = {}
     if schedule is not None:
@@ -194,11 +189,9 @@ def check_length(
 def prepared(
     networks: LoadedNetworks, runtime: Runtime, compile_option: str | None = None, int8_option: str | None = None
 ) -> LoadedNetworks:
-    """A copy of the networks for generation alone, whose weights no pass has to cast; compiled, and with products in 8-bit integers,
-    where the name of an option asks for it.
-
-    Raises ValueError naming the option where there is no compiler, or where such products are not made.
-    """
+    """A copy of the networks for generation alone, whose weights no pass has to cast; compiled, and with products in 8-bit integers, where
+    the name of an option asks for it. Raises ValueError naming the option where there is no compiler, or where such products are not
+    made."""
     generator = copy.deepcopy(networks.generator)
     if int8_option is not None:
         require_exact_int8(int8_option, runtime.device)
@@ -223,10 +216,9 @@ def generate(
 ) -> Tensor:
     """One video per (prompt, seed): (B, F, C, H, W), float32, on the CPU, in model range but not clamped to [-1, 1].
 
-    batch_size: videos a forward pass; compiled networks make batches of one size, at most that, as each size is compiled.
-    schedule, switch: prompts that take over later, see `sample_few_step`. first_frames (F, C, H, W) in [-1, 1]: every video goes on from
-    them and begins with them. Words that the grammar lacks are named in one warning for the whole call. Raises ValueError where prompts,
-    seeds, length or settings do not fit each other or the checkpoint.
+    batch_size: videos a forward pass; compiled networks make batches of one size, at most that, as each size is compiled. schedule, switch:
+    see `sample_few_step`. first_frames (F, C, H, W) in [-1, 1]: every video begins with them. Words that the grammar lacks are named in one
+    warning for the whole call. Raises ValueError where prompts, seeds, length or settings do not fit each other or the checkpoint.
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds: expected one seed for each of at least one prompt")

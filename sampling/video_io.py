@@ -114,11 +114,8 @@ def _write_png(path: Path, picture: np.ndarray) -> None:
 
 
 def _write_gif(path: Path, frames: np.ndarray) -> None:
-    """Write (F, H, W, 3) bytes as an endless loop; grey frames keep their exact levels.
-
-    Frames are encoded one at a time, because Pillow's `save_all` merges equal neighbours and so loses frames of a still
-    video.
-    """
+    """Write (F, H, W, 3) bytes as an endless loop; grey frames keep their exact levels. Frames are encoded one at a time, because Pillow's
+    `save_all` merges equal neighbours and so loses frames of a still video."""
     is_grey = bool((frames == frames[..., :1]).all())
     images = [Image.fromarray(frame[..., 0]) if is_grey else Image.fromarray(frame).quantize() for frame in frames]
     timing = {"duration": round(1000 / FPS), "loop": 0}  # milliseconds; loop 0 repeats for ever
@@ -144,10 +141,8 @@ def _write_mp4(path: Path, frames: np.ndarray) -> None:
 
 
 def save_array(path: Path, video_model_range: Tensor, prompt: str) -> None:
-    """Write one video and its prompt as an .npz: `video` float32 (F, C, H, W) in [-1, 1] and `prompt`, a string array.
-
-    Values outside [-1, 1] are clamped. Raises ValueError for an unusable video; OSError for an unwritable folder.
-    """
+    """Write one video and its prompt as an .npz: `video` float32 (F, C, H, W), clamped to [-1, 1], and `prompt`, a string array. Raises
+    ValueError for an unusable video; OSError for an unwritable folder."""
     video = _checked(video_model_range, 4)
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:  # given a name, numpy may add a suffix to it
         np.savez_compressed(file, video=video.clamp(-1, 1).numpy(), prompt=np.array(prompt))
@@ -186,10 +181,8 @@ def _labelled(
 
 
 def _chosen_frames(videos: Tensor, num_shown: int, scale: int) -> tuple[list[np.ndarray], list[str], int]:
-    """Of videos (B, F, C, H, W) `num_shown` evenly spaced frames, the first and the last included, or all where there are fewer.
-
-    Returns a strip (height, width, 3) for each video, a label for each column, and the size of the font beside frames of that height.
-    """
+    """Of videos (B, F, C, H, W) `num_shown` evenly spaced frames, the first and the last included, or all where there are fewer: a strip
+    (height, width, 3) for each video, a label for each column, and the size of the font beside frames of that height."""
     font_size = max(SMALLEST_FONT, round(videos.shape[-2] * scale * FONT_PER_FRAME_HEIGHT))
     num_frames = videos.shape[1]
     shown = np.linspace(0, num_frames - 1, min(num_frames, num_shown)).round().astype(int).tolist()
@@ -198,11 +191,9 @@ def _chosen_frames(videos: Tensor, num_shown: int, scale: int) -> tuple[list[np.
 
 
 def contact_sheet(path: Path, videos: Tensor, labels: list[str], num_shown: int = 7, scale: int = 3) -> None:
-    """Write a PNG with one row a video: its label at the left, evenly spaced frames at the right, frame numbers on top.
-
-    videos: (B, F, C, H, W) in [0, 1]. labels: B texts, wrapped where long. num_shown: frames shown of each.
-    Raises ValueError where labels and videos differ in number or a video is unusable; OSError for an unwritable folder.
-    """
+    """Write a PNG with one row a video: its label at the left, `num_shown` evenly spaced frames at the right, frame numbers on top. videos:
+    (B, F, C, H, W) in [0, 1]. labels: B texts, wrapped where long. Raises ValueError where labels and videos differ in number or a video is
+    unusable; OSError for an unwritable folder."""
     ((_, videos),) = _checked_groups([("videos", videos)], labels)
     rows, columns, size = _chosen_frames(videos, num_shown, scale)
     wrapped = [_wrapped(label, max(rows[0].shape[1] // 2, 12 * size), size) for label in labels]
@@ -229,11 +220,8 @@ def comparison_sheet(path: Path, groups: list[tuple[str, Tensor]], labels: list[
 
 
 def comparison_gif(path: Path, groups: list[tuple[str, Tensor]], labels: list[str], scale: int = 3) -> None:
-    """Write the animated comparison: a column a prompt, a row a source, all playing together.
-
-    groups, labels, errors: as of `comparison_sheet`; the labels title the columns. Values are rounded to
-    `GREY_LEVELS_OF_ANIMATED_SHEET` levels a channel to keep the file small.
-    """
+    """Write the animated comparison: a column a prompt, a row a source, all playing together, in `GREY_LEVELS_OF_ANIMATED_SHEET` levels a
+    channel to keep the file small. groups, labels, errors: as of `comparison_sheet`; the labels title the columns."""
     groups = _checked_groups(groups, labels)
     steps = GREY_LEVELS_OF_ANIMATED_SHEET - 1
     rows = []

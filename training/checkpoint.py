@@ -55,10 +55,8 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, is_mapped: bool = False) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. is_mapped: leave tensors in the file until they are read, for a look at the rest.
-
-    Raises CheckpointError for a missing, broken, hostile or foreign file.
-    """
+    """Read a checkpoint onto the CPU. is_mapped: leave tensors in the file until they are read, for a look at the rest. Raises
+    CheckpointError for a missing, broken, hostile or foreign file."""
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give the path of a .pt file that train.py wrote")
     try:
@@ -189,12 +187,9 @@ def same_text_encoder(one: LoadedNetworks, other: LoadedNetworks) -> bool:
 
 
 def slim_checkpoint(sources: Sequence[Path], target: Path) -> None:
-    """Write the averaged weights of a source in float16, without what only resuming needs; of several, their mean (a model soup,
-    Wortsman et al., arXiv 2203.05482), which only networks with a common past have. Settings are those of the last.
-
-    Raises CheckpointError for a source that no network can be built from, sources that do not go together and a target that
-    exists, OSError as `save_checkpoint`.
-    """
+    """Write the averaged weights of a source in float16, without what only resuming needs; of several, their mean (a model soup, Wortsman
+    et al., arXiv 2203.05482), which only networks with a common past have. Settings are those of the last. Raises CheckpointError for a
+    source that no network can be built from, sources that do not go together and a target that exists, OSError as `save_checkpoint`."""
     if target.exists():
         raise CheckpointError(f"{target} exists already: give the name of a new file, or delete it first")
     networks = [load_networks(source, torch.device("cpu")) for source in sources]  # refuses what could not be used

@@ -15,10 +15,8 @@ from machine.paths import CONFIGS
 
 
 def answer_help(name: str, about: str | None, schema: type) -> None:
-    """Where --help is asked for, print what the script is and every key with its default, and exit. Hydra's own help takes seconds.
-
-    name: of the file in configs/ that deviates from `schema`.
-    """
+    """Where --help is asked for, print what the script is and every key with its default, and exit: Hydra's own help takes seconds. name:
+    of the file in configs/ that deviates from `schema`."""
     if {"--help", "-h"} & set(sys.argv[1:]):
         deviations = {key: value for key, value in OmegaConf.load(CONFIGS / f"{name}.yaml").items() if key not in ("defaults", "hydra")}
         print(f"{about}\nKEY=VALUE sets one of these; --hydra-help shows Hydra's own options.\n")

@@ -1,8 +1,5 @@
-"""The typed configuration: every default of a run stands in one dataclass field here or beside the class it sizes.
-
-YAML under `configs/` only deviates from these. Checks run when a configuration is built, before any work; each refusal
-names the key, what was found and what was expected.
-"""
+"""The typed configuration: every default of a run is in one dataclass field here or beside the class it sizes; YAML under `configs/` only
+deviates. Checks run when a configuration is built, before any work; each refusal names the key, what was found and what was expected."""
 
 from __future__ import annotations
 
@@ -110,10 +107,8 @@ def register_schemas() -> None:
 
 
 def build_config(composed: DictConfig) -> Config:
-    """The typed configuration of what Hydra composed; every check has run when it returns.
-
-    Raises ValueError naming the key for an impossible value and for a key that was forced in with `+key=value`.
-    """
+    """The typed configuration of what Hydra composed; every check has run when it returns. Raises ValueError naming the key for an
+    impossible value and for a key that was forced in with `+key=value`."""
     for key in PATH_KEYS:
         path = OmegaConf.select(composed, key, default=None)
         if isinstance(path, str):

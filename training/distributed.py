@@ -72,10 +72,8 @@ class Processes:
         return own
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the processes; the result is the same in all of them, bit for bit.
-
-        Those of sharded parameters are left: FSDP has averaged them in the backward pass.
-        """
+        """Replace every gradient by its mean over the processes; the result is the same in all of them, bit for bit. Those of sharded
+        parameters are left: FSDP has averaged them in the backward pass."""
         if self.count == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None and not is_sharded(parameter.grad)]
@@ -133,10 +131,8 @@ def _lost(error: RuntimeError) -> ProcessLost:
 
 
 def processes_of_environment(environment: Mapping[str, str] = os.environ) -> Processes:
-    """The processes that torchrun started, by its environment variables; a process of its own where there are none.
-
-    Raises ValueError for an incomplete environment, ProcessLost where the others cannot be reached.
-    """
+    """The processes that torchrun started, by its environment variables; a process of its own where there are none. Raises ValueError for
+    an incomplete environment, ProcessLost where the others cannot be reached."""
     if int(environment.get("WORLD_SIZE", "1")) == 1:
         return ONE_PROCESS
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]

@@ -85,9 +85,9 @@ def ode_regression_loss(
 ) -> Tensor:
     """mean |G(x_t, t) - x_0|^2 along the teacher's trajectories (CausVid, arXiv 2412.07772, section 4.3).
 
-    steps (B, K): which of the trajectory's times each block is at. is_causal: the student sees the clean blocks from
-    which the teacher went on; otherwise, as the original, the earlier blocks at their own times. Among these is 0, at which inference
-    writes the cache: there x_0 = x_t - t v is the target itself, so that such a block is context and adds neither loss nor gradient.
+    steps (B, K): which of the trajectory's times each block is at. is_causal: the student sees the clean blocks from which the teacher went
+    on; otherwise, as the original, the earlier blocks at their own times. Among these is 0, at which inference writes the cache: there x_0
+    = x_t - t v is the target itself, so such a block is context and adds neither loss nor gradient.
     """
     sizes = torch.tensor(context.block_sizes(trajectory.x_0.shape[1], num_frames_per_block))
     frame_steps = steps.repeat_interleave(sizes, 1).to(trajectory.times.device)  # (B, F)
@@ -115,9 +115,9 @@ def consistency_loss(
 ) -> Tensor:
     """mean |f(x_t, t) - f_target(x_s, s)|^2 with f the prediction of x_0 (consistency distillation, arXiv 2303.01469, Eq. 7).
 
-    s < t are neighbours in `times`, descending from 1 to 0, drawn for each block of the real videos x_0; x_s is one
-    Euler step of the guided teacher from x_t. target is the student's moving average. All three see the clean blocks of
-    x_0 before the block. At s = 0 the velocity does not count and f is x_s: the boundary condition holds by itself.
+    s < t are neighbours in `times`, descending from 1 to 0, drawn for each block of the real videos x_0; x_s is one Euler step of the
+    guided teacher from x_t. target is the student's moving average. All three see the clean blocks of x_0 before the block. At s = 0 f is
+    x_s whatever the velocity: the boundary condition holds by itself.
     """
     sizes = torch.tensor(context.block_sizes(x_0.shape[1], num_frames_per_block))
     index = random.draw(len(x_0), lambda total: torch.randint(len(times) - 1, (total, len(sizes)), generator=random.generator))

@@ -74,10 +74,8 @@ def interval_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_readable(paths: list[Path]) -> tuple[Path, dict[str, Any]] | None:
-    """The last of the paths that holds a whole checkpoint, and its content, whose tensors stay in the file until they are read.
-
-    A warning names each path that is passed over.
-    """
+    """The last of the paths that holds a whole checkpoint, and its content, whose tensors stay in the file until they are read. A warning
+    names each path that is passed over."""
     for path in reversed(paths):
         try:
             checkpoint = load_checkpoint(path, is_mapped=True)
@@ -90,10 +88,8 @@ def newest_readable(paths: list[Path]) -> tuple[Path, dict[str, Any]] | None:
 
 
 def find_start(config: Config) -> Start | None:
-    """What training.resume asks to go on from, None for a run from the start; `auto` says in one line what it found.
-
-    Raises CheckpointError for a PATH that cannot be read and RunFinished where `auto` finds a run that is done.
-    """
+    """What training.resume asks to go on from, None for a run from the start; `auto` says in one line what it found. Raises CheckpointError
+    for a PATH that cannot be read and RunFinished where `auto` finds a run that is done."""
     resume = config.training.resume
     if resume == NEVER:
         return None

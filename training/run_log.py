@@ -40,10 +40,8 @@ def make_run_folder(log_dir: Path, run_name: str | None) -> Path:
 
 
 def point_to_latest(link: Path, target: Path) -> None:
-    """Make `link` lead to `target` (both under the same folder) in one atomic step, replacing an earlier one.
-
-    A file system without symbolic links gets a copy.
-    """
+    """Make `link` lead to `target` (both under the same folder) in one atomic step, replacing an earlier one. A file system without
+    symbolic links gets a copy."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:
@@ -54,10 +52,8 @@ def point_to_latest(link: Path, target: Path) -> None:
 
 
 class RunLog:
-    """Scalars of one run, written as they come: to scalars.csv, and to wandb unless that is disabled or broken.
-
-    draw: makes the run's picture, of that name, from scalars.csv. wandb_run_id: that of the resumed run; as an attribute, this run's.
-    """
+    """Scalars of one run, written as they come: to scalars.csv, and to wandb unless that is disabled or broken. draw: makes the run's
+    picture, of that name, from scalars.csv. wandb_run_id: that of the resumed run; as an attribute, this run's."""
 
     def __init__(
         self, folder: Path, columns: tuple[str, ...], config: dict[str, Any], wandb_config: WandbConfig, picture: str,

@@ -20,10 +20,8 @@ from tiny_causal_wan import TinyCausalWanModel
 
 
 def shard_blocks(networks: Iterable[TinyCausalWanModel], num_processes: int, device: torch.device) -> None:
-    """Split the blocks of each network over all processes, which must have joined. Raises ValueError where there is but one.
-
-    Comes after every copy of a network and before its optimizer, which must see the parameters that this makes.
-    """
+    """Split the blocks of each network over all processes, which must have joined. Comes after every copy of a network and before its
+    optimizer, which must see the parameters that this makes. Raises ValueError where there is but one process."""
     if num_processes == 1:
         raise ValueError("training.sharding is fsdp2 in a single process: start several with torchrun --nproc_per_node=N, or choose none")
     from torch.distributed.device_mesh import init_device_mesh  # here: loading them takes a second

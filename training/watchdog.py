@@ -1,8 +1,7 @@
 """Is a Self-Forcing run going wrong right now? It says so in one line when it happens, and at the end what became of it.
 
-Looks at figures that a run has anyway and draws nothing from them into the training: the generator's gradient norm against its running
-median, the critic's loss against its own, and what the judge reads in the fixed prompts (`health`). The first two may warn of nothing;
-the fixed prompts decide.
+It changes nothing in the training, and looks at figures that a run has anyway: the generator's gradient norm and the critic's loss against
+their running medians, which warn, and what the judge reads in the fixed prompts (`judging.prompts`), which decides.
 """
 
 from __future__ import annotations

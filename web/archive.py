@@ -1,8 +1,6 @@
-"""The built page as one file, for machines without node: `python -m web.archive` writes web/page.zip from web/dist.
-
-`python demo.py --page web/page.zip` serves it. The archive has the page's files and the licence; the compressed copies for servers are left
-out. Equal pages make equal archives: entries are sorted, their dates fixed.
-"""
+"""The built page as one file, for machines without node: `python -m web.archive` writes web/page.zip from web/dist, for `python demo.py
+--page web/page.zip`. Without the compressed copies for servers; entries are sorted and their dates fixed, so equal pages make equal
+archives."""
 
 from __future__ import annotations
 

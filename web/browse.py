@@ -32,10 +32,8 @@ def what_is_missing() -> str | None:
 def use_page(
     folder: Path, orders: list[list[Any]], query: str = "", is_isolated: bool = True, timeout: float = 120, **options: Any
 ) -> dict[str, Any]:
-    """What the browser saw while it carried out the orders (see browser.mjs) on the page of a folder.
-
-    timeout: seconds for any one thing to happen. options: more of what browser.mjs reads. Raises RuntimeError where an order fails.
-    """
+    """What the browser saw while it carried out the orders (see browser.mjs) on the page of a folder. timeout: seconds for any one thing to
+    happen. options: more of what browser.mjs reads. Raises RuntimeError where an order fails."""
     server = make_server(folder, 0, is_isolated)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

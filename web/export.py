@@ -208,10 +208,8 @@ def describe(
 
 
 def export_network(path: Path, folder: Path) -> dict[str, Any]:
-    """Write the network of a checkpoint into a folder, which is replaced once everything is there; returns what `describe` says.
-
-    Raises CheckpointError for a file that is no checkpoint or that cannot be exported, OverflowError, OSError.
-    """
+    """Write the network of a checkpoint into a folder, which is replaced once everything is there; returns what `describe` says. Raises
+    CheckpointError for a file that is no checkpoint or that cannot be exported, OverflowError, OSError."""
     networks = round_weights(load_networks(path, torch.device("cpu")))
     plans = plans_of(networks)
     plan = next(iter(plans.values()))

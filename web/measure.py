@@ -1,8 +1,5 @@
-"""How fast the page is beside torch on the same machine: `python -m web.measure` writes results/web.json.
-
-Page (headless Chromium, WASM) and torch (float32, batch 1) take turns. Wall time hangs on what else the machine does, processor time far
-less: both are written.
-"""
+"""How fast the page is beside torch on the same machine: `python -m web.measure` writes results/web.json. Page (headless Chromium, WASM)
+and torch (float32, batch 1) take turns; processor time hangs far less on what else the machine does than wall time does."""
 
 from __future__ import annotations
 
@@ -54,10 +51,7 @@ def measure_torch(num_blocks: int, num_threads: int) -> dict[str, float]:
 
 
 def measure_page(num_blocks: int, num_threads: int, timeout: float) -> dict[str, float]:
-    """The same of the page, the bytes of its first load and how long that takes, warm-up included.
-
-    Processor time is that of the whole page, drawing included.
-    """
+    """The same of the page, drawing included, and the bytes of its first load and how long that takes, warm-up included."""
     num_frames = 3 * num_blocks
     orders = [
         ["ready"], ["slide", "#speed", 63], ["frames", 3 * WARM_UP],
