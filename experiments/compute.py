@@ -7,6 +7,7 @@ before it is one more forward pass. So a few steps of one or two videos give the
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 
 import torch
 
@@ -56,11 +57,16 @@ def _self_forcing_flops(config: Config, training: SelfForcingConfig, random: tor
 def _cycle_flops(config: Config, training: SelfForcingConfig, random: torch.Generator) -> float:
     """Mean over a cycle. With an exit step for every block the mean is the same, as the cost is a sum over blocks."""
     stage = SelfForcingStage(replace(config, training=replace(training, same_exit_step=True)), CPU, random)
-    ratio = training.dfake_gen_update_ratio
-    turn = -(-(training.critic_warmup_steps + 1) // ratio) * ratio - 1  # the first step that updates the generator
-    generator = _mean_over_windows(stage, turn)
-    critic = _mean_over_windows(stage, turn + 1) if ratio > 1 else 0.0
-    return (generator + (ratio - 1) * critic) / ratio
+    return sum(share * _mean_over_windows(stage, step) for step, share in turns(training).values())
+
+
+def turns(config: SelfForcingConfig) -> dict[str, tuple[int, float]]:
+    """A step that updates "generator" and critic, and one of the "critic" alone, if there are any, with their shares of all steps after
+    the warm-up."""
+    ratio = config.dfake_gen_update_ratio
+    generator = next(step for step in count(config.critic_warmup_steps) if (step + 1) % ratio == 0)
+    critic = {"critic": (generator + 1, 1 - 1 / ratio)} if ratio > 1 else {}
+    return {"generator": (generator, 1 / ratio), **critic}
 
 
 def _count_step(stage: PretrainStage | SelfForcingStage, step: int, first_frame: int = 0) -> tuple[int, int]:

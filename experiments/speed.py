@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dynamic_video_sf import clamp_to_data, draw_noise, make_noise_streams
+from experiments.compute import turns
 from experiments.public_code import build_public_network, sample_public
 from experiments.timing import Phases, clock, flop_counter, matrix_limit, matrix_products, median_totals, time_in_turns
 from machine.runtime import Runtime
@@ -321,14 +322,6 @@ class TrainingSpeed:
     generator_turn_seconds: float
     critic_turn_seconds: float  # of a turn that updates the critic alone
     split: dict[str, Cost]
-
-
-def turns(config: SelfForcingConfig) -> dict[str, tuple[int, float]]:
-    """A step of each kind and its share of all steps after the warm-up."""
-    ratio = config.dfake_gen_update_ratio
-    generator = next(step for step in count(config.critic_warmup_steps) if (step + 1) % ratio == 0)
-    critic = {"critic": (generator + 1, 1 - 1 / ratio)} if ratio > 1 else {}
-    return {"generator": (generator, 1 / ratio), **critic}
 
 
 def count_training(config: Config, runtime: Runtime) -> dict[tuple[str, int], tuple[int, dict[str, float]]]:
