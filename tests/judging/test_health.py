@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers.runs import SHARED, pretraining, tiny_config
 from helpers.stages import assert_same, build_self_forcing
-from hydra import compose, initialize_config_dir
 
 import train
 from judging import health
@@ -19,19 +18,16 @@ from judging.digit_judge import DigitJudge, JudgeConfig, load_judge
 from judging.health import compare_runs
 from judging.metrics import facts_of_prompts
 from judging.prompts import JUDGED_COLUMNS, PROMPTS, SEEDS, FixedPrompts
-from machine.paths import REPOSITORY
 from method.diagnostics import critic_lag, exit_columns, mean_by_exit_step, mean_by_noise_level, score_figures
 from method.flow_matching import add_noise
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from sampling.samplers import sample
 from train import SimplifiedTrainer
 from training.checkpoint import load_checkpoint
-from training.config import Config, SelfForcingConfig, build_config, register_schemas
+from training.config import Config, SelfForcingConfig
 from training.run_log import read_scalars
 
-CONFIGS = REPOSITORY / "configs"
 STEPS = [1000, 750, 500, 250]
-register_schemas()
 
 
 # ------------------------------------------------------------------------------------------------------ a generator's turn
@@ -227,25 +223,6 @@ def test_videos_that_the_judge_cannot_read_leave_no_columns_and_one_line(teacher
         trainer.log.close()
 
 
-# ------------------------------------------------------------------------------------------------ faults on purpose
-
-
-def composed(name: str, *overrides: str) -> Config:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return build_config(compose("train", [f"experiment={name}", *overrides]))
-
-
-@pytest.mark.parametrize(("name", "key", "value"), [
-    ("slow_critic", "critic_lr", 5e-6), ("no_guidance", "guidance", 1.0), ("wrong_sign", "dmd_sign", -1),
-    ("untrained_teacher", "pretrained_checkpoint", "logs/training/untrained/checkpoint_final.pt"),
-])
-def test_a_broken_run_differs_from_the_healthy_one_in_its_fault_alone(name: str, key: str, value: object):
-    healthy = composed("health")
-    assert vars(healthy.training)[key] != value
-    assert composed(name) == replace(healthy, run_name=name, training=replace(healthy.training, **{key: value}))
-    assert composed("health", "training.num_steps=7").training.num_steps == 7
-
-
 # ------------------------------------------------------------------------------------------------------------ the picture
 
 
@@ -281,14 +258,9 @@ def test_every_column_that_is_drawn_is_one_that_a_run_writes(teacher: Path):
 @pytest.mark.parametrize(("content", "output", "words"), [
     (None, "new.png", "run holds no scalars.csv: give the folder of a run"),
     ("step,seconds,loss_causal\n0,0.1,2.0\n", "new.png", "scalars.csv has none of the panel's columns"),
-    ("", "new.png", "scalars.csv has none of the panel's columns"),
     ("step,seconds,critic_lag\n0,0.1,much\n", "new.png", "scalars.csv is no table of a run's figures by step"),
-    ("critic_lag\n1.0\n", "new.png", "scalars.csv is no table of a run's figures by step"),
     (b"step,seconds,critic_lag\n0,0.1,\xff\n", "new.png", "scalars.csv is no table of a run's figures by step"),
-    (b"\x89PNG\r\n\xff\xfe", "new.png", "scalars.csv is no table of a run's figures by step"),
-    (b"step,seconds,critic_lag\n0,0.1," + 140_000 * b"1", "new.png", "scalars.csv is no table of a run's figures by step"),
     ("step,seconds,critic_lag\n0,0.1,2.0\n", "old.png", "old.png exists already: give --output the name of a new file"),
-    ("step,seconds,critic_lag\n0,0.1,2.0\n", "new.pdf", "new.pdf: expected the name of a new .png file"),
 ])
 def test_the_command_line_refuses_in_one_line_and_writes_nothing(content, output, words, tmp_path: Path, monkeypatch):
     (tmp_path / "run").mkdir()

@@ -12,7 +12,6 @@ from judging import metrics, tracking
 from judging.digit_judge import (
     JUDGE_PATH,
     DigitJudge,
-    JudgeConfig,
     augmented_frames,
     held_out_accuracy,
     measure_classes,
@@ -103,11 +102,6 @@ def test_stroke_mass_sums_clamped_intensity_whatever_the_channels():
     torch.testing.assert_close(stroke_mass(video.repeat(1, 1, 3, 1, 1)), torch.tensor([[1.5]]))
 
 
-def test_centre_of_mass_follows_the_true_track(batch):
-    offset = centres_of_mass(batch.video) - batch.track[:, :, 0]
-    assert (offset - offset.mean(dim=1, keepdim=True)).abs().max() < 0.25
-
-
 # ------------------------------------------------------------------------------------------------------------ the judge
 
 
@@ -146,15 +140,10 @@ def test_judge_round_trip_and_strictness(judge, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["judge.pt"]
     stored = torch.load(path, weights_only=True)
     del stored["judge_state_dict"]["class_mass"]
-    torch.save(stored, path)
-    with pytest.raises(ValueError, match="not a sound judge"):
-        metrics.load_judge(path)
-    path.write_bytes(b"no judge")
-    with pytest.raises(ValueError, match="not a sound judge"):
-        metrics.load_judge(path)
-    torch.save({"state": 1}, path)
-    with pytest.raises(ValueError, match="not a sound judge"):
-        metrics.load_judge(path)
+    for content in (stored, {"state": 1}, b"no judge"):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(ValueError, match="not a sound judge"):
+            metrics.load_judge(path)
     with pytest.raises(FileNotFoundError, match="--train_judge"):
         metrics.load_judge(tmp_path / "none.pt")
 
@@ -195,10 +184,6 @@ def test_stored_accuracy_is_true(judge):
     assert again == pytest.approx(judge.config.accuracy, abs=0.005)
 
 
-def test_a_judge_of_other_sizes_reads_frames_of_any_channels():
-    assert DigitJudge(JudgeConfig(digit_size=21, frame_size=40))(torch.zeros(2, 3, 40, 40)).shape == (2, 10)
-
-
 # -------------------------------------------------------------------------------------------------------- what is shown
 
 
@@ -225,25 +210,17 @@ def test_classes_to_measures():
 # --------------------------------------------------------------------------------------------------------- how it moves
 
 
-@pytest.mark.parametrize("start, velocity, offset", [
-    ((3.0, 9.0), (1.5, -0.6), (0.0, 0.0)),
-    ((17.9, 0.2), (1.1, 1.4), (0.4, -0.5)),
-    ((9.0, 9.0), (-2.2, 0.0), (-0.3, 0.2)),
-    ((0.7, 12.0), (-0.9, -1.9), (0.8, 0.1)),
+@pytest.mark.parametrize("start, velocity, offset, num_frames", [
+    ((17.9, 0.2), (1.1, 1.4), (0.4, -0.5), NUM_FRAMES), ((9.0, 9.0), (-2.2, 0.0), (-0.3, 0.2), NUM_FRAMES),
+    ((3.0, 9.0), (1.53, -0.87), (0.1, 0.3), 126),
 ])
-def test_fit_recovers_a_bouncing_track(start, velocity, offset):
-    centres = straight_track(start, velocity, offset)
+def test_fit_recovers_a_bouncing_track(start, velocity, offset, num_frames):
+    centres = straight_track(start, velocity, offset, num_frames)
     fit = metrics.fit_bouncing_track(centres, CONFIG)
-    torch.testing.assert_close(fit.error, torch.zeros(1, NUM_FRAMES), atol=2e-3, rtol=0)
+    torch.testing.assert_close(fit.error, torch.zeros(1, num_frames), atol=2e-3, rtol=0)
     torch.testing.assert_close(fit.track, centres, atol=2e-3, rtol=0)
     torch.testing.assert_close(fit.velocity, torch.tensor([velocity]), atol=2e-3, rtol=0)
     torch.testing.assert_close(fit.speed, fit.velocity.norm(dim=1))
-
-
-def test_fit_works_on_long_videos():
-    centres = straight_track((3.0, 9.0), (1.53, -0.87), (0.1, 0.3), num_frames=126)
-    fit = metrics.fit_bouncing_track(centres, CONFIG)
-    torch.testing.assert_close(fit.velocity, torch.tensor([[1.53, -0.87]]), atol=2e-3, rtol=0)
 
 
 def test_fit_on_noisy_centres_is_the_least_squares_optimum():
@@ -330,18 +307,6 @@ def test_real_held_out_videos_score_near_the_top(real):
     assert sum(summary["frames_right_by_block"]) / 7 == pytest.approx(summary["frames_right"], abs=1e-6)
 
 
-def test_shuffled_frames_lose_the_track_and_keep_the_digit(score, real, batch):
-    summary = score(metrics.corrupt(batch.video, "shuffled"))
-    assert summary["track_within_1px"] < 0.1 and summary["mean_track_error"] > 2
-    assert summary["frames_right"] == pytest.approx(metrics.summarise(real)["frames_right"], abs=1e-6)
-
-
-def test_frozen_videos_do_not_move(score, batch):
-    summary = score(metrics.corrupt(batch.video, "frozen"))
-    assert summary["moving"] == summary["track_within_1px"] == summary["direction_obeyed"] == 0
-    assert summary["frames_right"] > 0.95
-
-
 def test_faint_videos_show_no_digit(score, batch):
     summary = score(metrics.corrupt(batch.video, "faint"))
     for name in ("frames_right", "videos_right", "one_class", "track_within_1px", "direction_obeyed", "moving"):
@@ -354,47 +319,6 @@ def test_blank_and_white_videos_earn_nothing(score, batch):
         summary = score(torch.full_like(batch.video, value))
         for name in ("frames_right", "videos_right", "one_class", "track_within_1px", "direction_obeyed", "moving"):
             assert summary[name] == 0, name
-
-
-def test_blurred_videos_lose_the_digit_and_keep_the_track(score, real, batch):
-    summary = score(metrics.corrupt(batch.video, "blurred"))
-    assert summary["frames_right"] < metrics.summarise(real)["frames_right"] - 0.2
-    assert summary["track_within_1px"] > 0.9
-
-
-def test_wrong_prompts_lose_digit_and_direction_only(judge, batch, real):
-    wrong = metrics.score_videos(
-        judge, batch.video, (batch.digits[:, 0] + 1) % 10, (batch.directions[:, 0] + 3) % 8, CONFIG
-    )
-    assert wrong.by_frame["frames_right"].float().mean() < 0.05 and wrong.of_videos["videos_right"].float().mean() < 0.05
-    assert wrong.of_videos["direction_obeyed"].float().mean() < 0.02
-    for name in ("one_class", "track_within_1px"):
-        torch.testing.assert_close(wrong.of_videos[name], real.of_videos[name])
-
-
-def test_softened_videos_lose_sharpness_and_brightened_ones_gain_mass(score, real, batch):
-    before = metrics.summarise(real)
-    softened, brightened = score(metrics.corrupt(batch.video, "softened")), score(metrics.corrupt(batch.video, "brightened"))
-    assert softened["sharpness_ratio"] < 0.75 * before["sharpness_ratio"] and softened["frames_right"] > before["frames_right"] - 0.1
-    assert brightened["stroke_mass_ratio"] > 1.15 * before["stroke_mass_ratio"]
-
-
-def test_switched_videos_keep_no_class_and_fading_ones_drift(score, batch):
-    switched, fading = score(metrics.corrupt(batch.video, "switched")), score(metrics.corrupt(batch.video, "fading"))
-    assert switched["one_class"] < 0.3 and switched["class_kept"] < 0.7
-    assert switched["frames_right_slope"] < -0.1 and switched["frames_right_slope_ci"][1] < 0
-    by_frame = torch.tensor(fading["stroke_mass_ratio_by_frame"])
-    torch.testing.assert_close(by_frame[-1] / by_frame[0], torch.tensor(0.5), atol=0.01, rtol=0)
-    assert fading["stroke_mass_ratio_slope"] == pytest.approx(-3 * 0.5 * by_frame[0].item() / 20, rel=0.02)
-
-
-def test_reversed_videos_move_the_other_way(score, batch):
-    assert score(batch.video.flip(1))["direction_obeyed"] < 0.5
-
-
-def test_unknown_corruption_is_refused(batch):
-    with pytest.raises(ValueError, match="sharpened"):
-        metrics.corrupt(batch.video, "sharpened")
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
@@ -491,25 +415,19 @@ def test_facts_of_prompts():
 
 def test_what_does_not_belong_together_is_refused(judge, batch):
     video, digits, directions = batch.video[:2], batch.digits[:2, 0], batch.directions[:2, 0]
-    with pytest.raises(ValueError, match="num_digits is 2"):
-        metrics.score_videos(judge, video, digits, directions, replace(CONFIG, num_digits=2))
-    with pytest.raises(ValueError, match="digit_size is 16.*14"):
-        metrics.score_videos(judge, video, digits, directions, replace(CONFIG, digit_size=16))
-    with pytest.raises(ValueError, match="frame_size is 48.*32"):
-        metrics.score_videos(judge, video, digits, directions, replace(CONFIG, frame_size=48))
-    with pytest.raises(ValueError, match="shape"):
-        metrics.score_videos(judge, video[..., :16, :16], digits, directions, CONFIG)
-    with pytest.raises(ValueError, match="digits"):
-        metrics.score_videos(judge, video, batch.digits[:2], directions, CONFIG)
     broken = video.clone()
     broken[0, 3, 0, 5, 5] = float("nan")
-    with pytest.raises(ValueError, match="finite"):
-        metrics.score_videos(judge, broken, digits, directions, CONFIG)
+    for shown, asked, config, words in (
+        (video, digits, replace(CONFIG, num_digits=2), "num_digits is 2"), (video[..., :16, :16], digits, CONFIG, "shape"),
+        (video, digits, replace(CONFIG, digit_size=16), "digit_size is 16"), (video, batch.digits[:2], CONFIG, "digits"),
+        (broken, digits, CONFIG, "finite"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            metrics.score_videos(judge, shown, asked, directions, config)
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--train_judge"], "judge.pt exists already: give --output"), (["--train_judge", "--steps", "0"], "--steps is 0: expected at least 1"),
-    (["--output", "none.pt"], "no judge at none.pt: make one with"),
+    (["--train_judge"], "judge.pt exists already: give --output"), (["--output", "none.pt"], "no judge at none.pt: make one with"),
 ])
 def test_the_command_line_refuses_in_one_line_and_overwrites_nothing(arguments, words, monkeypatch):
     before = metrics.JUDGE_PATH.read_bytes()
