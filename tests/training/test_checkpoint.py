@@ -53,17 +53,6 @@ def path(tmp_path, whole) -> Path:
     return tmp_path / "run" / "checkpoint.pt"
 
 
-# ----------------------------------------------------------------------------------------------------------------- save
-
-
-def test_round_trip_is_exact(path, whole):
-    loaded = load_checkpoint(path)
-    assert loaded.keys() == whole.keys() and loaded["step"] == 42 and loaded["config"] == whole["config"]
-    for name in ("generator_state_dict", "generator_ema_state_dict", "text_encoder_state_dict"):
-        assert loaded[name].keys() == whole[name].keys()
-        assert all(torch.equal(loaded[name][key], whole[name][key]) for key in whole[name])
-
-
 # ---------------------------------------------------------------------------------------------------------- broken files
 
 
@@ -88,13 +77,9 @@ def test_names_that_a_wrapper_changed_are_taken_back(tmp_path, whole, wrapped):
 def test_other_kinds_of_files_are_refused(tmp_path, path):
     buffer = io.BytesIO()
     torch.save([1, 2], buffer)
-    contents = {
-        "text": b"hello", "zeros": bytes(1000), "picture": b"\x89PNG\r\n\x1a\n" + bytes(50), "list": buffer.getvalue(),
-        "shifted": b"x" + path.read_bytes(), "pickle": pickle.dumps({"step": 1}), "utf": "é".encode() * 99, "json": b'{"step": 1}',
-    }
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-        refused(tmp_path / name)
+    for content in (b"hello", bytes(1000), buffer.getvalue(), b"x" + path.read_bytes(), pickle.dumps({"step": 1})):
+        (tmp_path / "other.pt").write_bytes(content)
+        refused(tmp_path / "other.pt")
     assert "no checkpoint at" in refused(tmp_path / "missing.pt")
     assert "no checkpoint at" in refused(tmp_path)  # a folder
     (tmp_path / "c.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
@@ -158,9 +143,7 @@ def test_weights_of_another_size_or_network_are_named(whole):
 
 
 @pytest.mark.parametrize("config", [
-    3, {}, {"training": 3}, {"training": {"training_type": []}}, {**config_to_dict(CONFIG), "novelty": 1},
-    {**config_to_dict(CONFIG), "model": {"width": "wide"}}, {**config_to_dict(CONFIG), "model": {"width": -1}},
-    {**config_to_dict(CONFIG), "training": {**config_to_dict(CONFIG)["training"], "teacher_steps": 2.5}},
+    3, {}, {"training": {"training_type": []}}, {**config_to_dict(CONFIG), "novelty": 1},
 ])
 def test_a_configuration_of_another_version_is_refused(path, whole, config):
     with pytest.raises(CheckpointError, match="its configuration does not fit this version"):

@@ -68,7 +68,6 @@ def test_momentum_goes_with_muon_and_in_a_stored_configuration_with_any_optimize
 @pytest.mark.parametrize("override, words", [
     ("training.ema_decay=0.9", ["training.ema_decay is 0.9: expected 0.99", "with training.ema_power=3.0", "training.ema_power=null"]),
     ("training.muon_momentum=0.9", ["training.muon_momentum is 0.9: expected 0.5, its default, with training.optimizer=adamw"]),
-    ("training.critic_muon_momentum=0", ["training.critic_muon_momentum is 0", "training.optimizer=adamw", "or training.optimizer=muon"]),
 ])
 def test_a_setting_that_another_one_makes_void_is_refused(override: str, words: list[str]):
     message = refusal("training.optimizer=adamw", override)
@@ -108,23 +107,14 @@ def test_defaults_are_the_dataclasses_own_and_overrides_arrive_with_their_type()
 @pytest.mark.parametrize("override, words", [
     ("training.num_step=3", ["unknown key training.num_step", "training.num_steps"]),
     ("num_steps=3", ["unknown key num_steps", "training.num_steps"]),
-    ("trainig.num_steps=3", ["unknown key trainig.num_steps", "training.num_steps"]),
-    ("devise=cpu", ["unknown key devise", "nearest known key is device"]),
     ("training.muon_lr=1", ["unknown key training.muon_lr in a run of training type dmd2"]),
     ("+training.num_step=3", ["unknown key training.num_step", "training.num_steps"]),
-    ("+nonsense.key=3", ["unknown key nonsense.key"]),
     ("training.lr=abc", ["training.lr", "abc", "Float"]),
-    ("training.num_steps=2.5", ["training.num_steps", "2.5", "Integer"]),
     ("training.denoising_steps=[1000,soon]", ["training.denoising_steps", "soon", "Integer"]),
     ("training=selfforcing", ["unknown choice training=selfforcing", "pretrain, published_exits, self_forcing, teacher_forcing"]),
-    ("training.loss=wgan", ["training.loss is wgan", "dmd, sid, gan"]), ("training.generator_inputs=data", ["generator_inputs is data"]),
-    ("training.gan_penalty_sigma=0", ["training.gan_penalty_sigma is 0"]), ("training.gan_penalty=-1", ["training.gan_penalty is -1"]),
-    ("model=huge", ["unknown choice model=huge", "tiny, tiny_64"]),
-    ("training.num_steps", ["training.num_steps"]),
+    ("training.loss=wgan", ["training.loss is wgan", "dmd, sid, gan"]), ("training.num_steps", ["training.num_steps"]),
     ("training.min_num_frames=10", ["training.min_num_frames is 10", "9 or 12"]),
-    ("training.max_num_frames=1", ["training.max_num_frames is 1", "nearest valid: 3"]),
     ("training.max_num_frames=6", ["training.min_num_frames is 9", "training.max_num_frames=6"]),
-    ("training.denoising_steps=[]", ["training.denoising_steps is []", "descending"]),
     ("training.denoising_steps=[1000,500,500]", ["training.denoising_steps is [1000, 500, 500]", "descending"]),
     ("training.denoising_steps=[750,500]", ["training.denoising_steps", "1000"]),
     ("training.denoising_steps=[1000,0]", ["training.denoising_steps", "at least 1"]),
@@ -136,24 +126,12 @@ def test_defaults_are_the_dataclasses_own_and_overrides_arrive_with_their_type()
     ("text.width=32", ["model.text_width is 64", "text.width=32"]),
     ("model.channels=3", ["model.channels is 3", "dataset.channels=1"]),
     ("training.pretrained_checkpoint=", ["training.pretrained_checkpoint is empty"]),
-    ("training.lr=nan", ["training.lr is nan"]), ("training.lr=inf", ["training.lr is inf"]), ("training.lr=0", ["training.lr is 0"]),
-    ("training.noise_draws=0", ["training.noise_draws is 0"]),
-    ("training.optimizer=sgd", ["training.optimizer is sgd: expected one of adamw, muon"]),
-    ("training.muon_momentum=1", ["training.muon_momentum is 1"]),
-    ("training.ema_power=-1", ["training.ema_power is -1", "or null for ema_decay"]),
-    ("training.critic_lr=inf", ["training.critic_lr is inf"]), ("training.guidance=inf", ["training.guidance is inf"]),
-    ("training.score_time_shift=0", ["training.score_time_shift is 0", "a positive number"]),
+    ("training.lr=nan", ["training.lr is nan"]), ("training.critic_lr=inf", ["training.critic_lr is inf"]),
     ("training.guidance_interval=[0.8,0.2]", ["training.guidance_interval", "[0.8, 0.2]", "the lower one first"]),
-    ("training.decay_fraction=1.5", ["training.decay_fraction is 1.5", "[0, 1]"]),
-    ("training.weight_decay=nan", ["training.weight_decay is nan"]), ("model.rope_theta=inf", ["model.rope_theta is inf"]),
-    ("training.num_steps=0", ["training.num_steps is 0"]), ("training.batch_size=-1", ["training.batch_size is -1"]),
-    ("training.context_noise=1001", ["training.context_noise is 1001"]), ("training.adam_betas=[0.9]", ["training.adam_betas is [0.9]"]),
-    ("device=gpu", ["device is gpu", "auto, cpu, cuda, mps"]), ("precision=half", ["precision is half"]),
+    ("training.decay_fraction=1.5", ["training.decay_fraction is 1.5", "[0, 1]"]), ("training.num_steps=0", ["training.num_steps is 0"]),
+    ("training.adam_betas=[0.9]", ["training.adam_betas is [0.9]"]), ("device=gpu", ["device is gpu", "auto, cpu, cuda, mps"]),
     ("seed=-1", ["seed is -1"]), ("wandb.mode=on", ["wandb.mode is"]),
     ("training.resume=~/x.pt", ["""needs quotes within quotes, 'training.resume="~/x.pt"'"""]),
-    ("training.resume=/tmp/run=1/c.pt", ["""'training.resume="/tmp/run=1/c.pt"'"""]),
-    ("log_dir=/tmp/José", ["""'log_dir="/tmp/José"'"""]), ("log_dir=/tmp/a[1]", ["""'log_dir="/tmp/a[1]"'"""]),
-    ("log_dir=/tmp/a#1", ["""'log_dir="/tmp/a#1"'"""]),
     ("run_name=../elsewhere", ["run_name is ../elsewhere", "without a path"]), ("run_name=checkpoint_final.pt", ["run_name"]),
 ])
 def test_a_refused_override_is_one_line_that_names_it(override, words):
@@ -176,32 +154,24 @@ LONG = {"window_frames": 6, "rollout_frames": 21, "min_num_frames": 9, "max_num_
 GOES_ON = {"continuation_probability": 0.5}
 EXCLUDED = [
     ({"continuation_probability": 1.5}, "continuation_probability is 1.5: expected a number in"),
-    ({"continuation_probability": -0.1}, "continuation_probability is -0.1: expected a number in"),
     (GOES_ON | {"generator_inputs": "teacher_forced"}, "continuation_probability is 0.5: expected 0 with training.generator_inputs"),
     (GOES_ON | {"rollout_frames": 42, "window_frames": 21}, "continuation_probability is 0.5: expected 0 with training.rollout_frames"),
     (GOES_ON | {"hide_first_chunk": True}, "continuation_probability is 0.5: expected 0 with training.hide_first_chunk"),
     (GOES_ON | {"min_num_frames": 3}, "min_num_frames is 3: expected more than the first block"),
     (LONG | {"rollout_frames": 6}, "rollout_frames is 6: expected at least training.max_num_frames=9"),
-    (LONG | {"rollout_frames": 20}, "rollout_frames is 20: expected a positive multiple .* nearest valid: 18 or 21"),
     (LONG | {"window_frames": None}, "window_frames is None: expected at most training.max_num_frames=9, with training.rollout_frames"),
-    (LONG | {"window_frames": 12}, "window_frames is 12: expected at most training.max_num_frames=9"),
     (LONG | {"generator_inputs": "teacher_forced"}, "rollout_frames is 21: expected none where real videos are used"),
-    (LONG | {"loss": "gan"}, "rollout_frames is 21: expected none where real videos are used"),
     (LONG | {"hide_first_chunk": True}, "hide_first_chunk is True: expected false with training.rollout_frames"),
     ({"generator_inputs": "teacher_forced", "context_noise": 100}, "context_noise is 100: expected 0 with training.generator_inputs=teach"),
-    ({"health_interval": -1}, "health_interval is -1: expected 0"), ({"dmd_sign": 0}, "dmd_sign is 0: expected 1"),
-    ({"dmd_sign": -2}, "dmd_sign is -2"), ({"dmd_sign": -1, "loss": "sid"}, "dmd_sign is -1: expected 1 with .*loss=sid"),
+    ({"dmd_sign": 0}, "dmd_sign is 0: expected 1"), ({"dmd_sign": -1, "loss": "sid"}, "dmd_sign is -1: expected 1 with .*loss=sid"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "changes", "words"), [
     *((PretrainConfig, {key: value}, f"{key} is .*expected") for key, value in (
-        ("muon_lr", nan), ("weight_decay", -0.1), ("warmup_steps", -1), ("prompt_dropout", 1.5), ("loss_time_floor", 0.0),
-        ("objective", "both"), ("pretrained_checkpoint", ""), ("digit_variation", 0.41), ("digit_variation", -0.1), ("ema_decay", 1.0),
-        ("keep_last", 0), ("time_shift", inf))),
-    (CausalODEConfig, {"trajectory_teacher": "both"}, "trajectory_teacher is both: expected one of causal, bidirectional"),
+        ("muon_lr", nan), ("warmup_steps", -1), ("prompt_dropout", 1.5), ("loss_time_floor", 0.0), ("objective", "both"),
+        ("digit_variation", 0.41), ("time_shift", inf))),
     (CausalODEConfig, {"trajectory_steps": 25}, r"trajectory_steps is 25: .*denoising_steps=\[1000, 750, 500, 250\], such as 4$"),
-    (CausalODEConfig, {"denoising_steps": [1000, 600]}, r"trajectory_steps is 24: .*such as 5$"),
     (CausalConsistencyConfig, {"consistency_steps": 1}, "consistency_steps is 1"),
     *((SelfForcingConfig, changes, words) for changes, words in EXCLUDED),
 ])
@@ -212,7 +182,7 @@ def test_what_is_impossible_or_excludes_another_option_is_refused_in_one_line(ki
 
 
 @pytest.mark.parametrize("num_frames, nearest, nearest_after_one", [
-    (10, "9 or 12", None), (2, "3", "1 or 4"), (0, "3", "1"), (20, "18 or 21", "19 or 22"), (-1, "3", "1"), (-3, "3", "1"), (-30, "3", "1"),
+    (10, "9 or 12", None), (0, "3", "1"), (20, "18 or 21", "19 or 22"), (-3, "3", "1"),
 ])
 def test_frame_counts_name_their_neighbours(num_frames, nearest, nearest_after_one):
     with pytest.raises(ValueError, match=f"frames is {num_frames}: .*nearest valid: {nearest}$"):

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ import torch
 import wandb
 from helpers.runs import OF_THE_ATTEMPT, TINY, TRAINING, command_line, pretraining, resumed, self_forcing, tiny_config
 from helpers.stages import assert_same
-from wandb.proto.wandb_internal_pb2 import Record, RunRecord
 
 import train
 from experiments.comparison_jobs import stop as stop_processes
@@ -258,32 +256,6 @@ def test_resuming_goes_on_with_the_same_wandb_run(tmp_path, monkeypatch, mode, a
     cut_short(replace(config, run_name="other"), 1)
     (first, how), (second, again), (other, how_other) = asked
     assert first == second != other and (how, again, how_other) == (at_first, "allow", at_first) and re.fullmatch("[0-9a-f]{8}", first)
-
-
-def test_wandb_sync_sees_the_offline_folders_of_a_resumed_run_as_parts_of_one_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    config = replace(pretraining(tmp_path), wandb=WandbConfig(mode="offline"))
-    cut_short(config, 1)
-    cut_short(resumed(config), 2)
-    parts = [tmp_path.glob(f"{folder}/wandb/offline-run-*/run-*.wandb") for folder in ("run", "run-2")]  # each attempt has its own folder
-    first, second = (offline_run_record(path) for (path,) in parts)
-    assert first.run_id == second.run_id and first.start_time.ToNanoseconds() < second.start_time.ToNanoseconds()
-    if "resume" in first.DESCRIPTOR.fields_by_name:  # from wandb 0.31 on: without it the second part replaces the first
-        assert (first.resume, second.resume) == (False, True)
-
-
-def offline_run_record(path: Path) -> RunRecord:
-    """The run of a .wandb file: LevelDB's log format behind 7 bytes, each record behind its checksum (4), length (2) and type (1)."""
-    deadline = time.monotonic() + 20  # wandb's own process writes the file, at times after the run has ended
-    while time.monotonic() < deadline:
-        data, start = path.read_bytes(), 7
-        while start + 7 + (length := int.from_bytes(data[start + 4 : start + 6], "little")) <= len(data):
-            record = Record.FromString(data[start + 7 : start + 7 + length])
-            if record.HasField("run"):
-                return record.run
-            start += 7 + length
-        time.sleep(0.2)
-    raise AssertionError(f"{path} holds no run")
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
