@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from machine import runtime
-from machine.runtime import Runtime, require_compiler, resolve_runtime
+from machine.runtime import Runtime, resolve_runtime
 
 
 def only(monkeypatch, *, cuda: bool = False, mps: bool = False) -> None:
@@ -98,12 +98,3 @@ def test_a_digest_of_some_modules_covers_what_they_import_and_nothing_else(tmp_p
     assert runtime.code_digest("sampling.samplers") == before
     write_house(tmp_path, {"machine/deeper.py": "x = 1\n"})
     assert runtime.code_digest("sampling.samplers") != before
-
-
-def test_a_missing_compiler_is_named_before_it_is_needed(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match="^--compile needs a C.. compiler, and no-such-compiler is not there"):
-        require_compiler("--compile", torch.device("cpu"))
-    require_compiler("--compile", torch.device("cuda"))  # which has its own
-    monkeypatch.setenv("CXX", "sh")
-    require_compiler("--compile", torch.device("cpu"))
