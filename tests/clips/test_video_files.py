@@ -50,20 +50,21 @@ def test_a_grey_picture_of_16_bits_keeps_its_levels(tmp_path: Path, channels: in
 
 
 @pytest.mark.parametrize("suffix", ["png", "gif", "mp4", "npz"])
-@pytest.mark.parametrize("name", ["clip", "clip.gif", "clip.txt"])
+@pytest.mark.parametrize("name", ["clip", "clip.gif"])
 def test_a_file_is_read_for_what_it_is_whatever_its_name(tmp_path: Path, suffix: str, name: str):
     video = torch.rand(4, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     path = tmp_path / f"original.{suffix}"
     save_array(path, video, "") if suffix == "npz" else save_video(path, to_display(video))
     expected = load_frames(path, SIDE, 1)
+    assert expected.shape == video.shape and (expected - video).abs().mean() < (0.1 if suffix == "mp4" else 0.005)
     path.rename(tmp_path / name)
-    assert torch.equal(load_frames(tmp_path / name, SIDE, 1), expected) and len(expected) == 4
+    assert torch.equal(load_frames(tmp_path / name, SIDE, 1), expected)
 
 
 ARRAYS = {
-    "text": np.array("a 7"), "bytes": np.zeros((3, 1, SIDE, SIDE), np.uint8), "complex": np.zeros((3, 1, SIDE, SIDE), complex),
-    "objects": np.array([{}], dtype=object), "no axes": np.float32(1), "no frames": np.zeros((0, 1, SIDE, SIDE), np.float32),
-    "not finite": np.full((3, 1, SIDE, SIDE), np.nan), "0 to 255": np.full((3, 1, SIDE, SIDE), 255.0),
+    "text": np.array("a 7"), "bytes": np.zeros((3, 1, SIDE, SIDE), np.uint8), "objects": np.array([{}], dtype=object),
+    "no frames": np.zeros((0, 1, SIDE, SIDE), np.float32), "not finite": np.full((3, 1, SIDE, SIDE), np.nan),
+    "0 to 255": np.full((3, 1, SIDE, SIDE), 255.0),
 }
 
 
@@ -97,7 +98,7 @@ def test_damage_anywhere_in_an_array_is_one_line(tmp_path: Path, compress):
     assert num_refused > len(whole) / 41 / 2
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"PK\x03\x04", b"\0\0\0\x20ftypisom"])
+@pytest.mark.parametrize("content", [b"", b"no picture", b"GIF89a", b"PK\x03\x04", b"\0\0\0\x20ftypisom"])
 def test_what_is_no_clip_is_one_line_that_names_the_file(tmp_path: Path, content: bytes):
     (tmp_path / "clip.gif").write_bytes(content)
     with pytest.raises(ValueError, match=r"^[^\n]*clip\.gif cannot be read as a picture or clip: .*expected PNG, GIF, MP4 or npz$"):
