@@ -268,24 +268,13 @@ def test_every_part_reaches_the_terminal_and_the_file(files, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("wish", "message"), [
-    (["--repeats", "0"], "--repeats is 0: expected at least 1"),
     (["--batch_sizes", "4", "0"], "--batch_sizes is 0: expected at least 1"),
-    (["--training_batch_size", "-1"], "--training_batch_size is -1: expected at least 1"),
     (["--int8"], "--int8 is the compiled student once more, in 8-bit integers: give --compile too"),
     (["--num_frames", "7"], "num_frames is 7: expected a positive multiple of num_frames_per_block=3"),
-    (["--num_frames", "0"], "num_frames is 0"),
     (["--num_frames", "24"], "num_frames is 24: the bidirectional teacher makes at most the 21 frames"),
-    (["--parts", "public"], "--parts public needs the public code to run beside ours: git clone https://github.com/guandeh17/Self-Forcing"),
     (["--parts", "public", "--public_code", "absent"], "--public_code is absent, which lacks wan/modules/model.py: git clone"),
-    (["--public_code", "absent"], "--public_code is absent, but nothing is measured beside it: give --parts public too"),
-    (["--output", "speed.txt"], "--output is speed.txt: expected a file name ending in .json"),
     (["--output", "absent/speed.json"], "in a folder that exists"),
-    pytest.param(["--output", "/proc/speed.json"], "cannot write into the folder /proc (", marks=pytest.mark.skipif(
-        not Path("/proc/self").is_dir(), reason="no /proc here")),  # not even root can make a file there
-    (["--device", "tpu"], "device is tpu"),
-    (["--student", "{teacher}"], "--student is a teacher: expected a checkpoint of Self-Forcing"),
     (["--teacher", "{student}"], "--teacher is no bidirectional teacher"),
-    (["--student", "absent.pt"], "no checkpoint at"),
 ])
 def test_bad_input_is_one_line_before_anything_is_measured(files, wish, message, monkeypatch):
     monkeypatch.setattr(benchmark, "measure_generation", None)
@@ -352,10 +341,3 @@ def test_ours_and_the_public_code_take_turns_and_the_ratio_is_theirs(files, clon
     rates = rows[0]["frames_per_second"]
     assert set(rates) == {"public code", "student"}
     assert f"{rates['student'] / rates['public code']:.2f} times the public code" in shown
-
-
-def test_another_version_of_the_public_code_is_one_line(clone: Path):
-    network = clone / "wan" / "modules" / "causal_model.py"
-    network.write_text(network.read_text().replace("freq_dim, ", ""))
-    with pytest.raises(ValueError, match="whose network cannot be built .*freq_dim.*another version"):
-        build_public_network(clone, ModelConfig(**SMALL_SIZES), 4)

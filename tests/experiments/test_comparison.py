@@ -20,7 +20,6 @@ from experiments.comparison_jobs import Training, quote
 from experiments.comparison_report import COLUMNS, as_markdown
 from experiments.comparison_settings import ComparisonConfig
 from experiments.compute import CPU, _count_step, flops_per_step
-from machine import runtime
 from machine.paths import REPOSITORY
 from tiny_causal_wan import ModelConfig
 from train import run_command_line
@@ -268,7 +267,6 @@ def test_what_the_table_holds_is_done_where_its_folders_are_gone(ask, fake, monk
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"code_sha256": "0" * 64}, "code_sha256 0000"), ({"plan": {"guidance": 9.0}}, "plan.guidance 9.0, now 1.0"),
-    ({"precision": "bfloat16"}, "precision bfloat16, now float32"), ({"network": {"training.lr": 1.0}}, "network.training.lr 1.0, now"),
     ({"network": {"code_sha256": "0"}}, "network.code_sha256 0, now"), (None, "what made it is not recorded"),
 ])
 def test_a_row_of_an_earlier_table_counts_only_where_all_that_made_it_is_the_same(ask, fake, capsys, change, words):
@@ -299,9 +297,8 @@ def test_a_finished_training_that_is_not_as_planned_is_set_aside_and_made_again(
 
 
 @pytest.mark.parametrize(("name", "value", "words", "num_failed"), [
-    ("RESOLVES_TO", "seed 7, now 0", "seed 7, now 0", 2),
+    ("RESOLVES_TO", "seed 7, now 0", "seed 7, now 0", 2), ("SCORES_WITH", '{"checkpoint_sha256": "0"}', "another ", 1),
     ("SCORES_WITH", '{"precision": "bfloat16"}', "precision bfloat16, now float32", 1),
-    ("SCORES_WITH", '{"checkpoint_sha256": "0"}', "another ", 1), ("SCORES_WITH", '{"code_sha256": "0"}', "code_sha256 0, now", 1),
 ])
 def test_a_job_that_did_something_else_than_planned_has_failed(ask, fake, monkeypatch, capsys, name, value, words, num_failed):
     monkeypatch.setenv(name, value)
@@ -355,10 +352,7 @@ def test_a_table_that_would_lose_results_stays(ask, fake, capsys):
     assert "stays as table2-2.json" in capsys.readouterr().out and (fake / "results" / "table2-1.json").read_text() == before
 
 
-@pytest.mark.parametrize("text", [
-    "{}", "not json", '{"rows": {"tf": {"3": {"0": {"frames_right": 1.0}}}}, "trainings": []}',
-    '{"rows": {}, "trainings": [{"settings": []}]}', '{"rows": {}, "trainings": [{}]}',
-])
+@pytest.mark.parametrize("text", ["not json", '{"rows": {"tf": {"3": {"0": {"frames_right": 1.0}}}}, "trainings": []}'])
 def test_a_file_that_is_no_table_is_not_written_over(ask, fake, text: str):
     (fake / "results").mkdir()
     (fake / "results" / "table2.json").write_text(text)
@@ -404,13 +398,10 @@ def test_several_seeds_are_a_mean_and_a_range_and_a_partial_one_says_so(ask, fak
 @pytest.mark.parametrize(("given", "words"), [
     ({"rows": ["sf_dmd", "sf"]}, "rows is sf: expected any of real, teacher, start, "),
     ({"rows": ["real"]}, "rows is .*another row too"), ({"blocks": [3, 2]}, "blocks is 2: expected blocks that divide num_frames=21"),
-    ({"blocks": []}, "blocks is .*at least one"), ({"budget": 0}, "budget is 0: expected at least 1"),
-    ({"processes": 0}, "processes is 0: expected at least 1"), ({"seeds": []}, "seeds is .*at least one"),
-    ({"seeds": [1, 1]}, "seeds is .*each one once"), ({"denoising_steps": [500]}, "denoising_steps is"),
+    ({"budget": 0}, "budget is 0: expected at least 1"), ({"seeds": [1, 1]}, "seeds is .*each one once"),
     ({"overrides": {"all": ["training.num_steps=3"]}}, "overrides.all is training.num_steps=3: expected KEY=VALUE"),
     ({"selection_seed": 0}, "selection_seed is 0: expected another seed"),
     ({"candidates": {"all": ["", "training.lr=*2"], "tf": ["", "training.lr=*2", "training.lr=*4"]}}, "as many for every paradigm"),
-    ({"candidates": {"all": ["", "seed=1"]}}, "candidates.all is seed=1: expected KEY=VALUE of a training"),
 ])
 def test_what_cannot_be_compared_is_refused(given: dict[str, object], words: str):
     with pytest.raises(ValueError, match=words):
@@ -421,17 +412,3 @@ def test_the_old_call_answers_with_the_new_one(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "experiment=table2", "experiment.budget=3", "device=cpu"])
     with pytest.raises(SystemExit, match="the comparison has moved: python -m experiments.comparison budget=3 device=cpu$"):
         run_command_line()
-
-
-def test_a_change_of_the_code_that_trains_makes_another_training(tmp_path, monkeypatch):
-    for source in (*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*/*.py")):
-        copy = tmp_path / source.relative_to(REPOSITORY)
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(source.read_bytes())
-    monkeypatch.setattr(runtime, "REPOSITORY", tmp_path)
-    digests = [runtime.code_digest(*comparison.TRAINED_CODE)]
-    for path in ("train.py", "training/few_step.py", "method/losses.py", "dynamic_video_sf.py", "network/attention.py", "docs.py"):
-        with open(tmp_path / path, "a") as file:
-            file.write("# a change\n")
-        digests.append(runtime.code_digest(*comparison.TRAINED_CODE))
-    assert len(set(digests[:-1])) == 6 and digests[-1] == digests[-2]  # docs.py trains nothing

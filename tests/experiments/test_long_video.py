@@ -72,13 +72,8 @@ def test_a_bidirectional_teacher_is_measured_block_by_block_in_guided_steps(tmp_
 
 @pytest.mark.parametrize(("options", "words"), [
     (["drift", "--num_frames", "21"], "--num_frames is 21: expected at least 42"),
-    (["drift", "--seed", "-1"], "--seed is -1: expected 0 to 9223372036854775807"),
     (["continue", "--seed", str(2**63)], "--seed is 9223372036854775808: expected 0 to 9223372036854775807"),
     (["switch", "--num_before", "3"], "--num_before is 3: expected at least 4, to fit a track"),
-    (["switch", "--num_before", "-3"], "--num_before is -3: expected at least 4"),
-    (["switch", "--num_streams", "0"], "--num_streams is 0: expected at least 1"),
-    (["continue", "--num_videos", "0"], "--num_videos is 0: expected at least 1"),
-    (["drift", "--batch_size", "0"], "--batch_size is 0: expected at least 1"),
     (["drift", "--output_dir", "{file}/sub"], "cannot write into the folder {file}/sub "),
 ])
 def test_a_number_out_of_range_is_refused_before_the_checkpoint_is_read(tmp_path: Path, monkeypatch, options: list[str], words: str):
@@ -199,13 +194,8 @@ def test_a_write_that_breaks_off_leaves_the_old_rows_and_a_plot_that_breaks_off_
     assert contents(results).keys() == {"drift.json", "drift.png"} and (results / "drift.png").read_bytes() == b"an earlier plot"
 
 
-def test_frames_before_a_switch_are_whole_blocks_and_enough_for_a_track(tmp_path: Path, monkeypatch):
+def test_frames_before_a_switch_are_whole_blocks(tmp_path: Path, monkeypatch):
     network = untrained(tmp_path, SelfForcingConfig())
     monkeypatch.setattr(long_video, "measure_switch", never)
     with pytest.raises(SystemExit, match="^error: --num_before is 4: expected a positive multiple of num_frames_per_block=3.* 3 or 6"):
         main(["switch", "--num_before", "4", *network])
-    centres = MovingMNISTGenerator(DatasetConfig(), "test").sample(0, range(4), 8).track[:, :, 0]
-    classes, digits = torch.full((4, 8), 3), (torch.full((4,), 3), torch.full((4,), 7))
-    assert summarise_switch(classes, centres, digits, long_video.MIN_BEFORE, DatasetConfig())["num_streams"] == 4
-    with pytest.raises(ValueError, match="at least 3 to fit a track"):  # which is why fewer are refused
-        summarise_switch(classes, centres, digits, long_video.MIN_BEFORE - 1, DatasetConfig())
