@@ -40,13 +40,6 @@ def test_a_video_does_not_depend_on_its_batch_or_on_earlier_draws(variation, pri
     assert batch.captions[2:3] == alone.captions and batch.speeds[2:3] == alone.speeds
 
 
-def test_seed_index_and_split_name_different_videos(generator):
-    first = generator.sample(0, range(4), 3).video
-    assert not torch.equal(first, generator.sample(1, range(4), 3).video)
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first, MovingMNISTGenerator(DatasetConfig(), "test").sample(0, range(4), 3).video)
-
-
 def test_the_draws_stay_what_they_were(generator):
     """Checkpoints and reported numbers rest on these draws: (seed, index) must keep naming the same video."""
     batch = MovingMNISTGenerator(DatasetConfig(judge_fraction=0.0)).sample(0, [0, 1], 1)
@@ -235,16 +228,10 @@ def test_dataset_serves_the_generators_videos(generator):
 
 
 @pytest.mark.parametrize("field, values", [
-    ("digit_size", {"digit_size": 3}), ("digit_size", {"digit_size": 29, "frame_size": 64}),
-    ("frame_size", {"frame_size": 14}), ("num_digits", {"num_digits": 3}), ("num_digits", {"num_digits": 0}),
-    ("channels", {"channels": 2}), ("min_speed", {"min_speed": 0.0}), ("min_speed", {"min_speed": float("nan")}),
-    ("max_speed", {"max_speed": 1.0}), ("max_speed", {"max_speed": float("inf")}),
-    ("direction_jitter_degrees", {"direction_jitter_degrees": -1.0}),
-    ("direction_jitter_degrees", {"direction_jitter_degrees": 23.0}), ("source", {"source": "web"}),
-    ("mnist_root", {"source": "idx"}), ("mnist_root", {"mnist_root": ""}), ("download", {"download": True}),
-    ("test_fraction", {"test_fraction": 0.0}), ("test_fraction", {"test_fraction": 1.0}),
-    ("class_names", {"class_names": ["bag"]}), ("class_names", {"class_names": [*"abcdefghi", "A"]}),
-    ("class_names", {"class_names": [*"abcdefghi", "-"]}),
+    ("digit_size", {"digit_size": 29, "frame_size": 64}), ("frame_size", {"frame_size": 14}), ("num_digits", {"num_digits": 3}),
+    ("min_speed", {"min_speed": float("nan")}), ("max_speed", {"max_speed": 1.0}), ("source", {"source": "web"}),
+    ("direction_jitter_degrees", {"direction_jitter_degrees": 23.0}), ("mnist_root", {"source": "idx"}),
+    ("download", {"download": True}), ("test_fraction", {"test_fraction": 1.0}), ("class_names", {"class_names": [*"abcdefghi", "A"]}),
 ])
 def test_impossible_settings_are_refused_by_name(field, values):
     with pytest.raises(ValueError, match=f"^dataset.{field} is .*: expected ") as caught:

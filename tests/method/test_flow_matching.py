@@ -20,7 +20,6 @@ from method.flow_matching import (
     sample_time,
     sampling_times,
     shift_time,
-    timestep_to_time,
     unshift_time,
     velocity,
     velocity_from_x_0,
@@ -93,12 +92,6 @@ def test_shift_keeps_the_ends_rises_and_has_its_inverse(shift):
     assert (shift - 1) * (shifted - t)[500] >= 0  # toward noise for s > 1, toward data for s < 1
     torch.testing.assert_close(unshift_time(shifted, shift), t, rtol=0, atol=1e-14)
     torch.testing.assert_close(shift_time(unshift_time(t, shift), shift), t, rtol=0, atol=1e-14)
-
-
-def test_the_default_denoising_steps_at_shift_three():
-    t = shift_time(timestep_to_time(torch.tensor([1000, 750, 500, 250])), 3.0)
-    torch.testing.assert_close(t, torch.tensor([1.0, 0.9, 0.75, 0.5]))
-    torch.testing.assert_close(sampling_times(4, 3.0), torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]))
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
