@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from machine.paths import REPOSITORY
+from machine.paths import REPOSITORY as ROOT
 
-ROOT = REPOSITORY
 HEART = ("tiny_causal_wan", "dynamic_video_sf", "moving_mnist")
 SCRIPTS = ("train", "generate", "evaluate")
 MAY_IMPORT = {  # what every wing sees of the house beside itself

@@ -1,5 +1,6 @@
 """Configurations of tiny runs of train.py."""
 
+import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -48,3 +49,9 @@ def command_line(monkeypatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     train.run_command_line()
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    """The figures that a run wrote, step by step."""
+    with open(folder / "scalars.csv", newline="") as file:
+        return list(csv.DictReader(file))

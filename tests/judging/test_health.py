@@ -1,6 +1,5 @@
 """The health panel: its figures against hand-computed cases, a training it does not touch, its picture, its refusals."""
 
-import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from helpers.runs import SHARED, pretraining, tiny_config
+from helpers.runs import SHARED, pretraining, rows_of, tiny_config
 from helpers.stages import assert_same, build_self_forcing
 
 import train
@@ -164,11 +163,6 @@ def test_the_last_block_is_read_alone():
 def watched_config(teacher: Path, log_dir: Path, **changes: object) -> Config:
     own = {**SHARED, "sample_interval": 4, "health_interval": 2, "dfake_gen_update_ratio": 2, "critic_warmup_steps": 1}
     return tiny_config(log_dir, SelfForcingConfig(**{**own, "pretrained_checkpoint": str(teacher), **changes}))
-
-
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "scalars.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_run_logs_and_draws_its_panel_and_neither_it_nor_resuming_changes_a_bit(teacher: Path, tmp_path: Path, monkeypatch):

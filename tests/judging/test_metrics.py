@@ -12,7 +12,6 @@ from judging import metrics, tracking
 from judging.digit_judge import (
     JUDGE_PATH,
     DigitJudge,
-    augmented_frames,
     held_out_accuracy,
     measure_classes,
     read_digits,
@@ -155,15 +154,6 @@ def test_class_mass_is_that_of_the_digits_that_it_learned_from(judge):
     again = DigitJudge(judge.config)
     measure_classes(again, generator)
     torch.testing.assert_close(judge.class_sharpness, again.class_sharpness, rtol=1e-3, atol=0)
-
-
-def test_augmented_frames_show_their_labels(judge):
-    generator = MovingMNISTGenerator(CONFIG, "train")
-    frames, labels = augmented_frames(generator, 256, torch.Generator().manual_seed(3))
-    assert frames.shape == (256, 1, 32, 32) and frames.min() >= -1 and frames.max() <= 1
-    assert (judge(frames).argmax(dim=-1) == labels).float().mean() > 0.85
-    again, _ = augmented_frames(generator, 256, torch.Generator().manual_seed(3))
-    torch.testing.assert_close(again, frames, atol=0, rtol=0)
 
 
 def test_training_makes_a_judge_that_can_be_kept(tmp_path):

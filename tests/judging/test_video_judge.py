@@ -64,13 +64,6 @@ def test_every_frame_and_their_order_count(video_judge, readings):
         assert ((other - together).norm(dim=1) > 0.02 * together.norm(dim=1)).float().mean() > 0.9
 
 
-def test_readings_are_taken_by_video_and_frame(readings):
-    part = readings.take(torch.tensor([4, 2]), slice(3, 5))
-    assert part.probabilities.shape == (2, 2, 10)
-    for name in ("mass", "centres", "shapes"):
-        torch.testing.assert_close(vars(part)[name], vars(readings)[name][[4, 2]][:, 3:5])
-
-
 def test_training_learns_and_round_trips(judge, tmp_path):
     trained = train_video_judge(judge, CONFIG, num_steps=60, num_videos=128, seed=0, num_frames=9)
     readings, right = read_real_videos(judge, MovingMNISTGenerator(CONFIG, "train"), 0, 128, 9)

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from dynamic_video_sf import draw_noise, make_noise_streams
-from machine.paths import REPOSITORY
+from machine.paths import REPOSITORY as ROOT
 from machine.seeds import Purpose, seed_global_generators, stream, torch_generator, video_seeds
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from training import resume
 
 ALIKE_BELOW_32_BITS = (0, 2**32, 2**40, 2**63)
-ROOT = REPOSITORY
 
 
 def all_differ(drawn: list[torch.Tensor]) -> bool:

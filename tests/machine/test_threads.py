@@ -4,10 +4,9 @@ import ast
 
 import pytest
 
-from machine.paths import REPOSITORY
+from machine.paths import REPOSITORY as ROOT
 from machine.threads import wait_asleep
 
-ROOT = REPOSITORY
 SCRIPTS = [path for pattern in ("*.py", "training/*.py") for path in sorted(ROOT.glob(pattern))
            if "__main__" in path.read_text(encoding="utf-8") and path.stem != "demo"]  # which loads no torch
 DOORS = [ROOT / wing / "__init__.py" for wing in ("experiments", "judging")]  # of `python -m WING.NAME`, which imports its door first

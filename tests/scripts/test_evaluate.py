@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from clips.own_videos import VideosConfig
 from evaluate import FIGURES, EvaluateConfig, evaluate, examine_clips, make_rows, run_command_line, write_results
 from judging.prompts import new_indices, who_saw_the_judges_digits
-from machine.paths import REPOSITORY
+from machine.paths import CONFIGS
 from machine.runtime import Runtime
 from machine.seeds import Purpose
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
@@ -128,7 +128,7 @@ def test_a_network_that_saw_the_judges_digits_is_named(teacher: Path):
 
 
 def test_the_yaml_composes_to_the_defaults():
-    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         assert OmegaConf.to_object(compose("evaluate")) == EvaluateConfig()
 
 

@@ -5,17 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from helpers.compose import composed
 
 from dynamic_video_sf import SelfForcingEngine
 from judging.metrics import facts_of_prompts, load_judge, score_videos, summarise
-from machine.paths import CONFIGS, PRETRAINED
+from machine.paths import PRETRAINED
 from machine.runtime import Runtime
 from moving_mnist import MovingMNISTGenerator
 from network.text_encoder import NULL_PROMPT
 from sampling.samplers import SamplerSettings, generate
 from training.checkpoint import load_networks
-from training.config import PretrainConfig, SelfForcingConfig, build_config, register_schemas
+from training.config import PretrainConfig, SelfForcingConfig
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
@@ -52,9 +52,7 @@ def test_the_students_start_needs_guidance_in_the_same_steps():
 @torch.no_grad()
 def test_guidance_of_the_default_run_leaves_the_ink_of_real_videos_as_it_is():
     """At every noise level of the scores; a generator that draws as real digits is pushed neither bolder nor fainter."""
-    register_schemas()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = build_config(compose("train", []))
+    config = composed()
     teacher = load_networks(PRETRAINED / "teacher_long.pt", RUNTIME.device)
     data = MovingMNISTGenerator(config.dataset, "test")
     video, captions = data.sample(987_654_321, range(32), 9).video, data.captions(987_654_321, range(32))

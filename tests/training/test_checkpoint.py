@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.networks import randomise
+from helpers.stages import run_config
 
 from moving_mnist import DatasetConfig
-from network.text_encoder import TextEncoder, TextEncoderConfig
-from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+from network.text_encoder import TextEncoder
+from tiny_causal_wan import TinyCausalWanModel
 from training import checkpoint as checkpoint_module
 from training.checkpoint import (
     REQUIRED_KEYS,
@@ -26,12 +27,9 @@ from training.checkpoint import (
     slim_checkpoint,
     splits_learned,
 )
-from training.config import Config, PretrainConfig, config_from_dict, config_to_dict
+from training.config import PretrainConfig, config_from_dict, config_to_dict
 
-CONFIG = Config(
-    model=ModelConfig(frame_size=16, width=24, num_layers=2, num_heads=2, ffn_ratio=2, patch_size=[1, 8, 8], text_width=32),
-    text=TextEncoderConfig(width=32, max_tokens=12), dataset=DatasetConfig(frame_size=16, digit_size=8), training=PretrainConfig(),
-)
+CONFIG = run_config(PretrainConfig())
 
 
 @pytest.fixture(scope="module")

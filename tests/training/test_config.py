@@ -6,11 +6,11 @@ from math import inf, nan
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from helpers.compose import composed
 from hydra.errors import HydraException
 
 from clips.own_videos import VideosConfig
-from machine.paths import REPOSITORY
+from machine.paths import CONFIGS
 from method.settings import CausalConsistencyConfig, CausalODEConfig, check_num_frames
 from moving_mnist import DatasetConfig
 from network.text_encoder import TextEncoderConfig
@@ -20,16 +20,13 @@ from training.config import (
     PretrainConfig,
     SelfForcingConfig,
     WandbConfig,
-    build_config,
     check_parts_fit,
     config_from_dict,
     config_to_dict,
     explain_refusal,
-    register_schemas,
 )
 from training.data import with_vocabulary
 
-CONFIGS = REPOSITORY / "configs"
 CHOICES = [
     (path.parent.name, path.stem) for path in sorted(CONFIGS.glob("*/*.yaml"))
     if path.parent.name in ("model", "dataset", "training", "experiment")
@@ -38,12 +35,6 @@ PARTNERS = {  # a choice that only fits together with another one
     ("dataset", "videos"): ["dataset.root=DIR"],
     ("model", "tiny_64"): ["dataset=moving_mnist_64"], ("dataset", "moving_mnist_64"): ["model=tiny_64"],
 }
-register_schemas()
-
-
-def composed(*overrides: str) -> Config:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return build_config(compose("train", list(overrides)))
 
 
 def refusal(*overrides: str) -> str:

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
 from generate import main
-from machine.paths import REPOSITORY
+from machine.paths import CONFIGS
 from method.settings import TRAINING_KINDS
 from training.checkpoint import CheckpointError, checkpoint_config
 from training.config import Config, build_config, check_choices, config_to_dict, explain_command_line, flatten, register_schemas
 
-CONFIGS = REPOSITORY / "configs"
 CHOICES = {"pretrain": "pretrain", "dmd2": "self_forcing", "causal_ode": "causal_ode", "causal_consistency": "causal_consistency"}
 KEYS = {kind: tuple(flatten(config_to_dict(Config(training=TRAINING_KINDS[kind]())))) for kind in CHOICES}
 register_schemas()

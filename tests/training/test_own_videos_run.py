@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import runs
 
 import generate
 from clips.own_videos import VideosConfig
@@ -15,25 +16,18 @@ from judging.clip_panel import CLIP_FIGURES, make_clip_panel
 from method.settings import PretrainConfig, SelfForcingConfig
 from moving_mnist import DatasetConfig
 from network.text_encoder import VOCABULARY, TextEncoderConfig
-from tiny_causal_wan import ModelConfig
 from train import SimplifiedTrainer
 from training.checkpoint import CheckpointError, load_checkpoint, load_networks
-from training.config import Config, WandbConfig, config_from_dict
-from training.run_log import read_scalars
+from training.config import Config, config_from_dict
 
 WORDS = ["a", "blue", "circle", "down", "green", "left", "moving", "red", "right", "square", "triangle", "up", "yellow"]
-SHARED = {
-    "num_steps": 2, "batch_size": 2, "min_num_frames": 6, "max_num_frames": 6, "sample_interval": 0, "checkpoint_interval": 1,
-    "teacher_steps": 2,
-}
+SHARED = {**runs.SHARED, "num_steps": 2, "max_num_frames": 6, "checkpoint_interval": 1}
 
 
 def tiny_config(log_dir: Path, folder: Path, training: PretrainConfig | SelfForcingConfig) -> Config:
-    return Config(
-        device="cpu", precision="float32", log_dir=str(log_dir), run_name="run", training=training, wandb=WandbConfig(mode="disabled"),
-        model=ModelConfig(frame_size=16, channels=3, width=24, num_layers=1, num_heads=2, ffn_ratio=2, patch_size=[1, 8, 8], text_width=32),
-        text=TextEncoderConfig(width=32), dataset=VideosConfig(root=str(folder), frame_size=16, test_fraction=0.3),
-    )
+    config = runs.tiny_config(log_dir, training)
+    dataset = VideosConfig(root=str(folder), frame_size=16, test_fraction=0.3)
+    return replace(config, model=replace(config.model, channels=3), text=TextEncoderConfig(width=32), dataset=dataset)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +65,6 @@ def test_the_checkpoint_holds_the_vocabulary(teacher, student):
     stored = load_checkpoint(teacher)["config"]
     assert config_from_dict({**stored, "text": {"width": 64}, "dataset": {}}).text.vocabulary is None  # as before there were own videos
     assert len(load_networks(teacher, torch.device("cpu")).text_encoder.token_embedding.weight) == len(WORDS) + 2 < len(VOCABULARY)
-
-
-def test_figures_of_digits_are_left_out_by_name(student, capsys, student_config, tmp_path):
-    columns = read_scalars(student.parent / "scalars.csv")
-    assert "loss_critic" in columns and "frames_right" not in columns and (student.parent / "health.png").is_file()
-    SimplifiedTrainer(replace(student_config, log_dir=str(tmp_path)))
-    said = capsys.readouterr().out
-    assert "no figures of digits (frames right, one class throughout, track within 1 px, direction obeyed, stroke mass): " in said
 
 
 def test_prompts_become_videos_and_streams_and_clips_go_on(student, folder, tmp_path, capsys):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import compose
 from helpers.networks import save_untrained
 from helpers.stages import CPU, assert_same, snapshot
-from hydra import compose, initialize_config_dir
 
-from machine.paths import REPOSITORY
+from machine.paths import CONFIGS
 from method.plans import BidirectionalPlan, few_step_plan, many_step_plan, warp_steps
 from method.settings import PretrainConfig
 from network.attention import ContextWindow
@@ -19,11 +19,10 @@ from tiny_causal_wan import TinyCausalWanModel
 from train import STAGES, SimplifiedTrainer
 from training import few_step
 from training.checkpoint import CheckpointError, load_checkpoint, load_networks, save_checkpoint
-from training.config import Config, build_config, config_to_dict, register_schemas
+from training.config import Config, config_to_dict
 from training.few_step import FewStepStage, consistency_loss, ode_regression_loss
 from training.stages import SelfForcingStage, Stage
 
-CONFIGS = REPOSITORY / "configs"
 TINY = [
     "device=cpu", "precision=float32", "wandb.mode=disabled", "model.frame_size=16", "model.width=24", "model.num_layers=2",
     "model.num_heads=2", "model.ffn_ratio=2", "model.text_width=32", "text.width=32", "dataset.frame_size=16", "dataset.digit_size=8",
@@ -46,13 +45,9 @@ PARADIGMS = {
              "training.rollout_frames=15", *SELF_FORCING],
     "continuation": ["training=continuation", "training.generator_checkpoint=null", *SELF_FORCING],
 }
-register_schemas()
-
 
 def composed(name: str, teacher: Path, *overrides: str) -> Config:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        chosen = [*PARADIGMS[name], *TINY, f"training.pretrained_checkpoint={teacher}", *overrides]
-        return build_config(compose("train", chosen))
+    return compose.composed(*PARADIGMS[name], *TINY, f"training.pretrained_checkpoint={teacher}", *overrides)
 
 
 def build(name: str, teacher: Path, seed: int = 0, *overrides: str) -> Stage:
@@ -64,10 +59,7 @@ def build(name: str, teacher: Path, seed: int = 0, *overrides: str) -> Stage:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     """A checkpoint of pretraining with random weights everywhere."""
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = build_config(compose("train", ["training=pretrain", *TINY]))
-    return save_untrained(path, config)
+    return save_untrained(tmp_path_factory.mktemp("teacher") / "teacher.pt", compose.composed("training=pretrain", *TINY))
 
 
 def save(stage: Stage, config: Config, path: Path) -> Path:

@@ -1,14 +1,13 @@
 """What a run leaves behind: a folder of its own, every figure in a CSV, curves, and wandb that never stops it."""
 
-import csv
 import sys
 import warnings
 
 import imageio.v3 as imageio
 import pytest
 import wandb
+from helpers.runs import rows_of
 
-from training import run_log
 from training.config import WandbConfig
 from training.run_log import RunLog, draw_curves, make_run_folder, point_to_latest
 
@@ -32,24 +31,7 @@ def write_steps(log: RunLog, steps: range) -> None:
         log.scalars(step, 0.5 * step, {"loss": 1 / (step + 1)} if step % 2 else {"loss": 2.0, "loss_other": -1e-12})
 
 
-def rows_of(folder) -> list[dict[str, str]]:
-    with open(folder / "scalars.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 # -------------------------------------------------------------------------------------------------------------- folders
-
-
-def test_a_name_that_is_taken_gets_a_number(tmp_path, monkeypatch):
-    class Clock(run_log.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls(2025, 1, 2, 3, 4, 5)
-
-    monkeypatch.setattr(run_log, "datetime", Clock)
-    for name, first in (("mine", "mine"), (None, "2025-01-02_03-04-05")):
-        folders = [make_run_folder(tmp_path / "logs", name) for _ in range(3)]
-        assert [folder.name for folder in folders] == [first, f"{first}-2", f"{first}-3"] and all(folder.is_dir() for folder in folders)
 
 
 def test_the_link_leads_to_the_latest_and_moves_with_the_folder(tmp_path):

@@ -20,13 +20,12 @@ from torch.testing import assert_close
 
 import train
 from machine.interruption import RunInterrupted
-from machine.paths import REPOSITORY
+from machine.paths import REPOSITORY as ROOT
 from train import SimplifiedTrainer
 from training.checkpoint import load_checkpoint
 from training.config import Config
 from training.distributed import ONE_PROCESS, Processes
 
-ROOT = REPOSITORY
 PICTURES = ("draw_run", "draw_curves", "comparison_sheet", "comparison_gif")  # they take longer than the steps
 KINDS = ("pretrain", "self_forcing")
 BY_COUNT = {"random_states_by_process"}  # which one process has no use for
