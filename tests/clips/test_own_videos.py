@@ -75,14 +75,6 @@ def test_every_kind_of_file_is_read_exactly(tmp_path):
         assert each.caption == ""
 
 
-def test_a_film_is_read(tmp_path):
-    for number in range(2):
-        save_video(tmp_path / f"{number}.mp4", clip(height=32, width=32), scale=1)
-    first, _ = read_clips(str(tmp_path), 32, 3)
-    expected = clip(height=32, width=32).mean(dim=(2, 3))
-    torch.testing.assert_close(first.frames.float().mean(dim=(2, 3)) / 255, expected, atol=0.03, rtol=0)  # H.264 loses detail
-
-
 def test_the_canonical_array_holds_many_grey_clips(tmp_path):
     videos = np.random.default_rng(0).integers(0, 256, (20, 5, 64, 64), dtype=np.uint8)
     np.save(tmp_path / "mnist_test_seq.npy", videos)

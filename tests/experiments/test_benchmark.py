@@ -111,22 +111,6 @@ def test_contestants_take_turns_and_the_warm_up_does_not_count():
 # --- phases -----------------------------------------------------------------------------------------------------------
 
 
-def test_phases_add_up_do_not_overlap_and_leave_no_trace():
-    class Worker:
-        def outer(self) -> int:
-            return self.inner() + 1
-
-        def inner(self) -> int:
-            return 1
-
-    worker, phases = Worker(), ticking()
-    with phases.watch((worker, "outer", "o"), (worker, "inner", "i")):
-        assert (worker.outer(), worker.inner(), worker.inner()) == (2, 1, 1)
-    assert phases.calls == [("o", 1, 2), ("i", 3, 4), ("i", 5, 6)] and (phases.begin, phases.end) == (0, 7)
-    assert phases.totals() == {"o": 1, "i": 2, REST: 4}
-    assert vars(worker) == {}, "the worker is as it was"
-
-
 def test_a_phase_that_fails_is_closed_and_a_missing_name_is_refused():
     worker, phases = nn.Linear(2, 2), ticking()
     with pytest.raises(RuntimeError), phases.watch((worker, "forward", "f")):

@@ -20,14 +20,13 @@ from experiments.comparison_jobs import Training, quote
 from experiments.comparison_report import COLUMNS, as_markdown
 from experiments.comparison_settings import ComparisonConfig
 from experiments.compute import CPU, _count_step, flops_per_step
-from machine.paths import REPOSITORY
+from machine.paths import CONFIGS
 from tiny_causal_wan import ModelConfig
 from train import run_command_line
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import Config, PretrainConfig, register_schemas
 from training.stages import PretrainStage, SelfForcingStage
 
-CONFIGS = REPOSITORY / "configs"
 TINY = ["model.width=24", "model.num_layers=1", "model.num_heads=2", "training.batch_size=2"]
 COSTS = {"tf": 3.0, "df": 1.0, "sf_dmd": 2.0, "sf_gan": 4.0}  # FLOPs a step, pretended
 FAKE_TRAIN = """

@@ -171,29 +171,6 @@ def test_rows_that_other_calls_add_meanwhile_stay(drift: list[str], results: Pat
     assert "row 'third (2)'" in capsys.readouterr().out
 
 
-def test_a_write_that_breaks_off_leaves_the_old_rows_and_a_plot_that_breaks_off_the_new_ones(drift: list[str], results: Path, monkeypatch):
-    monkeypatch.setattr(long_video, "measure_drift", lambda *_: dict(ROW))
-    before = contents(results)
-
-    def half(path: Path, text: str, **_) -> None:
-        path.write_bytes(text.encode()[: len(text) // 2])
-        raise OSError("the disk is full")
-
-    def half_drawn(path: Path, _: dict) -> None:
-        half(path, "picture")
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"^error: cannot write .* \(the disk is full\)"):
-        patch.setattr(Path, "write_text", half)
-        main([*drift, "--name", "third"])
-    assert contents(results) == before
-    (results / "drift.png").write_bytes(b"an earlier plot")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"^error: cannot write .* \(the disk is full\)"):
-        patch.setattr(long_video, "draw_drift", half_drawn)
-        main([*drift, "--name", "third"])
-    assert set(json.loads((results / "drift.json").read_text())) == {"network", "other", "third"}
-    assert contents(results).keys() == {"drift.json", "drift.png"} and (results / "drift.png").read_bytes() == b"an earlier plot"
-
-
 def test_frames_before_a_switch_are_whole_blocks(tmp_path: Path, monkeypatch):
     network = untrained(tmp_path, SelfForcingConfig())
     monkeypatch.setattr(long_video, "measure_switch", never)

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clips.video_files import load_array
 from sampling import video_io
 
 LABELS = ["a zero moving up", "a handwritten nine drifting quickly down and to the left, then back again"]
@@ -70,15 +69,6 @@ def test_to_uint8_rounds_clamps_and_enlarges_by_whole_pixels():
 def test_any_float_type_and_gradients_are_accepted(dtype):
     video = torch.ones(2, 3, 4, 4, dtype=dtype, requires_grad=True)
     assert (video_io.to_uint8(video) == 255).all()
-
-
-def test_array_round_trip_is_exact(tmp_path):
-    video = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    for prompt in ("a zero moving up", ""):
-        path = tmp_path / "clip.npz"
-        video_io.save_array(path, video, prompt)
-        loaded, loaded_prompt = load_array(path)
-        assert loaded.dtype == torch.float32 and torch.equal(loaded, video) and loaded_prompt == prompt
 
 
 def test_grey_gif_reads_back_exactly(tmp_path):
