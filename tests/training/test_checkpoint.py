@@ -135,9 +135,8 @@ def test_weights_of_another_size_or_network_are_named(whole):
         load_state(model, {name: tensor for name, tensor in state.items() if name != key}, "file")
     with pytest.raises(CheckpointError, match="unexpected .*stranger"):
         load_state(model, {**state, "stranger": value}, "file")
-    for nonsense in ([1, 2], {**state, key: "text"}, 3):
-        with pytest.raises(CheckpointError, match="file is not a dict of this network's tensors"):
-            load_state(model, nonsense, "file")
+    with pytest.raises(CheckpointError, match="file is not a dict of this network's tensors"):
+        load_state(model, {**state, key: "text"}, "file")
 
 
 @pytest.mark.parametrize("config", [

@@ -45,9 +45,6 @@ def refusal(*overrides: str) -> str:
     return message
 
 
-# ---------------------------------------------------------------------------------------------------------- composing
-
-
 def test_momentum_goes_with_muon_and_in_a_stored_configuration_with_any_optimizer():
     config = composed("training.optimizer=muon", "training.muon_momentum=0.9", "training.critic_muon_momentum=0")
     assert (config.training.muon_momentum, config.training.critic_muon_momentum) == (0.9, 0.0)
@@ -184,9 +181,6 @@ def test_frame_counts_name_their_neighbours(num_frames, nearest, nearest_after_o
     else:
         with pytest.raises(ValueError, match=f"frames is {num_frames}: .*nearest valid: {nearest_after_one}$"):
             check_num_frames("frames", num_frames, 3, independent_first_frame=True)
-
-
-# -------------------------------------------------------------------------------------------------------- round trips
 
 
 def unlike_defaults(training: PretrainConfig | SelfForcingConfig) -> Config:

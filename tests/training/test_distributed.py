@@ -7,20 +7,18 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from helpers.processes import free_port, join_one_of_two
-from helpers.stages import LENGTHS, run_config, self_forcing_config
+from helpers.stages import CPU, LENGTHS, run_config, self_forcing_config
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 import train
-from machine.runtime import Runtime
 from train import SimplifiedTrainer
 from training.config import PretrainConfig
 from training.distributed import ONE_PROCESS, Processes, mean_figures, processes_of_environment
 from training.sharding import whole
 from training.stages import PretrainStage, SelfForcingStage
 
-CPU = Runtime(torch.device("cpu"), torch.float32)
 KINDS = {
     "mixed": {"objective": "mixed"},
     "teacher_forcing": {"objective": "teacher_forcing", "clean_prefix_probability": 0.0},

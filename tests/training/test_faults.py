@@ -37,8 +37,6 @@ def one_line(caught: pytest.ExceptionInfo) -> str:
     return message
 
 
-# --- kill -9 ----------------------------------------------------------------------------------------------------------
-
 KILLED_SAVER = """
 import os, random, signal, sys, time
 sys.path.insert(0, ROOT)
@@ -94,9 +92,6 @@ def test_fifty_kills_at_random_moments_of_saving_lose_nothing(tmp_path):
     num_hit = int(ended.stdout.rpartition(":")[2])
     print(ended.stdout)
     assert num_hit >= 20, f"only {num_hit} of 50 kills met a save: nothing was tested"
-
-
-# --- disk full --------------------------------------------------------------------------------------------------------
 
 
 class FullDisk:
@@ -167,9 +162,6 @@ def test_a_run_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_room(t
     assert find_start(config).checkpoint["step"] == 2
 
 
-# --- broken and hostile checkpoints ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("is_mapped", [False, True])
 def test_a_checkpoint_cut_at_any_byte_is_refused(tmp_path, is_mapped):
     path = tmp_path / "checkpoint.pt"
@@ -210,9 +202,6 @@ def test_a_checkpoint_with_changed_bytes_loads_or_is_refused_and_runs_nothing(tm
     assert 0 < num_refused < 300 and [item.name for item in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-# --- numbers that are none ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("where", ["loss", "critic", "generator"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_none_stops_the_run_with_a_sound_checkpoint(tmp_path, where, value, monkeypatch):
@@ -251,9 +240,6 @@ def test_a_loss_that_is_none_stops_the_run_with_a_sound_checkpoint(tmp_path, whe
         assert state not in whole or all(tensor.isfinite().all() for tensor in whole[state].values())
     config.training.resume = "auto"
     assert find_start(config).path == kept
-
-
-# --- many at once -----------------------------------------------------------------------------------------------------
 
 
 def test_many_runs_started_at_once_have_a_folder_each(tmp_path):

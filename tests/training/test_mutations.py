@@ -106,8 +106,6 @@ def test_any_value_in_a_stored_configuration_is_read_or_refused_in_one_line(data
         assert isinstance(config, Config)
 
 
-# --- prompts ------------------------------------------------------------------------------------------------------------
-
 NASTY = (
     "", " ", "a 7 moving up " * 2500, "\x00\x01\x1b[31m\x7f\x85", "a\x00 7\r\n\t\u2028\u202e", "\u0663 \u2167 \u4e03 \U0001f600\u200d",
     "e\u0301" * 200, "../../etc/passwd", "C:\\con\\nul", "'\"`$(rm)`{}[]", "\ufeff\ufffe\uffff",

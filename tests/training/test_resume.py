@@ -19,7 +19,7 @@ from helpers.stages import assert_same
 
 import train
 from experiments.comparison_jobs import stop as stop_processes
-from machine.interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
+from machine.interruption import EXIT_INTERRUPTED, RunInterrupted
 from machine.paths import REPOSITORY as ROOT
 from train import SimplifiedTrainer
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -61,9 +61,6 @@ def cut_short(config: Config, after: int) -> Path:
     with pytest.raises(RunInterrupted) as caught:
         stopping_after(SimplifiedTrainer(config), after - 1, []).train()
     return Path(str(caught.value).partition("saved ")[2])
-
-
-# --- the same bits ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, number", [("pretrain", signal.SIGTERM), ("self_forcing", signal.SIGINT), ("long", signal.SIGTERM)])
@@ -226,9 +223,6 @@ def test_a_run_that_is_still_at_work_is_not_gone_on_with(tmp_path):
     assert not part.exists()
 
 
-# --- wandb ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mode, at_first", [("offline", None), ("online", "allow")])
 def test_resuming_goes_on_with_the_same_wandb_run(tmp_path, monkeypatch, mode, at_first):
     asked = []
@@ -297,21 +291,6 @@ def test_a_second_ctrl_c_leaves_at_once_and_repeated_sigterms_do_not(numbers, co
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert ended.returncode == code and ("still here" in ended.stdout) == (code == 0), ended.stderr
     assert "Traceback" not in ended.stderr
-
-
-def test_outside_the_main_thread_nothing_is_touched():
-    import threading
-
-    before, seen = signal.getsignal(signal.SIGTERM), []
-
-    def use() -> None:
-        with StopRequest() as stop:
-            seen.append(stop.reason)
-
-    thread = threading.Thread(target=use)
-    thread.start()
-    thread.join()
-    assert seen == [None] and signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.slow

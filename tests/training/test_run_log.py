@@ -31,9 +31,6 @@ def write_steps(log: RunLog, steps: range) -> None:
         log.scalars(step, 0.5 * step, {"loss": 1 / (step + 1)} if step % 2 else {"loss": 2.0, "loss_other": -1e-12})
 
 
-# -------------------------------------------------------------------------------------------------------------- folders
-
-
 def test_the_link_leads_to_the_latest_and_moves_with_the_folder(tmp_path):
     root, link = tmp_path / "logs", tmp_path / "logs" / "checkpoint_final.pt"
     for name in ("one", "two"):
@@ -44,9 +41,6 @@ def test_the_link_leads_to_the_latest_and_moves_with_the_folder(tmp_path):
     assert sorted(path.name for path in root.iterdir()) == ["checkpoint_final.pt", "one", "two"]
     root.rename(tmp_path / "moved")
     assert (tmp_path / "moved" / "checkpoint_final.pt").read_text() == "two"
-
-
-# -------------------------------------------------------------------------------------------------------------- figures
 
 
 def test_the_csv_has_every_step_at_once_and_curves_are_drawn(tmp_path):
@@ -72,9 +66,6 @@ def test_nothing_to_draw_and_spikes_and_values_that_are_not_finite_are_no_error(
     (tmp_path / "scalars.csv").write_text(content)
     draw_curves(tmp_path / "scalars.csv", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists() == is_drawn
-
-
-# ---------------------------------------------------------------------------------------------------------------- wandb
 
 
 @pytest.mark.parametrize("is_installed", [True, False])

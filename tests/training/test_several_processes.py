@@ -151,9 +151,6 @@ def test_sharding_is_refused_in_one_process(tmp_path):
         SimplifiedTrainer(pretraining(tmp_path, sharding="fsdp2"))
 
 
-# --- kill -9 ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("killed, sharding", [(0, "none"), (1, "none"), (1, "fsdp2")])
 def test_a_process_killed_in_mid_step_ends_the_other_in_one_line_and_auto_goes_on(killed, sharding, tmp_path):
