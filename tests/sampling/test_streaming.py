@@ -7,12 +7,12 @@ import pytest
 import torch
 from helpers.generation import COMMON, refusal
 from helpers.networks import build_engine, build_small_model, random_prompt, random_video
+from helpers.stages import CPU
 from torch import Tensor
 
 from clips.video_files import load_array
 from dynamic_video_sf import draw_noise, make_noise_streams, split_first_frames
 from generate import main
-from machine.runtime import Runtime
 from method.plans import few_step_plan, many_step_plan
 from network.attention import ContextWindow
 from network.text_encoder import NULL_PROMPT
@@ -22,7 +22,6 @@ from sampling.video_io import save_array, save_video
 from training.checkpoint import LoadedNetworks
 from training.config import SelfForcingConfig
 
-CPU = Runtime(torch.device("cpu"), torch.float32)
 PLAN = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500]), ContextWindow(9, 3))
 OLD, NEW = "a 7 drifting up", "the digit 3 moving left quickly"
 
