@@ -228,9 +228,6 @@ def test_impossible_settings_are_refused_by_name(changes):
         VideosConfig(**{"root": "DIR", **changes})
 
 
-# ------------------------------------------------------------------------------------------------------ the set of shapes
-
-
 def test_the_set_of_shapes_shows_what_its_captions_say(tmp_path):
     shapes.main(["--output_dir", str(tmp_path / "shapes"), "--num_clips", "40", "--num_frames", "6"])
     clips = read_clips(str(tmp_path / "shapes"), 32, 3)

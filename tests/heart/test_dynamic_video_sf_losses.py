@@ -45,9 +45,6 @@ def test_the_networks_share_no_storage():
     assert len(set(pointers)) == len(pointers) == 4 * len(list(engine.generator.parameters()))
 
 
-# Distribution matching
-
-
 def random_batch(num_tensors: int) -> list[Tensor]:
     random = torch.Generator().manual_seed(0)
     return [torch.randn(4, 3, 1, 2, 2, generator=random, dtype=torch.float64) for _ in range(num_tensors)]

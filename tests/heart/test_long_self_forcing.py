@@ -43,9 +43,6 @@ def watched(monkeypatch) -> dict[str, list]:
     return seen
 
 
-# Where a window starts
-
-
 def test_windows_start_anywhere_alike_the_first_and_the_last_place_included():
     config, random = SelfForcingConfig(**LONG), torch.Generator().manual_seed(0)
     assert list(window_starts(config, 9)) == [0, 3, 6, 9, 12] and list(window_starts(config, 21)) == [0]
@@ -63,9 +60,6 @@ def test_steps_draw_their_windows_and_say_where_they_start(teacher: Path):
     starts = [stage.train_step(step)["first_frame"] for step in range(24)]
     assert set(starts) == {0, 3, 6, 9, 12} and "first_frame" in stage.columns
     assert "first_frame" not in build_self_forcing(teacher).columns
-
-
-# What is before the window
 
 
 @pytest.mark.parametrize(("first_frame", "sink_frames"), [(0, 0), (3, 0), (12, 0), (12, 3), (30, 0)])
@@ -117,9 +111,6 @@ def test_memory_does_not_grow_with_what_is_before(monkeypatch):
     for first_frame in (-3, 4):
         with pytest.raises(ValueError, match=f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of 3"):
             engine.rollout(prompt, 9, with_gradient=False, first_frame=first_frame)
-
-
-# What is trained
 
 
 def test_as_long_as_the_video_it_is_ordinary_self_forcing_bit_for_bit(teacher: Path):

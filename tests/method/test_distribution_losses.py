@@ -183,9 +183,6 @@ def test_frozen_restores_what_it_switched_even_after_an_error():
     assert module.weight.requires_grad and not module.bias.requires_grad
 
 
-# Generator inputs of real videos
-
-
 @pytest.mark.parametrize("inputs", ["diffusion_forced", "teacher_forced"])
 def test_real_videos_are_noised_per_block_to_few_step_times_and_denoised_in_one_pass(inputs, monkeypatch):
     engine, x_real = build_engine(generator_inputs=inputs, gradient_frames=6), real_videos(9).repeat(8, 1, 1, 1, 1)

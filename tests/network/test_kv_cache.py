@@ -173,9 +173,6 @@ def test_the_last_block_of_training_does_not_see_the_first(hides, monkeypatch):
     assert_same_x_0(masked[:, 6:], alone[:, 3:], t[:, 6:])
 
 
-# Positions, memory
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("window", "sink"), [(9, 0), (9, 3), (7, 1)])
 def test_frame_one_million_equals_frame_one_hundred(small_model, window, sink):
@@ -213,9 +210,6 @@ def test_memory_is_constant_and_rows_move_rarely(small_model, window, sink):
     assert cache._end - cache._first == window  # rows of one frame
 
 
-# Gradient
-
-
 @pytest.mark.parametrize(("window", "sink"), [(None, 0), (6, 0), (9, 3)])
 def test_gradient_of_a_rollout_whose_window_has_rolled_on(small_model, window, sink):
     """Against exit passes alone, each from a cache made anew: later writes in place change no graph."""
@@ -247,9 +241,6 @@ def test_gradient_of_a_rollout_whose_window_has_rolled_on(small_model, window, s
         torch.testing.assert_close(gradient, wanted, atol=1e-4 * wanted.abs().max().item(), rtol=1e-4)
 
 
-# Bad input
-
-
 @pytest.mark.parametrize(("context", "message"), [
     (ContextWindow(2), r"window_frames is 2: a block counts itself, so expected at least num_frames_per_block=3"),
     (ContextWindow(9, 7), r"sink_frames is 7: expected 0 to 6, window_frames=9 less a block of 3; a sink is part of the window"),
@@ -263,9 +254,6 @@ def test_windows_that_do_not_fit_are_refused(small_model, context, message):
         SelfForcingConfig(window_frames=context.window_frames, sink_frames=context.sink_frames, hide_first_chunk=context.hide_first_block)
     with pytest.raises(ValueError, match="a block of 6 frames: expected at most the cache's window of 3"):
         small_model.forward_cached(x_t, t, random_prompt(small_model, 1), small_model.new_cache(3))
-
-
-# What reading and writing leave alone
 
 
 def test_the_cache_carries_no_gradient(small_model):
