@@ -120,9 +120,6 @@ def test_the_wrong_sign_turns_the_generators_gradient_around(teacher: Path):
         torch.testing.assert_close(wrong, -right, rtol=1e-3, atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------- fixed prompts
-
-
 def small_judge(*_: object) -> DigitJudge:
     """A judge of the tiny videos of these tests, with random weights."""
     torch.manual_seed(0)

@@ -174,9 +174,6 @@ def test_stored_accuracy_is_true(judge):
     assert again == pytest.approx(judge.config.accuracy, abs=0.005)
 
 
-# -------------------------------------------------------------------------------------------------------- what is shown
-
-
 def test_gate_on_stroke_mass_is_relative_to_the_class():
     probabilities = torch.eye(10)[torch.tensor([[1, 1, 1, 1, 0]])]  # (1, 5, 10)
     class_mass = torch.full((10,), 30.0)

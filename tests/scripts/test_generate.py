@@ -28,7 +28,7 @@ import generate as entry
 from clips.video_files import load_array
 from dynamic_video_sf import SelfForcingEngine
 from evaluate import EvaluateConfig
-from generate import BidirectionalPlan, SamplerSettings, generate, main, slug
+from generate import BidirectionalPlan, SamplerSettings, generate, main
 from machine.runtime import Runtime
 from method.plans import NAIVE_STEPS, RolloutPlan, baseline_plans, few_step_plan, many_step_plan, warp_steps
 from network.attention import ContextWindow
@@ -202,9 +202,6 @@ def test_the_teacher_goes_past_its_length_only_block_by_block(teacher: LoadedNet
             sample(teacher, prompts, seeds=seeds)
 
 
-# --- warnings ---------------------------------------------------------------------------------------------------------
-
-
 def test_unknown_words_are_named_in_one_line_for_all_batches(student_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     main(["--checkpoint", str(student_path), "--prompts", "a purple 7", "a 3 above the sea", "a purple 2", "--num_frames", "3",
           "--samples_per_prompt", "2", "--batch_size", "1", "--output_dir", str(tmp_path), *COMMON])
@@ -364,12 +361,6 @@ def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: 
     assert [(row["file"], row["prompt"], row["seed"]) for row in facts["videos"]] == [
         ("000_a-7_seed0.gif", "a 7", 0), ("001_a-7_seed0.gif", "a 7", 0),
     ]
-
-
-@pytest.mark.parametrize("prompt", ["", "../../etc/passwd", "a\\b:c*?\"<>|\n", "数字七", "É" * 500, "-", "CON."])
-def test_a_slug_is_always_a_valid_name(prompt: str):
-    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug(prompt))
-    assert len(slug(prompt)) <= entry.MAX_SLUG_LENGTH
 
 
 def test_the_default_checkpoint_stands_in_the_repository_and_default_prompts_speak_the_grammar(

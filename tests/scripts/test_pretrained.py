@@ -15,7 +15,6 @@ from moving_mnist import MovingMNISTGenerator
 from network.text_encoder import NULL_PROMPT
 from sampling.samplers import SamplerSettings, generate
 from training.checkpoint import load_networks
-from training.config import PretrainConfig, SelfForcingConfig
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
@@ -26,14 +25,6 @@ def score(name: str, settings: SamplerSettings, num_videos: int) -> dict[str, ob
     prompts = MovingMNISTGenerator(dataset, "test").captions(987_654_321, range(num_videos))
     video = generate(networks, prompts, list(range(num_videos)), 21, settings, RUNTIME, batch_size=16)
     return summarise(score_videos(load_judge(), video, *facts_of_prompts(prompts), dataset))
-
-
-@pytest.mark.parametrize(("name", "kind"), [
-    ("teacher.pt", PretrainConfig), ("teacher_long.pt", PretrainConfig), ("student.pt", SelfForcingConfig),
-])
-def test_files_are_small_and_say_what_they_are(name: str, kind: type):
-    assert (PRETRAINED / name).stat().st_size < 9e6
-    assert isinstance(load_networks(PRETRAINED / name, RUNTIME.device).config.training, kind)
 
 
 def test_the_student_makes_what_the_prompts_ask_in_four_steps_and_in_strokes_as_bold_as_real_ones():
