@@ -108,9 +108,6 @@ def test_contestants_take_turns_and_the_warm_up_does_not_count():
     assert calls == ["a", "b"] * 3 and set(seconds) == {"a", "b"} and min(seconds.values()) >= 0
 
 
-# --- phases -----------------------------------------------------------------------------------------------------------
-
-
 def test_a_phase_that_fails_is_closed_and_a_missing_name_is_refused():
     worker, phases = nn.Linear(2, 2), ticking()
     with pytest.raises(RuntimeError), phases.watch((worker, "forward", "f")):
@@ -137,9 +134,6 @@ def test_a_steady_block_is_one_that_sees_a_full_window():
     assert steady_block(ends, RolloutPlan((1.0,), 3, context=ContextWindow(21))) == 4
     assert steady_block(ends, RolloutPlan((1.0,), 3)) == 4
     assert steady_block([5.0], RolloutPlan((1.0,), 3, context=ContextWindow(9))) == 5
-
-
-# --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
 def pass_flops(config: ModelConfig, num_frames: int, past_frames: int, num_text: int) -> tuple[int, int]:
@@ -185,9 +179,6 @@ def test_attention_is_counted_in_both_directions():
     assert counter.get_total_flops() == forward * 3.5  # the scores once more, and a product for each of q, k, v and the weights
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
 def test_watching_a_training_step_changes_no_bit_and_finds_every_phase(training):
     plain, watched = (SelfForcingStage(training, CPU, torch.Generator().manual_seed(3)) for _ in range(2))
     phases: dict[int, Phases] = {}
@@ -211,9 +202,6 @@ def test_training_flops_over_a_cycle_are_those_that_compute_counts(training):
     for kind in kinds:  # a later exit costs more rollout and nothing else
         first, last = (found[kind, exit_step][1] for exit_step in range(num_exits))
         assert last["rollout"] > first["rollout"] and {**last, "rollout": 0} == {**first, "rollout": 0}
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def small_products(monkeypatch) -> None:
@@ -266,9 +254,6 @@ def test_bad_input_is_one_line_before_anything_is_measured(files, wish, message,
     with pytest.raises(SystemExit) as caught:
         main(["--student", str(files["student"]), "--teacher", str(files["teacher"]), "--device", "cpu", *wish])
     assert str(caught.value).startswith("error: ") and message in str(caught.value) and "\n" not in str(caught.value)
-
-
-# ------------------------------------------------------------------------------------------------- beside the public code
 
 
 PUBLIC_MODEL = "from .attention import flash_attention\nfrom diffusers.models.modeling_utils import ModelMixin\n"

@@ -391,9 +391,6 @@ def test_several_seeds_are_a_mean_and_a_range_and_a_partial_one_says_so(ask, fak
     assert cells(as_markdown(table), "DF (1 of 2 seeds)")[0][3] == "0.500 [0.200, 0.600]"
 
 
-# ---------------------------------------------------------------------------------------------------------- refusals
-
-
 @pytest.mark.parametrize(("given", "words"), [
     ({"rows": ["sf_dmd", "sf"]}, "rows is sf: expected any of real, teacher, start, "),
     ({"rows": ["real"]}, "rows is .*another row too"), ({"blocks": [3, 2]}, "blocks is 2: expected blocks that divide num_frames=21"),

@@ -169,10 +169,3 @@ def test_rows_that_other_calls_add_meanwhile_stay(drift: list[str], results: Pat
     rows = json.loads((results / "drift.json").read_text())
     assert [(name, "new" in row) for name, row in rows.items()] == [("late", False), ("third", False), ("third (2)", True)]
     assert "row 'third (2)'" in capsys.readouterr().out
-
-
-def test_frames_before_a_switch_are_whole_blocks(tmp_path: Path, monkeypatch):
-    network = untrained(tmp_path, SelfForcingConfig())
-    monkeypatch.setattr(long_video, "measure_switch", never)
-    with pytest.raises(SystemExit, match="^error: --num_before is 4: expected a positive multiple of num_frames_per_block=3.* 3 or 6"):
-        main(["switch", "--num_before", "4", *network])
