@@ -9,10 +9,12 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
+import torch
 from omegaconf import MISSING
 
 from digits.deformation import MAX_VARIATION
 from method.choices import require
+from method.flow_matching import shift_time, timestep_to_time
 from network.attention import NUM_TRAIN_TIMESTEPS, ContextWindow
 
 OBJECTIVES = ("mixed", "teacher_forcing", "diffusion_forcing")
@@ -248,6 +250,7 @@ class SelfForcingConfig(FewStepConfig):
     optimizer: str = "adamw"
     muon_momentum: float = 0.5  # of the generator
     critic_muon_momentum: float = 0.8
+    muon_embeddings: bool = False  # with muon, the matrices that embed time and prompt are Muon's too: steadier ink, slower identity
     # Weighs update k by k^ema_power in the generator's average, which so covers a fixed share of a run; null: by ema_decay.
     ema_power: float | None = None
     critic_ema_decay: float = 0.9  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
@@ -269,6 +272,8 @@ class SelfForcingConfig(FewStepConfig):
     max_score_time: float = 0.98
     # Shift of the times of scores and critic, toward noise above 1. The default departs from the public code, which shifts by 5.
     score_time_shift: float = 1.0
+    # Score an exit step's prediction at the noise of the next step and above alone (TDM, arXiv 2503.06674; Phased DMD, arXiv 2510.27684).
+    scores_above_next_step: bool = False
     loss_time_floor: float = 0.3
     health_interval: int = 40  # steps between two readings of the generator's videos of fixed prompts (`health`); 0 switches them off
 
@@ -317,6 +322,13 @@ class SelfForcingConfig(FewStepConfig):
             0 < self.min_score_time < self.max_score_time <= 1, "training.min_score_time and max_score_time",
             (self.min_score_time, self.max_score_time), "0 < min < max <= 1",
         )
+
+        if self.scores_above_next_step:
+            unfinished = "false without training.finish_blocks: an exit step's prediction is not noised again"
+            self.check("scores_above_next_step", self.finish_blocks, unfinished)
+            second = float(shift_time(timestep_to_time(torch.tensor([*self.denoising_steps[1:], 0])), self.time_shift).max())
+            above = f"above {second:.3g}, the noise of the second denoising step, with training.scores_above_next_step"
+            self.check("max_score_time", self.max_score_time > second, above)
 
     def _check_rollout_frames(self, rollout_frames: int) -> None:
         key = "training.rollout_frames"

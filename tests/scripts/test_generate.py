@@ -254,6 +254,16 @@ def test_products_in_8_bit_integers_stay_near_and_are_told(student_path: Path, t
     assert 0 < error.mean() < 0.05, error.mean()
 
 
+def test_int8_where_it_is_slower_is_said(student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("sampling.samplers.gain_over_float32", lambda dtype: 0.2)
+    main(["--checkpoint", str(student_path), *COMMON, "--prompts", "a 7", "--int8", "--output_dir", str(tmp_path)])
+    assert "8-bit integers takes 5.0 times as long as one of float32 on this processor: leave --int8 out" in capsys.readouterr().err
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: torch.zeros(len(a), b.shape[1], dtype=torch.int32))
+    assert "--int8 needs exact products of 8-bit integers" in refusal(
+        "--checkpoint", str(student_path), "--int8", "--output_dir", str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.slow
 def test_every_size_is_compiled_however_many_there_are(student: LoadedNetworks, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs are found and kept, and not compiled
