@@ -86,8 +86,7 @@ class PromptSwitch:
 
     "recache": recompute it with the new prompt from the frames that are still visible (LongLive, arXiv 2509.22622, section 3.2).
     "keep": keep it as written under the old prompt. "reset": empty it, so that the next block sees no past.
-    null_prompt: with guidance, as many null prompts.
-    """
+    null_prompt: with guidance, as many null prompts."""
 
     prompt: PromptContext
     how: str = "recache"
@@ -100,8 +99,7 @@ class PromptSwitch:
 class Past:
     """The blocks made so far: the KV cache, and the frames still visible, from which the cache of another prompt can be computed.
 
-    The pass that writes a finished block is deferred and fused with the first pass of the next block; `flush` runs it alone.
-    """
+    The pass that writes a finished block is deferred and fused with the first pass of the next block; `flush` runs it alone."""
 
     def __init__(
         self, model: TinyCausalWanModel, plan: RolloutPlan, streams: list[np.random.Generator], prompt: PromptContext,
@@ -156,8 +154,7 @@ class Past:
     def predict(self, x_t: Tensor, t: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """v and x_0 (B, F_block, C, H, W) of the next block, which sees the past; under the plan's guidance.
 
-        The last pass of a block runs alone, with gradient or without: so training and inference make the same bits.
-        """
+        The last pass of a block runs alone, with gradient or without: so training and inference make the same bits."""
         is_guided = self.plan.guidance != 1.0
         x, times = (torch.cat([x_t, x_t]), torch.cat([t, t])) if is_guided else (x_t, t)
         if is_last or self._deferred is None or self._deferred[2] is not self.prompt:
@@ -208,8 +205,7 @@ def rollout_blocks(
     these the exit step's forward pass carries gradient. finished: a list that collects every block as inference makes it; then blocks
     continue past their exit step and the finished ones enter the cache. Without it a block ends at its exit step, and that prediction
     enters. first_frames: frames (B, F, C, H, W) that only enter the cache, see `split_first_frames`. trace: a list that collects x_t of
-    each block at every time.
-    """
+    each block at every time."""
     device, last_time, block_size = next(model.parameters()).device, len(plan.times) - 1, plan.num_frames_per_block
     size_of_first = 1 if plan.context.independent_first_frame and first_frames is None else block_size
     past = Past(model, plan, streams, prompt, null_prompt)
@@ -312,8 +308,7 @@ class SelfForcingEngine:
     network. critic: what `critic_loss` trains, fake_score or with the GAN loss a discriminator built on it. fake_average: the moving
     average of fake_score, which judges the generator: the error of a critic that has just learned from one batch is larger than the
     difference between generator and teacher. All networks start as copies of `teacher`, the generator of `start` if given. All randomness
-    is drawn from `random`. A training step (`training.stages`) owns the optimizers and calls `update_averages` last.
-    """
+    is drawn from `random`. A training step (`training.stages`) owns the optimizers and calls `update_averages` last."""
 
     def __init__(
         self, config: SelfForcingConfig, teacher: TinyCausalWanModel, random: torch.Generator, start: TinyCausalWanModel | None = None
@@ -375,8 +370,7 @@ class SelfForcingEngine:
         (the idea of Self-Forcing++, arXiv 2510.02283). The blocks before it carry no gradient and take all denoising steps, as at
         inference: an early exit makes blurred frames. Memory does not grow with first_frame if the cache rolls.
         turn: the number of the generator's update. With finished blocks exit steps take turns by it, last step first: drawn at random, the
-        last one, which is shown, can be left out for a dozen updates, in which the others move it where they do not look.
-        """
+        last one, which is shown, can be left out for a dozen updates, in which the others move it where they do not look."""
         config, last_step, block = self.config, len(self.plan.times) - 1, self.config.num_frames_per_block
         check_num_frames("num_frames", num_frames, block, config.independent_first_frame)
         sizes = config.context.block_sizes(num_frames, block)
@@ -421,8 +415,7 @@ class SelfForcingEngine:
 
         The past that a block sees is noised too ("diffusion_forced": CausVid, arXiv 2412.07772, section 4.2) or clean
         ("teacher_forced"): in both cases data, never what the generator made, which is what Self-Forcing changes. A diffusion-forced
-        block may also stay clean, as the published steps include 0, the time of the cache: its x_0 = x_t - 0 v carries no gradient.
-        """
+        block may also stay clean, as the published steps include 0, the time of the cache: its x_0 = x_t - 0 v carries no gradient."""
         config, context, block, num_exits = self.config, self.config.context, self.config.num_frames_per_block, len(self.plan.times)
         is_teacher_forced = config.generator_inputs == "teacher_forced"
         sizes = torch.tensor(context.block_sizes(x_real.shape[1], block))
@@ -452,8 +445,7 @@ class SelfForcingEngine:
         """The loss that pulls x_0 (B, F, C, H, W) toward the teacher's distribution, or with "gan" that of x_real; and its figures.
 
         text, null_text: the prompts, and as many null prompts. frame_exits (B, F): if given, the figures include the mean loss at each
-        exit step. The other figures: `score_figures` and dmd_gradient_norm, or with "gan" logit_distance.
-        """
+        exit step. The other figures: `score_figures` and dmd_gradient_norm, or with "gan" logit_distance."""
         if self.config.loss == "gan":
             with torch.no_grad():  # the prompt is a constant here
                 prompt = self.fake_score.encode_prompt(*text)
@@ -530,8 +522,7 @@ class SelfForcingEngine:
         """The noise from which predictions of these exit steps (B, F) are scored, (B, 1): what the next step adds, 0 after the last one.
 
         Only what that noise leaves of a prediction reaches the video, and only there is it like the finished videos that the critic knows
-        (score matching within subintervals: TDM, arXiv 2503.06674; Phased DMD, arXiv 2510.27684). None if that is not asked for.
-        """
+        (score matching within subintervals: TDM, arXiv 2503.06674; Phased DMD, arXiv 2510.27684). None if that is not asked for."""
         if frame_exits is None or not self.config.scores_above_next_step:
             return None
         next_times = torch.tensor([*self.plan.times[1:], 0.0, 0.0])  # the last one is that of given frames, whose exit step is -1
@@ -543,8 +534,7 @@ class SelfForcingEngine:
 
         The times of a batch are evenly spaced, all moved by one random number (Variational Diffusion Models, arXiv 2107.00630, appendix
         I.1), so that every batch sees all noise levels. The public code shifts them by 5 and clamps them into the interval; the default
-        here has no shift, and never a clamp, which would heap times at the ends.
-        """
+        here has no shift, and never a clamp, which would heap times at the ends."""
         low, high, copies = self.config.min_score_time, self.config.max_score_time, self.config.noise_draws
         num_videos = len(x_0) // copies
         generator, shape = self.random.generator, x_0.shape[1:]

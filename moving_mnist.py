@@ -140,8 +140,7 @@ class MovingMNISTGenerator:
 
     purpose: what the videos are for; the same seed shows other videos to every purpose. That of the split if not given.
     digit_variation, 0 to 0.4: every video deforms its digits by linear maps of its own (`digits.deformation`); captions and tracks are
-    those of the undeformed video. Raises the errors of `load_digits`, and ValueError for a variation out of range.
-    """
+    those of the undeformed video. Raises the errors of `load_digits`, and ValueError for a variation out of range."""
 
     def __init__(self, config: DatasetConfig, split: str = "train", digit_variation: float = 0.0, purpose: Purpose | None = None):
         require(0 <= digit_variation <= MAX_VARIATION, "digit_variation", digit_variation, f"0 (none) to {MAX_VARIATION}")

@@ -72,8 +72,7 @@ class SimplifiedTrainer:
     """The loop of a run: counts steps, logs, samples and saves; the stage defines one training step.
 
     Raises TrainingDiverged, CheckpointError, ValueError and OSError, each with one line that says what to do; RunInterrupted after
-    SIGTERM or Ctrl-C, with everything saved; RunFinished where training.resume=auto finds nothing left to do.
-    """
+    SIGTERM or Ctrl-C, with everything saved; RunFinished where training.resume=auto finds nothing left to do."""
 
     def __init__(self, config: Config, processes: Processes = ONE_PROCESS):
         self.config = config = with_vocabulary(config)

@@ -132,8 +132,7 @@ def euler_sampler(velocity_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, ti
 def fresh_share(t: Tensor, t_next: Tensor, eta: float) -> Tensor:
     """Standard deviation of the fresh noise over that of all noise in a step from t to t_next, 0 <= t_next <= t <= 1, t_next < 1.
 
-    eta sqrt(1 - (a_t s_next / (a_next s_t))^2) with a = 1 - t, s = t: DDIM's eta (arXiv 2010.02502, Eq. 16); 0 is the ODE, 1 ancestral.
-    """
+    eta sqrt(1 - (a_t s_next / (a_next s_t))^2) with a = 1 - t, s = t: DDIM's eta (arXiv 2010.02502, Eq. 16); 0 is the ODE, 1 ancestral."""
     return eta * (1 - ((1 - t) * t_next / ((1 - t_next) * t)).square()).sqrt()
 
 

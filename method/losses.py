@@ -23,8 +23,7 @@ def x_0_prediction_loss(
     """Mean of |x_0_hat - x_0|^2 / max(t, time_floor)^2, with x_0_hat = x_t - t v; a scalar.
 
     For t >= time_floor this is flow matching's |v_hat - v|^2 (arXiv 2210.02747, Eq. 14); below it the weight stops growing. frame_weight
-    (B, F) selects the frames that count. num_counted: what their sum is divided by; their number if not given.
-    """
+    (B, F) selects the frames that count. num_counted: what their sum is divided by; their number if not given."""
     error = (x_0_from_velocity(x_t, v, t) - x_0) / expand_time(t, x_t).clamp(min=time_floor)
     per_frame = error.square().mean(dim=(2, 3, 4))  # (B, F)
     if frame_weight is None:
@@ -55,8 +54,7 @@ def sid_loss(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor, alpha: float) -> T
 
     Score identity distillation in its data-prediction form (SiD, arXiv 2404.04057, section 4: (1 - alpha) |f_real - f_fake|^2 +
     (f_real - f_fake)(f_fake - x_g), the same after expanding). Unlike DMD it is differentiated through both estimates,
-    which are functions of x_0. The divisor is a constant.
-    """
+    which are functions of x_0. The divisor is a constant."""
     difference = x_0_real - x_0_fake
     loss = difference * (x_0_real - x_0) - alpha * difference.square()
     return loss / distance_to_teacher(x_0, x_0_real).detach()

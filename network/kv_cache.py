@@ -24,8 +24,7 @@ class KVCache:
     """Keys (rotated to their positions) and values of the past that a block may see; only `advance` makes a block part of it.
 
     window_frames: number of frames a block may see, itself and the sink included; None for all. sink_frames: number of initial frames
-    kept in the cache (attention sink). is_compiled: the passes are compiled by `torch.compile`.
-    """
+    kept in the cache (attention sink). is_compiled: the passes are compiled by `torch.compile`."""
 
     def __init__(
         self, num_layers: int, num_heads: int, tokens_per_row: int, frames_per_row: int, head_size: int, rope_theta: float,
@@ -91,8 +90,7 @@ class KVCache:
         num_next frames (0: none), which sees the finished block too, but nothing outside its window. The last layer needs only the keys
         and values of a finished block: there only the next block attends.
 
-        Without gradient a pass writes its keys and values after the past, in place; with gradient it leaves the buffers unchanged.
-        """
+        Without gradient a pass writes its keys and values after the past, in place; with gradient it leaves the buffers unchanged."""
         if torch.is_grad_enabled():
             return [partial(_attend_to_copies, past) for past in self._views(self._first, self._end)]
         end = self._end + (num_frames + (num_next or 0)) // self._frames_per_row
