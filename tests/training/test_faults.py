@@ -1,27 +1,35 @@
 """Faults on purpose: what must survive does, and what is said is one line. Real kills, real limits of the kernel where there are any."""
 
 import errno
+import gc
 import inspect
 import os
 import random
+import resource
 import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from helpers.runs import SHARED, tiny_config
 
 import train
-from machine.paths import REPOSITORY as ROOT
+from machine.files import require_writable
+from machine.paths import REPOSITORY
 from train import SimplifiedTrainer, TrainingDiverged
 from training import checkpoint as checkpoint_module
+from training import run_log
 from training.checkpoint import CheckpointError, checkpoint_config, load_checkpoint, save_checkpoint
-from training.config import PretrainConfig, SelfForcingConfig, config_to_dict
+from training.config import PretrainConfig, SelfForcingConfig, WandbConfig, config_to_dict
 from training.resume import find_start
-from training.run_log import make_run_folder
+from training.run_log import RunLog, make_run_folder
+
+ROOT = REPOSITORY
 
 
 def small_checkpoint(step: int = 1, size: int = 100) -> dict:
@@ -36,6 +44,8 @@ def one_line(caught: pytest.ExceptionInfo) -> str:
     assert message and "\n" not in message
     return message
 
+
+# --- kill -9 ----------------------------------------------------------------------------------------------------------
 
 KILLED_SAVER = """
 import os, random, signal, sys, time
@@ -94,6 +104,9 @@ def test_fifty_kills_at_random_moments_of_saving_lose_nothing(tmp_path):
     assert num_hit >= 20, f"only {num_hit} of 50 kills met a save: nothing was tested"
 
 
+# --- disk full, folders that cannot be written --------------------------------------------------------------------------
+
+
 class FullDisk:
     """A file on a disk that has room for so many bytes more."""
 
@@ -133,6 +146,22 @@ def test_a_disk_that_fills_at_any_byte_of_a_save_leaves_the_last_checkpoint(tmp_
     assert load_checkpoint(path)["step"] == 2
 
 
+def test_the_kernels_own_refusal_of_a_larger_file_is_one_line_and_loses_nothing(tmp_path):
+    """RLIMIT_FSIZE: the write itself fails, below Python and torch, at sizes all over the file."""
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, small_checkpoint(1, 10_000))
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in range(0, len(before) - 1, len(before) // 20):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            with pytest.raises(OSError, match="cannot write .*File too large") as caught:
+                save_checkpoint(path, small_checkpoint(2, 10_000))
+            assert one_line(caught)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
 @pytest.mark.parametrize("full", ["checkpoint", "figures"])
 def test_a_run_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_room(tmp_path, monkeypatch, full):
     config = tiny_config(tmp_path, PretrainConfig(**{**SHARED, "checkpoint_interval": 2}))
@@ -162,6 +191,40 @@ def test_a_run_on_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_room(t
     assert find_start(config).checkpoint["step"] == 2
 
 
+def unwritable(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    if kind == "under a file":
+        (tmp_path / "file").write_text("in the way")
+        return tmp_path / "file" / "folder"
+    if kind == "of the kernel":
+        if not Path("/proc/self").is_dir():
+            pytest.skip("no /proc here")
+        return Path("/proc/folder")  # not even root can make one
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("mkdir", "touch"):
+        monkeypatch.setattr(Path, name, refuse)
+    return tmp_path / "folder"
+
+
+@pytest.mark.parametrize("kind", ["under a file", "of the kernel", "read-only file system"])
+@pytest.mark.parametrize("use", [
+    lambda folder: save_checkpoint(folder / "checkpoint.pt", small_checkpoint()), lambda folder: make_run_folder(folder, "run"),
+    require_writable,
+], ids=["save_checkpoint", "make_run_folder", "generate"])
+def test_a_folder_that_cannot_be_written_is_named_in_one_line(kind: str, use: Callable[[Path], object], tmp_path, monkeypatch):
+    folder = unwritable(kind, tmp_path, monkeypatch)
+    with pytest.raises(OSError, match="cannot write (in)?to the folder .*folder") as caught:
+        use(folder)
+    assert one_line(caught)
+    monkeypatch.undo()
+    assert not folder.exists()
+
+
+# --- broken and hostile checkpoints ------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("is_mapped", [False, True])
 def test_a_checkpoint_cut_at_any_byte_is_refused(tmp_path, is_mapped):
     path = tmp_path / "checkpoint.pt"
@@ -173,7 +236,32 @@ def test_a_checkpoint_cut_at_any_byte_is_refused(tmp_path, is_mapped):
             load_checkpoint(path, is_mapped)
 
 
-@pytest.mark.parametrize("attempts", [3, ["../../elsewhere", "/", "", 7, None]])
+class Hostile:
+    """Unpickled by a careless reader, it would make a folder."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("key", ["config", "optimizer_state_dict", "global_random_states", "wandb_run_id", "attempts", "prompts_drawn"])
+def test_a_hostile_value_anywhere_is_refused_by_resuming_too(tmp_path, key):
+    config, trace = tiny_config(tmp_path, PretrainConfig(**SHARED, resume="auto")), tmp_path / "trace"
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "checkpoint_0000001.pt"
+    save_checkpoint(path, {**small_checkpoint(), "config": config_to_dict(config), key: {0: Hostile(trace)}})
+    with pytest.raises(CheckpointError, match="refused, since reading it could run code"):
+        load_checkpoint(path)
+    with pytest.warns(UserWarning, match="passed over: .*refused"):
+        assert find_start(config) is None
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists(), "the file is harmless: nothing was tested"
+
+
+@pytest.mark.parametrize("attempts", [3, ["../../elsewhere", "/", "", 7, None], {"a": 1}, ["run", ".."]])
 def test_folders_that_a_checkpoint_names_lead_nowhere_else(tmp_path, attempts):
     config = tiny_config(tmp_path / "logs", PretrainConfig(**SHARED, resume="auto"))
     (tmp_path / "logs" / "run").mkdir(parents=True)
@@ -200,6 +288,9 @@ def test_a_checkpoint_with_changed_bytes_loads_or_is_refused_and_runs_nothing(tm
             assert "checkpoint.pt" in str(error)
             num_refused += 1
     assert 0 < num_refused < 300 and [item.name for item in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+# --- numbers that are none ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["loss", "critic", "generator"])
@@ -242,6 +333,54 @@ def test_a_loss_that_is_none_stops_the_run_with_a_sound_checkpoint(tmp_path, whe
     assert find_start(config).path == kept
 
 
+# --- wandb ----------------------------------------------------------------------------------------------------------------
+
+WANDB_KILLED = """
+import os, signal, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, ROOT)
+from training.config import WandbConfig
+from training.run_log import RunLog
+log = RunLog(Path(FOLDER), ("loss",), {}, WandbConfig(), "none.png", lambda *_: None)
+log.scalars(0, 0.0, {"loss": 1.0})
+listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+own = [line.split() for line in listed if int(line.split()[1]) == os.getpid() and "wandb" in line]
+assert own, "wandb has no process of its own: nothing is tested"
+for line in own:
+    os.kill(int(line[0]), signal.SIGKILL)
+for step in range(1, 200):
+    log.scalars(step, 0.0, {"loss": 1.0})
+log.close()
+"""
+
+
+def test_wandb_killed_mid_run_is_one_warning_and_every_figure_is_there(tmp_path):
+    script = WANDB_KILLED.replace("ROOT", repr(str(ROOT))).replace("FOLDER", repr(str(tmp_path)))
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=90, env={**clean, "HOME": str(tmp_path)})
+    assert ended.returncode == 0, ended.stderr  # as the process ends, wandb may print an error of its own
+    assert ended.stderr.count("wandb is off for the rest of this run") == 1
+    assert len((tmp_path / "scalars.csv").read_text().splitlines()) == 201
+
+
+def test_wandb_that_cannot_be_reached_is_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens on the discard port
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(run_log, "WANDB_TIMEOUT_S", 1.0)
+    with pytest.warns(UserWarning, match="wandb is off for the rest of this run .*scalars.csv has every figure") as caught:
+        log = RunLog(tmp_path, ("loss",), {}, WandbConfig(mode="online"), "none.png", lambda *_: None)
+    assert "\n" not in str(caught[0].message) and len(caught) == 1
+    log.scalars(0, 0.0, {"loss": 1.0})
+    log.close()
+    assert len((tmp_path / "scalars.csv").read_text().splitlines()) == 2
+    wandb.teardown()
+
+
+# --- many at once, and many times ------------------------------------------------------------------------------------------
+
+
 def test_many_runs_started_at_once_have_a_folder_each(tmp_path):
     folders: list[Path] = []
     barrier = threading.Barrier(16)
@@ -257,3 +396,23 @@ def test_many_runs_started_at_once_have_a_folder_each(tmp_path):
     for thread in threads:
         thread.join()
     assert len(set(folders)) == len(folders) == 80 and all(folder.is_dir() for folder in folders)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_a_thousand_saves_and_loads_leave_no_memory_file_or_descriptor_behind(tmp_path, monkeypatch):
+    if not Path("/proc/self/statm").is_file():
+        pytest.skip("no /proc here")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # most of the time, and nothing of a leak
+    path, before = tmp_path / "checkpoint.pt", (0, 0)
+    for cycle in range(1100):
+        save_checkpoint(path, small_checkpoint(cycle, 10_000))
+        assert load_checkpoint(path, is_mapped=cycle % 2 == 0)["step"] == cycle
+        if cycle == 99:  # warm by now
+            gc.collect()
+            before = (resident_bytes(), len(os.listdir("/proc/self/fd")))
+    gc.collect()
+    assert resident_bytes() - before[0] < 8e6, "40 MB went through"
+    assert len(os.listdir("/proc/self/fd")) == before[1] and os.listdir(tmp_path) == [path.name]
