@@ -189,10 +189,35 @@ def test_the_start_runs_beside_the_student_and_every_tour_ends(small_page: Path)
     assert (guided - unguided).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1200, "light")])
+def test_everything_has_a_name_and_fits_the_width(small_page: Path, width: int, scheme: str):
+    unnamed = """[...document.querySelectorAll('button, input, canvas:not([aria-hidden]), progress')].filter((each) => !(
+        each.ariaLabel || each.textContent.trim() || [...(each.labels ?? [])].some((label) => label.textContent.trim())
+    )).map((each) => each.outerHTML)"""
+    contrast = """(() => {
+        const style = (selector) => getComputedStyle(document.querySelector(selector));
+        const light = (text) => {
+            const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map((part) => (part / 255) ** 2.2);
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        const [dark, bright] = [light(style('dt').color), light(style('main > *').backgroundColor)].sort((a, b) => a - b);
+        return (bright + 0.05) / (dark + 0.05);
+    })()"""
+    orders = [
+        ["ready"], ["frames", 6], ["read", "width", "document.documentElement.scrollWidth"], ["read", "unnamed", unnamed],
+        ["read", "contrast", contrast],
+        ["read", "video", "document.querySelector('#video-student').getBoundingClientRect().width"],
+    ]
+    values = on_page(small_page, orders, viewport={"width": width, "height": 740}, colorScheme=scheme)["values"]
+    assert values["width"] <= width and values["unnamed"] == []
+    assert values["contrast"] > 4.5 and values["video"] > 200
+
+
 @pytest.mark.parametrize(("route", "words"), [
     ({"glob": "**/weights.bin", "length": 5000, "type": "application/octet-stream"}, "weights.bin arrived damaged"),
     ({"glob": "**/weights.bin", "abort": True}, "The download of student/weights.bin broke off"),
     ({"glob": "**/engine.worker*.js", "prefix": "WebAssembly.validate=()=>false;", "type": "text/javascript"}, "no WebAssembly SIMD"),
+    ({"glob": "**/network.json", "length": 40, "type": "application/json"}, "network.json cannot be read"),
 ])
 def test_what_goes_wrong_is_one_clear_line(small_page: Path, route: dict[str, Any], words: str):
     message = "document.querySelector('#message')"
@@ -218,3 +243,9 @@ def test_an_archive_streams_without_node(small_page: Path, tmp_path: Path):
     with unpacked(tmp_path / "page.zip") as page:
         seen = on_page(page, [["ready"], ["frames", 6], ["read", "notice", "fetch('NOTICE.txt').then((answer) => answer.text())"]])
     assert not seen["errors"] and "Copyright (c) Microsoft Corporation" in seen["values"]["notice"]
+
+
+def test_the_first_load_is_small():
+    seen = on_page(BUILT, [["ready"]], "?backend=wasm")
+    print(f"{seen['bytes']:,} bytes: {seen['files']}")
+    assert 8e6 < seen["bytes"] < 20e6
