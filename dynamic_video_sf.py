@@ -483,9 +483,7 @@ class SelfForcingEngine:
         v = self.fake_score.forward_bidirectional(x_t, t, prompt)
         return x_0_prediction_loss(v, x_t, x_0, t, self.config.loss_time_floor)
 
-    def _denoised(
-        self, x_0: Tensor, text: Text, null_text: Text, lowest_time: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _denoised(self, x_0: Tensor, text: Text, null_text: Text, lowest_time: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What averaged critic and guided teacher predict from x_0, noised: x_0_fake and x_0_real; and t (noise_draws * B,). x_0
         (noise_draws * B, F, C, H, W) holds the batch noise_draws times; text and null_text are those of the batch, lowest_time as of
         `_noised`."""
@@ -519,14 +517,16 @@ class SelfForcingEngine:
         return x_t, add_noise(real, self.random.normal_like(real), t), t
 
     def _lowest_time(self, frame_exits: Tensor | None) -> Tensor | None:
-        """The noise from which predictions of these exit steps (B, F) are scored, (B, 1): what the next step adds, 0 after the last one.
+        """The noise from which predictions of these exit steps (B, F) are scored, (B, 1): that of the step score_steps_ahead later, 0 after
+        the last; None for all noise levels.
 
-        Only what that noise leaves of a prediction reaches the video, and only there is it like the finished videos that the critic knows
-        (score matching within subintervals: TDM, arXiv 2503.06674; Phased DMD, arXiv 2510.27684). None if that is not asked for."""
-        if frame_exits is None or not self.config.scores_above_next_step:
+        Only what the next step's noise leaves of a prediction reaches the video, and only there is it like the finished videos that the
+        critic knows (score matching within subintervals: TDM, arXiv 2503.06674; Phased DMD, arXiv 2510.27684)."""
+        ahead = self.config.score_steps_ahead
+        if frame_exits is None or ahead == 0:
             return None
-        next_times = torch.tensor([*self.plan.times[1:], 0.0, 0.0])  # the last one is that of given frames, whose exit step is -1
-        return next_times[frame_exits].amax(1, keepdim=True)
+        later = torch.tensor([*self.plan.times[ahead:], *[0.0] * ahead, 0.0])  # the last is that of given frames, whose exit step is -1
+        return later[frame_exits].amax(1, keepdim=True)
 
     def _noised(self, x_0: Tensor, lowest_time: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x_t and t, one time per video: uniform, shifted by score_time_shift, scaled into [min_score_time, max_score_time]. x_0 holds

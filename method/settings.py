@@ -272,8 +272,9 @@ class SelfForcingConfig(FewStepConfig):
     max_score_time: float = 0.98
     # Shift of the times of scores and critic, toward noise above 1. The default departs from the public code, which shifts by 5.
     score_time_shift: float = 1.0
-    # Score an exit step's prediction at the noise of the next step and above alone (TDM, arXiv 2503.06674; Phased DMD, arXiv 2510.27684).
-    scores_above_next_step: bool = False
+    # Score an exit step's prediction at the noise of the step so many later and above, 1 the next (TDM, arXiv 2503.06674; Phased DMD, arXiv
+    # 2510.27684), 0 at all noise levels.
+    score_steps_ahead: int = 0
     loss_time_floor: float = 0.3
     health_interval: int = 40  # steps between two readings of the generator's videos of fixed prompts (`health`); 0 switches them off
 
@@ -323,12 +324,14 @@ class SelfForcingConfig(FewStepConfig):
             (self.min_score_time, self.max_score_time), "0 < min < max <= 1",
         )
 
-        if self.scores_above_next_step:
-            unfinished = "false without training.finish_blocks: an exit step's prediction is not noised again"
-            self.check("scores_above_next_step", self.finish_blocks, unfinished)
-            second = float(shift_time(timestep_to_time(torch.tensor([*self.denoising_steps[1:], 0])), self.time_shift).max())
-            above = f"above {second:.3g}, the noise of the second denoising step, with training.scores_above_next_step"
-            self.check("max_score_time", self.max_score_time > second, above)
+        ahead = self.score_steps_ahead
+        self.check("score_steps_ahead", ahead >= 0, "0 (all noise levels) or more")
+        unfinished = "0 without training.finish_blocks: an exit step's prediction is not noised again"
+        self.check("score_steps_ahead", ahead == 0 or self.finish_blocks, unfinished)
+        if 0 < ahead < len(self.denoising_steps):
+            lowest = float(shift_time(timestep_to_time(torch.tensor(self.denoising_steps[ahead])), self.time_shift))
+            above = f"above {lowest:.3g}, from which training.score_steps_ahead={ahead} scores the first step's prediction"
+            self.check("max_score_time", self.max_score_time > lowest, above)
 
     def _check_rollout_frames(self, rollout_frames: int) -> None:
         key = "training.rollout_frames"

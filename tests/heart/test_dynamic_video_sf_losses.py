@@ -125,13 +125,14 @@ def test_score_times_lie_at_even_distances_and_are_shifted_as_asked_and_not_by_d
 
 
 @pytest.mark.parametrize(("exits", "lowest"), [
-    ([0] * 6, 0.6), ([1] * 6, 0.2), ([2] * 3 + [1] * 3, 0.2), ([2] * 6, 0.1), ([-1] * 3 + [2] * 3, 0.1),
+    ([0] * 6, [0.1, 0.6, 0.2, 0.1]), ([1] * 6, [0.1, 0.2, 0.1, 0.1]), ([2] * 3 + [1] * 3, [0.1, 0.2, 0.1, 0.1]),
+    ([2] * 6, [0.1] * 4), ([-1] * 3 + [2] * 3, [0.1] * 4),
 ])
-def test_a_prediction_is_scored_above_the_noise_of_the_next_step_where_that_is_asked_for(exits: list[int], lowest: float, monkeypatch):
-    """Of its exit steps the one with the noisiest next step decides; given frames (-1) ask for nothing."""
+def test_a_prediction_is_scored_above_the_noise_of_a_later_step_where_that_is_asked_for(exits: list[int], lowest: list[float], monkeypatch):
+    """Of its exit steps the one with the noisiest later step decides; given frames (-1) ask for nothing."""
     steps = {"denoising_steps": [1000, 600, 200], "time_shift": 1.0, "min_score_time": 0.1, "max_score_time": 0.9, "noise_draws": 2}
-    for is_asked, expected in ((True, lowest), (False, 0.1)):
-        engine = build_engine(finish_blocks=True, scores_above_next_step=is_asked, **steps)
+    for ahead, expected in enumerate(lowest):
+        engine = build_engine(finish_blocks=True, score_steps_ahead=ahead, **steps)
         found = []
         with monkeypatch.context() as patched:
             patched.setattr("dynamic_video_sf.score_figures", lambda x_0, fake, real, t, found=found: found.append(t) or {})
