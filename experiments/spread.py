@@ -38,9 +38,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from evaluate import EvaluateConfig, evaluate  # noqa: E402
+from judging.prompts import JUDGED_CODE  # noqa: E402
 from machine.files import free_paths, require_writable  # noqa: E402
 from machine.interruption import refusals_in_one_line  # noqa: E402
-from machine.runtime import describe_machine  # noqa: E402
+from machine.runtime import code_digest, describe_machine  # noqa: E402
 from training.checkpoint import checkpoint_config, load_checkpoint  # noqa: E402
 from training.resume import FINAL, describe_difference, settings_without  # noqa: E402
 from training.run_log import panel_grid, read_scalars  # noqa: E402
@@ -90,8 +91,6 @@ def score_runs(
          **{name: row[name] for name in ("checkpoint_sha256", "precision", "code_sha256")}}
         for folder, config, checkpoint, row in zip(folders, configs, checkpoints, rows, strict=True)
     ]
-    if earlier and earlier[0]["code_sha256"] != runs[0]["code_sha256"]:
-        raise ValueError(f"{add_to} was scored by other code than this: score all its runs anew, without --add_to")
     runs = sorted(earlier + runs, key=lambda run: run["seed"])
     table = {
         **facts, "machine": describe_machine(torch.get_num_threads()),
@@ -110,11 +109,13 @@ def earlier_runs(path: Path, facts: dict[str, Any], new_seeds: set[int]) -> list
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         runs, other = table["runs"], [name for name, value in facts.items() if table[name] != value]
-        twice = new_seeds & {run["seed"] for run in runs}
+        twice, codes = new_seeds & {run["seed"] for run in runs}, {run["code_sha256"] for run in runs}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as a seeds.json of this command ({type(error).__name__})") from None
     if other:
         raise ValueError(f"{path} differs from these runs in {', '.join(other)}: score them apart")
+    if codes - {code_digest(*JUDGED_CODE)}:
+        raise ValueError(f"{path} was scored by other code than this: score all its runs anew, without --add_to")
     if twice:
         raise ValueError(f"{path} holds seed {min(twice)} already: leave that run out")
     return runs

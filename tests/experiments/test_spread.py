@@ -42,6 +42,7 @@ def judged(monkeypatch):
         return rows
 
     monkeypatch.setattr(spread_module, "evaluate", evaluate)
+    monkeypatch.setattr(spread_module, "code_digest", lambda *names: "y")
 
 
 def test_the_spread_is_median_worst_and_best_and_every_run_tells_its_story(judged, tmp_path):
@@ -80,6 +81,9 @@ def test_runs_join_those_of_an_earlier_table_if_nothing_but_their_seed_differs(j
     ):
         with pytest.raises(ValueError, match=refusal):
             score_runs([folder], num_videos, 1, "cpu", "float32", tmp_path / "both", earlier)
+    earlier.write_text(json.dumps(table | {"runs": [run | {"code_sha256": "x"} for run in table["runs"]]}))
+    with pytest.raises(ValueError, match="was scored by other code than this: score all its runs anew"):
+        score_runs([second], 8, 1, "cpu", "float32", tmp_path / "both", earlier)
     earlier.write_text("{}")
     with pytest.raises(ValueError, match="cannot be read as a seeds.json"):
         score_runs([second], 8, 1, "cpu", "float32", tmp_path / "both", earlier)
