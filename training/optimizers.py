@@ -15,11 +15,8 @@ MUON_RATE = 5.0  # AdamW with betas[0] = 0 moves a weight by about lr an update,
 def split_matrices(module: nn.Module, in_blocks: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The matrices of the linear layers, in transformer blocks alone or everywhere but in a head, and all other trained parameters."""
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-    def counts(name: str) -> bool:
-        return "blocks." in name if in_blocks else "head." not in name
-
-    is_matrix = {name: p.ndim == 2 and name.endswith(".weight") and counts(name) for name, p in trained.items()}
+    named = {name for name in trained if name.endswith(".weight") and ("blocks." in name if in_blocks else "head." not in name)}
+    is_matrix = {name: p.ndim == 2 and name in named for name, p in trained.items()}
     return [p for name, p in trained.items() if is_matrix[name]], [p for name, p in trained.items() if not is_matrix[name]]
 
 
