@@ -9,14 +9,15 @@ import { join } from "node:path";
 import { chromium } from "playwright-core";
 
 const [path] = process.argv.slice(2);
-const { chromium: executablePath, url, orders, viewport, colorScheme = "light", route, timeout } = JSON.parse(readFileSync(path, "utf8"));
+const { chromium: executablePath, url, orders, viewport, colorScheme = "light", route, timeout, gpu = false } = JSON.parse(readFileSync(path, "utf8"));
+const software = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--disable-gpu-compositing", "--disable-gpu-rasterization"]; // a GPU in software
 const profile = mkdtempSync(join(tmpdir(), "page-"));
 const seen = { errors: [], bytes: 0, files: {}, values: {} };
 
 const context = await chromium.launchPersistentContext(profile, {
   executablePath, headless: true, viewport, colorScheme, timeout,
   args: [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--headless", "--no-sandbox", ...(gpu ? software : ["--disable-gpu"]), "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
     "--disable-sync",
   ],
 });

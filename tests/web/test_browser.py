@@ -137,6 +137,20 @@ def test_without_webgpu_the_page_runs_in_wasm_and_without_the_headers_in_one_thr
     assert seen["values"]["device"] == f"WASM, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def test_webgpu_draws_what_wasm_draws(small_page: Path):
+    """On Chromium's GPU in software (SwiftShader): the same kernels as on a real one, slowly. With a switch, a window and a sink."""
+    step = ["step", "video"]
+    orders = [
+        ["ready"], ["read", "device", "document.querySelector('#device').textContent"], ["waitFor", "window.recorded.length >= 3"],
+        ["recorded", "first"], ["blur"], step, step, step,
+        ["slide", "#window", 9], ["slide", "#sink", 3], ["press", "7"], step, step,
+    ]
+    seen = {name: on_page(small_page, orders, f"{PAUSED}&seed=5&backend={name}", gpu=name == "webgpu") for name in ("webgpu", "wasm")}
+    assert not seen["webgpu"]["errors"] and seen["webgpu"]["values"]["device"] == "WebGPU"
+    ours, theirs = (videos_of(each["values"]["first"] + each["values"]["video"]) for each in seen.values())
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 2 / 255 + 1e-3  # a step of 8 bits
+
+
 def test_windows_sinks_and_switches_show_in_the_strip(small_page: Path):
     frames, prompts = (f"document.querySelector('#cache').dataset.{name}" for name in ("frames", "prompts"))
     cache = f"[{frames}, {prompts}]"

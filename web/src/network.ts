@@ -80,6 +80,7 @@ export class Network {
       ort.InferenceSession.create(bytes[name], {
         executionProviders: [device],
         graphOptimizationLevel: "all",
+        logSeverityLevel: 3, // errors: on a GPU every session warns of what stays on the CPU by design
         extra: { session: { intra_op: { allow_spinning: "0" } } }, // threads wait asleep: other programs use the cores too
         externalData: [{ path: facts.files.weights.name, data: bytes.weights }],
         // The cache never leaves a GPU: what the cache pass writes there, the next passes read there.
