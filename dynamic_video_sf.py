@@ -342,30 +342,21 @@ class SelfForcingEngine:
     def make_videos(
         self, text: Text, num_frames: int, with_gradient: bool, x_real: Tensor | None = None, first_frame: int = 0, turn: int | None = None
     ) -> Rollout:
-        """The generator's videos of these prompts, from the configured inputs: a self-rollout, with the configured probability one that
-        continues the first block of the real videos x_real (B, F, C, H, W), or x_real noised and denoised. first_frame, turn: see
-        `rollout`. Raises ValueError if real videos are needed and not given."""
-        config = self.config
+        """The generator's videos of these prompts, from the configured inputs: a self-rollout, or real videos x_real (B, F, C, H, W),
+        noised and denoised. first_frame, turn: see `rollout`. Raises ValueError if real videos are needed and not given."""
         with torch.set_grad_enabled(with_gradient):
             prompt = self.generator.encode_prompt(*text)
-        if config.generator_inputs == "self_rollout" and config.continuation_probability == 0:
-            return self.rollout(prompt, num_frames, with_gradient, first_frame, turn=turn)
+        if self.config.generator_inputs == "self_rollout":
+            return self.rollout(prompt, num_frames, with_gradient, first_frame, turn)
         if x_real is None:
-            key = "generator_inputs" if config.generator_inputs != "self_rollout" else "continuation_probability"
-            raise ValueError(f"training.{key}={getattr(config, key)} needs real videos: none were given")
-        if config.generator_inputs != "self_rollout":
-            return self.denoise_real(prompt, x_real, with_gradient)
-        continues = torch.rand((), generator=self.random.generator).item() < config.continuation_probability
-        given = x_real[:, : config.context.block_sizes(num_frames, config.num_frames_per_block)[0]] if continues else None
-        return self.rollout(prompt, num_frames, with_gradient, given=given, turn=turn)
+            raise ValueError(f"training.generator_inputs={self.config.generator_inputs} needs real videos: none were given")
+        return self.denoise_real(prompt, x_real, with_gradient)
 
     def rollout(
-        self, prompt: PromptContext, num_frames: int, with_gradient: bool, first_frame: int = 0, given: Tensor | None = None,
-        turn: int | None = None,
+        self, prompt: PromptContext, num_frames: int, with_gradient: bool, first_frame: int = 0, turn: int | None = None
     ) -> Rollout:
         """Generate num_frames frames from noise as inference does, up to a random exit step (Algorithm 1).
 
-        given: the first block (B, F_block, C, H, W), which is continued; it counts among num_frames.
         first_frame, whole blocks: the num_frames frames are a window that starts there, at the end of a longer rollout
         (the idea of Self-Forcing++, arXiv 2510.02283). The blocks before it carry no gradient and take all denoising steps, as at
         inference: an early exit makes blurred frames. Memory does not grow with first_frame if the cache rolls.
@@ -376,10 +367,8 @@ class SelfForcingEngine:
         sizes = config.context.block_sizes(num_frames, block)
         if first_frame < 0 or first_frame % block:
             raise ValueError(f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of {block}")
-        if given is not None and (first_frame or given.shape[1] != sizes[0] or len(sizes) == 1):
-            raise ValueError(f"{given.shape[1]} frames given: expected a first block of {sizes[0]}, first_frame 0 and a block behind it")
-        num_earlier, num_given = first_frame // block, 0 if given is None else 1  # blocks
-        num_made = num_earlier + len(sizes) - num_given
+        num_earlier = first_frame // block  # blocks
+        num_made = num_earlier + len(sizes)
         # 1. Draw the exit steps, one for all blocks or one each, and a seed for every video's noise.
         if config.finish_blocks and not with_gradient:
             exit_steps = [last_step] * len(sizes)  # as at inference: only finished videos are asked for
@@ -388,26 +377,24 @@ class SelfForcingEngine:
         else:
             num_exits = 1 if config.same_exit_step else len(sizes)
             exit_steps = torch.randint(last_step + 1, (num_exits,), generator=self.random.generator).tolist() * (len(sizes) // num_exits)
-        exit_steps = exit_steps[num_given:]
         streams = make_noise_streams(self.random.seeds(len(prompt.pooled)))
         # 2. Roll out. Blocks before the window are dropped at once: memory must not grow with them.
         first_scored = max(num_frames - config.gradient_frames, 0)
-        first_with_gradient = num_earlier + max(sum(end <= first_scored for end in accumulate(sizes)) - num_given, 0)
+        first_with_gradient = num_earlier + sum(end <= first_scored for end in accumulate(sizes))
         made: list[Tensor] | None = [] if config.finish_blocks else None
         blocks = rollout_blocks(
             self.generator, prompt, streams, num_made, self.plan, exit_steps=[last_step] * num_earlier + exit_steps,
-            gradient_blocks=range(first_with_gradient, num_made if with_gradient else 0), first_frames=given, finished=made,
+            gradient_blocks=range(first_with_gradient, num_made if with_gradient else 0), finished=made,
         )
         for _ in range(num_earlier):
             next(blocks)
             if made is not None:
                 made.clear()
         # 3. Join the window's blocks.
-        before = [] if given is None else [given]
         with torch.set_grad_enabled(with_gradient):
-            x_0 = torch.cat([*before, *blocks], dim=1)
-            finished = x_0.detach() if made is None else torch.cat([*before, *made], dim=1)
-            frame_exits = torch.tensor([[-1] * num_given + exit_steps] * len(x_0)).repeat_interleave(torch.tensor(sizes), 1)
+            x_0 = torch.cat([*blocks], dim=1)
+            finished = x_0.detach() if made is None else torch.cat(made, dim=1)
+            frame_exits = torch.tensor([exit_steps] * len(x_0)).repeat_interleave(torch.tensor(sizes), 1)
             return Rollout(x_0, x_0[:, first_scored:], finished[:, first_scored:], exit_steps, frame_exits[:, first_scored:])
 
     def denoise_real(self, prompt: PromptContext, x_real: Tensor, with_gradient: bool) -> Rollout:

@@ -131,12 +131,12 @@ def make_rows(config: EvaluateConfig) -> list[Row]:
         paths = [Path(path) for path in config.checkpoint]
         stems = [path.stem for path in paths]  # checkpoint_final, often: then the folder tells runs apart
         return [Row(path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}", path, settings) for path in paths]
-    long, start, student = (PRETRAINED / name for name in ("teacher_long.pt", "teacher.pt", "student.pt"))
+    teacher, student = (PRETRAINED / name for name in ("teacher.pt", "student.pt"))
     return [
-        Row("teacher", long, SamplerSettings()),
-        Row("guided Euler", start, SamplerSettings(num_steps=len(NAIVE_STEPS), causal=True)),
-        Row("guided Euler", start, SamplerSettings(num_steps=len(NAIVE_STEPS) // 2, causal=True)),
-        Row("no guidance", start, SamplerSettings(denoising_steps=tuple(NAIVE_STEPS))),
+        Row("teacher", teacher, SamplerSettings()),
+        Row("guided Euler", teacher, SamplerSettings(num_steps=len(NAIVE_STEPS), causal=True)),
+        Row("guided Euler", teacher, SamplerSettings(num_steps=len(NAIVE_STEPS) // 2, causal=True)),
+        Row("no guidance", teacher, SamplerSettings(denoising_steps=tuple(NAIVE_STEPS))),
         Row("student", student, settings),
     ]
 

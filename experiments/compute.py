@@ -46,15 +46,6 @@ def _pretrain_flops(config: Config, training: PretrainConfig, random: torch.Gene
 
 
 def _self_forcing_flops(config: Config, training: SelfForcingConfig, random: torch.Generator) -> float:
-    """Of a step, over whether it goes on from a real block or not: both are counted for themselves."""
-    shares = {0.0: 1 - training.continuation_probability, 1.0: training.continuation_probability}
-    return sum(
-        share * _cycle_flops(config, replace(training, continuation_probability=probability), random)
-        for probability, share in shares.items() if share > 0
-    )
-
-
-def _cycle_flops(config: Config, training: SelfForcingConfig, random: torch.Generator) -> float:
     """Mean over a cycle. With an exit step for every block the mean is the same, as the cost is a sum over blocks."""
     stage = SelfForcingStage(replace(config, training=replace(training, same_exit_step=True)), CPU, random)
     return sum(share * _mean_over_windows(stage, step) for step, share in turns(training).values())

@@ -258,8 +258,6 @@ class SelfForcingConfig(FewStepConfig):
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
     # Score a window of min_num_frames to max_num_frames frames somewhere in a rollout of up to so many; that of the start if not given.
     rollout_frames: int | None = None
-    # Of a step: that its videos go on from the first block of real ones, so that a student learns to keep the style of what it is given.
-    continuation_probability: float = 0.0
     # Blocks walk on to their last step after the exit step, so that later blocks and the critic see finished videos, as at inference.
     # Else the exit step's prediction stands for the block (Self-Forcing, Algorithm 1); docs/decisions.md says what either does here.
     finish_blocks: bool = False
@@ -295,16 +293,6 @@ class SelfForcingConfig(FewStepConfig):
         self.check("context_noise", self.context_noise == 0 or is_self_rollout, f"{inputs}, which shows no noised context")
         if self.rollout_frames is not None:
             self._check_rollout_frames(self.rollout_frames)
-        self.check("continuation_probability", 0 <= self.continuation_probability <= 1, "a number in [0, 1]")
-        if self.continuation_probability > 0:
-            self.check("continuation_probability", is_self_rollout, inputs)
-            any_start = "0 with training.rollout_frames, whose windows start anywhere"
-            self.check("continuation_probability", self.rollout_frames is None, any_start)
-            hidden = "0 with training.hide_first_chunk, which hides what is continued"
-            self.check("continuation_probability", not self.hide_first_chunk, hidden)
-            first = self.context.block_sizes(self.min_num_frames, self.num_frames_per_block)[0]
-            longer = "more than the first block, with training.continuation_probability"
-            self.check("min_num_frames", self.min_num_frames > first, longer)
         for name in ("dfake_gen_update_ratio", "noise_draws"):
             self.check(name, getattr(self, name) >= 1, "at least 1")
         sees_once = "1 with training.loss=gan, whose discriminator sees every video once"
@@ -352,15 +340,13 @@ class SelfForcingConfig(FewStepConfig):
     @property
     def uses_videos(self) -> bool:
         """Does training see videos of the data set, not their captions alone?"""
-        return self.generator_inputs != "self_rollout" or self.loss == "gan" or self.continuation_probability > 0
+        return self.generator_inputs != "self_rollout" or self.loss == "gan"
 
     @property
     def summary(self) -> str:
         inputs = f"{self.generator_inputs} inputs"
         if self.rollout_frames is not None:
             inputs = f"windows of self-rollouts of up to {self.rollout_frames} frames"
-        if self.continuation_probability > 0:
-            inputs += f", of which {self.continuation_probability:g} go on from a real block"
         return f"{self.loss} loss on {inputs}, {'on' if self.uses_videos else 'without'} real videos"
 
 

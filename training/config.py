@@ -221,7 +221,8 @@ def config_from_dict(plain: dict[str, Any]) -> Config:
     """The inverse of `config_to_dict`, with every type checked as on the command line. Raises ValueError naming a key in one line.
 
     Of earlier versions: without dataset.judge_fraction no digits were set aside for the judges; a run could be a comparison and held an
-    empty `experiment`; noise_draws was called critic_draws; clamp_scores was clamp_real_score and clamped the teacher's alone.
+    empty `experiment`; noise_draws was called critic_draws; clamp_scores was clamp_real_score and clamped the teacher's alone;
+    continuation_probability let rollouts go on from real videos.
     """
     plain = {key: plain[key] for key in dict(plain) if key != "experiment" or plain[key] is not None}
     is_own = "root" in plain.get("dataset", {})
@@ -231,7 +232,7 @@ def config_from_dict(plain: dict[str, Any]) -> Config:
     if training_type not in TRAINING_KINDS:
         raise ValueError(f"training_type is {training_type!r}: expected one of {', '.join(TRAINING_KINDS)}")
     renamed = {"critic_draws": "noise_draws", "clamp_real_score": "clamp_scores"}
-    plain["training"] = {renamed.get(key, key): value for key, value in plain["training"].items()}
+    plain["training"] = {renamed.get(key, key): value for key, value in plain["training"].items() if key != "continuation_probability"}
     parts = {
         "model": ModelConfig, "text": TextEncoderConfig, "dataset": VideosConfig if is_own else DatasetConfig,
         "training": TRAINING_KINDS[training_type], "wandb": WandbConfig,

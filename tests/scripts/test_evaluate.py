@@ -50,7 +50,7 @@ def test_what_ships_is_scored_beside_its_start_in_few_guided_steps():
     assert [f"{row.name}, {describe_sampler(row.settings, start)}" for row in rows[1:4]] == [
         "guided Euler, 4 steps, guidance 2.5", "guided Euler, 2 steps, guidance 2.5", "no guidance, 4 steps",
     ]
-    assert [row.path.name for row in rows] == ["teacher_long.pt", *["teacher.pt"] * 3, "student.pt"]
+    assert [row.path.name for row in rows] == [*["teacher.pt"] * 4, "student.pt"]
     plans = [row.settings.make_plan(start) for row in rows[1:4]]
     assert [(plan.evaluations, plan.cache_evaluations, plan.fresh_noise) for plan in plans] == [(8, 2, False), (4, 2, False), (4, 1, True)]
     assert plans[0].times == plans[2].times

@@ -35,8 +35,8 @@ def test_the_student_makes_what_the_prompts_ask_in_four_steps_and_in_strokes_as_
 
 
 def test_the_students_start_needs_guidance_in_the_same_steps():
-    unguided = score("teacher.pt", SamplerSettings(denoising_steps=(1000, 750, 500, 250)), 8)
-    guided = score("teacher.pt", SamplerSettings(num_steps=4, causal=True), 8)
+    unguided = score("teacher.pt", SamplerSettings(denoising_steps=(1000, 750, 500, 250)), 24)
+    guided = score("teacher.pt", SamplerSettings(num_steps=4, causal=True), 24)
     assert unguided["frames_right"] < 0.7 < 0.8 < guided["frames_right"]
 
 
@@ -44,7 +44,7 @@ def test_the_students_start_needs_guidance_in_the_same_steps():
 def test_guidance_of_the_default_run_leaves_the_ink_of_real_videos_as_it_is():
     """At every noise level of the scores; a generator that draws as real digits is pushed neither bolder nor fainter."""
     config = composed()
-    teacher = load_networks(PRETRAINED / "teacher_long.pt", RUNTIME.device)
+    teacher = load_networks(PRETRAINED / "teacher.pt", RUNTIME.device)
     data = MovingMNISTGenerator(config.dataset, "test")
     video, captions = data.sample(987_654_321, range(32), 9).video, data.captions(987_654_321, range(32))
     text, null_text = (teacher.text_encoder.encode(prompts) for prompts in (captions, [NULL_PROMPT] * 32))
@@ -62,6 +62,6 @@ def test_guidance_of_the_default_run_leaves_the_ink_of_real_videos_as_it_is():
 
 @pytest.mark.slow
 def test_the_teacher_makes_what_the_prompts_ask_in_many_steps():
-    figures = score("teacher_long.pt", SamplerSettings(num_steps=25), 32)
+    figures = score("teacher.pt", SamplerSettings(num_steps=25), 32)
     assert figures["frames_right"] > 0.95 and figures["videos_right"] > 0.95 and figures["one_class"] > 0.8
     assert figures["track_within_1px"] > 0.75 and figures["direction_obeyed"] > 0.85 and 0.85 < figures["stroke_mass_ratio"] < 1.15

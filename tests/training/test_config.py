@@ -142,13 +142,7 @@ def test_what_the_refusal_of_a_path_advises_is_understood(path):
 
 
 LONG = {"window_frames": 6, "rollout_frames": 21, "min_num_frames": 9, "max_num_frames": 9}
-GOES_ON = {"continuation_probability": 0.5}
 EXCLUDED = [
-    ({"continuation_probability": 1.5}, "continuation_probability is 1.5: expected a number in"),
-    (GOES_ON | {"generator_inputs": "teacher_forced"}, "continuation_probability is 0.5: expected 0 with training.generator_inputs"),
-    (GOES_ON | {"rollout_frames": 42, "window_frames": 21}, "continuation_probability is 0.5: expected 0 with training.rollout_frames"),
-    (GOES_ON | {"hide_first_chunk": True}, "continuation_probability is 0.5: expected 0 with training.hide_first_chunk"),
-    (GOES_ON | {"min_num_frames": 3}, "min_num_frames is 3: expected more than the first block"),
     (LONG | {"rollout_frames": 6}, "rollout_frames is 6: expected at least training.max_num_frames=9"),
     (LONG | {"window_frames": None}, "window_frames is None: expected at most training.max_num_frames=9, with training.rollout_frames"),
     (LONG | {"generator_inputs": "teacher_forced"}, "rollout_frames is 21: expected none where real videos are used"),

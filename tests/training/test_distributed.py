@@ -25,7 +25,6 @@ KINDS = {
     "dmd": {"loss": "dmd"}, "sid": {"loss": "sid"}, "gan": {"loss": "gan"},
     "diffusion_forced": {"generator_inputs": "diffusion_forced"},
     "long": {"window_frames": 6, "rollout_frames": 15},
-    "continuation": {"continuation_probability": 0.5, "min_num_frames": 6, "max_num_frames": 6},
 }
 PRETRAINING = {"num_steps": 10, "warmup_steps": 2, **LENGTHS}
 NUM_STEPS = 4

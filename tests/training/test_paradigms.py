@@ -43,7 +43,6 @@ PARADIGMS = {
     "gan": ["training=published_exits", "training.loss=gan", *SELF_FORCING],
     "long": ["training=long_self_forcing", "training.generator_checkpoint=null", "training.window_frames=6",
              "training.rollout_frames=15", *SELF_FORCING],
-    "continuation": ["training=continuation", "training.generator_checkpoint=null", *SELF_FORCING],
 }
 
 def composed(name: str, teacher: Path, *overrides: str) -> Config:
@@ -213,7 +212,7 @@ def test_forcing_takes_causal_steps_only(name, calls, teacher, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "sees_videos"), [("sid", False), ("gan", True), ("causvid", True), ("causal_ode", False), ("continuation", True)]
+    ("name", "sees_videos"), [("sid", False), ("gan", True), ("causvid", True), ("causal_ode", False)]
 )
 def test_videos_are_drawn_only_where_the_run_says_so(name, sees_videos, teacher, monkeypatch):
     stage, drawn = build(name, teacher), []
