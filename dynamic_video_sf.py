@@ -444,7 +444,7 @@ class SelfForcingEngine:
             x_0 = x_0.repeat(self.config.noise_draws, 1, 1, 1, 1)
             is_dmd = self.config.loss == "dmd"
             with torch.set_grad_enabled(not is_dmd):  # DMD's scores only supply a direction; SiD's gradient passes through both, frozen
-                x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text, self._lowest_time(frame_exits))
+                x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text)
             figures = score_figures(x_0, x_0_fake, x_0_real, t)
             if is_dmd:
                 gradient = self.config.dmd_sign * dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
@@ -470,17 +470,16 @@ class SelfForcingEngine:
         v = self.fake_score.forward_bidirectional(x_t, t, prompt)
         return x_0_prediction_loss(v, x_t, x_0, t, self.config.loss_time_floor)
 
-    def _denoised(self, x_0: Tensor, text: Text, null_text: Text, lowest_time: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def _denoised(self, x_0: Tensor, text: Text, null_text: Text) -> tuple[Tensor, Tensor, Tensor]:
         """What averaged critic and guided teacher predict from x_0, noised: x_0_fake and x_0_real; and t (noise_draws * B,). x_0
-        (noise_draws * B, F, C, H, W) holds the batch noise_draws times; text and null_text are those of the batch, lowest_time as of
-        `_noised`."""
+        (noise_draws * B, F, C, H, W) holds the batch noise_draws times; text and null_text are those of the batch."""
         draws = self.config.noise_draws
         with torch.no_grad():  # the prompts are constants here
             fake_prompt = self.fake_average.encode_prompt(*text).repeat(draws)
             cond_prompt, null_prompt = (self.real_score.encode_prompt(*each).repeat(draws) for each in (text, null_text))
             real_prompts = cond_prompt.concatenate(null_prompt)
         # 1. Noise the videos, each copy to a time of its own.
-        x_t, t = self._noised(x_0, lowest_time)
+        x_t, t = self._noised(x_0)
         # 2. The critic's prediction.
         x_0_fake = x_0_from_velocity(x_t, self.fake_average.forward_bidirectional(x_t, t, fake_prompt), t)
         # 3. The teacher's, under guidance.
@@ -503,21 +502,9 @@ class SelfForcingEngine:
         real = x_real[:, x_real.shape[1] - x_0.shape[1]:]  # the frames that are scored
         return x_t, add_noise(real, self.random.normal_like(real), t), t
 
-    def _lowest_time(self, frame_exits: Tensor | None) -> Tensor | None:
-        """The noise from which predictions of these exit steps (B, F) are scored, (B, 1): that of the step score_steps_ahead later, 0 after
-        the last; None for all noise levels.
-
-        Only what the next step's noise leaves of a prediction reaches the video, and only there is it like the finished videos that the
-        critic knows (score matching within subintervals: TDM, arXiv 2503.06674; Phased DMD, arXiv 2510.27684)."""
-        ahead = self.config.score_steps_ahead
-        if frame_exits is None or ahead == 0:
-            return None
-        later = torch.tensor([*self.plan.times[ahead:], *[0.0] * ahead, 0.0])  # the last is that of given frames, whose exit step is -1
-        return later[frame_exits].amax(1, keepdim=True)
-
-    def _noised(self, x_0: Tensor, lowest_time: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _noised(self, x_0: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and t, one time per video: uniform, shifted by score_time_shift, scaled into [min_score_time, max_score_time]. x_0 holds
-        the batch noise_draws times. lowest_time (B, 1), if given, takes the place of a lower min_score_time.
+        the batch noise_draws times.
 
         The times of a batch are evenly spaced, all moved by one random number (Variational Diffusion Models, arXiv 2107.00630, appendix
         I.1), so that every batch sees all noise levels. The public code shifts them by 5 and clamps them into the interval; the default
@@ -526,8 +513,6 @@ class SelfForcingEngine:
         num_videos = len(x_0) // copies
         generator, shape = self.random.generator, x_0.shape[1:]
         t = self.random.draw(num_videos, lambda total: even_times((copies, total), self.config.score_time_shift, generator), dim=1)
-        if lowest_time is not None:
-            low = lowest_time.clamp(min=low).repeat(copies, 1)
         t = (low + (high - low) * t.reshape(-1, 1)).to(x_0.device).expand(x_0.shape[:2])
         eps = self.random.draw(num_videos, lambda total: torch.randn((copies, total, *shape), generator=generator), dim=1)
         return add_noise(x_0, eps.flatten(0, 1).to(x_0.device), t), t

@@ -9,12 +9,10 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
-import torch
 from omegaconf import MISSING
 
 from digits.deformation import MAX_VARIATION
 from method.choices import require
-from method.flow_matching import shift_time, timestep_to_time
 from network.attention import NUM_TRAIN_TIMESTEPS, ContextWindow
 
 OBJECTIVES = ("mixed", "teacher_forcing", "diffusion_forcing")
@@ -250,7 +248,6 @@ class SelfForcingConfig(FewStepConfig):
     optimizer: str = "adamw"
     muon_momentum: float = 0.5  # of the generator
     critic_muon_momentum: float = 0.8
-    muon_embeddings: bool = False  # with muon, the matrices that embed time and prompt are Muon's too: steadier ink, slower identity
     # Weighs update k by k^ema_power in the generator's average, which so covers a fixed share of a run; null: by ema_decay.
     ema_power: float | None = None
     critic_ema_decay: float = 0.9  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
@@ -270,9 +267,6 @@ class SelfForcingConfig(FewStepConfig):
     max_score_time: float = 0.98
     # Shift of the times of scores and critic, toward noise above 1. The default departs from the public code, which shifts by 5.
     score_time_shift: float = 1.0
-    # Score an exit step's prediction at the noise of the step so many later and above, 1 the next (TDM, arXiv 2503.06674; Phased DMD, arXiv
-    # 2510.27684), 0 at all noise levels.
-    score_steps_ahead: int = 0
     loss_time_floor: float = 0.3
     health_interval: int = 40  # steps between two readings of the generator's videos of fixed prompts (`health`); 0 switches them off
 
@@ -311,15 +305,6 @@ class SelfForcingConfig(FewStepConfig):
             0 < self.min_score_time < self.max_score_time <= 1, "training.min_score_time and max_score_time",
             (self.min_score_time, self.max_score_time), "0 < min < max <= 1",
         )
-
-        ahead = self.score_steps_ahead
-        self.check("score_steps_ahead", ahead >= 0, "0 (all noise levels) or more")
-        unfinished = "0 without training.finish_blocks: an exit step's prediction is not noised again"
-        self.check("score_steps_ahead", ahead == 0 or self.finish_blocks, unfinished)
-        if 0 < ahead < len(self.denoising_steps):
-            lowest = float(shift_time(timestep_to_time(torch.tensor(self.denoising_steps[ahead])), self.time_shift))
-            above = f"above {lowest:.3g}, from which training.score_steps_ahead={ahead} scores the first step's prediction"
-            self.check("max_score_time", self.max_score_time > lowest, above)
 
     def _check_rollout_frames(self, rollout_frames: int) -> None:
         key = "training.rollout_frames"

@@ -85,8 +85,7 @@ def check_parts_fit(config: Config) -> None:
     if isinstance(training, SelfForcingConfig):
         by_power = training.ema_power is not None, f"training.ema_power={training.ema_power}", "training.ema_power=null"
         not_muon = training.optimizer != "muon", f"training.optimizer={training.optimizer}", "training.optimizer=muon"
-        of_muon = dict.fromkeys(("muon_momentum", "critic_muon_momentum", "muon_embeddings"), not_muon)
-        for name, reason in {"ema_decay": by_power, **of_muon}.items():
+        for name, reason in {"ema_decay": by_power, "muon_momentum": not_muon, "critic_muon_momentum": not_muon}.items():
             (is_ignored, setting, instead), default = reason, getattr(SelfForcingConfig, name)
             unused = f"{default}, its default, with {setting}, which ignores it, or {instead}"
             training.check(name, not is_ignored or getattr(training, name) == default, unused)

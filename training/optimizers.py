@@ -1,4 +1,4 @@
-"""Muon for matrices, AdamW for everything else."""
+"""Muon for the matrices of the transformer blocks, AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from method.settings import SelfForcingConfig
 MUON_RATE = 5.0  # AdamW with betas[0] = 0 moves a weight by about lr an update, Muon by 0.2 of its rate: so one lr serves both
 
 
-def split_matrices(module: nn.Module, in_blocks: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices of the linear layers, in transformer blocks alone or everywhere but in a head, and all other trained parameters."""
+def split_matrices(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices of the linear layers in transformer blocks, and all other parameters that are trained."""
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    named = {name for name in trained if name.endswith(".weight") and ("blocks." in name if in_blocks else "head." not in name)}
-    is_matrix = {name: p.ndim == 2 and name in named for name, p in trained.items()}
+    is_matrix = {name: p.ndim == 2 and name.endswith(".weight") and "blocks." in name for name, p in trained.items()}
     return [p for name, p in trained.items() if is_matrix[name]], [p for name, p in trained.items() if not is_matrix[name]]
 
 
@@ -32,7 +31,7 @@ def self_forcing_optimizers(name: str, network: nn.Module, config: SelfForcingCo
     lr, muon = config.lr if name == "generator" else config.critic_lr, f"{name}_muon"
     if config.optimizer == "adamw":
         return {name: torch.optim.AdamW(network.parameters(), lr=lr, **self_forcing_settings(name, config))}
-    matrices, others = split_matrices(network, in_blocks=not config.muon_embeddings)
+    matrices, others = split_matrices(network)
     return {
         name: torch.optim.AdamW(others, lr=lr, **self_forcing_settings(name, config)),
         muon: build_muon(matrices, MUON_RATE * lr, **self_forcing_settings(muon, config)),

@@ -86,7 +86,7 @@ class PretrainStage(Stage):
             require_compiler("training.compile", runtime.device)
             for block in self.model.blocks:
                 block.compile(dynamic=False)
-        matrices, others = split_matrices(self.live, in_blocks=True)
+        matrices, others = split_matrices(self.live)
         self.base_rates = {"muon": self.config.muon_lr, "adamw": self.config.lr}
         self.optimizers["muon"] = build_muon(matrices, self.config.muon_lr, **self.optimizer_settings("muon"))
         self.optimizers["adamw"] = torch.optim.AdamW(others, lr=self.config.lr, **self.optimizer_settings("adamw"))

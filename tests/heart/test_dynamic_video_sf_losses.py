@@ -124,25 +124,6 @@ def test_score_times_lie_at_even_distances_and_are_shifted_as_asked_and_not_by_d
     assert t.mean().item() == pytest.approx(0.1 + 0.8 * mean, abs=0.008)  # five standard errors
 
 
-@pytest.mark.parametrize(("exits", "lowest"), [
-    ([0] * 6, [0.1, 0.6, 0.2, 0.1]), ([1] * 6, [0.1, 0.2, 0.1, 0.1]), ([2] * 3 + [1] * 3, [0.1, 0.2, 0.1, 0.1]),
-    ([2] * 6, [0.1] * 4), ([-1] * 3 + [2] * 3, [0.1] * 4),
-])
-def test_a_prediction_is_scored_above_the_noise_of_a_later_step_where_that_is_asked_for(exits: list[int], lowest: list[float], monkeypatch):
-    """Of its exit steps the one with the noisiest later step decides; given frames (-1) ask for nothing."""
-    steps = {"denoising_steps": [1000, 600, 200], "time_shift": 1.0, "min_score_time": 0.1, "max_score_time": 0.9, "noise_draws": 2}
-    for ahead, expected in enumerate(lowest):
-        engine = build_engine(finish_blocks=True, score_steps_ahead=ahead, **steps)
-        found = []
-        with monkeypatch.context() as patched:
-            patched.setattr("dynamic_video_sf.score_figures", lambda x_0, fake, real, t, found=found: found.append(t) or {})
-            for _ in range(8):
-                engine.generator_loss(torch.zeros(2, 6, 1, 8, 8), *texts_of(engine), frame_exits=torch.tensor([exits, exits]))
-        t = torch.cat(found)
-        torch.testing.assert_close(torch.stack([t.min(), t.max()]), torch.tensor([expected, 0.9]), atol=0.1, rtol=0)
-        assert t.min() >= expected
-
-
 @pytest.mark.parametrize(("interval", "clamp"), [([0.0, 1.0], False), ([0.4, 0.7], False), ([0.0, 1.0], True)])
 def test_on_gaussians_the_engines_gradient_is_the_closed_form(interval: list[float], clamp: bool):
     """Fake N(m_f, s^2), teacher N(m_u, s^2) and N(m_c, s^2) guided, inside the interval, to the mean m_u + w (m_c - m_u)."""
@@ -236,7 +217,7 @@ def test_the_generators_gradient_is_the_mean_over_the_noised_copies(loss, monkey
     text, null_text = random_text(engine.generator, 3), random_text(engine.generator, 3)
     videos = (torch.rand(3, 3, 1, 8, 8) * 2 - 1).requires_grad_(True)
     asked, noised = [], engine._noised
-    monkeypatch.setattr(engine, "_noised", lambda x_0, lowest: asked.append(noised(x_0, lowest)) or asked[-1])
+    monkeypatch.setattr(engine, "_noised", lambda x_0: asked.append(noised(x_0)) or asked[-1])
     engine.generator_loss(videos, text, null_text, frame_exits=torch.zeros(3, 3, dtype=torch.long))[0].backward()
     (x_t, t), = asked
     assert len(t) == 6 and len(t[:, 0].unique()) == 6
@@ -245,7 +226,7 @@ def test_the_generators_gradient_is_the_mean_over_the_noised_copies(loss, monkey
     for copy in (slice(0, 3), slice(3, 6)):
         alone = videos.detach().clone().requires_grad_(True)
         eps = (x_t[copy].detach() - (1 - t[copy])[..., None, None, None] * videos.detach()) / t[copy][..., None, None, None]
-        monkeypatch.setattr(engine, "_noised", lambda x_0, lowest, eps=eps, t=t[copy]: (add_noise(x_0, eps, t), t))
+        monkeypatch.setattr(engine, "_noised", lambda x_0, eps=eps, t=t[copy]: (add_noise(x_0, eps, t), t))
         engine.generator_loss(alone, text, null_text)[0].backward()
         of_copies.append(alone.grad)
     torch.testing.assert_close(videos.grad, (of_copies[0] + of_copies[1]) / 2, atol=1e-6, rtol=1e-4)
