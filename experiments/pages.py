@@ -97,14 +97,15 @@ def continuation(results: Path) -> str:
 
 def switch(results: Path) -> str:
     """Prompt switches in a stream: how soon the new digit shows, and whether the motion goes on."""
-    found = read(results, "long_video/switch.json")["student"]
-    rows = [
-        [how, str(found[how]["frames_until_shown"]), number(found[how]["share_of_new_at_end"]), f"{found[how]['path_error_median']:.2f} px",
-         number(found[how]["path_error_smooth_share"])] for how in ("recache", "keep", "reset")
-    ]
-    none = found["recache"]
-    rows.append(["no switch", "-", "-", f"{none['path_error_without_median']:.2f} px", number(none["path_error_without_smooth_share"])])
-    return as_table(["switch", "frames until 90 % show the new digit", "new digit 21 frames later",
+    rows = []
+    for name, found in read(results, "long_video/switch.json").items():
+        for how in ("recache", "keep", "reset"):
+            shown, one = found[how]["frames_until_shown"], found[how]
+            rows.append([name, how, "never" if shown is None else str(shown), number(one["share_of_new_at_end"]),
+                         f"{one['path_error_median']:.2f} px", number(one["path_error_smooth_share"])])
+        without = f"{found['recache']['path_error_without_median']:.2f} px", number(found["recache"]["path_error_without_smooth_share"])
+        rows.append([name, "no switch", "-", "-", *without])
+    return as_table(["network", "switch", "frames until 90 % show the new digit", "new digit 21 frames later",
                      "first centre, distance from the continued path, median", "within 3 px"], rows)
 
 
@@ -124,16 +125,15 @@ def seeds(results: Path) -> str:
     """Default runs that differ in their seed alone: each, then median and worst."""
     found = read(results, "seeds.json")
     names = [name for name in SEED_FIGURES if all(name in run for run in found["runs"])]
-    rows = [[str(run["seed"]), *(number(run[name]) for name in names), f"{run['minutes']:.0f}"] for run in found["runs"]]
+    rows = [[str(run["seed"]), *(number(run[name]) for name in names)] for run in found["runs"]]
     columns = {name: [run[name] for run in found["runs"]] for name in names}
-    minutes = median(run["minutes"] for run in found["runs"])
-    rows.append(["**median**", *(number(median(columns[name])) for name in names), f"{minutes:.0f}"])
+    rows.append(["**median**", *(number(median(columns[name])) for name in names)])
     worst = {
         name: max(columns[name], key=lambda value: abs(value - 1) if name == "stroke_mass" else value if name == "frechet" else -value)
         for name in names
     }
-    rows.append(["**worst**", *(number(worst[name]) for name in names), ""])
-    return as_table(["seed", *(SEED_FIGURES[name] for name in names), "minutes"], rows)
+    rows.append(["**worst**", *(number(worst[name]) for name in names)])
+    return as_table(["seed", *(SEED_FIGURES[name] for name in names)], rows)
 
 
 def few_steps(results: Path) -> str:
@@ -142,7 +142,9 @@ def few_steps(results: Path) -> str:
     for name in ("frames_21", "steps_2", "steps_1"):
         rows += [(title, row) for title, row in read(results, f"faq/{name}.json").items() if title.startswith("student")]
     names = {**FEW_FIGURES, "glyph_diversity": "glyph diversity"}
-    lines = [[title, str(row.get("num_videos", "-")), *(number(row[name]) for name in names)] for title, row in rows]
+    lines = [
+        [title, str(row.get("num_videos", "-")), *(number(row[name]) if name in row else "-" for name in names)] for title, row in rows
+    ]
     return as_table(["21 frames", "videos", *names.values()], lines)
 
 

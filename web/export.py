@@ -1,6 +1,6 @@
 """A checkpoint as ONNX graphs for onnxruntime: `python -m web.export` writes the networks that the page shows.
 
-    python -m web.export                                   pretrained/student.pt and pretrained/teacher.pt
+    python -m web.export                                   pretrained/streaming.pt and pretrained/teacher.pt
     python -m web.export --student logs/training/checkpoint_final.pt --start pretrained/teacher.pt
 
 A folder a network: `denoise.onnx`, `cache.onnx` and `text.onnx` (see `passes`), whose weights are all in one file, `weights.bin`, each once
@@ -240,7 +240,7 @@ def export_network(path: Path, folder: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write ONNX graphs of the page's networks.", allow_abbrev=False)
-    parser.add_argument("--student", type=user_path, default=PRETRAINED / "student.pt", help="default: pretrained/student.pt")
+    parser.add_argument("--student", type=user_path, default=PRETRAINED / "streaming.pt", help="default: pretrained/streaming.pt")
     parser.add_argument(
         "--start", type=user_path, default=PRETRAINED / "teacher.pt", help="the network before Self-Forcing; default: pretrained/teacher.pt"
     )

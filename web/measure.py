@@ -32,7 +32,7 @@ WARM_UP = 8  # blocks, until the window is full
 def measure_torch(num_blocks: int, num_threads: int) -> dict[str, float]:
     """Frames/s, processor seconds a frame and milliseconds to the first block, of the student in float32."""
     torch.set_num_threads(num_threads)
-    networks = load_networks(PRETRAINED / "student.pt", torch.device("cpu"))
+    networks = load_networks(PRETRAINED / "streaming.pt", torch.device("cpu"))
     plan = SamplerSettings().make_plan(networks.config.training)
     start = time.perf_counter()
     stream = stream_video(

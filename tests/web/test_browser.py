@@ -93,7 +93,7 @@ def test_the_page_shows_the_networks_own_video():
     seen = on_page(BUILT, [*orders, ["read", "prompt", "document.querySelector('#prompt').value"]], f"{PAUSED}&seed=5&backend=wasm")
     assert not seen["errors"]
     shown = videos_of(seen["values"]["first"] + seen["values"]["video"])
-    networks = load_networks(PRETRAINED / "student.pt", torch.device("cpu"))
+    networks = load_networks(PRETRAINED / "streaming.pt", torch.device("cpu"))
     model, encode = networks.generator, networks.text_encoder.encode
     with torch.no_grad():
         first, second = (model.encode_prompt(*encode([prompt])) for prompt in ("the digit 3 moving to the right", seen["values"]["prompt"]))

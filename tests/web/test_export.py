@@ -88,9 +88,9 @@ def test_the_start_equals_torchs_with_and_without_guidance(teacher: Exported, pl
 @pytest.mark.slow
 @pytest.mark.parametrize(("window", "sink", "how"), [(21, 0, "recache"), (12, 3, "recache"), (12, 4, "keep")])
 def test_the_shipped_student_equals_torchs(tmp_path: Path, window: int, sink: int, how: str):
-    facts = export_network(PRETRAINED / "student.pt", tmp_path / "student")
+    facts = export_network(PRETRAINED / "streaming.pt", tmp_path / "student")
     assert sum(file["bytes"] for file in facts["files"].values()) < 9e6
-    assert worst_difference(PRETRAINED / "student.pt", tmp_path / "student", "student", window, sink, how, 14) < TOLERANCE
+    assert worst_difference(PRETRAINED / "streaming.pt", tmp_path / "student", "student", window, sink, how, 14) < TOLERANCE
 
 
 @pytest.mark.parametrize(("window", "sink"), [(9, 0), (12, 4), (21, 3), (15, 5)])

@@ -23,7 +23,7 @@ export const TOURS: { title: string; steps: TourStep[] }[] = [
         at: "#players", window: 21, sink: 0, speed: 63, prompt: "the digit 3 moving to the right", restart: true,
       },
       {
-        text: "Beside it runs the same network before Self-Forcing, from the same noise: with guidance, at twice the evaluations, and without. Its first blocks may look fine.",
+        text: "Beside it runs the teacher, which is what a network is before Self-Forcing, from the same noise: with guidance, at twice the evaluations, and without. Its first blocks may look fine.",
         at: "#players", compare: true, restart: true,
       },
       {
