@@ -202,5 +202,6 @@ def test_config_to_dict_and_back(training):
 def test_an_older_dict_without_a_field_gets_its_default_and_keeps_its_noised_copies():
     plain = config_to_dict(Config(training=SelfForcingConfig(num_steps=9)))
     plain["training"]["critic_draws"] = 3
+    plain["training"]["continuation_probability"] = 0.5
     del plain["training"]["critic_warmup_steps"], plain["training"]["noise_draws"], plain["wandb"]
     assert config_from_dict(plain) == Config(training=SelfForcingConfig(num_steps=9, noise_draws=3))

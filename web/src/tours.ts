@@ -27,7 +27,7 @@ export const TOURS: { title: string; steps: TourStep[] }[] = [
         at: "#players", compare: true, restart: true,
       },
       {
-        text: "Let it run past 100 frames. Without guidance the strokes fade at once. With it small errors enter the cache, the next block starts from them, and strokes grow bolder, blur or change the digit. The student has met its own errors in training and holds.",
+        text: "Let it run past 100 frames. Without guidance the strokes fade at once. With it small errors enter the cache, the next block starts from them, and strokes fade, blur or change the digit. The student has met its own errors in training and holds.",
         at: "#figures",
       },
     ],
