@@ -170,12 +170,8 @@ class MovingMNISTGenerator:
         start = torch.tensor([draw.start for draw in draws], dtype=torch.float32)  # (B, N, 2)
         velocity = torch.tensor([draw.velocity for draw in draws], dtype=torch.float32)  # (B, N, 2)
         track = self.motion_track(start, velocity, num_frames)
-        sprites = self.sprites[digit_index]
-        if self.digit_variation > 0:
-            deformations = draw_deformations(seed, indices, self.config.num_digits, self.digit_variation)
-            sprites = deform(unit_ink(self.digit_set.images[digit_index]), deformations, self.config.digit_size)
         return MovingMNISTBatch(
-            video=self.render(sprites, track),
+            video=self.render(self._sprites(seed, indices, digit_index), track),
             captions=[draw.caption for draw in draws],
             digits=self.digit_set.labels[digit_index],
             digit_index=digit_index,
@@ -183,6 +179,16 @@ class MovingMNISTGenerator:
             speeds=[[fact.speed for fact in draw.facts] for draw in draws],
             start=start, velocity=velocity, track=track,
         )
+
+    def before(self, seed: int, indices: Sequence[int], others: Sequence[int], num_frames: int) -> Tensor:
+        """What a switch of the prompt may follow: videos (B, F, C, H, W) of the digits of the videos (seed, other), at their speeds, which
+        arrive one frame later where the videos (seed, index) begin."""
+        draws, others_drawn = ([self._draw(seed, int(index)) for index in each] for each in (indices, others))
+        start = torch.tensor([draw.start for draw in draws], dtype=torch.float32)
+        velocity = torch.tensor([draw.velocity for draw in others_drawn], dtype=torch.float32)
+        track = self.motion_track(start, -velocity, num_frames + 1)[:, 1:].flip(1)  # back in time: a path with bounces is one both ways
+        digit_index = torch.tensor([draw.rows for draw in others_drawn])
+        return self.render(self._sprites(seed, others, digit_index), track)
 
     def captions(self, seed: int, indices: Sequence[int]) -> list[str]:
         """The captions of the videos (seed, index), without drawing a frame."""
@@ -194,6 +200,13 @@ class MovingMNISTGenerator:
         if names is None:
             return [caption_of_any_stretch(caption) for caption in self.captions(seed, indices)]
         return [name_classes([names[fact.digit] for fact in self._draw(seed, int(index)).facts]) for index in indices]
+
+    def _sprites(self, seed: int, indices: Sequence[int], digit_index: Tensor) -> Tensor:
+        """The digits (B, N, D, D) of these videos, ink in [0, 1], deformed as each video deforms them."""
+        if self.digit_variation == 0:
+            return self.sprites[digit_index]
+        deformations = draw_deformations(seed, indices, self.config.num_digits, self.digit_variation)
+        return deform(unit_ink(self.digit_set.images[digit_index]), deformations, self.config.digit_size)
 
     def motion_track(self, start: Tensor, velocity: Tensor, num_frames: int) -> Tensor:
         """Centres (B, F, N, 2) of digits that start at centres (B, N, 2) with velocity (B, N, 2) and bounce."""

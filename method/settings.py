@@ -161,6 +161,7 @@ class PretrainConfig(TrainingConfig):
     decay_fraction: float = 0.3
     prompt_dropout: float = 0.1
     clean_prefix_probability: float = 0.5
+    switch_probability: float = 0.0  # of the clean prefixes: how many show other digits than the prompt, as the past does where it switches
     compile: bool = False  # torch.compile of the transformer blocks: needs a C++ compiler, pays only in long runs
     loss_time_floor: float = 0.3
 
@@ -168,8 +169,11 @@ class PretrainConfig(TrainingConfig):
         super().__post_init__()
         require(self.pretrained_checkpoint != "", "training.pretrained_checkpoint", "empty", "a path, or null for none")
         self.check("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
-        for name in ("prompt_dropout", "clean_prefix_probability", "bidirectional_share"):
+        for name in ("prompt_dropout", "clean_prefix_probability", "bidirectional_share", "switch_probability"):
             self.check(name, 0 <= getattr(self, name) <= 1, "a number in [0, 1]")
+        has_prefixes = self.objective != "teacher_forcing" and self.clean_prefix_probability > 0
+        needs = "0 without clean prefixes (training.clean_prefix_probability above 0, and an objective that has them)"
+        self.check("switch_probability", self.switch_probability == 0 or has_prefixes, needs)
         self.check("clip_steps", self.clip_steps >= 0, "0 (none) or more")
         self.check("clip_batch_size", self.clip_batch_size >= 1, "at least 1")
         if self.clip_steps:

@@ -26,22 +26,34 @@ def bidirectional_loss(
 
 def block_causal_loss(
     model: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext, num_frames_per_block: int, clean_prefix_probability: float,
-    time_shift: float, time_floor: float, random: BatchRandom, context: ContextWindow = WHOLE_PAST,
+    time_shift: float, time_floor: float, random: BatchRandom, context: ContextWindow = WHOLE_PAST, x_before: Tensor | None = None,
+    switch_probability: float = 0.0,
 ) -> Tensor:
     """Diffusion forcing (arXiv 2407.01392) with block-causal attention, one time per block, and clean context.
 
     With `clean_prefix_probability` (0 is diffusion forcing itself) the first 0..K-1 blocks of a video are at t = 0 and do not count in
-    the loss: the context that the KV cache supplies at inference. The mean over equal parts of a batch is the loss of the batch, although
-    they differ in the number of frames that count.
+    the loss: the context that the KV cache supplies at inference. With x_before (B, F, C, H, W), a share switch_probability of these
+    prefixes shows its last frames and the video begins behind them: what the network sees where the prompt has switched. The mean over
+    equal parts of a batch is the loss of the batch, although they differ in the number of frames that count.
     """
     batch_size = random.batch_size(len(x_0))
     sizes = (batch_size, x_0.shape[1], num_frames_per_block)
     t, weights = sample_block_times(*sizes, clean_prefix_probability, time_shift, random.generator, context)
     num_counted = (weights.sum() * (len(x_0) / batch_size)).to(x_0.device)
     t, frame_weight = random.cut(t).to(x_0.device), random.cut(weights).to(x_0.device)
+    if x_before is not None:
+        switches = random.draw(len(x_0), lambda total: torch.rand(total, generator=random.generator)) < switch_probability
+        x_0 = shift_in(x_before, x_0, (frame_weight == 0).sum(1) * switches.to(x_0.device))
     x_t = add_noise(x_0, random.normal_like(x_0), t)
     v = model.forward_block_causal(x_t, t, prompt, num_frames_per_block, context)
     return x_0_prediction_loss(v, x_t, x_0, t, time_floor, frame_weight, num_counted)
+
+
+def shift_in(x_before: Tensor, x: Tensor, num_before: Tensor) -> Tensor:
+    """The last num_before (B,) frames of x_before and the first of x, both (B, F, C, H, W): F frames again."""
+    num_frames = x.shape[1]
+    frames = torch.arange(num_frames, device=x.device) + num_frames - num_before[:, None]  # (B, F), counted in both together
+    return torch.cat([x_before, x], dim=1)[torch.arange(len(x), device=x.device)[:, None], frames]
 
 
 def teacher_forcing_loss(

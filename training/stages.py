@@ -16,6 +16,7 @@ from machine.runtime import Runtime, require_compiler
 from method.diagnostics import STEP_COLUMNS, exit_columns
 from method.plans import baseline_plans, many_step_plan, teacher_plan
 from method.settings import PretrainConfig, SelfForcingConfig, TrainingConfig
+from moving_mnist import MovingMNISTGenerator
 from network.text_encoder import NULL_PROMPT, TextEncoder
 from network.weights import exponential_decay, update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
@@ -68,6 +69,8 @@ class PretrainStage(Stage):
         if self.config.clip_steps:
             self.parts.check_divides("training.clip_batch_size", self.config.clip_batch_size)
         self.data = open_data(config.dataset, "train", self.config.digit_variation)
+        can_switch = self.config.switch_probability == 0 or isinstance(self.data, MovingMNISTGenerator)
+        self.config.check("switch_probability", can_switch, "0 with dataset=videos, of whose clips none leads to another")
         self.model = TinyCausalWanModel(config.model).to(runtime.device)
         self.text_encoder = TextEncoder(config.text).to(runtime.device)
         if self.config.pretrained_checkpoint is not None:
@@ -104,7 +107,7 @@ class PretrainStage(Stage):
             x_0 = batch.video.to(self.runtime.device)
             with self.runtime.autocast():
                 prompt = self.model.encode_prompt(*self.text_encoder.encode(prompts))
-                kind, loss = self._loss(step, x_0, prompt)
+                kind, loss = self._loss(step, x_0, prompt, self._before(indices, part, num_frames))
             self.parts.backward(loss)
             losses.append({kind: loss.item()})
         norm = self.parts.clip(self.live.parameters(), config.clip_norm)
@@ -116,7 +119,14 @@ class PretrainStage(Stage):
         update_average(self.average, self.live, exponential_decay(config.ema_decay, step))
         return {**mean_figures(losses), "gradient_norm": norm, "lr_factor": factor}
 
-    def _loss(self, step: int, x_0: Tensor, prompt: PromptContext) -> tuple[str, Tensor]:
+    def _before(self, indices: Sequence[int], part: slice, num_frames: int) -> Tensor | None:
+        """What the videos of this part may follow where the prompt switches: the digit of the next video of the batch."""
+        if self.config.switch_probability == 0:
+            return None
+        others = [*indices[1:], indices[0]]
+        return self.data.before(self.seed, indices[part], others[part], num_frames).to(self.runtime.device)
+
+    def _loss(self, step: int, x_0: Tensor, prompt: PromptContext, x_before: Tensor | None) -> tuple[str, Tensor]:
         """The name and value of this step's loss."""
         config, inputs = self.config, (self.model, x_0, prompt)
         common, block = (config.time_shift, config.loss_time_floor, self.random), config.num_frames_per_block
@@ -125,7 +135,8 @@ class PretrainStage(Stage):
         share = config.bidirectional_share  # of the steps, evenly spread: .5 is every even step
         if config.objective == "mixed" and math.ceil((step + 1) * share) > math.ceil(step * share):
             return "loss_bidirectional", bidirectional_loss(*inputs, *common)
-        return "loss_causal", block_causal_loss(*inputs, block, config.clean_prefix_probability, *common, config.context)
+        switch = (x_before, config.switch_probability)
+        return "loss_causal", block_causal_loss(*inputs, block, config.clean_prefix_probability, *common, config.context, *switch)
 
     def shown(self) -> dict[str, Sampler]:
         """The averaged network in many steps, as the teacher or causally, and in few causal steps (`baseline_plans`)."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.networks import load_self_test
+from torch import Tensor
 
 import moving_mnist
 from moving_mnist import DatasetConfig, MovingMNISTDataset, MovingMNISTGenerator, bounce
@@ -58,6 +59,31 @@ def test_a_longer_video_continues_a_shorter_one(generator):
 
 
 # -------------------------------------------------------------------------------------------------------- physics
+
+
+@pytest.mark.parametrize("variation", [0.0, 0.2])
+def test_what_was_before_shows_the_other_digit_at_its_speed_and_arrives_where_the_video_begins(variation):
+    generator = MovingMNISTGenerator(DatasetConfig(), "train", variation)
+    indices, others = range(8), [*range(1, 8), 0]
+    own, other = generator.sample(3, indices, 6), generator.sample(3, others, 6)
+    before = generator.before(3, indices, others, 30)
+    assert before.shape == (8, 30, 1, 32, 32)
+    centres = ink_centres(torch.cat([before, other.video], dim=1))  # (B, 36, 2)
+    path = ink_centres(before) + other.start - ink_centres(other.video)[:, :1]  # of the boxes, as `start` is
+    arrives = path[:, -1] + other.velocity[:, 0]
+    inside = (arrives > 7).all(1) & (arrives < 24).all(1)  # no bounce in the last step
+    assert inside.sum() >= 3
+    torch.testing.assert_close(arrives[inside], own.start[inside, 0], atol=2e-3, rtol=0)
+    step = centres[:, 1:30].sub(centres[:, :29]).abs()  # a bounce shortens a step
+    assert (step <= other.velocity.abs() + 2e-3).all() and ((step - other.velocity.abs()).abs() < 2e-3).all(2).float().mean() > 0.7
+    ink = (before + 1).sum((2, 3, 4))
+    torch.testing.assert_close(ink, (other.video[:, :1] + 1).sum((2, 3, 4)).expand(-1, 30), rtol=2e-3, atol=0)  # the other's digit
+
+
+def ink_centres(video: Tensor) -> Tensor:
+    """Centres of mass (B, F, 2), x and y, of videos (B, F, 1, H, W)."""
+    ink, pixel = video[:, :, 0] + 1, torch.arange(video.shape[-1], dtype=torch.float32)
+    return torch.stack([(ink.sum(2) * pixel).sum(-1), (ink.sum(3) * pixel).sum(-1)], dim=-1) / ink.sum((2, 3))[..., None]
 
 
 def test_track_equals_a_step_by_step_simulation_of_the_bounces(generator):

@@ -152,7 +152,8 @@ EXCLUDED = [
 @pytest.mark.parametrize(("kind", "changes", "words"), [
     *((PretrainConfig, {key: value}, f"{key} is .*expected") for key, value in (
         ("muon_lr", nan), ("warmup_steps", -1), ("prompt_dropout", 1.5), ("loss_time_floor", 0.0), ("objective", "both"),
-        ("digit_variation", 0.41), ("time_shift", inf))),
+        ("digit_variation", 0.41), ("time_shift", inf), ("switch_probability", 1.5))),
+    (PretrainConfig, {"switch_probability": 0.5, "clean_prefix_probability": 0.0}, "switch_probability is 0.5: expected 0 without clean pre"),
     (CausalODEConfig, {"trajectory_steps": 25}, r"trajectory_steps is 25: .*denoising_steps=\[1000, 750, 500, 250\], such as 4$"),
     (CausalConsistencyConfig, {"consistency_steps": 1}, "consistency_steps is 1"),
     *((SelfForcingConfig, changes, words) for changes, words in EXCLUDED),

@@ -20,7 +20,7 @@ from training.sharding import whole
 from training.stages import PretrainStage, SelfForcingStage
 
 KINDS = {
-    "mixed": {"objective": "mixed"},
+    "mixed": {"objective": "mixed", "switch_probability": 0.5},
     "teacher_forcing": {"objective": "teacher_forcing", "clean_prefix_probability": 0.0},
     "dmd": {"loss": "dmd"}, "sid": {"loss": "sid"}, "gan": {"loss": "gan"},
     "diffusion_forced": {"generator_inputs": "diffusion_forced"},

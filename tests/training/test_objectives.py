@@ -1,6 +1,7 @@
 """Losses that use data: their weights, the times they sample and that they can be lowered."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,42 @@ def test_block_causal_loss_shows_a_clean_prefix_and_does_not_count_it(videos):
     assert 0.1 < is_clean.float().mean() < 0.6 and model.blocks == [2]
     assert torch.equal(x_t[is_clean], x_0[is_clean]) and not torch.isclose(x_t[~is_clean], x_0[~is_clean]).all(dim=(1, 2, 3)).any()
     torch.testing.assert_close(loss, torch.tensor(1.0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_the_clean_prefixes_is_what_was_before_and_the_video_begins_behind_it(videos, share):
+    count = 400
+    x_0 = torch.arange(1, 7.0).reshape(1, 6, 1, 1, 1).repeat(count, 1, 1, 1, 1)  # frames 1 to 6, after -5 to 0
+    shown = block_causal_inputs(x_0, x_0 - 6, share)
+    t, first = shown.t, shown.x_t[:, 0, 0, 0, 0]
+    prefix = (t == 0).sum(1)  # frames
+    assert set(prefix.tolist()) == {0, 2, 4}
+    switched = (prefix > 0) & (first < 1)
+    assert abs(switched.float().sum() / (prefix > 0).sum() - share) < 0.1
+    rows = zip(prefix.tolist(), switched.tolist(), shown.x_t.flatten(1), shown.x_0.flatten(1), strict=True)
+    for num_before, is_switched, frames, target in rows:
+        start = 1 - num_before if is_switched else 1
+        assert target.tolist() == list(range(start, start + 6)) and torch.equal(frames[:num_before], target[:num_before])
+
+
+def block_causal_inputs(x_0: Tensor, x_before: Tensor, share: float) -> SimpleNamespace:
+    """What `block_causal_loss` shows the network and measures it against: x_t and t, and the x_0 for which the loss is 0."""
+    model, seen = OracleModel(x_0), []
+
+    def forward(x_t: Tensor, t: Tensor, *rest: object) -> Tensor:
+        seen.append((x_t, t))
+        return torch.zeros_like(x_t)
+
+    def loss(v: Tensor, x_t: Tensor, target: Tensor, *rest: object) -> Tensor:
+        seen.append(target)
+        return v.mean()
+
+    model.forward_block_causal = forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.objectives.x_0_prediction_loss", loss)
+        block_causal_loss(model, x_0, None, 2, 1.0, 3.0, TINY_FLOOR, batch_random(), x_before=x_before, switch_probability=share)
+    (x_t, t), target = seen
+    return SimpleNamespace(x_t=x_t, t=t, x_0=target)
 
 
 def test_teacher_forcing_noises_every_block_and_shows_the_clean_past(videos):
