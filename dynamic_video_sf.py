@@ -340,26 +340,31 @@ class SelfForcingEngine:
     # --- videos
 
     def make_videos(
-        self, text: Text, num_frames: int, with_gradient: bool, x_real: Tensor | None = None, first_frame: int = 0, turn: int | None = None
+        self, text: Text, num_frames: int, with_gradient: bool, x_real: Tensor | None = None, first_frame: int = 0, turn: int | None = None,
+        earlier_text: Text | None = None,
     ) -> Rollout:
         """The generator's videos of these prompts, from the configured inputs: a self-rollout, or real videos x_real (B, F, C, H, W),
-        noised and denoised. first_frame, turn: see `rollout`. Raises ValueError if real videos are needed and not given."""
+        noised and denoised. first_frame, turn, earlier_text: see `rollout`. Raises ValueError if real videos are needed and not given."""
         with torch.set_grad_enabled(with_gradient):
             prompt = self.generator.encode_prompt(*text)
         if self.config.generator_inputs == "self_rollout":
-            return self.rollout(prompt, num_frames, with_gradient, first_frame, turn)
+            with torch.no_grad():
+                earlier = None if earlier_text is None else self.generator.encode_prompt(*earlier_text)
+            return self.rollout(prompt, num_frames, with_gradient, first_frame, turn, earlier)
         if x_real is None:
             raise ValueError(f"training.generator_inputs={self.config.generator_inputs} needs real videos: none were given")
         return self.denoise_real(prompt, x_real, with_gradient)
 
     def rollout(
-        self, prompt: PromptContext, num_frames: int, with_gradient: bool, first_frame: int = 0, turn: int | None = None
+        self, prompt: PromptContext, num_frames: int, with_gradient: bool, first_frame: int = 0, turn: int | None = None,
+        earlier_prompt: PromptContext | None = None,
     ) -> Rollout:
         """Generate num_frames frames from noise as inference does, up to a random exit step (Algorithm 1).
 
         first_frame, whole blocks: the num_frames frames are a window that starts there, at the end of a longer rollout
         (the idea of Self-Forcing++, arXiv 2510.02283). The blocks before it carry no gradient and take all denoising steps, as at
         inference: an early exit makes blurred frames. Memory does not grow with first_frame if the cache rolls.
+        earlier_prompt: that of the blocks before the window; there the prompt switches, and the cache is kept or made anew, at random.
         turn: the number of the generator's update. With finished blocks exit steps take turns by it, last step first: drawn at random, the
         last one, which is shown, can be left out for a dozen updates, in which the others move it where they do not look."""
         config, last_step, block = self.config, len(self.plan.times) - 1, self.config.num_frames_per_block
@@ -367,6 +372,8 @@ class SelfForcingEngine:
         sizes = config.context.block_sizes(num_frames, block)
         if first_frame < 0 or first_frame % block:
             raise ValueError(f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of {block}")
+        if earlier_prompt is not None and first_frame == 0:
+            raise ValueError("first_frame is 0: expected more with an earlier prompt, whose blocks come before the window")
         num_earlier = first_frame // block  # blocks
         num_made = num_earlier + len(sizes)
         # 1. Draw the exit steps, one for all blocks or one each, and a seed for every video's noise.
@@ -378,12 +385,16 @@ class SelfForcingEngine:
             num_exits = 1 if config.same_exit_step else len(sizes)
             exit_steps = torch.randint(last_step + 1, (num_exits,), generator=self.random.generator).tolist() * (len(sizes) // num_exits)
         streams = make_noise_streams(self.random.seeds(len(prompt.pooled)))
+        switch, first_prompt = None, prompt
+        if earlier_prompt is not None:
+            how = ("recache", "keep")[int(torch.randint(2, (1,), generator=self.random.generator))]
+            switch, first_prompt = PromptSwitch(prompt, how), earlier_prompt
         # 2. Roll out. Blocks before the window are dropped at once: memory must not grow with them.
         first_scored = max(num_frames - config.gradient_frames, 0)
         first_with_gradient = num_earlier + sum(end <= first_scored for end in accumulate(sizes))
         made: list[Tensor] | None = [] if config.finish_blocks else None
         blocks = rollout_blocks(
-            self.generator, prompt, streams, num_made, self.plan, exit_steps=[last_step] * num_earlier + exit_steps,
+            self.generator, first_prompt, streams, num_made, self.plan, exit_steps=[last_step] * num_earlier + exit_steps,
             gradient_blocks=range(first_with_gradient, num_made if with_gradient else 0), finished=made,
         )
         for _ in range(num_earlier):
@@ -392,7 +403,7 @@ class SelfForcingEngine:
                 made.clear()
         # 3. Join the window's blocks.
         with torch.set_grad_enabled(with_gradient):
-            x_0 = torch.cat([*blocks], dim=1)
+            x_0 = torch.cat([blocks.send(switch), *blocks], dim=1)
             finished = x_0.detach() if made is None else torch.cat(made, dim=1)
             frame_exits = torch.tensor([exit_steps] * len(x_0)).repeat_interleave(torch.tensor(sizes), 1)
             return Rollout(x_0, x_0[:, first_scored:], finished[:, first_scored:], exit_steps, frame_exits[:, first_scored:])
@@ -427,12 +438,14 @@ class SelfForcingEngine:
     # --- losses
 
     def generator_loss(
-        self, x_0: Tensor, text: Text, null_text: Text, x_real: Tensor | None = None, frame_exits: Tensor | None = None
+        self, x_0: Tensor, text: Text, null_text: Text, x_real: Tensor | None = None, frame_exits: Tensor | None = None,
+        critic_text: Text | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss that pulls x_0 (B, F, C, H, W) toward the teacher's distribution, or with "gan" that of x_real; and its figures.
 
-        text, null_text: the prompts, and as many null prompts. frame_exits (B, F): if given, the figures include the mean loss at each
-        exit step. The other figures: `score_figures` and dmd_gradient_norm, or with "gan" logit_distance."""
+        text, null_text: the prompts, and as many null prompts. critic_text: what the critic is told instead of text. frame_exits (B, F): if
+        given, the figures include the mean loss at each exit step. The other figures: `score_figures` and dmd_gradient_norm, or with "gan"
+        logit_distance."""
         if self.config.loss == "gan":
             with torch.no_grad():  # the prompt is a constant here
                 prompt = self.fake_score.encode_prompt(*text)
@@ -444,7 +457,7 @@ class SelfForcingEngine:
             x_0 = x_0.repeat(self.config.noise_draws, 1, 1, 1, 1)
             is_dmd = self.config.loss == "dmd"
             with torch.set_grad_enabled(not is_dmd):  # DMD's scores only supply a direction; SiD's gradient passes through both, frozen
-                x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text)
+                x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text, critic_text or text)
             figures = score_figures(x_0, x_0_fake, x_0_real, t)
             if is_dmd:
                 gradient = self.config.dmd_sign * dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
@@ -470,12 +483,12 @@ class SelfForcingEngine:
         v = self.fake_score.forward_bidirectional(x_t, t, prompt)
         return x_0_prediction_loss(v, x_t, x_0, t, self.config.loss_time_floor)
 
-    def _denoised(self, x_0: Tensor, text: Text, null_text: Text) -> tuple[Tensor, Tensor, Tensor]:
+    def _denoised(self, x_0: Tensor, text: Text, null_text: Text, critic_text: Text) -> tuple[Tensor, Tensor, Tensor]:
         """What averaged critic and guided teacher predict from x_0, noised: x_0_fake and x_0_real; and t (noise_draws * B,). x_0
         (noise_draws * B, F, C, H, W) holds the batch noise_draws times; text and null_text are those of the batch."""
         draws = self.config.noise_draws
         with torch.no_grad():  # the prompts are constants here
-            fake_prompt = self.fake_average.encode_prompt(*text).repeat(draws)
+            fake_prompt = self.fake_average.encode_prompt(*critic_text).repeat(draws)
             cond_prompt, null_prompt = (self.real_score.encode_prompt(*each).repeat(draws) for each in (text, null_text))
             real_prompts = cond_prompt.concatenate(null_prompt)
         # 1. Noise the videos, each copy to a time of its own.

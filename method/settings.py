@@ -259,6 +259,8 @@ class SelfForcingConfig(FewStepConfig):
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
     # Score a window of min_num_frames to max_num_frames frames somewhere in a rollout of up to so many; that of the start if not given.
     rollout_frames: int | None = None
+    # Of the windows that start later: how many follow a switch of the prompt, from that of another video (docs/long_video.md).
+    switch_probability: float = 0.0
     # Blocks walk on to their last step after the exit step, so that later blocks and the critic see finished videos, as at inference.
     # Else the exit step's prediction stands for the block (Self-Forcing, Algorithm 1); docs/decisions.md says what either does here.
     finish_blocks: bool = False
@@ -289,6 +291,9 @@ class SelfForcingConfig(FewStepConfig):
         is_self_rollout = self.generator_inputs == "self_rollout"
         inputs = f"0 with training.generator_inputs={self.generator_inputs}"
         self.check("context_noise", self.context_noise == 0 or is_self_rollout, f"{inputs}, which shows no noised context")
+        self.check("switch_probability", 0 <= self.switch_probability <= 1, "a number in [0, 1]")
+        starts_later = self.switch_probability == 0 or self.rollout_frames is not None
+        self.check("switch_probability", starts_later, "0 without training.rollout_frames, as no window starts later")
         if self.rollout_frames is not None:
             self._check_rollout_frames(self.rollout_frames)
         for name in ("dfake_gen_update_ratio", "noise_draws"):

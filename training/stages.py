@@ -50,6 +50,16 @@ def draw_window_start(config: SelfForcingConfig, num_frames: int, random: torch.
     return starts[int(torch.randint(len(starts), (1,), generator=random))] if len(starts) > 1 else 0
 
 
+def draw_switch(config: SelfForcingConfig, random: torch.Generator) -> bool:
+    """Does the prompt switch where the scored window starts? Draws nothing if it never does."""
+    return config.switch_probability > 0 and float(torch.rand((), generator=random)) < config.switch_probability
+
+
+def next_in_batch(indices: Sequence[int]) -> list[int]:
+    """Of every video of a batch the one after it, whose prompt a switch comes from."""
+    return [*indices[1:], indices[0]]
+
+
 def rate_factor(config: TrainingConfig, step: int, warmup_steps: int = 0) -> float:
     """Factor of the learning rates at this step: linear warm-up, constant, linear decay over the last `decay_fraction` of the run."""
     decay_steps = max(config.decay_fraction * config.num_steps, 1)
@@ -123,8 +133,7 @@ class PretrainStage(Stage):
         """What the videos of this part may follow where the prompt switches: the digit of the next video of the batch."""
         if self.config.switch_probability == 0:
             return None
-        others = [*indices[1:], indices[0]]
-        return self.data.before(self.seed, indices[part], others[part], num_frames).to(self.runtime.device)
+        return self.data.before(self.seed, indices[part], next_in_batch(indices)[part], num_frames).to(self.runtime.device)
 
     def _loss(self, step: int, x_0: Tensor, prompt: PromptContext, x_before: Tensor | None) -> tuple[str, Tensor]:
         """The name and value of this step's loss."""
@@ -190,11 +199,14 @@ class SelfForcingStage(Stage):
         self.num_generator_updates = 0
 
     def train_step(self, step: int) -> dict[str, float]:
-        num_frames = draw_num_frames(self.config, self.random.generator)
-        return self.train_on_window(step, num_frames, draw_window_start(self.config, num_frames, self.random.generator))
+        config, random = self.config, self.random.generator
+        num_frames = draw_num_frames(config, random)
+        first_frame = draw_window_start(config, num_frames, random)
+        switches = first_frame > 0 and draw_switch(config, random)
+        return self.train_on_window(step, num_frames, first_frame, switches)
 
-    def train_on_window(self, step: int, num_frames: int, first_frame: int) -> dict[str, float]:
-        """A step on num_frames generated frames, from frame first_frame of the rollouts on."""
+    def train_on_window(self, step: int, num_frames: int, first_frame: int, switches: bool = False) -> dict[str, float]:
+        """A step on num_frames generated frames, from frame first_frame of the rollouts on; switches: the prompt does so there."""
         config, engine = self.config, self.engine
         is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
         indices = self.next_indices(config.batch_size)
@@ -204,15 +216,16 @@ class SelfForcingStage(Stage):
         # 1. The generator makes videos, and on its turn learns from its loss on them.
         made, seen = [], []  # of every part: what the critic will learn from, and the figures of the generator's loss
         for part in self.parts.of(config.batch_size, self.random):
-            rollout, text, x_real = self._make_videos(indices[part], num_frames, first_frame, is_generator_turn)
+            earlier = next_in_batch(indices)[part] if switches else None
+            rollout, text, critic_text, x_real = self._make_videos(indices[part], num_frames, first_frame, is_generator_turn, earlier)
             figures.setdefault("exit_step", rollout.exit_steps[0])  # of the batch's first video if each has its own
             if is_generator_turn:
                 null_text = self._encode([NULL_PROMPT] * len(rollout.scored))
                 with self.runtime.autocast():
-                    loss, of_loss = engine.generator_loss(rollout.scored, text, null_text, x_real, rollout.frame_exits)
+                    loss, of_loss = engine.generator_loss(rollout.scored, text, null_text, x_real, rollout.frame_exits, critic_text)
                 self.parts.backward(loss)
                 seen.append({"loss_generator": loss.item(), **of_loss})
-            made.append((rollout.finished, text, x_real))
+            made.append((rollout.finished, critic_text, x_real))
         if is_generator_turn:
             figures |= {"gradient_norm_generator": self._step_optimizer("generator"), **mean_figures(seen)}
         # 2. The critic learns from the same videos.
@@ -229,19 +242,29 @@ class SelfForcingStage(Stage):
         return figures
 
     def _make_videos(
-        self, indices: Sequence[int], num_frames: int, first_frame: int, with_gradient: bool
-    ) -> tuple[Rollout, Text, Tensor | None]:
-        """The generator's videos of these prompts, the text for which they are scored, and the real videos if the training uses any."""
+        self, indices: Sequence[int], num_frames: int, first_frame: int, with_gradient: bool, earlier: Sequence[int] | None = None
+    ) -> tuple[Rollout, Text, Text, Tensor | None]:
+        """The generator's videos of these prompts, the text for which the teacher scores them and what the critic is told, and the real
+        videos if the training uses any. earlier: the prompts under which the rollouts start, if others.
+
+        After a switch the critic is told both prompts, the earlier one's embeddings with the opposite sign. So it knows what the
+        generator makes of this pair, and every trace of the earlier prompt is one that the teacher does not ask for."""
         x_real = None
         if self.config.uses_videos:
             x_real = self.data.sample(self.seed, indices, num_frames).video.to(self.runtime.device)
         text = self._encode(self.data.captions(self.seed, indices))
+        earlier_text = None if earlier is None else self._encode(self.data.captions(self.seed, earlier))
         with self.runtime.autocast():
-            rollout = self.engine.make_videos(text, num_frames, with_gradient, x_real, first_frame, self.num_generator_updates)
+            turn = self.num_generator_updates
+            rollout = self.engine.make_videos(text, num_frames, with_gradient, x_real, first_frame, turn, earlier_text)
+        if earlier_text is not None:
+            (embeddings, mask), (earlier_embeddings, earlier_mask) = text, earlier_text
+            both = torch.cat([embeddings, -earlier_embeddings], dim=1), torch.cat([mask, earlier_mask], dim=1)
+            return rollout, text, both, x_real
         first_scored = first_frame + max(num_frames - self.config.gradient_frames, 0)
         if first_scored > 0 and self.config.loss != "gan":  # a caption's direction is that of the first frames, which are not scored
             text = self._encode(self.data.captions_of_any_stretch(self.seed, indices))
-        return rollout, text, x_real
+        return rollout, text, text, x_real
 
     def _encode(self, prompts: list[str]) -> Text:
         """Their embeddings and mask, without gradient: the text encoder is frozen."""

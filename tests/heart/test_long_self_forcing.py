@@ -12,8 +12,9 @@ from helpers.stages import assert_same, build_self_forcing, run_config, self_for
 from torch import Tensor
 
 import dynamic_video_sf
-from dynamic_video_sf import make_noise_streams, rollout_blocks
+from dynamic_video_sf import PromptSwitch, make_noise_streams, rollout_blocks
 from experiments import compute
+from method.choices import SWITCHES
 from network.text_encoder import parse_caption
 from training.config import SelfForcingConfig
 from training.stages import SelfForcingStage, draw_window_start, window_starts
@@ -87,6 +88,29 @@ def test_frames_before_the_window_are_those_of_inference_and_carry_no_gradient(w
     assert len(seen) > 1  # so a window that exits early does follow frames that do not
 
 
+def test_a_window_after_a_switch_is_what_inference_shows_after_one(monkeypatch):
+    """Frames before it under the other prompt, then its own with the cache kept or made anew: both come up."""
+    engine = build_engine(**LONG, finish_blocks=True)
+    prompt, other = random_prompt(engine.generator, 2), random_prompt(engine.generator, 2)
+    seeds: list[list[int]] = []
+    monkeypatch.setattr(dynamic_video_sf, "make_noise_streams", lambda each: seeds.append(each) or make_noise_streams(each))
+
+    def shown(how: str | None) -> Tensor:
+        blocks = rollout_blocks(engine.generator, other, make_noise_streams(seeds[-1]), 5, engine.plan)
+        before = [next(blocks), next(blocks)]
+        assert len(before) == 2
+        return torch.cat([blocks.send(PromptSwitch(prompt, how)), *blocks], dim=1)
+
+    seen = set()
+    for _ in range(8):
+        rollout = engine.rollout(prompt, 9, with_gradient=True, first_frame=6, earlier_prompt=other)
+        with torch.no_grad():
+            found = {how for how in SWITCHES if torch.allclose(rollout.finished, shown(how), atol=1e-5)}
+        assert len(found) == 1 and rollout.scored.requires_grad
+        seen |= found
+    assert seen == {"keep", "recache"}
+
+
 def test_memory_does_not_grow_with_what_is_before(monkeypatch):
     """Of the blocks before the window only those live that the cache would need to be made anew."""
     living: list[int] = []
@@ -111,6 +135,8 @@ def test_memory_does_not_grow_with_what_is_before(monkeypatch):
     for first_frame in (-3, 4):
         with pytest.raises(ValueError, match=f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of 3"):
             engine.rollout(prompt, 9, with_gradient=False, first_frame=first_frame)
+    with pytest.raises(ValueError, match="first_frame is 0: expected more with an earlier prompt"):
+        engine.rollout(prompt, 9, with_gradient=False, earlier_prompt=prompt)
 
 
 def test_as_long_as_the_video_it_is_ordinary_self_forcing_bit_for_bit(teacher: Path):
@@ -140,6 +166,39 @@ def test_scores_of_a_later_window_are_asked_for_the_digit_alone(teacher: Path, m
         assert [fact.digits for fact in facts[-1]] == [parse_caption(caption).digits for caption in captions]
         assert any(direction for fact in facts[0] for direction in fact.directions)
         assert is_start or not any(any(fact.directions) or any(fact.speeds) for fact in facts[-1])
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_a_switch_comes_from_the_prompt_of_the_next_video_of_which_the_critic_is_told(teacher: Path, monkeypatch, accumulation_steps):
+    stage = build_self_forcing(teacher, **(LONG | {"batch_size": 4, "switch_probability": 1.0, "accumulation_steps": accumulation_steps}))
+    made, scored, told = [], [], []
+    make_videos, generator_loss, critic_loss = stage.engine.make_videos, stage.engine.generator_loss, stage.engine.critic_loss
+
+    def recording_videos(text, *arguments):
+        made.append((text[0], arguments[-1][0]))
+        return make_videos(text, *arguments)
+
+    def recording_scores(x_0, text, null_text, x_real, frame_exits, critic_text):
+        scored.append((text[0], critic_text[0]))
+        return generator_loss(x_0, text, null_text, x_real, frame_exits, critic_text)
+
+    def recording_loss(x_0, text, x_real):
+        told.append(text[0])
+        return critic_loss(x_0, text, x_real)
+
+    monkeypatch.setattr(stage.engine, "make_videos", recording_videos)
+    monkeypatch.setattr(stage.engine, "generator_loss", recording_scores)
+    monkeypatch.setattr(stage.engine, "critic_loss", recording_loss)
+    captions = stage.data.captions(0, range(4))
+    stage.train_on_window(3, 9, 6, switches=True)
+    encoded = stage.text_encoder.encode(captions)[0]
+    asked, earlier = (torch.cat(each) for each in zip(*made, strict=True))
+    for_teacher, for_critic = (torch.cat(each) for each in zip(*scored, strict=True))
+    both = torch.cat([encoded, -encoded.roll(-1, 0)], dim=1)
+    of_generator = ((asked, encoded), (earlier, encoded.roll(-1, 0)))
+    for found, expected in (*of_generator, (for_teacher, encoded), (for_critic, both), (torch.cat(told), both)):
+        torch.testing.assert_close(found, expected)
+    assert len(set(captions)) > 1 and len(made) == accumulation_steps
 
 
 @pytest.mark.slow

@@ -143,6 +143,8 @@ EXCLUDED = [
     (LONG | {"rollout_frames": 6}, "rollout_frames is 6: expected at least training.max_num_frames=9"),
     (LONG | {"window_frames": None}, "window_frames is None: expected at most training.max_num_frames=9, with training.rollout_frames"),
     (LONG | {"generator_inputs": "teacher_forced"}, "rollout_frames is 21: expected none where real videos are used"),
+    (LONG | {"switch_probability": 1.5}, r"switch_probability is 1.5: expected a number in \[0, 1\]"),
+    ({"switch_probability": 0.5}, "switch_probability is 0.5: expected 0 without training.rollout_frames, as no window starts later"),
     (LONG | {"hide_first_chunk": True}, "hide_first_chunk is True: expected false with training.rollout_frames"),
     ({"generator_inputs": "teacher_forced", "context_noise": 100}, "context_noise is 100: expected 0 with training.generator_inputs=teach"),
     ({"dmd_sign": 0}, "dmd_sign is 0: expected 1"), ({"dmd_sign": -1, "loss": "sid"}, "dmd_sign is -1: expected 1 with .*loss=sid"),
@@ -153,7 +155,7 @@ EXCLUDED = [
     *((PretrainConfig, {key: value}, f"{key} is .*expected") for key, value in (
         ("muon_lr", nan), ("warmup_steps", -1), ("prompt_dropout", 1.5), ("loss_time_floor", 0.0), ("objective", "both"),
         ("digit_variation", 0.41), ("time_shift", inf), ("switch_probability", 1.5))),
-    (PretrainConfig, {"switch_probability": 0.5, "clean_prefix_probability": 0.0}, "switch_probability is 0.5: expected 0 without clean pre"),
+    (PretrainConfig, {"switch_probability": 0.5, "clean_prefix_probability": 0.0}, "switch_probability is 0.5: expected 0 without clean"),
     (CausalODEConfig, {"trajectory_steps": 25}, r"trajectory_steps is 25: .*denoising_steps=\[1000, 750, 500, 250\], such as 4$"),
     (CausalConsistencyConfig, {"consistency_steps": 1}, "consistency_steps is 1"),
     *((SelfForcingConfig, changes, words) for changes, words in EXCLUDED),

@@ -24,7 +24,7 @@ KINDS = {
     "teacher_forcing": {"objective": "teacher_forcing", "clean_prefix_probability": 0.0},
     "dmd": {"loss": "dmd"}, "sid": {"loss": "sid"}, "gan": {"loss": "gan"},
     "diffusion_forced": {"generator_inputs": "diffusion_forced"},
-    "long": {"window_frames": 6, "rollout_frames": 15},
+    "long": {"window_frames": 6, "rollout_frames": 15, "switch_probability": 0.5},
 }
 PRETRAINING = {"num_steps": 10, "warmup_steps": 2, **LENGTHS}
 NUM_STEPS = 4

@@ -67,7 +67,7 @@ def cut_short(config: Config, after: int) -> Path:
 def test_stopped_and_gone_on_equals_never_stopped(kind, number, teacher, tmp_path, capfd):
     def config(name: str) -> Config:
         start = {"generator_checkpoint": str(teacher)}  # which the checkpoint brings itself when the run goes on
-        start |= {"window_frames": 6, "rollout_frames": 15} if kind == "long" else {}
+        start |= {"window_frames": 6, "rollout_frames": 15, "switch_probability": 0.5} if kind == "long" else {}
         return pretraining(tmp_path / name) if kind == "pretrain" else self_forcing(tmp_path / name, teacher, **start)
 
     unbroken, broken = [], []
