@@ -35,6 +35,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     switch.add_argument("--num_streams", type=int, default=256)
     switch.add_argument("--num_before", type=int, default=42, help="frames before the switch")
     switch.add_argument("--num_after", type=int, default=42)
+    for command in (drift, switch):
+        command.add_argument("--prompt_seed", type=int, default=0, help="of the held-out prompts: settings are chosen on others")
     go_on = commands.add_parser("continue", help="the first block of real held-out videos")
     go_on.add_argument("--num_videos", type=int, default=256)
     go_on.add_argument("--num_frames", type=int, default=21, help="frames that are made")
@@ -108,19 +110,19 @@ def memory_in_use(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def held_out_captions(networks: LoadedNetworks, count: int) -> list[str]:
+def held_out_captions(networks: LoadedNetworks, count: int, seed: int) -> list[str]:
     """As many captions of held-out videos, none of which the network drew in training."""
     held_out = MovingMNISTGenerator(networks.config.dataset, "test", purpose=Purpose.LONG_VIDEO)
-    return held_out.captions(0, new_indices(held_out, [networks], 0, count))
+    return held_out.captions(seed, new_indices(held_out, [networks], seed, count))
 
 
 def measure_drift(
-    networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_frames: int, batch_size: int, seed: int
+    networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_frames: int, batch_size: int, seed: int, prompt_seed: int
 ) -> dict[str, Any]:
     """One stream of batch_size videos, judged 21 frames at a time: figures of every segment, memory of its first windows and its
     last, and seconds a block of a new stream whose window has just filled and of this one at its end, in turns."""
     judge, config = load_judge(), networks.config.dataset
-    prompts = held_out_captions(networks, batch_size)
+    prompts = held_out_captions(networks, batch_size, prompt_seed)
     digits, directions = facts_of_prompts(prompts)
     block_frames = plan.num_frames_per_block
     streams = [
@@ -162,10 +164,10 @@ def measure_drift(
 
 def measure_switch(
     networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_streams: int, num_before: int, num_after: int, batch_size: int,
-    seed: int, switch: str,
+    seed: int, prompt_seed: int, switch: str,
 ) -> dict[str, Any]:
     """num_streams streams change to the caption of another digit after num_before frames; see `summarise_switch`."""
-    captions = held_out_captions(networks, 40 * num_streams)
+    captions = held_out_captions(networks, 40 * num_streams, prompt_seed)
     old = captions[:num_streams]
     old_digits = facts_of_prompts(old)[0].tolist()
     later = iter(zip(captions[num_streams:], facts_of_prompts(captions[num_streams:])[0].tolist(), strict=True))
@@ -330,7 +332,9 @@ def draw_switch(path: Path, rows: dict[str, dict[str, Any]]) -> None:
 
 def check_arguments(arguments: argparse.Namespace, path: Path, name: str) -> None:
     """Raise ValueError or OSError for what can be refused before the checkpoint is read. path, name: of the row that is to be."""
-    require(0 <= arguments.seed <= MAX_SEED, "--seed", arguments.seed, f"0 to {MAX_SEED}")
+    for option in ("seed", "prompt_seed"):
+        value = vars(arguments).get(option, 0)
+        require(0 <= value <= MAX_SEED, f"--{option}", value, f"0 to {MAX_SEED}")
     if arguments.command == "drift":
         require(arguments.num_frames >= 2 * WINDOW, "--num_frames", arguments.num_frames, f"at least {2 * WINDOW}")
     if arguments.command == "switch":
@@ -362,11 +366,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     judge.check_matches(networks.config.dataset)
     common = (networks, plan, runtime)
     if arguments.command == "drift":
-        found = measure_drift(*common, arguments.num_frames, arguments.batch_size, arguments.seed)
+        found = measure_drift(*common, arguments.num_frames, arguments.batch_size, arguments.seed, arguments.prompt_seed)
     elif arguments.command == "switch":
         for key in ("num_before", "num_after"):
             check_num_frames(f"--{key}", getattr(arguments, key), plan.num_frames_per_block)
-        sizes = (arguments.num_streams, arguments.num_before, arguments.num_after, arguments.batch_size, arguments.seed)
+        frames = (arguments.num_before, arguments.num_after)
+        sizes = (arguments.num_streams, *frames, arguments.batch_size, arguments.seed, arguments.prompt_seed)
         found = {how: measure_switch(*common, *sizes, how) for how in SWITCHES}
     else:
         check_num_frames("--num_frames", arguments.num_frames, plan.num_frames_per_block)
@@ -374,7 +379,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         found = measure_continuation(*common, arguments.num_videos, arguments.num_frames, arguments.batch_size, arguments.seed, given)
     found |= {
         "window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames, "device": runtime.device.type,
-        "precision": runtime.precision, "seed": arguments.seed, "num_steps": len(plan.times), "guidance": plan.guidance,
+        "precision": runtime.precision, "seed": arguments.seed,
+        "prompt_seed": vars(arguments).get("prompt_seed"), "num_steps": len(plan.times), "guidance": plan.guidance,
         "judge_held_out_accuracy": judge.config.accuracy, "evaluations_a_block": plan.evaluations,
         "cache_evaluations_a_block": plan.cache_evaluations, "checkpoint_sha256": file_digest(arguments.checkpoint),
         "code_sha256": code_digest("experiments.long_video"),
