@@ -17,7 +17,8 @@ from machine.seeds import Purpose, torch_generator
 from method.choices import require
 from method.settings import PretrainConfig, SelfForcingConfig
 from training.config import Config
-from training.stages import PretrainStage, SelfForcingStage, window_starts
+from training.data import window_starts
+from training.stages import PretrainStage, SelfForcingStage
 
 CPU = Runtime(torch.device("cpu"), torch.float32)  # counted here, wherever the training runs
 IN_ONE_PASS = {"accumulation_steps": 1, "activation_checkpointing": False, "sharding": "none"}  # their own work does not count

@@ -1,13 +1,16 @@
-"""The data of a run: Moving MNIST or one's own clips, behind the same few calls."""
+"""The data of a run: Moving MNIST or one's own clips, behind the same few calls; and what a training step draws of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+
+import torch
 
 from clips.own_videos import OwnVideos, VideosConfig
 from machine.seeds import Purpose
 from method.choices import require
-from method.settings import DataConfig, PretrainConfig
+from method.settings import DataConfig, PretrainConfig, SelfForcingConfig, TrainingConfig
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from network.text_encoder import split_words, vocabulary_with
 from training.config import Config
@@ -36,8 +39,11 @@ def with_vocabulary(config: Config) -> Config:
 
 
 def check_clips_fit(config: Config) -> None:
-    """Raise ValueError naming a clip that is too short for the training, or whose caption is too long for the text encoder."""
+    """Raise ValueError naming a clip that is too short for the training, or whose caption is too long for the text encoder; and a setting
+    that clips cannot serve."""
     training = config.training
+    if isinstance(training, PretrainConfig):
+        training.check("switch_probability", training.switch_probability == 0, "0 with dataset=videos, whose clips do not meet")
     has_clips = isinstance(training, PretrainConfig) and training.clip_steps > 0
     longest = max(training.max_num_frames, training.clip_frames if has_clips else 0)
     for clip in (*OwnVideos(config.dataset).clips, *OwnVideos(config.dataset, "test").clips):
@@ -49,3 +55,32 @@ def check_clips_fit(config: Config) -> None:
             raise ValueError(f"{clip.path} has {num_frames} frames, less than training.{key}={longest}: lower that, or remove the clip")
         expected = f"{num_words + 1} for the caption of {clip.path}"
         require(num_words < config.text.max_tokens, "text.max_tokens", config.text.max_tokens, expected)
+
+
+def draw_num_frames(config: TrainingConfig, random: torch.Generator) -> int:
+    """A uniform number of whole blocks between min_num_frames and max_num_frames, one for the whole batch."""
+    block, first = config.num_frames_per_block, 1 if config.independent_first_frame else 0
+    low, high = config.min_num_frames // block, config.max_num_frames // block
+    return first + block * int(torch.randint(low, high + 1, (1,), generator=random))
+
+
+def window_starts(config: SelfForcingConfig, num_frames: int) -> range:
+    """The frames of a rollout at which a scored window of num_frames may start: 0 alone without `training.rollout_frames`."""
+    longest = num_frames if config.rollout_frames is None else config.rollout_frames
+    return range(0, longest - num_frames + 1, config.num_frames_per_block)
+
+
+def draw_window_start(config: SelfForcingConfig, num_frames: int, random: torch.Generator) -> int:
+    """One of `window_starts`, uniform, one for the whole batch; draws nothing if there is no choice."""
+    starts = window_starts(config, num_frames)
+    return starts[int(torch.randint(len(starts), (1,), generator=random))] if len(starts) > 1 else 0
+
+
+def draw_switch(config: SelfForcingConfig, random: torch.Generator) -> bool:
+    """Does the prompt switch where the scored window starts? Draws nothing if it never does."""
+    return config.switch_probability > 0 and float(torch.rand((), generator=random)) < config.switch_probability
+
+
+def next_in_batch(indices: Sequence[int]) -> list[int]:
+    """Of every video of a batch the one after it, whose prompt a switch comes from."""
+    return [*indices[1:], indices[0]]

@@ -26,11 +26,11 @@ from network.text_encoder import NULL_PROMPT
 from network.weights import exponential_decay, update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training.config import Config
-from training.data import open_data
+from training.data import draw_num_frames, open_data
 from training.distributed import ONE_PROCESS, Processes, mean_figures
 from training.resumable import Sampler, Stage, set_rate
 from training.sharding import shard_blocks
-from training.stages import draw_num_frames, rate_factor
+from training.stages import rate_factor
 from training.starting_networks import check_is_bidirectional, load_teacher
 
 

@@ -16,48 +16,18 @@ from machine.runtime import Runtime, require_compiler
 from method.diagnostics import STEP_COLUMNS, exit_columns
 from method.plans import baseline_plans, many_step_plan, teacher_plan
 from method.settings import PretrainConfig, SelfForcingConfig, TrainingConfig
-from moving_mnist import MovingMNISTGenerator
 from network.text_encoder import NULL_PROMPT, TextEncoder
 from network.weights import exponential_decay, update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training.checkpoint import CheckpointError
 from training.config import Config
-from training.data import open_data
+from training.data import draw_num_frames, draw_switch, draw_window_start, next_in_batch, open_data
 from training.distributed import ONE_PROCESS, Processes, mean_figures
 from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
 from training.optimizers import MUON_RATE, build_muon, self_forcing_optimizers, self_forcing_settings, split_matrices
 from training.resumable import Sampler, Stage, set_rate
 from training.sharding import shard_blocks, whole
 from training.starting_networks import check_is_bidirectional, check_same_start, load_start, load_teacher
-
-
-def draw_num_frames(config: TrainingConfig, random: torch.Generator) -> int:
-    """A uniform number of whole blocks between min_num_frames and max_num_frames, one for the whole batch."""
-    block, first = config.num_frames_per_block, 1 if config.independent_first_frame else 0
-    low, high = config.min_num_frames // block, config.max_num_frames // block
-    return first + block * int(torch.randint(low, high + 1, (1,), generator=random))
-
-
-def window_starts(config: SelfForcingConfig, num_frames: int) -> range:
-    """The frames of a rollout at which a scored window of num_frames may start: 0 alone without `training.rollout_frames`."""
-    longest = num_frames if config.rollout_frames is None else config.rollout_frames
-    return range(0, longest - num_frames + 1, config.num_frames_per_block)
-
-
-def draw_window_start(config: SelfForcingConfig, num_frames: int, random: torch.Generator) -> int:
-    """One of `window_starts`, uniform, one for the whole batch; draws nothing if there is no choice."""
-    starts = window_starts(config, num_frames)
-    return starts[int(torch.randint(len(starts), (1,), generator=random))] if len(starts) > 1 else 0
-
-
-def draw_switch(config: SelfForcingConfig, random: torch.Generator) -> bool:
-    """Does the prompt switch where the scored window starts? Draws nothing if it never does."""
-    return config.switch_probability > 0 and float(torch.rand((), generator=random)) < config.switch_probability
-
-
-def next_in_batch(indices: Sequence[int]) -> list[int]:
-    """Of every video of a batch the one after it, whose prompt a switch comes from."""
-    return [*indices[1:], indices[0]]
 
 
 def rate_factor(config: TrainingConfig, step: int, warmup_steps: int = 0) -> float:
@@ -79,8 +49,6 @@ class PretrainStage(Stage):
         if self.config.clip_steps:
             self.parts.check_divides("training.clip_batch_size", self.config.clip_batch_size)
         self.data = open_data(config.dataset, "train", self.config.digit_variation)
-        can_switch = self.config.switch_probability == 0 or isinstance(self.data, MovingMNISTGenerator)
-        self.config.check("switch_probability", can_switch, "0 with dataset=videos, of whose clips none leads to another")
         self.model = TinyCausalWanModel(config.model).to(runtime.device)
         self.text_encoder = TextEncoder(config.text).to(runtime.device)
         if self.config.pretrained_checkpoint is not None:
@@ -202,8 +170,7 @@ class SelfForcingStage(Stage):
         config, random = self.config, self.random.generator
         num_frames = draw_num_frames(config, random)
         first_frame = draw_window_start(config, num_frames, random)
-        switches = first_frame > 0 and draw_switch(config, random)
-        return self.train_on_window(step, num_frames, first_frame, switches)
+        return self.train_on_window(step, num_frames, first_frame, switches=first_frame > 0 and draw_switch(config, random))
 
     def train_on_window(self, step: int, num_frames: int, first_frame: int, switches: bool = False) -> dict[str, float]:
         """A step on num_frames generated frames, from frame first_frame of the rollouts on; switches: the prompt does so there."""
@@ -247,8 +214,8 @@ class SelfForcingStage(Stage):
         """The generator's videos of these prompts, the text for which the teacher scores them and what the critic is told, and the real
         videos if the training uses any. earlier: the prompts under which the rollouts start, if others.
 
-        After a switch the critic is told both prompts, the earlier one's embeddings with the opposite sign. So it knows what the
-        generator makes of this pair, and every trace of the earlier prompt is one that the teacher does not ask for."""
+        After a switch the critic is told both prompts, the earlier one's embeddings with the opposite sign: it expects every trace of the
+        earlier one, the teacher none."""
         x_real = None
         if self.config.uses_videos:
             x_real = self.data.sample(self.seed, indices, num_frames).video.to(self.runtime.device)

@@ -215,6 +215,8 @@ def test_clips_too_short_and_captions_too_long_are_refused_by_name(tmp_path):
         with_vocabulary(run_config(tmp_path, max_num_frames=6))
     with pytest.raises(ValueError, match=r"text.max_tokens is 3: expected 4 for the caption of .*clip\d.gif"):
         with_vocabulary(replace(run_config(tmp_path), text=TextEncoderConfig(max_tokens=3)))
+    with pytest.raises(ValueError, match="training.switch_probability is 0.5: expected 0 with dataset=videos"):
+        with_vocabulary(run_config(tmp_path, switch_probability=0.5))
     with pytest.raises(ValueError, match="digit_variation is 0.1: expected 0 with dataset=videos"):
         open_data(settings(tmp_path), "train", 0.1)
     with pytest.raises(ValueError, match=r"clip\d.gif: the number of frames is 4: expected at least 5"):

@@ -17,7 +17,8 @@ from experiments import compute
 from method.choices import SWITCHES
 from network.text_encoder import parse_caption
 from training.config import SelfForcingConfig
-from training.stages import SelfForcingStage, draw_window_start, window_starts
+from training.data import draw_window_start, window_starts
+from training.stages import SelfForcingStage
 
 BLOCK = 3
 LONG = {"window_frames": 6, "rollout_frames": 21, "min_num_frames": 9, "max_num_frames": 9}

@@ -14,7 +14,8 @@ from network.weights import exponential_decay
 from sampling.samplers import sample, sample_few_step
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, slim_checkpoint
 from training.config import PretrainConfig, config_to_dict
-from training.stages import PretrainStage, SelfForcingStage, draw_num_frames, rate_factor
+from training.data import draw_num_frames
+from training.stages import PretrainStage, SelfForcingStage, rate_factor
 from training.starting_networks import load_teacher
 
 
