@@ -457,7 +457,7 @@ class SelfForcingEngine:
             x_0 = x_0.repeat(self.config.noise_draws, 1, 1, 1, 1)
             is_dmd = self.config.loss == "dmd"
             with torch.set_grad_enabled(not is_dmd):  # DMD's scores only supply a direction; SiD's gradient passes through both, frozen
-                x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text, critic_text or text)
+                x_0_fake, x_0_real, t = self._denoised(x_0, text, null_text, critic_text)
             figures = score_figures(x_0, x_0_fake, x_0_real, t)
             if is_dmd:
                 gradient = self.config.dmd_sign * dmd_gradient(x_0.detach(), x_0_fake, x_0_real)
@@ -483,12 +483,12 @@ class SelfForcingEngine:
         v = self.fake_score.forward_bidirectional(x_t, t, prompt)
         return x_0_prediction_loss(v, x_t, x_0, t, self.config.loss_time_floor)
 
-    def _denoised(self, x_0: Tensor, text: Text, null_text: Text, critic_text: Text) -> tuple[Tensor, Tensor, Tensor]:
+    def _denoised(self, x_0: Tensor, text: Text, null_text: Text, critic_text: Text | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What averaged critic and guided teacher predict from x_0, noised: x_0_fake and x_0_real; and t (noise_draws * B,). x_0
         (noise_draws * B, F, C, H, W) holds the batch noise_draws times; text and null_text are those of the batch."""
         draws = self.config.noise_draws
         with torch.no_grad():  # the prompts are constants here
-            fake_prompt = self.fake_average.encode_prompt(*critic_text).repeat(draws)
+            fake_prompt = self.fake_average.encode_prompt(*(critic_text or text)).repeat(draws)
             cond_prompt, null_prompt = (self.real_score.encode_prompt(*each).repeat(draws) for each in (text, null_text))
             real_prompts = cond_prompt.concatenate(null_prompt)
         # 1. Noise the videos, each copy to a time of its own.
