@@ -85,7 +85,7 @@ class PretrainStage(Stage):
             x_0 = batch.video.to(self.runtime.device)
             with self.runtime.autocast():
                 prompt = self.model.encode_prompt(*self.text_encoder.encode(prompts))
-                kind, loss = self._loss(step, x_0, prompt, self._before(indices, part, num_frames))
+                kind, loss = self._loss(step, x_0, prompt, indices, part)
             self.parts.backward(loss)
             losses.append({kind: loss.item()})
         norm = self.parts.clip(self.live.parameters(), config.clip_norm)
@@ -97,14 +97,8 @@ class PretrainStage(Stage):
         update_average(self.average, self.live, exponential_decay(config.ema_decay, step))
         return {**mean_figures(losses), "gradient_norm": norm, "lr_factor": factor}
 
-    def _before(self, indices: Sequence[int], part: slice, num_frames: int) -> Tensor | None:
-        """What the videos of this part may follow where the prompt switches: the digit of the next video of the batch."""
-        if self.config.switch_probability == 0:
-            return None
-        return self.data.before(self.seed, indices[part], next_in_batch(indices)[part], num_frames).to(self.runtime.device)
-
-    def _loss(self, step: int, x_0: Tensor, prompt: PromptContext, x_before: Tensor | None) -> tuple[str, Tensor]:
-        """The name and value of this step's loss."""
+    def _loss(self, step: int, x_0: Tensor, prompt: PromptContext, indices: Sequence[int], part: slice) -> tuple[str, Tensor]:
+        """The name and value of this step's loss on this part of the videos with these indices."""
         config, inputs = self.config, (self.model, x_0, prompt)
         common, block = (config.time_shift, config.loss_time_floor, self.random), config.num_frames_per_block
         if config.objective == "teacher_forcing":
@@ -112,6 +106,9 @@ class PretrainStage(Stage):
         share = config.bidirectional_share  # of the steps, evenly spread: .5 is every even step
         if config.objective == "mixed" and math.ceil((step + 1) * share) > math.ceil(step * share):
             return "loss_bidirectional", bidirectional_loss(*inputs, *common)
+        x_before = None
+        if config.switch_probability > 0:  # a switch may come from the digit of the next video
+            x_before = self.data.before(self.seed, indices[part], next_in_batch(indices)[part], x_0.shape[1]).to(x_0.device)
         switch = (x_before, config.switch_probability)
         return "loss_causal", block_causal_loss(*inputs, block, config.clean_prefix_probability, *common, config.context, *switch)
 
