@@ -148,6 +148,13 @@ def few_steps(results: Path) -> str:
     return as_table(["21 frames", "videos", *names.values()], lines)
 
 
+def frames_84(results: Path) -> str:
+    """The student at four times the length of its training."""
+    rows = [[title, *(number(row[name]) for name in FEW_FIGURES)] for title, row in read(results, "faq/frames_84.json").items()]
+    names = {**FEW_FIGURES, "one_class": "one class in all 84"}
+    return as_table(["64 videos of 84 frames", *names.values()], rows)
+
+
 def context_noise(results: Path) -> str:
     """The student, trained with clean context, where finished blocks enter the cache at other timesteps."""
     found = read(results, "faq/frames_21.json")
@@ -167,7 +174,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "evaluation": lambda results: evaluation(results, with_intervals=False),
     "evaluation_with_intervals": lambda results: evaluation(results, with_intervals=True),
     "seeds": seeds, "drift": drift, "continuation": continuation, "switch": switch, "public_code": public_code,
-    "few_steps": few_steps, "context_noise": context_noise, "own_videos": own_videos,
+    "few_steps": few_steps, "frames_84": frames_84, "context_noise": context_noise, "own_videos": own_videos,
 }
 
 
