@@ -7,15 +7,15 @@ Parts: "generation", the student with its KV cache, split into phases, and the s
 teacher; "training", a step of Self-Forcing; "public", an untrained network of ours beside a clone of the public Self-Forcing code at the
 same size (docs/speed.md).
 
-What is compared takes turns, each figure is the median of its repeats, and so is the limit: the FLOPs a second of a large matrix product,
-of floats where the student multiplies integers too. Quote ratios and shares of one run, never figures of two machines.
+The contestants take turns; every figure is a median, also the limit: the FLOPs a second of a large matrix product (of floats, for the
+student in 8-bit integers too). Quote ratios and shares of one run, never figures of two machines.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from machine.paths import PRETRAINED, user_path
@@ -50,22 +50,11 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 from experiments.public_code import check_clone  # noqa: E402
-from experiments.speed import (  # noqa: E402
-    PUBLIC,
-    Cost,
-    GenerationSpeed,
-    Samplers,
-    SideBySide,
-    TrainingSpeed,
-    measure_generation,
-    measure_side_by_side,
-    measure_training,
-)
+from experiments.speed import PUBLIC, make_samplers, measure_generation, measure_side_by_side, measure_training  # noqa: E402
 from machine.files import require_writable  # noqa: E402
 from machine.interruption import refusals_in_one_line  # noqa: E402
 from machine.runtime import Runtime, describe_machine, resolve_runtime  # noqa: E402
 from method.settings import SelfForcingConfig  # noqa: E402
-from sampling.samplers import check_length  # noqa: E402
 from training.checkpoint import load_networks  # noqa: E402
 from training.config import check_parts_fit  # noqa: E402
 
@@ -89,61 +78,54 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         require_writable(output.parent, "--output")
 
 
-def split_lines(split: dict[str, Cost]) -> list[str]:
-    whole = sum(part.seconds for part in split.values())
-    lines = [f"    {'':<34}{'ms':>9}{'of time':>9}{'GFLOP':>9}{'of limit':>10}"]
+def print_split(split: dict[str, dict[str, float]]) -> None:
+    whole = sum(part["seconds"] for part in split.values())
+    print(f"    {'':<34}{'ms':>9}{'of time':>9}{'GFLOP':>9}{'of limit':>10}")
     for phase, part in split.items():
-        share = f"{part.share_of_limit:10.1%}" if part.flops else f"{'-':>10}"
-        lines.append(f"    {phase:<34}{1e3 * part.seconds:9.1f}{part.seconds / whole:9.1%}{part.flops / 1e9:9.2f}{share}")
-    return lines
+        share = f"{part['share_of_limit']:10.1%}" if part["flops"] else f"{'-':>10}"
+        print(f"    {phase:<34}{1e3 * part['seconds']:9.1f}{part['seconds'] / whole:9.1%}{part['flops'] / 1e9:9.2f}{share}")
 
 
-def generation_lines(speeds: list[GenerationSpeed]) -> list[str]:
-    """One table for one batch size: all samplers, then where the student's time goes."""
-    first = speeds[0]
-    lines = [
-        f"\nbatch {first.batch_size}, {first.num_frames} frames",
-        f"  {'':<24}{'frames/s':>10}{'seconds':>10}{'GFLOP':>9}{'of limit':>10}{'first block':>13}{'block':>10}{'student is':>12}",
-    ]
-    student_seconds = {speed.precision: speed.whole.seconds for speed in speeds if speed.sampler == "student"}
-    for speed in speeds:
-        whole = speed.whole
-        if speed.split is not None:  # of the student
-            end = f"{1e3 * speed.first_block_seconds:10.1f} ms{1e3 * speed.block_seconds:7.1f} ms"
-        else:
-            end = f"{whole.seconds / student_seconds[speed.precision]:33.1f} x"
-        lines.append(
-            f"  {f'{speed.sampler}, {speed.precision}':<24}{speed.frames_per_second:10.1f}{whole.seconds:10.3f}{whole.flops / 1e9:9.1f}"
-            f"{whole.share_of_limit:10.1%}{end}"
-        )
-    for speed in speeds:
-        if speed.split is not None:
-            lines += [f"  student in {speed.precision}:", *split_lines(speed.split)]
-            lines.append(f"    writing them: GIF {1e3 * speed.gif_seconds:.1f} ms, npz {1e3 * speed.npz_seconds:.1f} ms")
-    return lines
+def print_limit(rows: list[dict[str, Any]]) -> None:
+    limits = {row["precision"]: row["limit"] for row in rows}
+    print(f"  limit: {', '.join(f'{1e-9 * limit:.0f} GFLOP/s in {precision}' for precision, limit in limits.items())}", flush=True)
 
 
-def training_lines(speed: TrainingSpeed) -> list[str]:
-    return [
-        f"\ntraining step of Self-Forcing in {speed.precision}, batch {speed.batch_size}, {speed.num_frames} frames: "
-        f"{speed.whole.seconds:.2f} s on average, {speed.generator_turn_seconds:.2f} s where the generator learns too, "
-        f"{speed.critic_turn_seconds:.2f} s where the critic alone does; {speed.whole.share_of_limit:.1%} of the limit",
-        *split_lines(speed.split),
-    ]
+def print_generation(rows: list[dict[str, Any]]) -> None:
+    """One table for one batch size: all samplers, then the split of the student's time."""
+    print(f"\nbatch {rows[0]['batch_size']}, {rows[0]['num_frames']} frames")
+    print(f"  {'':<24}{'frames/s':>10}{'seconds':>10}{'GFLOP':>9}{'of limit':>10}{'first block':>13}{'block':>10}{'student is':>12}")
+    students = {row["precision"]: row for row in rows if row["sampler"] == "student"}
+    for row in rows:
+        whole, student = row["whole"], students[row["precision"]]
+        end = f"{whole['seconds'] / student['whole']['seconds']:33.1f} x"
+        if row is student:
+            end = f"{1e3 * row['first_block_seconds']:10.1f} ms{1e3 * row['block_seconds']:7.1f} ms"
+        name = f"{row['sampler']}, {row['precision']}"
+        print(f"  {name:<24}{row['frames_per_second']:10.1f}{whole['seconds']:10.3f}{whole['flops'] / 1e9:9.1f}"
+              f"{whole['share_of_limit']:10.1%}{end}")
+    for precision, row in students.items():
+        print(f"  student in {precision}:")
+        print_split(row["split"])
+        print(f"    writing them: GIF {1e3 * row['gif_seconds']:.1f} ms, npz {1e3 * row['npz_seconds']:.1f} ms")
+    print_limit(rows)
 
 
-def side_by_side_lines(speed: SideBySide) -> list[str]:
-    sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in speed.parameters.items())
-    lines = [f"\nbeside the public code: patches of {speed.patch_size}, {speed.num_frames} frames, batch 1, float32; parameters: {sizes}"]
-    for sampler, rate in speed.frames_per_second.items():
-        ratio = "" if sampler == PUBLIC else f", {rate / speed.frames_per_second[PUBLIC]:.2f} times the public code"
-        lines.append(f"  {sampler}: {rate:.1f} frames/s{ratio}")
-    return lines
+def print_training(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print(f"\ntraining step of Self-Forcing in {row['precision']}, batch {row['batch_size']}, {row['num_frames']} frames: "
+              f"{row['whole']['seconds']:.2f} s on average, {row['generator_turn_seconds']:.2f} s where the generator learns too, "
+              f"{row['critic_turn_seconds']:.2f} s where the critic alone does; {row['whole']['share_of_limit']:.1%} of the limit")
+        print_split(row["split"])
+    print_limit(rows)
 
 
-def limit_line(speeds: list[GenerationSpeed] | list[TrainingSpeed]) -> str:
-    limits = ", ".join(f"{1e-9 * limit:.0f} GFLOP/s in {precision}" for precision, limit in {s.precision: s.limit for s in speeds}.items())
-    return f"  limit: {limits}"
+def print_side_by_side(row: dict[str, Any]) -> None:
+    sizes, rates = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in row["parameters"].items()), row["frames_per_second"]
+    print(f"\nbeside the public code: patches of {row['patch_size']}, {row['num_frames']} frames, batch 1, float32; parameters: {sizes}")
+    for sampler, rate in rates.items():
+        ratio = "" if sampler == PUBLIC else f", {rate / rates[PUBLIC]:.2f} times the public code"
+        print(f"  {sampler}: {rate:.1f} frames/s{ratio}", flush=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -151,40 +133,38 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.training_batch_size is None:
         arguments.training_batch_size = SelfForcingConfig().batch_size
     check_arguments(arguments)
+    parts, num_frames, repeats = arguments.parts, arguments.num_frames, arguments.repeats
     runtimes: dict[str, Runtime] = {precision: resolve_runtime(arguments.device, precision) for precision in arguments.precisions}
     device = next(iter(runtimes.values())).device
     student, teacher = load_networks(arguments.student, device), load_networks(arguments.teacher, device)
     variants = ("student", *(["compiled"] if arguments.compile else []), *(["int8"] if arguments.int8 else []))
-    samplers = Samplers(student, teacher if "teacher" in arguments.parts else None, "generation" in arguments.parts, variants)
-    check_length(arguments.num_frames, samplers.plan, student.config.training)
-    if samplers.teacher is not None:
-        check_length(arguments.num_frames, samplers.teacher_plan, teacher.config.training)
+    compared = (student, teacher if "teacher" in parts else None, variants, "generation" in parts, num_frames)
+    samplers = {precision: make_samplers(*compared, runtime) for precision, runtime in runtimes.items()}
     training = SelfForcingConfig(
-        pretrained_checkpoint=str(arguments.teacher), batch_size=arguments.training_batch_size, min_num_frames=arguments.num_frames,
-        max_num_frames=arguments.num_frames,
+        pretrained_checkpoint=str(arguments.teacher), batch_size=arguments.training_batch_size, min_num_frames=num_frames,
+        max_num_frames=num_frames,
     )
     training_run = replace(teacher.config, training=training)
     check_parts_fit(training_run)
 
     machine = describe_machine(torch.get_num_threads())
-    print(f"{machine}; {device}; medians of {arguments.repeats}")
-    results: dict[str, Any] = {"machine": machine, "device": str(device), "repeats": arguments.repeats, "parts": arguments.parts}
-    if {"generation", "teacher"} & set(arguments.parts):
+    print(f"{machine}; {device}; medians of {repeats}")
+    results: dict[str, Any] = {"machine": machine, "device": str(device), "repeats": repeats, "parts": parts}
+    if "generation" in parts or "teacher" in parts:
         results["generation"] = []
         for batch_size in arguments.batch_sizes:
-            speeds = measure_generation(samplers, runtimes, batch_size, arguments.num_frames, arguments.repeats)
-            print("\n".join([*generation_lines(speeds), limit_line(speeds)]), flush=True)
-            results["generation"] += map(asdict, speeds)
-    if "public" in arguments.parts:
+            rows = measure_generation(samplers, runtimes, batch_size, num_frames, repeats)
+            print_generation(rows)
+            results["generation"] += rows
+    if "public" in parts:
         results["public"] = []
         for patch_size in arguments.patch_sizes:
-            pair = measure_side_by_side(arguments.public_code, student, patch_size, variants, arguments.num_frames, arguments.repeats)
-            print("\n".join(side_by_side_lines(pair)), flush=True)
-            results["public"].append(asdict(pair))
-    if "training" in arguments.parts:
-        steps = measure_training(training_run, runtimes, arguments.repeats)
-        print("\n".join([*(line for speed in steps for line in training_lines(speed)), limit_line(steps)]), flush=True)
-        results["training"] = list(map(asdict, steps))
+            row = measure_side_by_side(arguments.public_code, student, patch_size, variants, num_frames, repeats)
+            print_side_by_side(row)
+            results["public"].append(row)
+    if "training" in parts:
+        results["training"] = measure_training(training_run, runtimes, repeats)
+        print_training(results["training"])
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print(f"\nwritten to {arguments.output}")

@@ -1,4 +1,4 @@
-"""What is measured of generation and training: seconds and FLOPs, split into phases of the real code path.
+"""Seconds and FLOPs of generation and training, split into phases of the real code path.
 
 Dimensions: B batch, F frames, C channels, H height, W width.
 """
@@ -9,7 +9,7 @@ import copy
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,91 +18,115 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamic_video_sf import clamp_to_data, draw_noise, make_noise_streams
 from experiments.compute import turns
 from experiments.public_code import build_public_network, sample_public
-from experiments.timing import Phases, clock, flop_counter, matrix_limit, matrix_products, median_totals, time_in_turns
+from experiments.timing import (
+    Call,
+    Gauge,
+    clock,
+    flop_counter,
+    median_totals,
+    phase_totals,
+    time_beside_products,
+    time_in_turns,
+    watch,
+)
 from machine.runtime import Runtime
 from machine.seeds import Purpose, torch_generator
-from method.flow_matching import add_noise, x_0_from_velocity
 from method.plans import BidirectionalPlan, RolloutPlan
 from method.settings import SelfForcingConfig
-from sampling.samplers import SamplerSettings, prepared, sample_few_step, sample_many_step
+from sampling.samplers import SamplerSettings, check_length, prepared, sample
 from sampling.video_io import save_array, save_video, to_display
-from tiny_causal_wan import TinyCausalWanModel
+from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training.checkpoint import LoadedNetworks
 from training.config import Config
-from training.stages import SelfForcingStage
+from training.stages import Sampler, SelfForcingStage
 
 PROMPT = "a handwritten 7 drifting up and to the left"
-# Phases of generation; then the rest: noise, re-noising. A block's cache pass is one with the next block's first step.
-TEXT, DENOISING, CACHE = "text", "denoising", "cache pass and first step"
-ROLLOUT, SCORES, CRITIC_LOSS, AVERAGES = "rollout", "scores", "critic: loss", "averages"  # of a training step, beside TEXT and
+TEXT, DENOISING, CACHE = "text", "denoising", "cache pass and first step"  # of generation; the latter two are one pass
+ROLLOUT, SCORES, CRITIC_LOSS, AVERAGES = "rollout", "scores", "critic: loss", "averages"  # of a training step, with TEXT and
 BACKWARD, OPTIMIZER = "{}: backward", "{}: clipping, optimizer"  # these two of generator and critic
-# How the student is prepared (`sampling.prepared`). Where it is compiled the plain student's FLOPs count: a compiled pass hides its own.
-VARIANTS = {"student": (), "compiled": ("--compile",), "int8": ("--compile", "--int8")}
+VARIANTS = {"student": (), "compiled": ("--compile",), "int8": ("--compile", "--int8")}  # of the student: options of `sampling.prepared`
+OF_STUDENT = ("first_block_seconds", "block_seconds", "gif_seconds", "npz_seconds", "split")  # figures that the other samplers lack
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Seconds, FLOPs, and the share of the limit that they make: FLOPs a second over those of a large matrix product."""
-
-    seconds: float
-    flops: float
-    share_of_limit: float
-
-
-def cost(seconds: float, flops: float, limit: float) -> Cost:
-    return Cost(seconds, flops, flops / seconds / limit if seconds > 0 else 0.0)
+def cost(seconds: float, flops: float, limit: float) -> dict[str, float]:
+    """share_of_limit: FLOPs a second over those of a large matrix product."""
+    return {"seconds": seconds, "flops": flops, "share_of_limit": flops / seconds / limit if seconds > 0 else 0.0}
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def sample_without_cache(
-    networks: LoadedNetworks, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan, runtime: Runtime
-) -> Tensor:
-    """The few-step rollout with the past recomputed at every pass: the same videos (B, F, C, H, W), only slower. Raises ValueError for a
-    student trained with context noise."""
-    if plan.context_time != 0:
-        raise ValueError(f"context noise {plan.context_time}: the comparison without cache is for students that have none")
-    model, config = networks.generator, networks.generator.config
-    streams = make_noise_streams(seeds)
-    shape = (plan.num_frames_per_block, config.channels, config.frame_size, config.frame_size)
-    with runtime.autocast():
-        prompt = model.encode_prompt(*networks.text_encoder.encode(prompts))
-        past = torch.empty(len(prompts), 0, *shape[1:], device=runtime.device)
-        for _ in range(num_frames // plan.num_frames_per_block):
-            x_t = draw_noise(streams, shape, runtime.device)
-            for step, time_now in enumerate(plan.times):
-                t = torch.full(x_t.shape[:2], time_now, device=runtime.device)
-                whole, whole_t = torch.cat([past, x_t], 1), torch.cat([t.new_zeros(past.shape[:2]), t], 1)
-                v = model.forward_block_causal(whole, whole_t, prompt, plan.num_frames_per_block, plan.context)
-                x_0 = x_0_from_velocity(x_t, v[:, past.shape[1]:], t)
-                x_0 = clamp_to_data(x_0) if plan.clamp_x_0 else x_0
-                if step + 1 < len(plan.times):
-                    x_t = add_noise(x_0, draw_noise(streams, shape, runtime.device), torch.full_like(t, plan.times[step + 1]))
-            past = torch.cat([past, x_0], 1)
-    return past.float()
+class WithoutCache:
+    """A student that recomputes the past in every pass: same videos, slower. Its "cache" lists the finished blocks and their times."""
+
+    def __init__(self, model: TinyCausalWanModel, plan: RolloutPlan):
+        self.model, self.plan = model, plan
+        self.config, self.parameters, self.encode_prompt = model.config, model.parameters, model.encode_prompt
+
+    def new_cache(self, window_frames: int | None, sink_frames: int) -> list[tuple[Tensor, Tensor]]:
+        return []
+
+    def write_cache(self, x: Tensor, t: Tensor, prompt: PromptContext, cache: list[tuple[Tensor, Tensor]]) -> None:
+        cache.append((x, t))
+
+    def forward_cached(self, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: list[tuple[Tensor, Tensor]]) -> Tensor:
+        whole, times = (torch.cat(parts, dim=1) for parts in zip(*cache, (x_t, t), strict=True))
+        v = self.model.forward_block_causal(whole, times, prompt, self.plan.num_frames_per_block, self.plan.context)
+        return v[:, -x_t.shape[1]:]
+
+    def write_and_forward(
+        self, x: Tensor, t_x: Tensor, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        self.write_cache(x, t_x, prompt, cache)
+        return self.forward_cached(x_t, t, prompt, cache)
+
+
+def make_sampler(networks: LoadedNetworks, num_frames: int, runtime: Runtime, *options: str) -> Sampler:
+    """As generate.py samples the networks with these options. Raises ValueError for a length that they cannot make."""
+    plan = SamplerSettings().make_plan(networks.config.training)
+    check_length(num_frames, plan, networks.config.training)
+    networks = prepared(networks, runtime, *options)
+    return Sampler(networks.generator, networks.text_encoder, plan)
+
+
+def make_samplers(
+    student: LoadedNetworks, teacher: LoadedNetworks | None, variants: tuple[str, ...], without_cache: bool, num_frames: int,
+    runtime: Runtime,
+) -> dict[str, Sampler]:
+    """The student in these `VARIANTS`, "student" among them, and where asked for as "no cache"; the teacher if given. Raises ValueError for
+    networks of another kind."""
+    if not isinstance(student.config.training, SelfForcingConfig):
+        raise ValueError("--student is a teacher: expected a checkpoint of Self-Forcing")
+    samplers = {name: make_sampler(student, num_frames, runtime, *VARIANTS[name]) for name in variants}
+    if without_cache:
+        model, plan = samplers["student"].network, samplers["student"].plan
+        samplers["no cache"] = replace(samplers["student"], network=WithoutCache(model, plan))
+    if teacher is not None:
+        samplers["teacher"] = make_sampler(teacher, num_frames, runtime)
+        if not isinstance(samplers["teacher"].plan, BidirectionalPlan):
+            raise ValueError("--teacher is no bidirectional teacher: expected a checkpoint of training=pretrain")
+    return samplers
 
 
 def generate_in_phases(
-    networks: LoadedNetworks, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan, runtime: Runtime, phases: Phases
-) -> Tensor:
-    """`sample_few_step`, watched: the same videos (B, F, C, H, W)."""
-    model, text_encoder = networks.generator, networks.text_encoder
-    with phases.watch(
-        (text_encoder, "encode", TEXT), (model, "encode_prompt", TEXT), (model, "forward_cached", DENOISING),
+    sampler: Sampler, prompts: list[str], seeds: list[int], num_frames: int, runtime: Runtime, gauge: Gauge
+) -> tuple[Tensor, list[Call]]:
+    """`sample`, watched: the same videos (B, F, C, H, W), and the calls."""
+    model = sampler.network
+    with watch(gauge, [
+        (sampler.text_encoder, "encode", TEXT), (model, "encode_prompt", TEXT), (model, "forward_cached", DENOISING),
         (model, "write_cache", CACHE), (model, "write_and_forward", CACHE),
-    ):
-        return sample_few_step(model, text_encoder, prompts, seeds, num_frames, plan, runtime)
+    ]) as calls:
+        videos = sample(sampler, prompts, seeds, num_frames, runtime)
+    return videos, calls
 
 
-def block_ends(phases: Phases) -> list[float]:
-    """When each block was there, in seconds from the call: its cache pass follows, once the next block's noise is drawn, and the last block
-    ends the video."""
-    return [begin - phases.begin for phase, begin, _ in phases.calls if phase == CACHE] + [phases.whole]
+def block_ends(calls: list[Call]) -> list[float]:
+    """Seconds from the start to the end of each block: the next block's cache pass begins, or the video ends."""
+    _, start, end = calls[-1]
+    return [begin - start for phase, begin, _ in calls if phase == CACHE] + [end - start]
 
 
 def steady_block(ends: list[float], plan: RolloutPlan) -> float:
@@ -112,131 +136,61 @@ def steady_block(ends: list[float], plan: RolloutPlan) -> float:
     return statistics.median(intervals[filled:] or intervals[-1:])
 
 
-@dataclass(frozen=True)
-class GenerationSpeed:
-    """One sampler at one batch size in one number format; what follows `whole` is the cached student's alone. frames_per_second counts the
-    frames of all videos of the batch, sampling only. gif_seconds, npz_seconds: to write them all."""
-
-    sampler: str  # one of `VARIANTS`, "no cache" or "teacher"
-    precision: str
-    batch_size: int
-    num_frames: int
-    frames_per_second: float
-    limit: float  # FLOP/s of a large matrix product, measured in the same turns
-    whole: Cost
-    first_block_seconds: float | None = None
-    block_seconds: float | None = None
-    gif_seconds: float | None = None
-    npz_seconds: float | None = None
-    split: dict[str, Cost] | None = None
-
-
-@dataclass(frozen=True)
-class Samplers:
-    """The networks that are compared: the student in some of its `VARIANTS`, "student" among them; teacher and the rollout without
-    cache only where asked for."""
-
-    student: LoadedNetworks
-    teacher: LoadedNetworks | None
-    without_cache: bool
-    variants: tuple[str, ...] = ("student",)
-    _prepared: dict[tuple[str, Runtime], LoadedNetworks] = field(default_factory=dict)
-
-    @property
-    def plan(self) -> RolloutPlan:
-        """As generate.py samples the student. Raises ValueError for a checkpoint that is no few-step student."""
-        plan = SamplerSettings().make_plan(self.student.config.training)
-        if not isinstance(plan, RolloutPlan) or not isinstance(self.student.config.training, SelfForcingConfig):
-            raise ValueError("--student is a teacher: expected a checkpoint of Self-Forcing")
-        return plan
-
-    @property
-    def teacher_plan(self) -> BidirectionalPlan:
-        """As generate.py samples the teacher. Raises ValueError for a network that is none."""
-        plan = SamplerSettings().make_plan(self.teacher.config.training)
-        if not isinstance(plan, BidirectionalPlan):
-            raise ValueError("--teacher is no bidirectional teacher: expected a checkpoint of training=pretrain")
-        return plan
-
-    def prepared(self, name: str, runtime: Runtime) -> LoadedNetworks:
-        """The networks of a sampler, as generate.py runs them; made once."""
-        if (name, runtime) not in self._prepared:
-            networks = self.teacher if name == "teacher" else self.student
-            self._prepared[name, runtime] = prepared(networks, runtime, *VARIANTS.get(name, ()))
-        return self._prepared[name, runtime]
-
-    def calls(self, batch_size: int, num_frames: int, runtime: Runtime) -> dict[str, Callable[[], Tensor]]:
-        """By sampler, what makes its videos."""
-        common = ([PROMPT] * batch_size, list(range(batch_size)), num_frames)
-        calls: dict[str, Callable[[], Tensor]] = {}
-        for name in self.variants:
-            student = self.prepared(name, runtime)
-            calls[name] = partial(sample_few_step, student.generator, student.text_encoder, *common, self.plan, runtime)
-        if self.without_cache:
-            calls["no cache"] = partial(sample_without_cache, self.prepared("student", runtime), *common, self.plan, runtime)
-        if self.teacher is not None:
-            teacher = self.prepared("teacher", runtime)
-            calls["teacher"] = partial(sample_many_step, teacher.generator, teacher.text_encoder, *common, self.teacher_plan, runtime)
-        return calls
-
-    def watched(self, batch_size: int, num_frames: int, runtime: Runtime, phases: Phases) -> Tensor:
-        """The student's videos, in phases."""
-        common = ([PROMPT] * batch_size, list(range(batch_size)), num_frames)
-        return generate_in_phases(self.prepared("student", runtime), *common, self.plan, runtime, phases)
-
-    def count(self, num_frames: int, runtime: Runtime) -> tuple[dict[str, float], dict[str, float]]:
-        """FLOPs of one video: by sampler, and by phase of the student."""
-        totals: dict[str, float] = {}
-        for name, call in self.calls(1, num_frames, runtime).items():
-            with flop_counter() as counter:
-                if "--compile" not in VARIANTS.get(name, ()):
-                    call()
-            totals[name] = counter.get_total_flops() or totals["student"]
+def count_generation(samplers: dict[str, Sampler], num_frames: int, runtime: Runtime) -> tuple[dict[str, float], dict[str, float]]:
+    """FLOPs of one video: by sampler, and by phase of the student. A compiled pass hides its own: the plain student's count for it."""
+    asked = ([PROMPT], [0], num_frames, runtime)
+    with flop_counter() as counter:
+        _, calls = generate_in_phases(samplers["student"], *asked, counter.get_total_flops)
+    of_student = phase_totals(calls)
+    flops = dict.fromkeys(samplers, sum(of_student.values()))
+    for name in samplers.keys() - VARIANTS.keys():
         with flop_counter() as counter:
-            phases = Phases(counter.get_total_flops)
-            self.watched(1, num_frames, runtime, phases)
-        return totals, phases.totals()
+            sample(samplers[name], *asked)
+        flops[name] = counter.get_total_flops()
+    return flops, of_student
 
 
 def measure_generation(
-    samplers: Samplers, runtimes: dict[str, Runtime], batch_size: int, num_frames: int, repeats: int
-) -> list[GenerationSpeed]:
-    """All samplers in all number formats, and the matrix products of the limit, in turns; medians."""
-    device = next(iter(runtimes.values())).device
-    watched: dict[str, list[Phases]] = {precision: [] for precision in runtimes}
+    samplers: dict[str, dict[str, Sampler]], runtimes: dict[str, Runtime], batch_size: int, num_frames: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Medians of all samplers, by precision and name, in turns with the limit: a row each. `OF_STUDENT` is None for all but "student".
 
-    def watch(precision: str) -> None:
-        watched[precision].append(Phases(clock(device)))
-        samplers.watched(batch_size, num_frames, runtimes[precision], watched[precision][-1])
+    frames_per_second: of all videos of the batch, sampling only. gif_seconds, npz_seconds: to write them all."""
+    asked = ([PROMPT] * batch_size, list(range(batch_size)), num_frames)
+    watched: dict[str, list[list[Call]]] = {precision: [] for precision in runtimes}
+
+    def watch_student(precision: str) -> None:
+        runtime = runtimes[precision]
+        watched[precision].append(generate_in_phases(samplers[precision]["student"], *asked, runtime, clock(runtime.device))[1])
 
     contestants: dict[tuple[str, Any], Callable[[], object]] = {}
     for precision, runtime in runtimes.items():
-        for key, call in {**matrix_products(runtime), **samplers.calls(batch_size, num_frames, runtime)}.items():
-            contestants[precision, key] = call
-        contestants[precision, "phases"] = partial(watch, precision)
-    seconds = time_in_turns(contestants, repeats, device)
-    speeds = []
+        contestants |= {(precision, name): partial(sample, sampler, *asked, runtime) for name, sampler in samplers[precision].items()}
+        contestants[precision, "phases"] = partial(watch_student, precision)
+    seconds, limits = time_beside_products(contestants, runtimes, repeats)
+    rows = []
     for precision, runtime in runtimes.items():
-        flops, phase_flops = samplers.count(num_frames, runtime)
-        limit = matrix_limit(seconds, precision)
-        for name in samplers.calls(batch_size, num_frames, runtime):
+        limit = limits[precision]
+        flops, phase_flops = count_generation(samplers[precision], num_frames, runtime)
+        for name, sampler in samplers[precision].items():
             taken = seconds[precision, name]
-            whole = cost(taken, batch_size * flops[name], limit)
-            speed = GenerationSpeed(name, precision, batch_size, num_frames, batch_size * num_frames / taken, limit, whole)
+            row = {
+                "sampler": name, "precision": precision, "batch_size": batch_size, "num_frames": num_frames,
+                "frames_per_second": batch_size * num_frames / taken, "limit": limit,
+                "whole": cost(taken, batch_size * flops[name], limit), **dict.fromkeys(OF_STUDENT),
+            }
             if name == "student":
                 runs = watched[precision][1:]  # without the warm-up
-                ends = [block_ends(phases) for phases in runs]
-                split = {
-                    phase: cost(value, batch_size * phase_flops[phase], limit) for phase, value in median_totals(runs).items()
+                ends = [block_ends(calls) for calls in runs]
+                gif_seconds, npz_seconds = time_output(sample(sampler, *asked, runtime), repeats)
+                row |= {
+                    "first_block_seconds": statistics.median(end[0] for end in ends),
+                    "block_seconds": statistics.median(steady_block(end, sampler.plan) for end in ends),
+                    "gif_seconds": gif_seconds, "npz_seconds": npz_seconds,
+                    "split": {phase: cost(value, batch_size * phase_flops[phase], limit) for phase, value in median_totals(runs).items()},
                 }
-                gif_seconds, npz_seconds = time_output(samplers.calls(batch_size, num_frames, runtime)[name](), repeats)
-                speed = replace(
-                    speed, first_block_seconds=statistics.median(end[0] for end in ends),
-                    block_seconds=statistics.median(steady_block(end, samplers.plan) for end in ends),
-                    gif_seconds=gif_seconds, npz_seconds=npz_seconds, split=split,
-                )
-            speeds.append(speed)
-    return speeds
+            rows.append(row)
+    return rows
 
 
 def time_output(videos: Tensor, repeats: int) -> tuple[float, float]:
@@ -254,117 +208,94 @@ def time_output(videos: Tensor, repeats: int) -> tuple[float, float]:
 PUBLIC, PUBLIC_COMPILED = "public code", "public code, compiled"
 
 
-@dataclass(frozen=True)
-class SideBySide:
-    """The public code and ours at one size, in turns: untrained networks on the CPU in float32 at batch 1, blocks and steps those of the
-    student. parameters, frames_per_second: by sampler, `PUBLIC` and `VARIANTS` among them."""
-
-    patch_size: int
-    num_frames: int
-    parameters: dict[str, int]
-    frames_per_second: dict[str, float]
-
-
 def measure_side_by_side(
     folder: Path | None, student: LoadedNetworks, patch_size: int, variants: tuple[str, ...], num_frames: int, repeats: int
-) -> SideBySide:
-    """The public code of a clone in `folder` against ours. Raises ValueError as `build_public_network`."""
+) -> dict[str, Any]:
+    """The public code of a clone in `folder` against ours, in turns: untrained networks of one size on the CPU in float32 at batch 1, with
+    the student's blocks and steps. Raises ValueError as `build_public_network`."""
     config = replace(student.config.model, patch_size=[1, patch_size, patch_size])
     runtime, text = Runtime(torch.device("cpu"), torch.float32), student.text_encoder.cpu().encode([PROMPT])[0]
     public = build_public_network(folder, config, text.shape[1])
     own = replace(student, generator=TinyCausalWanModel(config).eval().requires_grad_(False))
-    samplers = Samplers(own, None, without_cache=False, variants=variants)
-    plan, random = samplers.plan, torch_generator(0, Purpose.SELF_TEST)
-    walk = (config, text, num_frames, plan.num_frames_per_block, plan.times, random)
+    samplers = make_samplers(own, None, variants, False, num_frames, runtime)
+    plan = samplers["student"].plan
+    walk = (config, text, num_frames, plan.num_frames_per_block, plan.times, torch_generator(0, Purpose.SELF_TEST))
     contestants: dict[str, Callable[[], object]] = {PUBLIC: partial(sample_public, public, *walk)}
     if "compiled" in variants:
         contestants[PUBLIC_COMPILED] = partial(sample_public, torch.compile(copy.deepcopy(public)), *walk)
-    contestants |= samplers.calls(1, num_frames, runtime)
+    contestants |= {name: partial(sample, sampler, [PROMPT], [0], num_frames, runtime) for name, sampler in samplers.items()}
     seconds = time_in_turns(contestants, repeats, runtime.device)
     sizes = {PUBLIC: public, "student": own.generator}
-    return SideBySide(
-        patch_size, num_frames, {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in sizes.items()},
-        {name: num_frames / taken for name, taken in seconds.items()},
-    )
+    return {
+        "patch_size": patch_size, "num_frames": num_frames,
+        "parameters": {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in sizes.items()},
+        "frames_per_second": {name: num_frames / taken for name, taken in seconds.items()},
+    }
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def train_in_phases(stage: SelfForcingStage, step: int, phases: Phases) -> dict[str, float]:
-    """`stage.train_step`, watched: the same update, and its figures."""
+def train_in_phases(stage: SelfForcingStage, step: int, gauge: Gauge) -> tuple[dict[str, float], list[Call]]:
+    """`stage.train_step`, watched: the same update, its figures, and the calls."""
     engine = stage.engine
 
-    def learner() -> str:  # whose loss was the last to be computed: the phases of a learner follow its loss
-        return next("generator" if phase == SCORES else "critic" for phase, *_ in reversed(phases.calls) if phase in (SCORES, CRITIC_LOSS))
+    def of_learner(phase: str) -> Callable[[], str]:  # the one whose loss was computed last
+        losses = {SCORES: "generator", CRITIC_LOSS: "critic"}
+        return lambda: phase.format(next(losses[name] for name, *_ in reversed(calls) if name in losses))
 
     networks = (engine.generator, engine.real_score, engine.fake_score, engine.fake_average)
-    with phases.watch(
+    with watch(gauge, [
         (stage.text_encoder, "encode", TEXT), *((network, "encode_prompt", TEXT) for network in networks),
         (engine, "make_videos", ROLLOUT), (engine, "generator_loss", SCORES), (engine, "critic_loss", CRITIC_LOSS),
-        (torch.Tensor, "backward", lambda: BACKWARD.format(learner())),
-        (torch.nn.utils, "clip_grad_norm_", lambda: OPTIMIZER.format(learner())),
+        (torch.Tensor, "backward", of_learner(BACKWARD)), (torch.nn.utils, "clip_grad_norm_", of_learner(OPTIMIZER)),
         *((optimizer, "step", OPTIMIZER.format(name)) for name, optimizer in stage.optimizers.items()),
         (engine, "update_averages", AVERAGES),
-    ):
-        return stage.train_step(step)
+    ]) as calls:
+        figures = stage.train_step(step)
+    return figures, calls
 
 
-@dataclass(frozen=True)
-class TrainingSpeed:
-    """Mean step of Self-Forcing over whole cycles of generator and critic turns and over uniform exit steps."""
-
-    precision: str
-    batch_size: int
-    num_frames: int
-    limit: float  # FLOP/s of a large matrix product, measured in the same turns
-    whole: Cost
-    generator_turn_seconds: float
-    critic_turn_seconds: float  # of a turn that updates the critic alone
-    split: dict[str, Cost]
+def train_seeded(stage: SelfForcingStage, step: int, seed: int, gauge: Gauge) -> tuple[int, list[Call]]:
+    """A watched step with the random numbers of `seed`: its exit step and its calls."""
+    stage.random.generator.set_state(torch_generator(seed, Purpose.TRAINING).get_state())
+    figures, calls = train_in_phases(stage, step, gauge)
+    return int(figures["exit_step"]), calls
 
 
 def count_training(config: Config, runtime: Runtime) -> dict[tuple[str, int], tuple[int, dict[str, float]]]:
     """By kind of turn and exit step: a seed that draws this exit step, and the FLOPs of one video's step by phase."""
-    num_exits, kinds = len(config.training.denoising_steps), turns(config.training)
+    kinds = turns(config.training)
     stage = SelfForcingStage(replace(config, training=replace(config.training, batch_size=1)), runtime, torch.Generator())
     found: dict[tuple[str, int], tuple[int, dict[str, float]]] = {}
     for seed in count():
         for kind, (step, _) in kinds.items():
-            stage.random.generator.set_state(torch_generator(seed, Purpose.TRAINING).get_state())
             with flop_counter() as counter:
-                phases = Phases(counter.get_total_flops)
-                exit_step = int(train_in_phases(stage, step, phases)["exit_step"])
-            found.setdefault((kind, exit_step), (seed, phases.totals()))
-        if len(found) == num_exits * len(kinds):
-            break
-    return found
+                exit_step, calls = train_seeded(stage, step, seed, counter.get_total_flops)
+            found.setdefault((kind, exit_step), (seed, phase_totals(calls)))
+        if len(found) == len(config.training.denoising_steps) * len(kinds):
+            return found
 
 
-def measure_training(config: Config, runtimes: dict[str, Runtime], repeats: int) -> list[TrainingSpeed]:
-    """Steps of both kinds with every exit step, in all number formats, and the products of the limit, in turns; medians."""
-    training = config.training
-    device = next(iter(runtimes.values())).device
-    kinds = turns(training)
+def measure_training(config: Config, runtimes: dict[str, Runtime], repeats: int) -> list[dict[str, Any]]:
+    """Mean step of Self-Forcing over whole cycles of generator and critic turns and uniform exit steps, a row a precision: medians of each
+    kind of turn with every exit step, in turns with the limit. critic_turn_seconds: of a turn that updates the critic alone."""
+    training, kinds = config.training, turns(config.training)
     found = count_training(config, next(iter(runtimes.values())))
-    watched: dict[tuple[str, str, int], list[Phases]] = {}
+    watched: dict[tuple[str, str, int], list[list[Call]]] = {(precision, *turn): [] for precision in runtimes for turn in found}
 
-    def watch(stage: SelfForcingStage, precision: str, kind: str, exit_step: int) -> None:
-        stage.random.generator.set_state(torch_generator(found[kind, exit_step][0], Purpose.TRAINING).get_state())
-        watched.setdefault((precision, kind, exit_step), []).append(Phases(clock(device)))
-        train_in_phases(stage, kinds[kind][0], watched[precision, kind, exit_step][-1])
+    def watch_turn(stage: SelfForcingStage, precision: str, kind: str, exit_step: int) -> None:
+        seed, step = found[kind, exit_step][0], kinds[kind][0]
+        watched[precision, kind, exit_step].append(train_seeded(stage, step, seed, clock(stage.runtime.device))[1])
 
     contestants: dict[tuple[str, Any], Callable[[], object]] = {}
     for precision, runtime in runtimes.items():
         stage = SelfForcingStage(config, runtime, torch.Generator())
-        contestants |= {(precision, size): call for size, call in matrix_products(runtime).items()}
-        contestants |= {(precision, turn): partial(watch, stage, precision, *turn) for turn in found}
-    seconds = time_in_turns(contestants, repeats, device)
-    speeds = []
-    for precision in runtimes:
-        limit = matrix_limit(seconds, precision)
-        split, flops = {}, {}
-        whole = {kind: 0.0 for kind in ("generator", "critic")}
+        contestants |= {(precision, turn): partial(watch_turn, stage, precision, *turn) for turn in found}
+    seconds, limits = time_beside_products(contestants, runtimes, repeats)
+    rows = []
+    for precision, limit in limits.items():
+        split, flops, whole = {}, {}, {"generator": 0.0, "critic": 0.0}
         for (kind, exit_step), (_, counted) in found.items():
             weight = kinds[kind][1] / len(training.denoising_steps)
             for phase, value in median_totals(watched[precision, kind, exit_step][1:]).items():
@@ -372,8 +303,9 @@ def measure_training(config: Config, runtimes: dict[str, Runtime], repeats: int)
                 flops[phase] = flops.get(phase, 0.0) + weight * training.batch_size * counted[phase]
             whole[kind] += seconds[precision, (kind, exit_step)] / len(training.denoising_steps)
         mean = sum(share * whole[kind] for kind, (_, share) in kinds.items())
-        speeds.append(TrainingSpeed(
-            precision, training.batch_size, training.max_num_frames, limit, cost(mean, sum(flops.values()), limit),
-            whole["generator"], whole["critic"], {phase: cost(value, flops[phase], limit) for phase, value in split.items()},
-        ))
-    return speeds
+        rows.append({
+            "precision": precision, "batch_size": training.batch_size, "num_frames": training.max_num_frames, "limit": limit,
+            "whole": cost(mean, sum(flops.values()), limit), "generator_turn_seconds": whole["generator"],
+            "critic_turn_seconds": whole["critic"], "split": {phase: cost(value, flops[phase], limit) for phase, value in split.items()},
+        })
+    return rows

@@ -20,31 +20,31 @@ from experiments.speed import (
     CACHE,
     DENOISING,
     TEXT,
-    GenerationSpeed,
-    Samplers,
+    WithoutCache,
     block_ends,
     cost,
+    count_generation,
     count_training,
     generate_in_phases,
-    sample_without_cache,
+    make_samplers,
     steady_block,
     train_in_phases,
     turns,
 )
-from experiments.timing import REST, Phases, flop_counter, time_in_turns
+from experiments.timing import REST, WHOLE, Gauge, flop_counter, phase_totals, time_in_turns, watch
 from machine.runtime import Runtime
 from method.plans import RolloutPlan
 from moving_mnist import DatasetConfig
 from network.attention import ContextWindow
 from network.text_encoder import TextEncoder, TextEncoderConfig
-from sampling.samplers import sample_few_step
+from sampling.samplers import sample
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 from training.checkpoint import LoadedNetworks
 from training.config import Config, PretrainConfig, SelfForcingConfig
-from training.stages import SelfForcingStage
+from training.stages import Sampler, SelfForcingStage
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
-PROMPTS, SEEDS = ["a 3 moving up", "the digit 5"], [1, 2]
+ASKED = (["a 3 moving up", "the digit 5"], [1, 2], 9, CPU)
 
 
 @pytest.fixture
@@ -52,6 +52,11 @@ def networks() -> LoadedNetworks:
     torch.manual_seed(0)
     text_encoder = TextEncoder(TextEncoderConfig(width=32, max_tokens=12)).eval()
     return LoadedNetworks(build_small_model(), text_encoder, Config(training=SelfForcingConfig()), 0, {}, ("train",))
+
+
+@pytest.fixture
+def sampler(networks: LoadedNetworks) -> Sampler:
+    return Sampler(networks.generator, networks.text_encoder, RolloutPlan((1.0, 0.75, 0.5), 3))
 
 
 def run_config(training: PretrainConfig | SelfForcingConfig) -> Config:
@@ -66,18 +71,15 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return {name: save_untrained(tmp_path / f"{name}.pt", run_config(training)) for name, training in trainings.items()}
 
 
-def test_the_compiled_student_counts_as_the_student_and_stands_beside_it(networks: LoadedNetworks, monkeypatch: pytest.MonkeyPatch):
+def test_the_compiled_student_is_charged_the_plain_ones_flops(networks: LoadedNetworks, monkeypatch: pytest.MonkeyPatch):
     compiled: list[TinyCausalWanModel] = []
     monkeypatch.setattr(TinyCausalWanModel, "compile_passes", lambda model: compiled.append(model))
-    samplers = Samplers(networks, None, without_cache=False, variants=("student", "compiled", "int8"))
-    calls = samplers.calls(1, 6, CPU)
-    assert list(calls) == ["student", "compiled", "int8"] and len(compiled) == 2
-    assert compiled == [samplers.prepared(name, CPU).generator for name in ("compiled", "int8")]
-    assert samplers.prepared("student", CPU).generator not in compiled
-    totals, _ = samplers.count(6, CPU)
-    assert totals["int8"] == totals["compiled"] == totals["student"] > 0 and len(compiled) == 2
-    assert torch.equal(calls["compiled"](), calls["student"]())  # nothing was compiled here
-    assert not torch.equal(calls["int8"](), calls["student"]())
+    samplers = make_samplers(networks, None, ("student", "compiled", "int8"), False, 6, CPU)
+    assert compiled == [samplers[name].network for name in ("compiled", "int8")] and samplers["student"].network not in compiled
+    totals, _ = count_generation(samplers, 6, CPU)
+    assert totals["int8"] == totals["compiled"] == totals["student"] > 0
+    plain, same, int8 = (sample(sampler, *ASKED) for sampler in samplers.values())
+    assert torch.equal(same, plain) and not torch.equal(int8, plain)  # nothing was compiled here
 
 
 @pytest.fixture
@@ -88,43 +90,42 @@ def training(files: dict[str, Path]) -> Config:
     ))
 
 
-def ticking() -> Phases:
-    """Phases whose gauge counts its own readings: every figure is exact."""
+def ticking() -> Gauge:
+    """Counts its own readings: every figure is exact."""
     ticks = itertools.count()
-    return Phases(lambda: float(next(ticks)))
+    return lambda: float(next(ticks))
 
 
+@pytest.mark.parametrize("context_time", [0.0, 0.1])
 @pytest.mark.parametrize("window", [None, 3, 6])
-def test_the_rollout_without_cache_makes_the_same_videos(networks, window):
-    plan = RolloutPlan((1.0, 0.75, 0.5), 3, context=ContextWindow(window), clamp_x_0=True)
-    common = (PROMPTS, SEEDS, 9, plan, CPU)
-    with_cache = sample_few_step(networks.generator, networks.text_encoder, *common)
-    assert_close(sample_without_cache(networks, *common), with_cache, atol=1e-4, rtol=1e-4)
+def test_the_rollout_without_cache_makes_the_same_videos(sampler: Sampler, window: int | None, context_time: float):
+    plan = replace(sampler.plan, context=ContextWindow(window), clamp_x_0=True, context_time=context_time)
+    with_cache = replace(sampler, plan=plan)
+    without_cache = replace(with_cache, network=WithoutCache(sampler.network, plan))
+    assert_close(sample(without_cache, *ASKED), sample(with_cache, *ASKED), atol=1e-4, rtol=1e-4)
 
 
-def test_contestants_take_turns_and_the_warm_up_does_not_count():
+def test_contestants_take_turns():
     calls: list[str] = []
     seconds = time_in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, CPU.device)
     assert calls == ["a", "b"] * 3 and set(seconds) == {"a", "b"} and min(seconds.values()) >= 0
 
 
-def test_a_phase_that_fails_is_closed_and_a_missing_name_is_refused():
-    worker, phases = nn.Linear(2, 2), ticking()
-    with pytest.raises(RuntimeError), phases.watch((worker, "forward", "f")):
+def test_a_watched_call_that_fails_is_read_and_given_back():
+    worker = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError), watch(ticking(), [(worker, "forward", "f")]) as calls:
         worker(torch.ones(1, 3))
-    assert [name for name, *_ in phases.calls] == ["f"] and "forward" not in vars(worker)
-    with pytest.raises(AttributeError, match="forwards"), phases.watch((worker, "forwards", "f")):
-        pass
+    assert calls == [("f", 1, 2)] and "forward" not in vars(worker)
 
 
-def test_watching_a_generation_changes_no_bit_and_sees_every_pass(networks):
-    plan, phases = RolloutPlan((1.0, 0.75, 0.5), 3), ticking()
-    watched = generate_in_phases(networks, PROMPTS, SEEDS, 9, plan, CPU, phases)
-    assert torch.equal(watched, sample_few_step(networks.generator, networks.text_encoder, PROMPTS, SEEDS, 9, plan, CPU))
-    assert [name for name, *_ in phases.calls] == [TEXT, TEXT, DENOISING, *([DENOISING] * 2 + [CACHE]) * 2, *[DENOISING] * 2]
-    assert sum(phases.totals().values()) == phases.whole
+def test_watching_a_generation_changes_no_bit_and_sees_every_pass(sampler: Sampler):
+    videos, calls = generate_in_phases(sampler, *ASKED, ticking())
+    assert torch.equal(videos, sample(sampler, *ASKED))
+    passes = [TEXT, TEXT, DENOISING, *([DENOISING] * 2 + [CACHE]) * 2, *[DENOISING] * 2]
+    assert [name for name, *_ in calls] == [*passes, WHOLE]
+    assert sum(phase_totals(calls).values()) == calls[-1][2]
     # readings: 0 is the start, 1 to 4 the text, then 6 a block, of which the first of a cache pass ends the block before; one at the end
-    assert block_ends(phases) == [11, 17, 23]
+    assert block_ends(calls) == [11, 17, 23]
 
 
 def test_a_steady_block_is_one_that_sees_a_full_window():
@@ -153,18 +154,17 @@ def finished_flops(config: ModelConfig, num_frames: int, past_frames: int, num_t
     return others + 3 * 2 * queries * config.width**2 - 2 * queries * config.patch_values * config.width, time_embedding
 
 
-def test_counted_flops_are_those_of_the_products_by_hand(networks):
-    plan = RolloutPlan((1.0, 0.75, 0.5), 3)
+def test_counted_flops_are_those_of_the_products_by_hand(sampler: Sampler):
     with flop_counter() as counter:
-        phases = Phases(counter.get_total_flops)
-        generate_in_phases(networks, PROMPTS, SEEDS, 9, plan, CPU, phases)
-    counted = [(name, end - begin) for name, begin, end in phases.calls if name in (DENOISING, CACHE)]
+        _, calls = generate_in_phases(sampler, *ASKED, counter.get_total_flops)
+    config = sampler.network.config
+    counted = [(name, end - begin) for name, begin, end in calls if name in (DENOISING, CACHE)]
     assert [name for name, _ in counted] == [DENOISING] * 3 + [CACHE, DENOISING, DENOISING] * 2
     for index, (name, flops) in enumerate(counted):
         block = index // 3
-        passes = [pass_flops(networks.generator.config, 3, 3 * block, 12)]
+        passes = [pass_flops(config, 3, 3 * block, 12)]
         if name == CACHE:
-            passes.append(finished_flops(networks.generator.config, 3, 3 * (block - 1), 12))
+            passes.append(finished_flops(config, 3, 3 * (block - 1), 12))
         least, time_embedding = (sum(part) for part in zip(*passes, strict=True))
         assert 2 * least <= flops <= 2 * (least + time_embedding)
 
@@ -181,16 +181,16 @@ def test_attention_is_counted_in_both_directions():
 
 def test_watching_a_training_step_changes_no_bit_and_finds_every_phase(training):
     plain, watched = (SelfForcingStage(training, CPU, torch.Generator().manual_seed(3)) for _ in range(2))
-    phases: dict[int, Phases] = {}
+    phases: list[list[str]] = []
     for step in range(3):  # the last is the generator's
-        phases[step] = ticking()
-        assert plain.train_step(step) == train_in_phases(watched, step, phases[step])
+        figures, calls = train_in_phases(watched, step, ticking())
+        assert plain.train_step(step) == figures
+        phases.append([name for name, *_ in calls if name != TEXT])
     for ours, theirs in ((plain.engine.generator, watched.engine.generator), (plain.engine.critic, watched.engine.critic)):
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     critic = ["critic: loss", "critic: backward", *["critic: clipping, optimizer"] * 2, "averages"]
     generator = ["scores", "generator: backward", *["generator: clipping, optimizer"] * 2]
-    without_text = [[name for name, *_ in phases[step].calls if name != TEXT] for step in (1, 2)]
-    assert without_text == [["rollout", *critic], ["rollout", *generator, *critic]]
+    assert phases[1:] == [["rollout", *critic, WHOLE], ["rollout", *generator, *critic, WHOLE]]
 
 
 def test_training_flops_over_a_cycle_are_those_that_compute_counts(training):
@@ -210,7 +210,7 @@ def small_products(monkeypatch) -> None:
 
 
 def test_every_part_reaches_the_terminal_and_the_file(files, tmp_path, monkeypatch, capsys):
-    assert cost(2.0, 100.0, 200.0).share_of_limit == 0.25 and cost(0.0, 0.0, 200.0).share_of_limit == 0
+    assert cost(2.0, 100.0, 200.0)["share_of_limit"] == 0.25 and cost(0.0, 0.0, 200.0)["share_of_limit"] == 0
     small_products(monkeypatch)
     monkeypatch.setattr(benchmark, "SelfForcingConfig", lambda **wishes: SelfForcingConfig(denoising_steps=[1000, 500], **wishes))
     output = tmp_path / "speed.json"
@@ -236,7 +236,6 @@ def test_every_part_reaches_the_terminal_and_the_file(files, tmp_path, monkeypat
         assert {"rollout", "scores", "generator: backward", "critic: loss", "critic: backward", REST} < set(row["split"])
     assert all(text in shown for text in ("first block", "cache pass", "limit:", "rollout", "critic: backward", "writing them"))
     assert "public" not in results  # only where asked for
-    assert set(student) == set(GenerationSpeed.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(("wish", "message"), [
