@@ -7,11 +7,14 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from judging.report import format_cell
 from machine.paths import REPOSITORY
+from method.choices import SWITCHES
 
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ROW_TITLES = {  # in results/evaluation.json: in the pages
@@ -19,6 +22,7 @@ ROW_TITLES = {  # in results/evaluation.json: in the pages
     "guided Euler, 2 steps, guidance 2.5": "start, guided, 2 steps", "no guidance, 4 steps": "start, no guidance, 4 steps",
     "student, 4 steps": "**student, 4 steps**",
 }
+COST = {"evaluations_a_block": "evaluations a block"}
 FIGURES = {
     "frames_right": "frames right", "one_class": "one class in all 21", "track_within_1px": "track within 1 px",
     "direction_obeyed": "direction", "stroke_mass_ratio": "stroke mass", "frechet_distance": "Frechet (our net)",
@@ -43,27 +47,22 @@ def as_table(titles: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows)) + "\n"
 
 
-def number(value: float) -> str:
-    """Three decimals below 10, fewer above."""
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+def cells(row: dict[str, Any], *keys: str, with_intervals: bool = False) -> list[str]:
+    """Three decimals below 10, fewer above; a dash for a figure that the row lacks."""
+    shown = row if with_intervals else {key: value for key, value in row.items() if not key.endswith("_ci")}
+    return [format_cell(shown, key) for key in keys]
 
 
-def with_interval(row: dict[str, Any], key: str) -> str:
-    return f"{number(row[key])} [{', '.join(map(number, row[f'{key}_ci']))}]"
+def figure_table(first: str, rows: dict[str, dict[str, Any]], figures: dict[str, str], with_intervals: bool = False) -> str:
+    """A line a row; figures: the title of each column by its key in the rows."""
+    lines = [[name, *cells(row, *figures, with_intervals=with_intervals)] for name, row in rows.items()]
+    return as_table([first, *figures.values()], lines)
 
 
-def cost(row: dict[str, Any]) -> str:
-    """Evaluations a block: to denoise it + to write it into the cache."""
-    return f"{row['evaluations_a_block']} + {row['cache_evaluations_a_block']}" if "evaluations_a_block" in row else "-"
-
-
-def evaluation(results: Path, with_intervals: bool) -> str:
+def evaluation(with_intervals: bool, results: Path) -> str:
     """Every row of evaluation.json: what it costs and what it reads."""
-    rows = []
-    for name, row in read(results, "evaluation.json").items():
-        cells = [with_interval(row, key) if with_intervals else number(row[key]) for key in FIGURES]
-        rows.append([ROW_TITLES.get(name, name), cost(row), *cells])
-    return as_table(["sampler", "evaluations a block", *FIGURES.values()], rows)
+    rows = {ROW_TITLES.get(name, name): row for name, row in read(results, "evaluation.json").items()}
+    return figure_table("sampler", rows, COST | FIGURES, with_intervals)
 
 
 def drift(results: Path) -> str:
@@ -72,10 +71,10 @@ def drift(results: Path) -> str:
     for name, row in read(results, "drift_630/drift.json").items():
         first, whole = row["first_21"], row["segments"][0]
         rows.append([
-            name, cost(row), number(first["frames_right"]), number(whole["frames_right"]), f"{first['stroke_mass_ratio']:.2f}",
-            f"{whole['stroke_mass_ratio']:.2f}", number(whole["moving"]), number(whole["track_within_1px"]), f"{whole['mean_speed']:.2f}",
+            name, *cells(row, *COST), *cells(first, "frames_right"), *cells(whole, "frames_right"), f"{first['stroke_mass_ratio']:.2f}",
+            f"{whole['stroke_mass_ratio']:.2f}", *cells(whole, "moving", "track_within_1px"), f"{whole['mean_speed']:.2f}",
         ])
-    return as_table(["", "evaluations a block", "frames right, 1 to 21", "frames right, 1 to 630", "stroke mass, 1 to 21", "1 to 630",
+    return as_table(["", *COST.values(), "frames right, 1 to 21", "frames right, 1 to 630", "stroke mass, 1 to 21", "1 to 630",
                      "windows that move", "track within 1 px", "pixels a frame"], rows)
 
 
@@ -83,13 +82,15 @@ def continuation(results: Path) -> str:
     """How videos that continue real ones keep digit and style."""
     found = read(results, "long_video/continue.json")
     rows = {name: (str(row.get("given_frames", 3)), row["continued"]) for name, row in found.items()}
-    newer, lines = {"track_within_1px": "", "direction_obeyed": "", "first_error_median": " px"}, []  # that earlier rows lack
+    lines = []
     for name, (given, row) in (rows | {"real video": ("-", list(found.values())[-1]["real"])}).items():
         fifths = row["stroke_mass_by_fifth"]
+        error = f"{row['first_error_median']:.3f} px" if "first_error_median" in row else "-"  # earlier rows lack it
         lines.append([
-            name, given, with_interval(row, "kept"), *(number(row[key]) for key in ("right_in_most_frames", "right_in_every_frame")),
-            number(row["stroke_mass_kept"]), f"{fifths[0]:.2f}", f"{fifths[len(fifths) // 2]:.2f}", f"{fifths[-1]:.2f}",
-            *(number(row[key]) + unit if key in row else "-" for key, unit in newer.items()),
+            name, given, *cells(row, "kept", with_intervals=True),
+            *cells(row, "right_in_most_frames", "right_in_every_frame", "stroke_mass_kept"),
+            *(f"{fifth:.2f}" for fifth in (fifths[0], fifths[len(fifths) // 2], fifths[-1])),
+            *cells(row, "track_within_1px", "direction_obeyed"), error,
         ])
     return as_table(["continued by", "frames given", "digit and style", "digit", "digit in every frame", "style", "least", "middle", "most",
                      "track within 1 px", "direction", "first centre off by"], lines)
@@ -99,12 +100,14 @@ def switch(results: Path) -> str:
     """Prompt switches in a stream: how soon the new digit shows, and whether the motion goes on."""
     rows = []
     for name, found in read(results, "long_video/switch.json").items():
-        for how in ("recache", "keep", "reset"):
-            shown, one = found[how]["frames_until_shown"], found[how]
-            rows.append([name, how, "never" if shown is None else str(shown), number(one["share_of_new_at_end"]),
-                         f"{one['path_error_median']:.2f} px", number(one["path_error_smooth_share"])])
-        without = f"{found['recache']['path_error_without_median']:.2f} px", number(found["recache"]["path_error_without_smooth_share"])
-        rows.append([name, "no switch", "-", "-", *without])
+        for how in SWITCHES:
+            one = found[how]
+            shown = "never" if one["frames_until_shown"] is None else str(one["frames_until_shown"])
+            rows.append([name, how, shown, *cells(one, "share_of_new_at_end"), f"{one['path_error_median']:.2f} px",
+                         *cells(one, "path_error_smooth_share")])
+        one = found["recache"]
+        rows.append([name, "no switch", "-", "-", f"{one['path_error_without_median']:.2f} px",
+                     *cells(one, "path_error_without_smooth_share")])
     return as_table(["network", "switch", "frames until 90 % show the new digit", "new digit 21 frames later",
                      "first centre, distance from the continued path, median", "within 3 px"], rows)
 
@@ -123,56 +126,45 @@ def public_code(results: Path) -> str:
 
 def seeds(results: Path) -> str:
     """Default runs that differ in their seed alone: each, then median and worst."""
-    found = read(results, "seeds.json")
-    names = [name for name in SEED_FIGURES if all(name in run for run in found["runs"])]
-    rows = [[str(run["seed"]), *(number(run[name]) for name in names)] for run in found["runs"]]
-    columns = {name: [run[name] for run in found["runs"]] for name in names}
-    rows.append(["**median**", *(number(median(columns[name])) for name in names)])
-    worst = {
-        name: max(columns[name], key=lambda value: abs(value - 1) if name == "stroke_mass" else value if name == "frechet" else -value)
-        for name in names
+    runs = read(results, "seeds.json")["runs"]
+    columns = {name: [run[name] for run in runs] for name in SEED_FIGURES if all(name in run for run in runs)}
+    badness = {"stroke_mass": lambda value: abs(value - 1), "frechet": lambda value: value}
+    rows = {
+        **{str(run["seed"]): run for run in runs}, "**median**": {name: median(values) for name, values in columns.items()},
+        "**worst**": {name: max(values, key=badness.get(name, lambda value: -value)) for name, values in columns.items()},
     }
-    rows.append(["**worst**", *(number(worst[name]) for name in names)])
-    return as_table(["seed", *(SEED_FIGURES[name] for name in names)], rows)
+    return figure_table("seed", rows, {name: SEED_FIGURES[name] for name in columns})
 
 
 def few_steps(results: Path) -> str:
     """The student in its four steps, in two and in one."""
-    rows = [("real", read(results, "faq/frames_21.json")["real"])]
+    rows = {"real": read(results, "faq/frames_21.json")["real"]}
     for name in ("frames_21", "steps_2", "steps_1"):
-        rows += [(title, row) for title, row in read(results, f"faq/{name}.json").items() if title.startswith("student")]
+        rows |= {title: row for title, row in read(results, f"faq/{name}.json").items() if title.startswith("student")}
     names = {**FEW_FIGURES, "glyph_diversity": "glyph diversity"}
-    lines = [
-        [title, str(row.get("num_videos", "-")), *(number(row[name]) if name in row else "-" for name in names)] for title, row in rows
-    ]
+    lines = [[title, str(row.get("num_videos", "-")), *cells(row, *names)] for title, row in rows.items()]
     return as_table(["21 frames", "videos", *names.values()], lines)
 
 
 def frames_84(results: Path) -> str:
     """The student at four times the length of its training."""
-    rows = [[title, *(number(row[name]) for name in FEW_FIGURES)] for title, row in read(results, "faq/frames_84.json").items()]
-    names = {**FEW_FIGURES, "one_class": "one class in all 84"}
-    return as_table(["64 videos of 84 frames", *names.values()], rows)
+    return figure_table("64 videos of 84 frames", read(results, "faq/frames_84.json"), FEW_FIGURES | {"one_class": "one class in all 84"})
 
 
 def context_noise(results: Path) -> str:
     """The student, trained with clean context, where finished blocks enter the cache at other timesteps."""
     found = read(results, "faq/frames_21.json")
-    rows = [[title, *(number(found[f"{name}, 4 steps"][key]) for key in FEW_FIGURES)]
-            for name, title in (("student", "0"), ("noise_50", "50"), ("noise_200", "200"))]
-    return as_table(["context_noise", *FEW_FIGURES.values()], rows)
+    rows = {noise: found[f"{name}, 4 steps"] for name, noise in (("student", "0"), ("noise_50", "50"), ("noise_200", "200"))}
+    return figure_table("context_noise", rows, FEW_FIGURES)
 
 
 def own_videos(results: Path) -> str:
     """The worked example of docs/own_videos.md: real clips, the teacher, its few steps before Self-Forcing, the student."""
-    found = read(results, "own_videos.json").items()
-    rows = [[name, cost(row), *(with_interval(row, key) for key in OWN_FIGURES)] for name, row in found]
-    return as_table(["192 videos of 9 frames", "evaluations a block", *OWN_FIGURES.values()], rows)
+    return figure_table("192 videos of 9 frames", read(results, "own_videos.json"), COST | OWN_FIGURES, with_intervals=True)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "evaluation": lambda results: evaluation(results, with_intervals=False),
-    "evaluation_with_intervals": lambda results: evaluation(results, with_intervals=True),
+    "evaluation": partial(evaluation, False), "evaluation_with_intervals": partial(evaluation, True),
     "seeds": seeds, "drift": drift, "continuation": continuation, "switch": switch, "public_code": public_code,
     "few_steps": few_steps, "frames_84": frames_84, "context_noise": context_noise, "own_videos": own_videos,
 }
@@ -183,7 +175,7 @@ def pages() -> list[Path]:
 
 
 def filled(text: str, results: Path) -> str:
-    """A page's text with every marked table made anew. Raises ValueError for a name that is no table."""
+    """A page's text with every marked table made again. Raises ValueError for a name that is no table."""
 
     def make(match: re.Match[str]) -> str:
         if match.group(2) not in TABLES:
