@@ -3,9 +3,8 @@
     python -m experiments.comparison budget=320 num_videos=64 'blocks=[3]' 'rows=[tf,sf_dmd]'
 
 Trainings and scores are child processes of train.py and evaluate.py, `processes` at a time: a training, then its scores. A training has
-a folder under `folder` whose name ends in a fingerprint of all its settings; a score is done where the table has its row. Both are held
-against the plan before they are reused, so the same command continues where an earlier one stopped. The table is written again after
-every job.
+a folder under `folder` whose name ends in a fingerprint of all its settings; a score is done if the table has its row. Both are compared
+with the plan before they are reused, so the same command continues where an earlier one stopped. The table is rewritten after every job.
 """
 
 from __future__ import annotations
@@ -51,11 +50,10 @@ SCRIPTS = REPOSITORY  # where train.py and evaluate.py are
 NOT_OF_A_STEP = (  # keys of a run that change no FLOP of its steps
     *NOT_OF_THE_RESULT, "seed", "training.num_steps", "training.lr", "training.muon_lr", "device", "precision",
 )
-TRAINED_CODE = ("train",)  # what makes a training's weights: train.py, with all that it imports
 
 
 class Comparison:
-    """The jobs of one configuration and what they have found so far. chosen: further overrides of train.py, by paradigm and block size
+    """The jobs of one configuration and their results so far. chosen: further overrides of train.py, by paradigm and block size
     (`choose_settings`). Raises ValueError and OSError."""
 
     def __init__(self, config: ComparisonConfig, chosen: dict[tuple[str, int], str] | None = None):
@@ -70,19 +68,20 @@ class Comparison:
             raise ValueError(f"teacher is {self.config.teacher}: no such checkpoint; expected a pretrained network")
         self.teacher_digest = file_digest(self.teacher)
         self.teacher_training = checkpoint_config(self.teacher, load_checkpoint(self.teacher, is_mapped=True)).training
-        rooms = {"training": TRAINED_CODE, "score": JUDGED_CODE, "flops": ("experiments.compute",)}
-        self.code = {name: code_digest(*modules) for name, modules in rooms.items()}
+        self.code = {"training": code_digest("train"), "score": code_digest(*JUDGED_CODE), "flops": code_digest("experiments.compute")}
         self.num_threads = max((os.cpu_count() or 1) // self.config.processes, 1)
         self.machine = describe_machine(self.num_threads)
         for folder in (self.folder, self.output_dir):
             folder.mkdir(parents=True, exist_ok=True)
         self.earlier = read_table(self.output_dir, self.config.name)
         self.trainings = [training for block in self.config.blocks for training in self._plan_trainings(block)]
-        self.scores = [self._plan_score(row, training) for row in self.config.rows if row != REAL for training in (None, *self.trainings)
-                       if ROWS[row].paradigm == (None if training is None else training.paradigm)]
-        self.chains: list[list[Training | Score]] = [[score] for score in self.scores if score.training is None]  # each on one worker
-        self.chains += [[training, *(score for score in self.scores if score.training is training)] for training in self.trainings]
+        rows = {row: ROWS[row].paradigm for row in self.config.rows if row != REAL}
+        self.chains: list[list[Training | Score]] = [[self._plan_score(row, None)] for row in rows if rows[row] is None]
+        for training in self.trainings:  # a training and its scores run on one worker
+            of_training = [self._plan_score(row, training) for row in rows if rows[row] == training.paradigm]
+            self.chains.append([training, *of_training])
         self.jobs = [job for chain in self.chains for job in chain]
+        self.scores = [job for job in self.jobs if isinstance(job, Score)]
         self.failed: dict[str, str] = {}  # one line each, by label
         self.children: list[subprocess.Popen[bytes]] = []
         self.lock, self.is_stopped = RLock(), False
@@ -90,24 +89,23 @@ class Comparison:
     # --- planning -----------------------------------------------------------------------------------------------------
 
     def _plan_trainings(self, block: int) -> list[Training]:
-        yardstick = self._flops(YARDSTICK, block, self._overrides(YARDSTICK, block, ""))  # as it is, whatever is chosen for it
+        budget = self.config.budget * self._flops(YARDSTICK, block, self._overrides(YARDSTICK, block, ""))  # without what is chosen for it
         planned = []
         for paradigm in self.config.paradigms:
             overrides = self._overrides(paradigm, block, self.chosen.get((paradigm, block), ""))
             flops = self._flops(paradigm, block, overrides)
-            overrides += [f"training.num_steps={num_steps(self.config.budget * yardstick, flops)}"]
             for seed in self.config.seeds:
-                asked = [*overrides, f"seed={seed}"]
+                asked = [*overrides, f"training.num_steps={max(round(budget / flops), 1)}", f"seed={seed}"]
                 config = compose_run(asked)
-                made_with = {"teacher": self.teacher_digest, "code_sha256": self.code["training"]}
-                settings = {**made_with, **settings_without(config, NOT_OF_THE_RESULT)}
+                settings = {"teacher": self.teacher_digest, "code_sha256": self.code["training"],
+                            **settings_without(config, NOT_OF_THE_RESULT)}
                 folder = self.folder / "trainings" / f"{paradigm}-block{block}-seed{seed}-{fingerprint(settings)}"
                 label = f"training {paradigm}, blocks of {block}, seed {seed}, {config.training.num_steps} steps"
                 planned.append(Training(label, paradigm, block, seed, config, asked, folder, settings, flops))
         return planned
 
     def _overrides(self, paradigm: str, block: int, candidate: str) -> list[str]:
-        """Of train.py, all but the seed and the number of steps; later ones win."""
+        """Of train.py, without the seed and the number of steps; later ones win."""
         config = self.config
         overrides = [
             *PARADIGMS[paradigm], *config.overrides["all"], *config.overrides[paradigm],
@@ -151,27 +149,26 @@ class Comparison:
     # --- running ------------------------------------------------------------------------------------------------------
 
     def reuse(self) -> list[list[Training | Score]]:
-        """Take what is done already and as planned, with one line for whatever differs; returns the chains of what is left to do."""
-        results, real = results_of(self.earlier), (REAL, "0", "0")
+        """Take results that are done as planned, with one line for each difference; returns the chains of the remaining jobs."""
+        results = results_of(self.earlier)
+        real = results.get((REAL, "0", "0"))
         for score in self.scores:
-            place = (score.row, str(score.block), str(score.seed))
-            if place in results and (REAL not in self.config.rows or real in results):
-                if difference := row_difference(results[place], score.settings, score.checkpoint):
+            if score.place in results and (REAL not in self.config.rows or real is not None):
+                if difference := row_difference(results[score.place], score.settings, score.checkpoint):
                     self._say(score, f"not taken from the earlier table: {difference[:200]}")
                 else:
-                    score.figures = {"network": results[place], **({REAL: results[real]} if real in results else {})}
+                    score.figures = {"network": results[score.place], REAL: real}
         left = []
         for chain in self.chains:
             waiting = [job for job in chain if isinstance(job, Score) and job.figures is None]
-            if waiting and isinstance(chain[0], Training) and not self._is_trained(chain[0]):
-                waiting.insert(0, chain[0])
-            left += [waiting] if waiting else []
+            if waiting:
+                is_trained = isinstance(chain[0], Score) or self._is_trained(chain[0])
+                left.append(waiting if is_trained else [chain[0], *waiting])
         return left
 
     def _is_trained(self, training: Training) -> bool:
         if training.checkpoint.exists():
-            difference = training.difference()
-            if difference:
+            if difference := training.difference():
                 self._say(training, f"not what was planned ({difference[:200]}): set aside as {training.set_aside()}")
             return not difference
         for other in sorted(training.folder.parent.glob(f"{training.folder.name.rpartition('-')[0]}-????????/settings.json")):
@@ -180,10 +177,10 @@ class Comparison:
         return False
 
     def run(self) -> int:
-        """Do what is not done yet; returns the number of jobs that failed. Raises KeyboardInterrupt with a line on how to continue."""
+        """Run the remaining jobs; returns the number that failed. Raises KeyboardInterrupt with a line on how to continue."""
         chains = self.reuse()
         num_done = len(self.jobs) - sum(map(len, chains))
-        shown = {(score.row, str(score.block), str(score.seed)) for score in self.scores if score.figures is not None}
+        shown = {score.place for score in self.scores if score.figures is not None}
         put_by(self.output_dir, self.config.name, self.earlier, shown)
         print(f"{len(self.jobs)} jobs, {num_done} done before; {self.config.processes} at a time with {self.num_threads} threads; "
               f"folder {self.folder}", flush=True)
@@ -218,7 +215,7 @@ class Comparison:
                 write_table(self.output_dir, self.config.name, self.table())
 
     def _run_job(self, job: Training | Score) -> str:
-        """Run a job to its end; returns why it failed, empty where it did not."""
+        """Run a job to its end; returns why it failed, empty if it did not."""
         job.folder.mkdir(parents=True, exist_ok=True)
         arguments, log = job.arguments(), self.folder / "logs" / f"{job.folder.name}.txt"
         facts = {"settings": job.settings, "machine": self.machine, "arguments": arguments}
@@ -238,11 +235,9 @@ class Comparison:
         if self.is_stopped:
             return "stopped"
         if code == 0:
-            difference = job.finish()
-            reason = f"not what was planned: {difference[:200]}" if difference else ""
+            reason = f"not what was planned: {difference[:200]}" if (difference := job.finish()) else ""
         else:
-            lines = log.read_text(errors="replace").replace("\r", "\n").split("\n")
-            reason = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+            reason = (log.read_text(errors="replace").strip() or "it said nothing").splitlines()[-1].strip()
         minutes = (time.perf_counter() - start) / 60
         failure = f"FAILED after {minutes:.1f} minutes (exit code {code}): {reason}; log {log}"
         self._say(job, failure if reason else f"done in {minutes:.1f} minutes")
@@ -251,14 +246,15 @@ class Comparison:
     def _say(self, job: Training | Score, words: str) -> None:
         print(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.label}: {words}", flush=True)
 
-    # --- what was found -----------------------------------------------------------------------------------------------
+    # --- results ------------------------------------------------------------------------------------------------------
 
     def table(self) -> dict[str, Any]:
-        """Everything: settings, trainings, and by row and block size the figures of every seed that is scored."""
+        """Settings, trainings, and the figures by row, block size and seed."""
         rows: dict[str, dict[str, dict[str, dict[str, Any]]]] = {row: {} for row in self.config.rows}
         for score in self.scores:
             if score.figures is not None:
-                rows[score.row].setdefault(str(score.block), {})[str(score.seed)] = score.figures["network"]
+                row, block, seed = score.place
+                rows[row].setdefault(block, {})[seed] = score.figures["network"]
                 if REAL in rows:  # the same videos beside every score
                     rows[REAL] = {"0": {"0": score.figures[REAL]}}
         machines = {figures["machine"] for figures in results_of({"rows": rows}).values() if "machine" in figures}
@@ -271,7 +267,7 @@ class Comparison:
 
     def _describe(self, training: Training) -> dict[str, Any]:
         config = training.config.training
-        for each in [] if self.earlier is None else self.earlier["trainings"]:  # its scores are reused, and its folder may be gone
+        for each in self.earlier["trainings"] if self.earlier else []:  # its scores are reused, and its folder may be gone
             if not training.checkpoint.exists() and each["settings"] == training.settings:
                 return each
         return {
@@ -293,23 +289,23 @@ def compare(config: ComparisonConfig) -> int:
 
 
 def choose_settings(config: ComparisonConfig) -> tuple[dict[tuple[str, int], str], int]:
-    """Of its candidates the one whose row reads most frames right, by paradigm and block size, on a seed and prompts that the table does
-    not use; and the number of jobs that failed. NAME_candidates.json keeps every figure."""
+    """By paradigm and block size, the candidate with the most frames right on a seed and prompts that the table does not use; and the
+    number of jobs that failed. NAME_candidates.json keeps every figure."""
     rows = {paradigm: next(row for row in ROWS if ROWS[row].paradigm == paradigm) for paradigm in config.paradigms}
-    found: dict[tuple[str, int], dict[str, float]] = {}
+    found: dict[tuple[str, int], dict[str, float]] = {(paradigm, block): {} for paradigm in rows for block in config.blocks}
     num_failed = 0
-    for index in range(max(len(config.candidates_of(paradigm)) for paradigm in rows)):
-        candidates = {(paradigm, block): config.candidates_of(paradigm)[index] for paradigm in rows for block in config.blocks}
+    for index in range(len(config.candidates_of(config.paradigms[0]))):  # all have as many
+        candidates = {(paradigm, block): config.candidates_of(paradigm)[index] for paradigm, block in found}
         asked = replace(config, name=f"{config.name}_candidate_{index + 1}", candidates={}, rows=list(rows.values()),
                         seeds=[config.selection_seed], score_seed=config.selection_seed, selection_seed=config.score_seed)
         trial = Comparison(asked, candidates)
         num_failed += trial.run()
         for score in trial.scores:
-            if score.figures is not None and score.training is not None:
-                place = score.training.paradigm, score.training.block
-                found.setdefault(place, {})[candidates[place]] = score.figures["network"]["frames_right"]
-    best = {place: max(figures, key=lambda candidate: figures[candidate]) for place, figures in found.items()}
-    places = [{"paradigm": place[0], "block": place[1], "frames_right": found[place], "chosen": best[place]} for place in found]
+            if score.figures is not None:
+                place = score.training.paradigm, score.block
+                found[place][candidates[place]] = score.figures["network"]["frames_right"]
+    best = {place: max(figures, key=figures.get) for place, figures in found.items() if figures}
+    places = [{"paradigm": place[0], "block": place[1], "frames_right": found[place], "chosen": best[place]} for place in best]
     path = Path(config.output_dir) / f"{config.name}_candidates.json"
     path.write_text(json.dumps({"seed": config.selection_seed, "places": places}, indent=1) + "\n")
     for place in places:
@@ -319,15 +315,13 @@ def choose_settings(config: ComparisonConfig) -> tuple[dict[tuple[str, int], str
 
 
 def multiplied(candidate: list[str], overrides: list[str]) -> list[str]:
-    """Overrides of train.py in which every KEY=*FACTOR stands for the factor times what the key is under these overrides."""
-    if not any("=*" in each for each in candidate):
-        return candidate
-    settings, made = settings_without(compose_run(overrides), ()), []
+    """The candidate's overrides, with KEY=*FACTOR replaced by the factor times the key's value under `overrides`."""
+    made = []
     for each in candidate:
         key, _, value = each.partition("=")
         if value.startswith("*"):
             try:
-                each = f"{key}={float(value[1:]) * settings[key]:.6g}"
+                each = f"{key}={float(value[1:]) * settings_without(compose_run(overrides), ())[key]:.6g}"
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"candidates has {each}: expected the factor of a number that this training has") from error
         made.append(each)
@@ -335,18 +329,15 @@ def multiplied(candidate: list[str], overrides: list[str]) -> list[str]:
 
 
 def sampler_options(sampler: str, config: ComparisonConfig) -> dict[str, Any]:
-    """What evaluate.py is asked for a row of this sampler (`Row`), by key."""
-    if sampler in ("own", "unguided"):
-        return {} if sampler == "own" else {"denoising_steps": config.denoising_steps}
+    """The keys of evaluate.py for a row of this sampler (`Row`)."""
+    if sampler == "own":
+        return {}
+    if sampler == "unguided":
+        return {"denoising_steps": config.denoising_steps}
     num_few = len(config.denoising_steps)
-    num_steps = {"bidirectional": config.many_steps, "many": config.many_steps, "few": num_few, "half": max(num_few // 2, 1)}[sampler]
+    num_steps = {"few": num_few, "half": max(num_few // 2, 1)}.get(sampler, config.many_steps)
     guidance = {} if config.guidance is None else {"guidance": config.guidance}
     return {"num_steps": num_steps, **guidance, **({} if sampler == "bidirectional" else {"causal": True})}
-
-
-def num_steps(budget: float, flops: float) -> int:
-    """Steps of `flops` each that spend the budget, at least one."""
-    return max(round(budget / flops), 1)
 
 
 def compose_run(overrides: list[str]) -> Config:

@@ -93,6 +93,11 @@ class Score:
     figures: dict[str, dict[str, Any]] | None = None
     script: str = "evaluate.py"
 
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """In the table: row, block size and seed."""
+        return self.row, str(self.block), str(self.seed)
+
     def arguments(self) -> list[str]:
         shutil.rmtree(self.folder / "figures", ignore_errors=True)  # of an attempt that was stopped
         return [f"checkpoint={quote(self.checkpoint)}", *self.options, f"output_dir={quote(self.folder / 'figures')}"]
