@@ -1,4 +1,4 @@
-"""Long video, measured: drift over thousands of frames, prompts that change, and clips that go on.
+"""Long video, measured: drift over thousands of frames, prompt switches, continued clips.
 
 Dimensions: B batch, F frames.
 
@@ -8,9 +8,8 @@ Dimensions: B batch, F frames.
     python -m experiments.long_video continue --num_videos 256           what the first block of a real held-out video becomes
     python -m experiments.long_video continue --given_frames 1            and what its first frame alone becomes
 
-Figures go into a JSON file in results/, one row a --name, which a later call adds to, and drift and switch into a plot of
-all that stand there. A row that stands there already is refused at once, unless --replace is given. Frames are judged as they
-come and then forgotten, so a stream of any length fits.
+Each call adds a row, called --name, to a JSON file in results/, and for drift and switch plots all its rows. A row that exists is refused
+at once, unless --replace is given. Frames are judged as they come and then dropped, so a stream of any length fits in memory.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from experiments.timing import time_in_turns  # noqa: E402
-from judging.digit_judge import load_judge, read_videos  # noqa: E402
+from judging.digit_judge import DigitJudge, load_judge, read_videos  # noqa: E402
 from judging.metrics import facts_of_prompts, read_classes, score_readings, share_interval  # noqa: E402
 from judging.prompts import new_indices  # noqa: E402
 from judging.tracking import fit_bouncing_track  # noqa: E402
@@ -84,18 +83,18 @@ from sampling.samplers import SamplerSettings, prepared, sample_few_step  # noqa
 from sampling.streaming import stream_video  # noqa: E402
 from training.checkpoint import LoadedNetworks, load_networks  # noqa: E402
 
+Setup = tuple[LoadedNetworks, RolloutPlan, Runtime, DigitJudge]
 WINDOW = 21  # frames that are judged together
 DRIFT_FIGURES = ("frames_right", "class_kept", "stroke_mass_ratio", "moving", "track_within_1px", "mean_speed")  # of a window
 SEGMENT = 630  # frames of one point of the drift curves
 COMPARED_FRAMES = 1000  # at both ends of a stream, between which memory is compared
 TIMED_BLOCKS = 100  # at most, behind the end of a stream, in turns with a stream that is new
-SHOWN_SHARE = 0.9  # of the streams, from which on a new digit counts as shown
-SMOOTH_PIXELS = 3.0  # from the extrapolated centre, below which a path goes on
+SHOWN_SHARE = 0.9  # of the streams: a new digit counts as shown
+SMOOTH_PIXELS = 3.0  # from the extrapolated centre: a path counts as smooth
 LINES_A_STRIP = 8
-LEGEND_COLUMNS = 4
 KEPT_MASS = 0.25  # relative change of the stroke mass, up to which it counts as kept
 MIN_BEFORE = 4  # frames before a switch: the track one frame earlier is fitted to all but the last, at least three
-ROW_KEYS = {  # without which a row is none of its command's
+ROW_KEYS = {  # that every row of a command has
     "drift": ("first_21", "segments", "segment_frames", "num_frames"), "switch": SWITCHES, "continue": ("continued", "real"),
 }
 
@@ -111,37 +110,31 @@ def memory_in_use(device: torch.device) -> float:
 
 
 def held_out_captions(networks: LoadedNetworks, count: int, seed: int) -> list[str]:
-    """As many captions of held-out videos, none of which the network drew in training."""
+    """Captions of held-out videos that the network did not draw in training."""
     held_out = MovingMNISTGenerator(networks.config.dataset, "test", purpose=Purpose.LONG_VIDEO)
     return held_out.captions(seed, new_indices(held_out, [networks], seed, count))
 
 
-def measure_drift(
-    networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_frames: int, batch_size: int, seed: int, prompt_seed: int
-) -> dict[str, Any]:
-    """One stream of batch_size videos, judged 21 frames at a time: figures of every segment, memory of its first windows and its
-    last, and seconds a block of a new stream whose window has just filled and of this one at its end, in turns."""
-    judge, config = load_judge(), networks.config.dataset
-    prompts = held_out_captions(networks, batch_size, prompt_seed)
+def measure_drift(setup: Setup, asked: argparse.Namespace) -> dict[str, Any]:
+    """One stream of batch_size videos, judged 21 frames at a time: figures of every segment; memory of its first and last windows; seconds
+    a block of a new stream whose window has just filled and of this one at its end, timed in turns."""
+    networks, plan, runtime, judge = setup
+    config, num_frames, block_frames = networks.config.dataset, asked.num_frames, plan.num_frames_per_block
+    prompts = held_out_captions(networks, asked.batch_size, asked.prompt_seed)
     digits, directions = facts_of_prompts(prompts)
-    block_frames = plan.num_frames_per_block
-    streams = [
-        stream_video(networks.generator, networks.text_encoder, prompts, list(range(seed, seed + batch_size)), plan, runtime)
-        for _ in range(2)
-    ]
+    seeds = list(range(asked.seed, asked.seed + asked.batch_size))
+    streams = [stream_video(networks.generator, networks.text_encoder, prompts, seeds, plan, runtime) for _ in range(2)]
     windows: list[dict[str, float]] = []
     memory: list[float] = []  # after each window
     held = next(streams[0]).cpu()
-    with tqdm(total=num_frames // WINDOW, unit="window", dynamic_ncols=True) as bar:
-        while len(windows) < num_frames // WINDOW:
-            while held.shape[1] < WINDOW:
-                held = torch.cat([held, next(streams[0]).cpu()], dim=1)
-            readings, held = read_videos(judge, held[:, :WINDOW]), held[:, WINDOW:]
-            scores = score_readings(judge, readings, digits, directions, config)
-            measures = {**scores.by_frame, **scores.of_videos, "mean_speed": fit_bouncing_track(readings.centres, config).speed}
-            windows.append({name: measures[name].float().mean().item() for name in DRIFT_FIGURES})
-            memory.append(memory_in_use(runtime.device))
-            bar.update()
+    for _ in tqdm(range(num_frames // WINDOW), unit="window", dynamic_ncols=True):
+        while held.shape[1] < WINDOW:
+            held = torch.cat([held, next(streams[0]).cpu()], dim=1)
+        readings, held = read_videos(judge, held[:, :WINDOW]), held[:, WINDOW:]
+        scores = score_readings(judge, readings, digits, directions, config)
+        measures = {**scores.by_frame, **scores.of_videos, "mean_speed": fit_bouncing_track(readings.centres, config).speed}
+        windows.append({name: measures[name].float().mean().item() for name in DRIFT_FIGURES})
+        memory.append(memory_in_use(runtime.device))
     parts = [windows[first : first + SEGMENT // WINDOW] for first in range(0, len(windows), SEGMENT // WINDOW)]
     segments = [{name: sum(window[name] for window in part) / len(part) for name in DRIFT_FIGURES} for part in parts]
     filled = (plan.context.window_frames or 0) // block_frames  # blocks until the window is full
@@ -157,26 +150,25 @@ def measure_drift(
     }
     return {
         "first_21": windows[0], "segments": segments, "segment_frames": SEGMENT, "num_frames": len(windows) * WINDOW,
-        "batch_size": batch_size, "first_and_last": ends,
+        "batch_size": asked.batch_size, "first_and_last": ends,
         "change": {name: last / first - 1 for name, (first, last) in ends.items()},
     }
 
 
-def measure_switch(
-    networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_streams: int, num_before: int, num_after: int, batch_size: int,
-    seed: int, prompt_seed: int, switch: str,
-) -> dict[str, Any]:
+def measure_switch(setup: Setup, asked: argparse.Namespace, switch: str) -> dict[str, Any]:
     """num_streams streams change to the caption of another digit after num_before frames; see `summarise_switch`."""
-    captions = held_out_captions(networks, 40 * num_streams, prompt_seed)
-    old = captions[:num_streams]
-    old_digits = facts_of_prompts(old)[0].tolist()
-    later = iter(zip(captions[num_streams:], facts_of_prompts(captions[num_streams:])[0].tolist(), strict=True))
-    new = [next(caption for caption, digit in later if digit != own) for own in old_digits]
-    judge, config, parts = load_judge(), networks.config.dataset, []
-    num_blocks_before, num_blocks_after = (count // plan.num_frames_per_block for count in (num_before, num_after))
-    for first in tqdm(range(0, num_streams, batch_size), desc=switch, unit="batch", dynamic_ncols=True):
-        part = slice(first, first + batch_size)
-        seeds = list(range(seed, seed + num_streams))[part]
+    networks, plan, runtime, judge = setup
+    num_streams, num_before = asked.num_streams, asked.num_before
+    captions = held_out_captions(networks, 40 * num_streams, asked.prompt_seed)
+    all_digits = facts_of_prompts(captions)[0].tolist()
+    later = iter(range(num_streams, len(captions)))
+    taken = [next(index for index in later if all_digits[index] != own) for own in all_digits[:num_streams]]
+    old, new = captions[:num_streams], [captions[index] for index in taken]
+    num_blocks_before, num_blocks_after = (count // plan.num_frames_per_block for count in (num_before, asked.num_after))
+    parts = []
+    for first in tqdm(range(0, num_streams, asked.batch_size), desc=switch, unit="batch", dynamic_ncols=True):
+        part = slice(first, first + asked.batch_size)
+        seeds = list(range(asked.seed, asked.seed + num_streams))[part]
         stream = stream_video(
             networks.generator, networks.text_encoder, old[part], seeds, plan, runtime, num_blocks_before + num_blocks_after, switch
         )
@@ -185,15 +177,15 @@ def measure_switch(
         parts.append(read_videos(judge, torch.cat(blocks, dim=1).cpu()))
     probabilities, mass, centres = (torch.cat([getattr(part, name) for part in parts]) for name in ("probabilities", "mass", "centres"))
     classes = read_classes(probabilities, mass, judge.class_mass.cpu())
-    digits = (torch.tensor(old_digits), facts_of_prompts(new)[0])
-    return summarise_switch(classes, centres, digits, num_before, config)
+    digits = torch.tensor(all_digits[:num_streams]), torch.tensor([all_digits[index] for index in taken])
+    return summarise_switch(classes, centres, digits, num_before, networks.config.dataset)
 
 
 def summarise_switch(classes: Tensor, centres: Tensor, digits: tuple[Tensor, Tensor], num_before: int, config: Any) -> dict[str, Any]:
-    """Of classes (B, F) and centres (B, F, 2), where digits = (old, new) (B,) change at frame num_before.
+    """Of classes (B, F) and centres (B, F, 2); digits = (old, new), (B,) each, change at frame num_before.
 
-    frames_until_shown: to the first frame in which `SHOWN_SHARE` of the streams show the new digit, None for never. path_error: distance in
-    pixels of the first centre after the switch from where the track before it leads; path_error_without: the same one frame earlier.
+    frames_until_shown: to the first frame in which `SHOWN_SHARE` of the streams show the new digit, None for never. path_error: pixels from
+    the first centre after the switch to the extrapolated track before it; path_error_without: the same one frame earlier.
     """
     old, new = ((classes == digit.unsqueeze(1)).float().mean(dim=0) for digit in digits)  # (F,) shares
     shown = (new[num_before:] >= SHOWN_SHARE).nonzero().flatten().tolist()
@@ -208,7 +200,7 @@ def summarise_switch(classes: Tensor, centres: Tensor, digits: tuple[Tensor, Ten
 
 
 def _path_error(centres: Tensor, frame: int, config: Any) -> Tensor:
-    """Distance (B,) of the centre in a frame from where the track fitted to at most 20 frames before it leads."""
+    """Distance (B,) of the centre in a frame from the extrapolated track of at most 20 frames before it."""
     before = centres[:, max(frame - WINDOW + 1, 0) : frame]
     track = fit_bouncing_track(before, config).track
     wall, span = (config.digit_size - 1) / 2, config.frame_size - config.digit_size
@@ -216,24 +208,23 @@ def _path_error(centres: Tensor, frame: int, config: Any) -> Tensor:
     return (centres[:, frame] - expected).norm(dim=-1)
 
 
-def measure_continuation(
-    networks: LoadedNetworks, plan: RolloutPlan, runtime: Runtime, num_videos: int, num_frames: int, batch_size: int, seed: int,
-    num_given: int,
-) -> dict[str, Any]:
-    """The first num_given frames of real held-out videos, continued for num_frames frames; the real videos themselves beside it.
+def measure_continuation(setup: Setup, asked: argparse.Namespace) -> dict[str, Any]:
+    """The first given_frames of real held-out videos, continued for num_frames frames; the real videos themselves beside it.
 
     stroke_mass_by_fifth: of the frames made over that of the frames given, by fifths of the videos in order of their ink. track_within_1px,
-    direction_obeyed: of whole videos, the given frames included. first_error_median: pixels from the first made centre to the real video's.
+    direction_obeyed: of whole videos, with the given frames. first_error_median: pixels from the first made centre to the real video's.
     """
-    judge = load_judge()
-    generator, parts = MovingMNISTGenerator(networks.config.dataset, "test", purpose=Purpose.LONG_VIDEO), {"continued": [], "real": []}
+    networks, plan, runtime, judge = setup
+    num_given = plan.num_frames_per_block if asked.given_frames is None else asked.given_frames
+    num_videos, num_frames, parts = asked.num_videos, asked.num_frames, {"continued": [], "real": []}
+    generator = MovingMNISTGenerator(networks.config.dataset, "test", purpose=Purpose.LONG_VIDEO)
     indices, captions = new_indices(generator, [networks], 0, num_videos), []
-    for first in tqdm(range(0, num_videos, batch_size), unit="batch", dynamic_ncols=True):
-        real = generator.sample(0, indices[first: first + batch_size], num_given + num_frames)
-        seeds = list(range(seed + first, seed + first + len(real.video)))
-        given = real.video[:, :num_given].to(runtime.device)
+    for first in tqdm(range(0, num_videos, asked.batch_size), unit="batch", dynamic_ncols=True):
+        real = generator.sample(0, indices[first: first + asked.batch_size], num_given + num_frames)
+        seeds = list(range(asked.seed + first, asked.seed + first + len(real.video)))
         video = sample_few_step(
-            networks.generator, networks.text_encoder, real.captions, seeds, num_given + num_frames, plan, runtime, first_frames=given
+            networks.generator, networks.text_encoder, real.captions, seeds, num_given + num_frames, plan, runtime,
+            first_frames=real.video[:, :num_given].to(runtime.device),
         )
         parts["continued"].append(video.cpu())
         parts["real"].append(real.video)
@@ -263,7 +254,7 @@ def measure_continuation(
 
 
 def read_rows(path: Path, command: str) -> dict[str, dict[str, Any]]:
-    """The rows of earlier calls by name, none where there is no file. Raises ValueError naming a file that holds anything else."""
+    """The rows of earlier calls by name. Raises ValueError naming a file that holds anything else."""
     if not path.exists():
         return {}
     remedy = "move it away or choose another --output_dir"
@@ -271,16 +262,14 @@ def read_rows(path: Path, command: str) -> dict[str, dict[str, Any]]:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the earlier rows in {path} ({error}): {remedy}") from error
-    of_command = isinstance(rows, dict) and all(isinstance(row, dict) and set(ROW_KEYS[command]) <= set(row) for row in rows.values())
-    if not of_command:
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) and set(ROW_KEYS[command]) <= set(row) for row in rows.values()):
         raise ValueError(f"{path} does not hold rows of {command}: {remedy}")
     return rows
 
 
 def add_row(path: Path, command: str, name: str, row: dict[str, Any], replace: bool) -> dict[str, dict[str, Any]]:
-    """Write the file anew with one row more, whole or not at all, and then its plot; returns all rows. Where another call has taken `name`
-    meanwhile, and not replace, the new row is called "name (2)" and so on. Raises ValueError and OSError; what stood in the file is then
-    untouched."""
+    """Write the file with one more row, whole or not at all, then its plot; returns all rows. If another call has taken `name` meanwhile,
+    and not replace, the new row is called "name (2)" and so on. Raises ValueError and OSError, with the file untouched."""
     rows = read_rows(path, command)
     names = (name, *(f"{name} ({number})" for number in range(2, len(rows) + 3)))
     rows[name if replace else next(each for each in names if each not in rows)] = row
@@ -293,26 +282,23 @@ def add_row(path: Path, command: str, name: str, row: dict[str, Any], replace: b
 
 
 def draw_drift(path: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """The segments' figures over the frame, on a logarithmic axis as rows differ in length: `LINES_A_STRIP` rows in a strip of panels
-    with a legend of its own, all strips on the same axes."""
+    """The segments' figures over the frame, on a logarithmic axis as rows differ in length: `LINES_A_STRIP` rows in a strip of panels, with
+    their legend; all strips on the same axes."""
     names = {"frames_right": "frames right", "stroke_mass_ratio": "stroke mass over real", "mean_speed": "speed, pixels a frame",
              "track_within_1px": "windows within 1 px of a track"}
     strips = [list(rows.items())[first:first + LINES_A_STRIP] for first in range(0, len(rows), LINES_A_STRIP)]
-    figure = Figure(figsize=(4.4 * len(names), 3.6 * len(strips)), layout="constrained")
-    panels = [part.subplots(1, len(names)) for part in figure.subfigures(len(strips), 1, squeeze=False)[:, 0]]
+    figure = Figure(figsize=(4.4 * len(names) + 3, 3.6 * len(strips)), layout="constrained")
+    panels = figure.subplots(len(strips), len(names), sharex=True, sharey="col", squeeze=False)
     for strip, axes in zip(strips, panels, strict=True):
-        for axis, above, (name, title) in zip(axes, panels[0], names.items(), strict=True):
+        for axis, (name, title) in zip(axes, names.items(), strict=True):
             for row, found in strip:
                 starts = range(0, found["num_frames"], found["segment_frames"])
                 frames = [WINDOW / 2, *((start + min(start + found["segment_frames"], found["num_frames"])) / 2 for start in starts)]
                 axis.plot(frames, [found["first_21"][name], *(segment[name] for segment in found["segments"])], marker=".", label=row)
             axis.set(title=title, xlabel="frame", xscale="log")
+            axis.tick_params(labelbottom=True)
             axis.grid(alpha=0.3)
-            if axis is not above:
-                axis.sharex(above)
-                axis.sharey(above)
-                above.autoscale()
-        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=9)
+        axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     figure.savefig(path, dpi=90)
 
 
@@ -331,18 +317,17 @@ def draw_switch(path: Path, rows: dict[str, dict[str, Any]]) -> None:
 
 
 def check_arguments(arguments: argparse.Namespace, path: Path, name: str) -> None:
-    """Raise ValueError or OSError for what can be refused before the checkpoint is read. path, name: of the row that is to be."""
-    for option in ("seed", "prompt_seed"):
-        value = vars(arguments).get(option, 0)
-        require(0 <= value <= MAX_SEED, f"--{option}", value, f"0 to {MAX_SEED}")
+    """Raise ValueError or OSError for what can be refused before the checkpoint is read. path, name: of the new row."""
+    asked = vars(arguments)
+    for option in {"seed", "prompt_seed"} & asked.keys():
+        require(0 <= asked[option] <= MAX_SEED, f"--{option}", asked[option], f"0 to {MAX_SEED}")
     if arguments.command == "drift":
         require(arguments.num_frames >= 2 * WINDOW, "--num_frames", arguments.num_frames, f"at least {2 * WINDOW}")
     if arguments.command == "switch":
         wanted = f"at least {MIN_BEFORE}, to fit a track, in blocks"
         require(arguments.num_before >= MIN_BEFORE, "--num_before", arguments.num_before, wanted)
-    for option in ("batch_size", "num_streams", "num_videos", "given_frames"):
-        value = vars(arguments).get(option)  # None where the command has no such option, or it is not given
-        require(value is None or value >= 1, f"--{option}", value, "at least 1")
+    for option in {"batch_size", "num_streams", "num_videos", "given_frames"} & asked.keys():
+        require(asked[option] is None or asked[option] >= 1, f"--{option}", asked[option], "at least 1")
     require_writable(path.parent)
     if name in read_rows(path, arguments.command) and not arguments.replace:
         raise ValueError(f"{path} has a row {name!r} already: choose another --name, or give --replace to measure that row anew")
@@ -350,12 +335,12 @@ def check_arguments(arguments: argparse.Namespace, path: Path, name: str) -> Non
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, add to the JSON file, draw. Raises ValueError and OSError, each with one line."""
-    path, name = arguments.output_dir / f"{arguments.command}.json", arguments.name or arguments.checkpoint.stem
+    command = arguments.command
+    path, name = arguments.output_dir / f"{command}.json", arguments.name or arguments.checkpoint.stem
     check_arguments(arguments, path, name)
-    steps = None if arguments.denoising_steps is None else tuple(arguments.denoising_steps)
     settings = SamplerSettings(
-        steps, arguments.num_steps, arguments.guidance, window_frames=arguments.window_frames, sink_frames=arguments.sink_frames,
-        causal=arguments.causal,
+        None if arguments.denoising_steps is None else tuple(arguments.denoising_steps), arguments.num_steps, arguments.guidance,
+        window_frames=arguments.window_frames, sink_frames=arguments.sink_frames, causal=arguments.causal,
     )
     runtime = resolve_runtime(arguments.device, arguments.precision)
     networks = prepared(load_networks(arguments.checkpoint, runtime.device), runtime)
@@ -364,19 +349,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{arguments.checkpoint} makes all frames at once: give --causal to roll it out")
     judge = load_judge()
     judge.check_matches(networks.config.dataset)
-    common = (networks, plan, runtime)
-    if arguments.command == "drift":
-        found = measure_drift(*common, arguments.num_frames, arguments.batch_size, arguments.seed, arguments.prompt_seed)
-    elif arguments.command == "switch":
-        for key in ("num_before", "num_after"):
-            check_num_frames(f"--{key}", getattr(arguments, key), plan.num_frames_per_block)
-        frames = (arguments.num_before, arguments.num_after)
-        sizes = (arguments.num_streams, *frames, arguments.batch_size, arguments.seed, arguments.prompt_seed)
-        found = {how: measure_switch(*common, *sizes, how) for how in SWITCHES}
+    for option in {"switch": ("num_before", "num_after"), "continue": ("num_frames",)}.get(command, ()):
+        check_num_frames(f"--{option}", vars(arguments)[option], plan.num_frames_per_block)
+    setup = networks, plan, runtime, judge
+    if command == "switch":
+        found = {how: measure_switch(setup, arguments, how) for how in SWITCHES}
     else:
-        check_num_frames("--num_frames", arguments.num_frames, plan.num_frames_per_block)
-        given = plan.num_frames_per_block if arguments.given_frames is None else arguments.given_frames
-        found = measure_continuation(*common, arguments.num_videos, arguments.num_frames, arguments.batch_size, arguments.seed, given)
+        found = measure_drift(setup, arguments) if command == "drift" else measure_continuation(setup, arguments)
     found |= {
         "window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames, "device": runtime.device.type,
         "precision": runtime.precision, "seed": arguments.seed,
@@ -386,7 +365,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "code_sha256": code_digest("experiments.long_video"),
     }
     print(json.dumps({key: value for key, value in found.items() if key != "segments"}, indent=2), flush=True)  # whatever the disk says
-    rows = add_row(path, arguments.command, name, found, arguments.replace)
+    rows = add_row(path, command, name, found, arguments.replace)
     print(f"written to {path}, row {next(row for row in rows if rows[row] is found)!r}")
     return found
 
