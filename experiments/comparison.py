@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -62,8 +62,8 @@ class Comparison:
         self.chosen = chosen or {}
         self.folder, self.output_dir = Path(self.config.folder), Path(self.config.output_dir)
         self.teacher = Path(self.config.teacher)
-        if not self.teacher.is_absolute() and not self.teacher.exists():
-            self.teacher = REPOSITORY / self.teacher
+        if not self.teacher.exists():
+            self.teacher = REPOSITORY / self.teacher  # an absolute path stays
         if not self.teacher.is_file():
             raise ValueError(f"teacher is {self.config.teacher}: no such checkpoint; expected a pretrained network")
         self.teacher_digest = file_digest(self.teacher)
@@ -118,9 +118,8 @@ class Comparison:
 
     def _flops(self, paradigm: str, block: int, overrides: list[str]) -> float:
         """FLOPs of a training step, counted once and kept beside the table."""
-        path = self.output_dir / f"{self.config.name}_flops.json"
+        path, config = self.output_dir / f"{self.config.name}_flops.json", compose_run(overrides)
         kept = json.loads(path.read_text()) if path.exists() else {}
-        config = compose_run(overrides)
         settings = {"code_sha256": self.code["flops"], **settings_without(config, NOT_OF_A_STEP)}
         name = f"{paradigm}-block{block}-{fingerprint(settings)}"
         if name not in kept:
@@ -140,11 +139,12 @@ class Comparison:
         plan = SamplerSettings(**asked).make_plan(self.teacher_training if training is None else training.config.training)
         settings = {**facts, "plan": json.loads(json.dumps(asdict(plan))), "code_sha256": self.code["score"],
                     "network": self.teacher_digest if training is None else training.settings}
-        block, seed = (0, 0) if training is None else (training.block, training.seed)
-        label = f"scoring {row}" + ("" if training is None else f", blocks of {block}, seed {seed}")
-        checkpoint = self.teacher if training is None else training.checkpoint
+        block, seed, label, checkpoint = 0, 0, f"scoring {row}", self.teacher
+        if training is not None:
+            block, seed, checkpoint = training.block, training.seed, training.checkpoint
+            label += f", blocks of {block}, seed {seed}"
         folder = self.folder / "scores" / f"{row}-block{block}-seed{seed}"
-        return Score(label, row, block, seed, training, checkpoint, options, folder, settings)
+        return Score(label, (row, str(block), str(seed)), training, checkpoint, options, folder, settings)
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -188,8 +188,7 @@ class Comparison:
         terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the children would outlive this process
         with ThreadPoolExecutor(self.config.processes) as pool:
             try:
-                for future in as_completed([pool.submit(self._run_chain, chain) for chain in chains]):
-                    future.result()
+                list(pool.map(self._run_chain, chains))
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("interrupted: the same command goes on from what is done") from None
             finally:
@@ -257,7 +256,7 @@ class Comparison:
                 rows[row].setdefault(block, {})[seed] = score.figures["network"]
                 if REAL in rows:  # the same videos beside every score
                     rows[REAL] = {"0": {"0": score.figures[REAL]}}
-        machines = {figures["machine"] for figures in results_of({"rows": rows}).values() if "machine" in figures}
+        machines = {score.figures["network"]["machine"] for score in self.scores if score.figures is not None}
         settings = {key: value for key, value in asdict(self.config).items() if key != "folder"}
         return {
             "settings": {**settings, "code_sha256": self.code, "teacher_sha256": self.teacher_digest},
@@ -302,7 +301,7 @@ def choose_settings(config: ComparisonConfig) -> tuple[dict[tuple[str, int], str
         num_failed += trial.run()
         for score in trial.scores:
             if score.figures is not None:
-                place = score.training.paradigm, score.block
+                place = score.training.paradigm, score.training.block
                 found[place][candidates[place]] = score.figures["network"]["frames_right"]
     best = {place: max(figures, key=figures.get) for place, figures in found.items() if figures}
     places = [{"paradigm": place[0], "block": place[1], "frames_right": found[place], "chosen": best[place]} for place in best]

@@ -1,5 +1,5 @@
 """The jobs of a comparison: a training or a score, each a child process of train.py or evaluate.py. A finished job is reused only if its
-own files say that it was made as planned."""
+files say that it was made as planned."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ RESOLVED = ("plan", "num_videos", "num_frames", "seed", "batch_size", "device", 
 
 @dataclass(frozen=True)
 class Training:
-    """A run of train.py: its attempts are folders run, run-2, ... in `folder`, beside a link to the finished checkpoint. settings: all that
-    its weights depend on; the folder's name ends in their fingerprint."""
+    """A run of train.py: its attempts are folders run, run-2, ... in `folder`, beside a link to the finished checkpoint. overrides: make
+    `config`. settings: all that its weights depend on; the folder's name ends in their fingerprint."""
 
     label: str
     paradigm: str
     block: int
     seed: int
-    config: Config  # of the run
-    overrides: list[str]  # which make it so
+    config: Config
+    overrides: list[str]
     folder: Path
     settings: dict[str, Any]
     flops_per_step: float
@@ -50,15 +50,14 @@ class Training:
         return [*self.overrides, *own]
 
     def difference(self) -> str:
-        """How the finished training differs from the plan, in one line; empty where it does not."""
-        planned = {"step": self.config.training.num_steps, **self.settings}
+        """How the finished training differs from the plan, in one line; empty if it does not."""
         try:
-            asked = json.loads((self.folder / "settings.json").read_text())["settings"]
             stored = load_checkpoint(self.checkpoint, is_mapped=True)
             resolved = settings_without(checkpoint_config(self.checkpoint, stored), NOT_OF_THE_RESULT)
         except CheckpointError as error:
             return str(error)
-        return describe_difference({**asked, **resolved, "step": stored["step"]}, planned)
+        planned = {**self.settings, "step": self.config.training.num_steps}
+        return describe_difference({**self.settings, **resolved, "step": stored["step"]}, planned)
 
     def finish(self) -> str:
         """Remove the checkpoints that only resuming needed; returns how the result differs from the plan."""
@@ -72,31 +71,25 @@ class Training:
         return self.folder.rename(aside).name
 
     def minutes(self) -> float:
-        """Of all attempts together, in training steps alone."""
+        """Of the steps of all attempts."""
         logs = [read_scalars(path, with_seconds=True) for path in self.folder.glob("run*/scalars.csv")]
         return sum(float(log["seconds"][1][-1]) for log in logs if "seconds" in log) / 60
 
 
 @dataclass
 class Score:
-    """A run of evaluate.py on one checkpoint. figures: those of the network and of the real videos; None until it is done."""
+    """A run of evaluate.py on one checkpoint. place: row, block size and seed in the table. settings: all that its figures depend on.
+    figures: those of the network and of the real videos; None until it is done."""
 
     label: str
-    row: str
-    block: int
-    seed: int
-    training: Training | None  # which it needs; None for the teacher's file
+    place: tuple[str, str, str]
+    training: Training | None  # None for the teacher's file
     checkpoint: Path
     options: list[str]
     folder: Path
-    settings: dict[str, Any]  # all that its figures depend on
+    settings: dict[str, Any]
     figures: dict[str, dict[str, Any]] | None = None
     script: str = "evaluate.py"
-
-    @property
-    def place(self) -> tuple[str, str, str]:
-        """In the table: row, block size and seed."""
-        return self.row, str(self.block), str(self.seed)
 
     def arguments(self) -> list[str]:
         shutil.rmtree(self.folder / "figures", ignore_errors=True)  # of an attempt that was stopped
@@ -106,17 +99,17 @@ class Score:
         """Read the figures, without those by frame; returns how what they were made with differs from the plan."""
         scored = json.loads((self.folder / "figures" / "evaluation.json").read_text())
         real, network = ({key: value for key, value in row.items() if "_by_frame" not in key} for row in scored.values())
-        started = json.loads((self.folder / "settings.json").read_text())
-        made_with = {"network": started["settings"]["network"], **{key: network.pop(key) for key in RESOLVED}}
-        about = {"sampler": list(scored)[1].partition(", ")[2], "machine": started["machine"], "made_with": made_with}
-        difference = row_difference({**network, **about}, self.settings, self.checkpoint)
+        made_with = {"network": self.settings["network"], **{key: network.pop(key) for key in RESOLVED}}
+        machine = json.loads((self.folder / "settings.json").read_text())["machine"]
+        network |= {"sampler": list(scored)[1].partition(", ")[2], "machine": machine, "made_with": made_with}
+        difference = row_difference(network, self.settings, self.checkpoint)
         if not difference:
-            self.figures = {REAL: real, "network": {**network, **about}}
+            self.figures = {REAL: real, "network": network}
         return difference
 
 
 def row_difference(row: dict[str, Any], planned: dict[str, Any], checkpoint: Path) -> str:
-    """How a finished row of a table differs from what is planned, in one line; empty where it does not."""
+    """How a finished row of a table differs from the plan, in one line; empty if it does not."""
     if "made_with" not in row:
         return "what made it is not recorded"
     if difference := describe_difference(row["made_with"], planned):
@@ -129,12 +122,12 @@ def fingerprint(settings: dict[str, Any]) -> str:
 
 
 def quote(path: Path) -> str:
-    """A path as a value of Hydra's command line, whatever its characters; relative ones stay so."""
+    """A path as a value of Hydra's command line, whatever its characters."""
     return "'" + str(path).replace("'", "\\'") + "'"
 
 
 def stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Ask the processes to end, and end those that do not."""
+    """Terminate the processes, and kill those that do not end."""
     for process in processes:
         process.terminate()
     for process in processes:

@@ -1,6 +1,6 @@
-"""The table of a comparison as json, Markdown and a picture, from what is known so far; a dash stands for what is missing.
+"""The table of a comparison as json, Markdown and a picture, with a dash for what is missing.
 
-`table` is what `comparison.Comparison.table` makes; "rows" in it has figures by row, block size and seed, "0" where a row has neither.
+`table` is that of `comparison.Comparison.table`; its "rows" have figures by row, block size and seed, both "0" where a row is not trained.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from experiments.comparison_settings import REAL, ROWS
+from experiments.pages import as_table
 from judging.report import format_cell
 
 COLUMNS = {
@@ -36,11 +37,11 @@ def write_table(folder: Path, name: str, table: dict[str, Any]) -> None:
 
 
 def read_table(folder: Path, name: str) -> dict[str, Any] | None:
-    """The table that stands in `folder`, if there is one. Raises ValueError for a file that is none."""
+    """The table in `folder`, if there is one. Raises ValueError for a file that holds anything else."""
     path = folder / f"{name}.json"
+    if not path.exists():
+        return None
     try:
-        if not path.exists():
-            return None
         table = json.loads(path.read_text())
         scored = all(type(row) is dict and "sampler" in row for place, row in results_of(table).items() if place[0] != REAL)
         if not scored or not all(type(training["settings"]) is dict for training in table["trainings"]):
@@ -51,47 +52,43 @@ def read_table(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def results_of(table: dict[str, Any] | None) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The figures of a table by row, block size and seed; none of none."""
-    if table is None:
-        return {}
-    return {(row, block, seed): figures for row, blocks in table["rows"].items() for block, seeds in blocks.items()
+    """The figures of a table by row, block size and seed."""
+    rows = {} if table is None else table["rows"]
+    return {(row, block, seed): figures for row, blocks in rows.items() for block, seeds in blocks.items()
             for seed, figures in seeds.items()}
 
 
 def put_by(folder: Path, name: str, earlier: dict[str, Any] | None, shown: set[tuple[str, str, str]]) -> None:
-    """Copy the earlier table of `folder` where it has results that the next will not show: nothing already made is lost. shown: row, block
-    size and seed of those that it will."""
+    """Copy the earlier table of `folder` if it has results that the next one will not show. shown: row, block size and seed of those that
+    it will."""
     lost = [place for place in results_of(earlier) if place[0] != REAL and place not in shown]
     if not lost:
         return
-    number = next(number for number in count(1) if not (folder / f"{name}-{number}.json").exists())
+    kept = next(f"{name}-{number}" for number in count(1) if not (folder / f"{name}-{number}.json").exists())
     for path in (folder / f"{name}.{suffix}" for suffix in ("md", "png", "json")):
         if path.exists():
-            shutil.copy(path, path.with_stem(f"{name}-{number}"))
-    print(f"the earlier table has {len(lost)} results that this one will not show: it stays as {name}-{number}.json", flush=True)
+            shutil.copy(path, path.with_stem(kept))
+    print(f"the earlier table has {len(lost)} results that this one will not show: it stays as {kept}.json", flush=True)
 
 
 def seeds_of(table: dict[str, Any], row: str, block: int) -> list[dict[str, Any]]:
-    """The figures of every seed that is scored, of a row that is trained at this block size, or not trained at all."""
-    blocks = table["rows"][row]
-    key = str(block) if ROWS[row].paradigm else "0"
-    return list(blocks[key].values()) if key in blocks else []
+    """The figures of every scored seed of a row: of trainings at this block size, or of a row that is not trained."""
+    return list(table["rows"][row].get(str(block) if ROWS[row].paradigm else "0", {}).values())
 
 
 def over_seeds(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of one seed as they are; of several the mean, with the range in place of the interval; none of none."""
+    """Figures of one seed as they are; of several the mean, with the range in place of the interval."""
     if len(seeds) == 1:
         return seeds[0]
     figures: dict[str, Any] = {}
     for key in COLUMNS:
-        values = [seed[key] for seed in seeds if key in seed]
-        if values:
+        if values := [seed[key] for seed in seeds if key in seed]:
             figures |= {key: mean(values), f"{key}_ci": [min(values), max(values)]}
     return figures
 
 
 def as_markdown(table: dict[str, Any]) -> str:
-    """The tables by block size, the trainings, and what they were made with."""
+    """The tables by block size, the trainings, and their settings."""
     settings = table["settings"]
     num_seeds, cells = len(settings["seeds"]), [(row, block) for block in settings["blocks"] for row in table["rows"]]
     found = sum(len(seeds_of(table, row, block)) for row, block in cells)
@@ -103,7 +100,7 @@ def as_markdown(table: dict[str, Any]) -> str:
     lines += [f"- {label} failed: {reason}" for label, reason in table["failed"].items()] + [""] * bool(table["failed"])
     for block in settings["blocks"]:
         title = "Frame-wise: blocks of 1 frame" if block == 1 else f"Chunk-wise: blocks of {block} frames"
-        lines += [f"## {title}", "", *_figures_table(table, block), ""]
+        lines += [f"## {title}", "", _figures_table(table, block)]
     chosen = dict.fromkeys(f"{each['paradigm']}, block {each['block']}: {each['chosen'] or 'as it is'}" for each in table["trainings"])
     how_chosen = (
         f"Every training chose among as many candidates, on seed {settings['selection_seed']} and prompts of its own "
@@ -122,37 +119,34 @@ def as_markdown(table: dict[str, Any]) -> str:
         f"{settings['budget']} steps of Self-Forcing with DMD at their block size, counted over whole cycles of generator and critic "
         "updates (matrix products and attention; the critic's warm-up costs less and counts as the other steps). Minutes are of the "
         f"training steps; learning rate and guidance are the training's. {how_chosen}", "",
-        *_trainings_table(table),
+        _trainings_table(table),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def _figures_table(table: dict[str, Any], block: int) -> list[str]:
-    lines = ["| | sampled in | evaluations a block | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 3) + "|"]
+def _figures_table(table: dict[str, Any], block: int) -> str:
+    lines = []
     for row in table["rows"]:
-        seeds = seeds_of(table, row, block)
-        figures = over_seeds(seeds)
-        sampler = seeds[0]["sampler"] if seeds and "sampler" in seeds[0] else "-"
-        evaluations = format_cell(seeds[0] if seeds else {}, "evaluations_a_block")
-        num_seeds = len(table["settings"]["seeds"])
+        seeds, num_seeds = seeds_of(table, row, block), len(table["settings"]["seeds"])
+        first = seeds[0] if seeds else {}
         partial = f" ({len(seeds)} of {num_seeds} seeds)" if ROWS[row].paradigm and 0 < len(seeds) < num_seeds else ""
-        cells = [f"{ROWS[row].title}{partial}", sampler, evaluations, *(format_cell(figures, key) for key in COLUMNS)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append([
+            ROWS[row].title + partial, first.get("sampler", "-"), format_cell(first, "evaluations_a_block"),
+            *(format_cell(over_seeds(seeds), key) for key in COLUMNS),
+        ])
+    return as_table(["", "sampled in", "evaluations a block", *COLUMNS.values()], lines)
 
 
-def _trainings_table(table: dict[str, Any]) -> list[str]:
-    titles = ("training", "block", "seed", "GFLOP a step", "steps", "TFLOP", "minutes", "batch", "learning rate", "guidance", "asked for")
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for training in table["trainings"]:
-        minutes = f"{training['minutes']:.1f}" if training["is_done"] else "-"
-        cells = (
-            training["paradigm"], training["block"], training["seed"], f"{training['gflops_per_step']:.1f}", training["num_steps"],
-            f"{training['total_tflops']:.2f}", minutes, training["batch_size"], f"{training['lr']:g}", f"{training['guidance']:g}",
-            f"`{' '.join(training['overrides'])}`",
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+def _trainings_table(table: dict[str, Any]) -> str:
+    titles = ["training", "block", "seed", "GFLOP a step", "steps", "TFLOP", "minutes", "batch", "learning rate", "guidance", "asked for"]
+    return as_table(titles, [
+        [
+            each["paradigm"], str(each["block"]), str(each["seed"]), f"{each['gflops_per_step']:.1f}", str(each["num_steps"]),
+            f"{each['total_tflops']:.2f}", f"{each['minutes']:.1f}" if each["is_done"] else "-", str(each["batch_size"]),
+            f"{each['lr']:g}", f"{each['guidance']:g}", f"`{' '.join(each['overrides'])}`",
+        ]
+        for each in table["trainings"]
+    ])
 
 
 def draw_table(path: Path, table: dict[str, Any]) -> None:
