@@ -1,10 +1,10 @@
 """How far do runs of one recipe lie apart? Scores every run on the same prompts and shows median, worst and best.
 
-    python train.py -m seed=0,1,2,3                     # the runs, one after another, each in a folder of its own
+    python train.py -m seed=0,1,2,3                     # the runs, one after another, each in its own folder
     python -m experiments.spread logs/training/RUN [RUN ...]        # their scores: seeds.json, seeds.md and seeds.png in results/
 
-Beside the figures of `evaluate.evaluate` stand what a run cost and what its watchdog said. Runs that differ in more than their seed,
-machine or number format are refused. With `--add_to results/seeds.json` the runs of that file are kept and these join them.
+With the figures of `evaluate.evaluate`: what a run cost and its watchdog's verdict. Runs that differ in more than their seed, machine or
+number format are refused. With `--add_to results/seeds.json` these runs join those of that file.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from evaluate import EvaluateConfig, evaluate  # noqa: E402
+from experiments.pages import as_table  # noqa: E402
 from judging.prompts import JUDGED_CODE  # noqa: E402
 from machine.files import free_paths, require_writable  # noqa: E402
 from machine.interruption import refusals_in_one_line  # noqa: E402
@@ -56,52 +57,52 @@ FIGURES = {  # name in the file: key of `evaluate`, title, and whether higher is
     "frechet": ("frechet_distance", "Frechet", False),
     "diversity": ("glyph_diversity", "glyph diversity", True),
 }
-EARLY = 0.2  # of a run, whose readings of fixed prompts show the way from the start and not what it holds
+EARLY = 0.2  # share of a run: its first readings of the fixed prompts are no worst readings
 
 
 def score_runs(
-    folders: list[Path], num_videos: int, seed: int, device: str, precision: str, output_dir: Path, add_to: Path | None = None,
+    run_folders: list[Path], num_videos: int, seed: int, device: str, precision: str, output_dir: Path, add_to: Path | None = None,
 ) -> dict[str, Any]:
-    """Score every run; returns what seeds.json holds and leaves the files. Raises ValueError and OSError."""
-    paths = [folder / FINAL for folder in folders]
-    for folder, path in zip(folders, paths, strict=True):
+    """Score every run, write the files, return the content of seeds.json. Raises ValueError and OSError."""
+    paths = [folder / FINAL for folder in run_folders]
+    for path in paths:
         if not path.is_file():
-            raise ValueError(f"{folder} holds no {FINAL}: give the folders of finished runs of train.py")
+            raise ValueError(f"{path.parent} holds no {FINAL}: give the folders of finished runs of train.py")
     if len(set(map(Path.resolve, paths))) < len(paths):
         raise ValueError("a run is named twice: give every folder once")
     require_writable(output_dir)
     checkpoints = [load_checkpoint(path, is_mapped=True) for path in paths]
     configs = [checkpoint_config(path, checkpoint) for path, checkpoint in zip(paths, checkpoints, strict=True)]
     recipe = settings_without(configs[0], NOT_OF_THE_RECIPE)
-    for folder, config in zip(folders, configs, strict=True):
+    for folder, config in zip(run_folders, configs, strict=True):
         if difference := describe_difference(recipe, settings_without(config, NOT_OF_THE_RECIPE)):
-            raise ValueError(f"{folder} is of another recipe than {folders[0]} ({difference}): score them apart")
+            raise ValueError(f"{folder} is of another recipe than {run_folders[0]} ({difference}): score them apart")
     facts = {"num_videos": num_videos, "prompt_seed": seed, "recipe": json.loads(json.dumps(recipe))}
     earlier = [] if add_to is None else earlier_runs(add_to, facts, {config.seed for config in configs})
     asked = EvaluateConfig(
         checkpoint=[str(path) for path in paths], num_videos=num_videos, seed=seed, device=device, precision=precision,
         output_dir=str(output_dir / "seeds_figures"),
     )
-    scored = list(evaluate(asked).values())
-    real, rows = scored[0], scored[1:]
+    real, *rows = evaluate(asked).values()
     runs = [
-        {"seed": config.seed, **{name: row[key] for name, (key, _, _) in FIGURES.items() if key in row},
-         **{f"{name}_ci": row[f"{key}_ci"] for name, (key, _, _) in FIGURES.items() if f"{key}_ci" in row},
+        {"seed": config.seed, **figures_of(row), **figures_of(row, "_ci"),
          **story_of(folder, checkpoint), "training_format": checkpoint.get("runtime", {}),
          **{name: row[name] for name in ("checkpoint_sha256", "precision", "code_sha256")}}
-        for folder, config, checkpoint, row in zip(folders, configs, checkpoints, rows, strict=True)
+        for folder, config, checkpoint, row in zip(run_folders, configs, checkpoints, rows, strict=True)
     ]
     runs = sorted(earlier + runs, key=lambda run: run["seed"])
-    table = {
-        **facts, "machine": describe_machine(torch.get_num_threads()),
-        "real": {name: real[key] for name, (key, _, _) in FIGURES.items() if key in real}, "runs": runs,
-    }
+    table = {**facts, "machine": describe_machine(torch.get_num_threads()), "real": figures_of(real), "runs": runs}
     figures, text, picture = free_paths(output_dir, ["seeds.json", "seeds.md", "seeds.png"])
     figures.write_text(json.dumps(table, indent=1) + "\n")
     text.write_text(as_markdown(table))
     draw(picture, table)
     print(f"wrote {figures.name}, {text.name} and {picture.name} to {output_dir}")
     return table
+
+
+def figures_of(row: dict[str, Any], suffix: str = "") -> dict[str, Any]:
+    """A row of `evaluate` under the names of this file."""
+    return {name + suffix: row[key + suffix] for name, (key, _, _) in FIGURES.items() if key + suffix in row}
 
 
 def earlier_runs(path: Path, facts: dict[str, Any], new_seeds: set[int]) -> list[dict[str, Any]]:
@@ -122,7 +123,7 @@ def earlier_runs(path: Path, facts: dict[str, Any], new_seeds: set[int]) -> list
 
 
 def story_of(folder: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What a run says of itself: the minutes of its steps, in all its attempts, its worst readings of the fixed prompts, its verdict."""
+    """The minutes of all attempts of a run, its worst readings of the fixed prompts, its verdict."""
     attempts = [folder.parent / name for name in checkpoint["attempts"]] if "attempts" in checkpoint else [folder]
     logs = [read_scalars(path / "scalars.csv", with_seconds=True) for path in attempts if (path / "scalars.csv").is_file()]
     story: dict[str, Any] = {"minutes": round(sum(series["seconds"][1][-1] for series in logs) / 60, 1)}
@@ -145,22 +146,23 @@ def spread(table: dict[str, Any], name: str) -> tuple[float, float, float]:
 
 def as_markdown(table: dict[str, Any]) -> str:
     """The runs and their spread, as a table."""
-    names = [name for name in FIGURES if all(name in run for run in table["runs"])]
-    lines = [
-        f"{table['num_videos']} videos of every run, held-out prompts of seed {table['prompt_seed']}.", "",
-        "| seed | " + " | ".join(FIGURES[name][1] for name in names) + " | minutes |", "|---" * (len(names) + 2) + "|",
-    ]
-    lines += [f"| {run['seed']} | " + " | ".join(f"{run[name]:.3f}" for name in names) + f" | {run['minutes']} |" for run in table["runs"]]
-    of_figures = [spread(table, name) for name in names]
-    lines += [f"| **{title}** | " + " | ".join(f"{each[index]:.3f}" for each in of_figures) + " | |"
-              for index, title in enumerate(("median", "worst", "best"))]
-    lines.append("| real videos | " + " | ".join(f"{table['real'][name]:.3f}" if name in table["real"] else "-" for name in names) + " | |")
-    return "\n".join(lines) + "\n"
+    names = common_figures(table)
+    rows = [[str(run["seed"]), *(f"{run[name]:.3f}" for name in names), str(run["minutes"])] for run in table["runs"]]
+    for title, values in zip(("median", "worst", "best"), zip(*(spread(table, name) for name in names), strict=True), strict=True):
+        rows.append([f"**{title}**", *(f"{value:.3f}" for value in values), ""])
+    rows.append(["real videos", *(f"{table['real'][name]:.3f}" if name in table["real"] else "-" for name in names), ""])
+    head = f"{table['num_videos']} videos of every run, held-out prompts of seed {table['prompt_seed']}.\n\n"
+    return head + as_table(["seed", *(FIGURES[name][1] for name in names), "minutes"], rows)
+
+
+def common_figures(table: dict[str, Any]) -> list[str]:
+    """Those that every run has."""
+    return [name for name in FIGURES if all(name in run for run in table["runs"])]
 
 
 def draw(path: Path, table: dict[str, Any]) -> None:
-    """One axis a figure, a dot a run with its interval, the median as a line and real video's figure as a dotted one."""
-    names = [name for name in FIGURES if all(name in run for run in table["runs"])]
+    """A panel a figure: a dot a run with its interval, a line for the median, a dotted line for real video."""
+    names = common_figures(table)
     figure, axes = panel_grid(len(names), len(names), 2.1, 3)
     for axis, name in zip(axes, names, strict=True):
         values = [run[name] for run in table["runs"]]
@@ -180,10 +182,7 @@ def draw(path: Path, table: dict[str, Any]) -> None:
 def main() -> None:
     arguments = parse_arguments(None)
     with refusals_in_one_line():
-        table = score_runs(
-            arguments.run_folders, arguments.num_videos, arguments.seed, arguments.device, arguments.precision, arguments.output_dir,
-            arguments.add_to,
-        )
+        table = score_runs(**vars(arguments))
     print(as_markdown(table))
 
 
