@@ -12,25 +12,11 @@ from helpers.networks import SMALL_SIZES, build_small_model, save_untrained
 from torch import nn
 from torch.testing import assert_close
 
-from experiments import benchmark
+from experiments import benchmark, speed
 from experiments.benchmark import main
-from experiments.compute import flops_per_step
+from experiments.compute import flops_per_step, turns
 from experiments.public_code import build_public_network, sample_public
-from experiments.speed import (
-    CACHE,
-    DENOISING,
-    TEXT,
-    WithoutCache,
-    block_ends,
-    cost,
-    count_generation,
-    count_training,
-    generate_in_phases,
-    make_samplers,
-    steady_block,
-    train_in_phases,
-    turns,
-)
+from experiments.speed import CACHE, DENOISING, TEXT, block_ends, generate_in_phases, steady_block, train_in_phases
 from experiments.timing import REST, WHOLE, Gauge, flop_counter, phase_totals, time_in_turns, watch
 from machine.runtime import Runtime
 from method.plans import RolloutPlan
@@ -48,15 +34,10 @@ ASKED = (["a 3 moving up", "the digit 5"], [1, 2], 9, CPU)
 
 
 @pytest.fixture
-def networks() -> LoadedNetworks:
+def sampler() -> Sampler:
     torch.manual_seed(0)
     text_encoder = TextEncoder(TextEncoderConfig(width=32, max_tokens=12)).eval()
-    return LoadedNetworks(build_small_model(), text_encoder, Config(training=SelfForcingConfig()), 0, {}, ("train",))
-
-
-@pytest.fixture
-def sampler(networks: LoadedNetworks) -> Sampler:
-    return Sampler(networks.generator, networks.text_encoder, RolloutPlan((1.0, 0.75, 0.5), 3))
+    return Sampler(build_small_model(), text_encoder, RolloutPlan((1.0, 0.75, 0.5), 3))
 
 
 def run_config(training: PretrainConfig | SelfForcingConfig) -> Config:
@@ -71,12 +52,13 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return {name: save_untrained(tmp_path / f"{name}.pt", run_config(training)) for name, training in trainings.items()}
 
 
-def test_the_compiled_student_is_charged_the_plain_ones_flops(networks: LoadedNetworks, monkeypatch: pytest.MonkeyPatch):
+def test_the_compiled_student_is_charged_the_plain_ones_flops(sampler: Sampler, monkeypatch: pytest.MonkeyPatch):
     compiled: list[TinyCausalWanModel] = []
     monkeypatch.setattr(TinyCausalWanModel, "compile_passes", lambda model: compiled.append(model))
-    samplers = make_samplers(networks, None, ("student", "compiled", "int8"), False, 6, CPU)
+    networks = LoadedNetworks(sampler.network, sampler.text_encoder, Config(training=SelfForcingConfig()), 0, {}, ("train",))
+    samplers = speed.make_samplers(networks, None, ("student", "compiled", "int8"), False, 6, CPU)
     assert compiled == [samplers[name].network for name in ("compiled", "int8")] and samplers["student"].network not in compiled
-    totals, _ = count_generation(samplers, 6, CPU)
+    totals, _ = speed.count_generation(samplers, 6, CPU)
     assert totals["int8"] == totals["compiled"] == totals["student"] > 0
     plain, same, int8 = (sample(sampler, *ASKED) for sampler in samplers.values())
     assert torch.equal(same, plain) and not torch.equal(int8, plain)  # nothing was compiled here
@@ -101,7 +83,7 @@ def ticking() -> Gauge:
 def test_the_rollout_without_cache_makes_the_same_videos(sampler: Sampler, window: int | None, context_time: float):
     plan = replace(sampler.plan, context=ContextWindow(window), clamp_x_0=True, context_time=context_time)
     with_cache = replace(sampler, plan=plan)
-    without_cache = replace(with_cache, network=WithoutCache(sampler.network, plan))
+    without_cache = replace(with_cache, network=speed.WithoutCache(sampler.network, plan))
     assert_close(sample(without_cache, *ASKED), sample(with_cache, *ASKED), atol=1e-4, rtol=1e-4)
 
 
@@ -194,7 +176,7 @@ def test_watching_a_training_step_changes_no_bit_and_finds_every_phase(training)
 
 
 def test_training_flops_over_a_cycle_are_those_that_compute_counts(training):
-    found, kinds, num_exits = count_training(training, CPU), turns(training.training), 2
+    found, kinds, num_exits = speed.count_training(training, CPU), turns(training.training), 2
     assert kinds == {"generator": (2, pytest.approx(1 / 3)), "critic": (3, pytest.approx(2 / 3))}
     assert set(found) == {(kind, exit_step) for kind in kinds for exit_step in range(num_exits)}
     mean = sum(kinds[kind][1] / num_exits * sum(flops.values()) for (kind, _), (_, flops) in found.items())
@@ -204,21 +186,25 @@ def test_training_flops_over_a_cycle_are_those_that_compute_counts(training):
         assert last["rollout"] > first["rollout"] and {**last, "rollout": 0} == {**first, "rollout": 0}
 
 
-def small_products(monkeypatch) -> None:
+@pytest.fixture
+def measure(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the command on the small checkpoints; returns the content of its file and what it printed."""
     monkeypatch.setattr("experiments.timing.MATRIX_SIZES", (64,))
     monkeypatch.setattr("experiments.timing.PRODUCT_FLOPS", 2 * 64**3)
 
+    def run(*options: str) -> tuple[dict, str]:
+        output = tmp_path / "speed.json"
+        main(["--student", str(files["student"]), "--teacher", str(files["teacher"]), "--num_frames", "6", "--repeats", "1",
+              "--device", "cpu", "--output", str(output), *options])
+        return json.loads(output.read_text()), capsys.readouterr().out
 
-def test_every_part_reaches_the_terminal_and_the_file(files, tmp_path, monkeypatch, capsys):
-    assert cost(2.0, 100.0, 200.0)["share_of_limit"] == 0.25 and cost(0.0, 0.0, 200.0)["share_of_limit"] == 0
-    small_products(monkeypatch)
+    return run
+
+
+def test_every_part_reaches_the_terminal_and_the_file(measure, monkeypatch):
+    assert speed.cost(2.0, 100.0, 200.0)["share_of_limit"] == 0.25 and speed.cost(0.0, 0.0, 200.0)["share_of_limit"] == 0
     monkeypatch.setattr(benchmark, "SelfForcingConfig", lambda **wishes: SelfForcingConfig(denoising_steps=[1000, 500], **wishes))
-    output = tmp_path / "speed.json"
-    main([
-        "--student", str(files["student"]), "--teacher", str(files["teacher"]), "--num_frames", "6", "--batch_sizes", "1", "2",
-        "--training_batch_size", "1", "--repeats", "1", "--device", "cpu", "--output", str(output),
-    ])
-    results, shown = json.loads(output.read_text()), capsys.readouterr().out
+    results, shown = measure("--batch_sizes", "1", "2", "--training_batch_size", "1")
     rows = results["generation"]
     assert [(row["batch_size"], row["precision"], row["sampler"]) for row in rows] == [
         (size, precision, sampler) for size in (1, 2) for precision in ("float32", "bfloat16")
@@ -299,12 +285,9 @@ def test_the_public_network_is_asked_as_its_pipeline_asks_it_and_leaves_no_modul
     assert network.asked == [(t, 4 * first, (1, 1, 3, 8, 8)) for first in (0, 3, 6) for t in passes]
 
 
-def test_ours_and_the_public_code_take_turns_and_the_ratio_is_theirs(files, clone: Path, tmp_path, monkeypatch, capsys):
-    small_products(monkeypatch)
-    output = tmp_path / "speed.json"
-    main(["--parts", "public", "--public_code", str(clone), "--patch_sizes", "4", "2", "--num_frames", "6", "--repeats", "1", "--device",
-          "cpu", "--student", str(files["student"]), "--teacher", str(files["teacher"]), "--output", str(output)])
-    rows, shown = json.loads(output.read_text())["public"], capsys.readouterr().out
+def test_ours_and_the_public_code_take_turns_and_the_ratio_is_theirs(measure, clone: Path):
+    results, shown = measure("--parts", "public", "--public_code", str(clone), "--patch_sizes", "4", "2")
+    rows = results["public"]
     assert [row["patch_size"] for row in rows] == [4, 2]
     rates = rows[0]["frames_per_second"]
     assert set(rates) == {"public code", "student"}
