@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.networks import SMALL_SIZES, build_small_model, save_untrained
+from helpers.networks import SMALL_SIZES, save_untrained
+from helpers.stages import CPU, run_config
 from torch import nn
 from torch.testing import assert_close
 
@@ -18,31 +19,21 @@ from experiments.compute import flops_per_step, turns
 from experiments.public_code import build_public_network, sample_public
 from experiments.speed import CACHE, DENOISING, TEXT, block_ends, generate_in_phases, steady_block, train_in_phases
 from experiments.timing import REST, WHOLE, Gauge, flop_counter, phase_totals, time_in_turns, watch
-from machine.runtime import Runtime
 from method.plans import RolloutPlan
-from moving_mnist import DatasetConfig
 from network.attention import ContextWindow
-from network.text_encoder import TextEncoder, TextEncoderConfig
+from network.text_encoder import TextEncoder
 from sampling.samplers import sample
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 from training.checkpoint import LoadedNetworks
 from training.config import Config, PretrainConfig, SelfForcingConfig
 from training.stages import Sampler, SelfForcingStage
 
-CPU = Runtime(torch.device("cpu"), torch.float32)
 ASKED = (["a 3 moving up", "the digit 5"], [1, 2], 9, CPU)
 
 
 @pytest.fixture
-def sampler() -> Sampler:
-    torch.manual_seed(0)
-    text_encoder = TextEncoder(TextEncoderConfig(width=32, max_tokens=12)).eval()
-    return Sampler(build_small_model(), text_encoder, RolloutPlan((1.0, 0.75, 0.5), 3))
-
-
-def run_config(training: PretrainConfig | SelfForcingConfig) -> Config:
-    text, dataset = TextEncoderConfig(width=32), DatasetConfig(frame_size=8, digit_size=6)
-    return Config(model=ModelConfig(**SMALL_SIZES), text=text, dataset=dataset, training=training)
+def sampler(small_model: TinyCausalWanModel, small_text_encoder: TextEncoder) -> Sampler:
+    return Sampler(small_model, small_text_encoder, RolloutPlan((1.0, 0.75, 0.5), 3))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """README.md and docs/ say what results/ says, lead where they say, and show commands that exist."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -27,16 +26,10 @@ def test_links_and_pictures_exist(page: Path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_every_script_of_a_command_exists(page: Path):
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            for index, word in enumerate(words[:-1]):
-                if word == "python" and words[index + 1] == "-m":
-                    module = words[index + 2]
-                    if module in ("venv", "pytest"):
-                        continue
-                    assert (REPOSITORY / f"{module.replace('.', '/')}.py").is_file(), f"{page.name}: {line}"
-                elif word == "python" and words[index + 1].endswith(".py"):
-                    assert (REPOSITORY / words[index + 1]).is_file(), f"{page.name}: {line}"
+        scripts = re.findall(r"\bpython ([\w/]+\.py)", block)
+        modules = set(re.findall(r"\bpython -m ([\w.]+)", block)) - {"venv", "pytest"}
+        for path in (*scripts, *(f"{module.replace('.', '/')}.py" for module in modules)):
+            assert (REPOSITORY / path).is_file(), f"{page.name} calls {path}"
 
 
 def test_a_table_that_was_typed_by_hand_is_seen():
