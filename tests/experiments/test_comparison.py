@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from experiments import comparison, comparison_report
 from experiments.comparison import Comparison, compare, compose_run
-from experiments.comparison_jobs import Training, quote
+from experiments.comparison_jobs import Training, quote, row_difference
 from experiments.comparison_report import COLUMNS, as_markdown
 from experiments.comparison_settings import ComparisonConfig
 from experiments.compute import CPU, _count_step, flops_per_step
@@ -119,6 +119,10 @@ def markdown(folder: Path) -> str:
     return (folder / "results" / "table2.md").read_text()
 
 
+def trainings(folder: Path) -> list[Path]:
+    return sorted((folder / "logs" / "trainings").iterdir())
+
+
 def cells(text: str, title: str) -> list[list[str]]:
     """The cells of every line of a table that starts with this title."""
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {title} |")]
@@ -172,7 +176,7 @@ def test_flops_of_self_forcing_count_muon_once(runs: dict[str, Config]):
 def test_a_comparison_end_to_end_and_a_second_time_nothing(ask, tmp_path, monkeypatch, capsys):
     config = ask("rows=[real,sf_dmd]", "budget=2", "checkpoint_interval=1")
     assert compare(config) == 0
-    (training,) = (tmp_path / "logs" / "trainings").iterdir()
+    (training,) = trainings(tmp_path)
     stored = load_checkpoint(training / "checkpoint_final.pt")
     assert stored["step"] == 2 and stored["config"]["training"]["num_frames_per_block"] == 3
     assert not list(training.glob("run*/checkpoint_0*.pt"))
@@ -210,25 +214,12 @@ def test_rows_are_sampled_as_they_are_called(ask, fake):
     assert len(plans["start"]["times"]) == 50 and plans["start_few"]["times"] == pytest.approx([1, 0.9, 0.75, 0.5])
     assert plans["start_half"]["times"] == pytest.approx([1, 0.75]) and not plans["start_half"]["fresh_noise"]
     assert plans["start_unguided"]["fresh_noise"] and plans["start_unguided"]["guidance"] == 1
-    assert len(list((fake / "logs" / "trainings").iterdir())) == 2  # one training serves both rows of TF
+    assert len(trainings(fake)) == 2  # one training serves both rows of TF
     (asked,) = (fake / "logs" / "trainings").glob("tf-*/run-0/asked.txt")
     lines = asked.read_text().splitlines()
     assert {"training=teacher_forcing", "training.num_steps=4", "training.max_num_frames=6", "wandb.mode=disabled"} <= set(lines)
     assert f"threads={os.cpu_count()}" in lines  # budget 6 x 2.0 over 3.0 a step is 4 steps
     assert [plans[name]["guidance"] for name in ("teacher", "start_few", "tf", "tf_few", "tf_unguided")] == [1.5, 1.5, 1.5, 1.5, 1]
-
-
-def test_a_training_that_failed_is_asked_to_resume_and_keeps_no_interval_checkpoint(ask, fake, monkeypatch):
-    config = ask("rows=[sf_dmd]")
-    monkeypatch.setenv("BREAKS", "published_exits")
-    assert compare(config) == 2  # and its score
-    monkeypatch.delenv("BREAKS")
-    assert compare(config) == 0
-    (training,) = (fake / "logs" / "trainings").iterdir()
-    asked = (training / "run-1" / "asked.txt").read_text().splitlines()
-    assert {"training.resume=auto", f"log_dir='{training}'", "run_name=run"} <= set(asked)
-    assert not list(training.glob("run*/checkpoint_0*.pt"))
-    assert cells(markdown(fake), "sf_dmd")[0][6] == "2.0"  # minutes of both attempts
 
 
 def test_other_settings_are_not_reused(ask, fake, monkeypatch, capsys):
@@ -242,7 +233,7 @@ def test_other_settings_are_not_reused(ask, fake, monkeypatch, capsys):
     assert compare(ask("rows=[sf_dmd]", "budget=3", "num_videos=5")) == 0
     output = capsys.readouterr().out
     assert "not taken from the earlier table: another " in output and "2 jobs, 1 done before" in output
-    assert len(list((fake / "logs" / "trainings").iterdir())) == 2
+    assert len(trainings(fake)) == 2
     monkeypatch.setattr(comparison.subprocess, "Popen", None)
     assert compare(ask("rows=[sf_dmd]", "budget=3", "num_videos=5", "checkpoint_interval=7")) == 0  # changes no weight
 
@@ -250,7 +241,9 @@ def test_other_settings_are_not_reused(ask, fake, monkeypatch, capsys):
 def test_what_the_table_holds_is_done_where_its_folders_are_gone(ask, fake, monkeypatch, capsys):
     assert compare(ask("rows=[real,sf_dmd]")) == 0
     capsys.readouterr()
-    before = (fake / "results" / "table2.md").read_text()
+    before = markdown(fake)
+    made_with = json.loads((fake / "results" / "table2.json").read_text())["rows"]["sf_dmd"]["3"]["0"]["made_with"]
+    assert {"code_sha256", "plan"} < made_with.keys() and {"code_sha256", "teacher"} < made_with["network"].keys()
     shutil.rmtree(fake / "logs")
     assert compare(ask("rows=[real,tf,tf_unguided,sf_dmd]")) == 0
     output = capsys.readouterr().out
@@ -265,29 +258,19 @@ def test_what_the_table_holds_is_done_where_its_folders_are_gone(ask, fake, monk
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"code_sha256": "0" * 64}, "code_sha256 0000"), ({"plan": {"guidance": 9.0}}, "plan.guidance 9.0, now 1.0"),
-    ({"network": {"code_sha256": "0"}}, "network.code_sha256 0, now"), (None, "what made it is not recorded"),
+    ({"code_sha256": "0"}, "code_sha256 0, now 1"), ({"plan": {"guidance": 9.0}}, "plan.guidance 9.0, now 1.0"),
+    ({"network": {"code_sha256": "0"}}, "network.code_sha256 0, now 2"), ({}, ""), (None, "what made it is not recorded"),
 ])
-def test_a_row_of_an_earlier_table_counts_only_where_all_that_made_it_is_the_same(ask, fake, capsys, change, words):
+def test_a_row_of_an_earlier_table_counts_only_if_all_that_made_it_is_the_same(change: dict | None, words: str):
     """Options that read the same may resolve to other settings: the teacher's were 2.5 once and 4 later."""
-    assert compare(ask("rows=[sf_dmd]")) == 0
-    shutil.rmtree(fake / "logs")
-    path = fake / "results" / "table2.json"
-    table = json.loads(path.read_text())
-    row = table["rows"]["sf_dmd"]["3"]["0"]
-    made_with = row.pop("made_with")
-    for key, value in (change or {}).items():
-        row["made_with"] = {**made_with, key: {**made_with[key], **value} if isinstance(value, dict) else value}
-    path.write_text(json.dumps(table))
-    capsys.readouterr()
-    planned = Comparison(ask("rows=[sf_dmd]"))
-    assert len(planned.reuse()) == 1 and planned.scores[0].figures is None
-    assert f"not taken from the earlier table: {words}"[:60] in capsys.readouterr().out
+    planned = {"code_sha256": "1", "plan": {"guidance": 1.0}, "network": {"code_sha256": "2"}}
+    row = {} if change is None else {"made_with": planned | change}
+    assert row_difference(row, planned, Path("absent.pt")) == words
 
 
 def test_a_finished_training_that_is_not_as_planned_is_set_aside_and_made_again(ask, fake, capsys):
     assert compare(ask("rows=[sf_dmd]")) == 0
-    (training,) = (fake / "logs" / "trainings").iterdir()
+    (training,) = trainings(fake)
     (training / "checkpoint_final.pt").write_text("seed 7, now 0")
     (fake / "results" / "table2.json").unlink()
     assert compare(ask("rows=[sf_dmd]")) == 0
@@ -360,14 +343,22 @@ def test_a_file_that_is_no_table_is_not_written_over(ask, fake, text: str):
     assert (fake / "results" / "table2.json").read_text() == text
 
 
-def test_a_failed_training_is_one_line_and_the_others_go_on(ask, fake, monkeypatch, capsys):
+def test_a_failed_training_is_one_line_the_others_run_and_the_next_call_resumes_it(ask, fake, monkeypatch, capsys):
+    config = ask("rows=[tf,tf_unguided,sf_dmd]", "processes=2")
     monkeypatch.setenv("BREAKS", "teacher_forcing")
-    assert compare(ask("rows=[tf,tf_unguided,sf_dmd]", "processes=2")) == 3
+    assert compare(config) == 3  # and its scores
     lines = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
     assert len(lines) == 1 and "error: it broke; log " in lines[0] and Path(lines[0].rpartition("log ")[2]).is_file()
     text = markdown(fake)
     assert "**Not complete**: 1 of 3 results" in text and "training tf, blocks of 3, seed 0, 4 steps failed: error: it broke" in text
     assert cells(text, "TF")[0][1:] == ["-"] * (len(COLUMNS) + 2) and cells(text, "Self-Forcing, DMD")[0][3] == "0.250 [0.200, 0.600]"
+    monkeypatch.delenv("BREAKS")
+    assert compare(config) == 0
+    (training,) = (fake / "logs" / "trainings").glob("tf-*")
+    asked = (training / "run-1" / "asked.txt").read_text().splitlines()
+    assert {"training.resume=auto", f"log_dir='{training}'", "run_name=run"} <= set(asked)
+    assert not list(training.glob("run*/checkpoint_0*.pt"))
+    assert cells(markdown(fake), "tf")[0][6] == "2.0"  # minutes of both attempts
 
 
 def test_an_interruption_stops_the_children_and_says_how_to_go_on(ask, fake, monkeypatch):

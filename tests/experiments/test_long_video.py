@@ -74,27 +74,26 @@ def test_a_bidirectional_teacher_is_measured_block_by_block_in_guided_steps(tmp_
     (["drift", "--num_frames", "21"], "--num_frames is 21: expected at least 42"),
     (["continue", "--seed", str(2**63)], "--seed is 9223372036854775808: expected 0 to 9223372036854775807"),
     (["switch", "--num_before", "3"], "--num_before is 3: expected at least 4, to fit a track"),
-    (["drift", "--output_dir", "{file}/sub"], "cannot write into the folder {file}/sub "),
+    (["drift", "--output_dir", "file/sub"], "cannot write into the folder file/sub "),
 ])
 def test_a_number_out_of_range_is_refused_before_the_checkpoint_is_read(tmp_path: Path, monkeypatch, options: list[str], words: str):
     monkeypatch.setattr(long_video, "load_networks", never)
-    (tmp_path / "file").touch()
-    options, words = [part.replace("{file}", str(tmp_path / "file")) for part in options], words.replace("{file}", str(tmp_path / "file"))
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     with pytest.raises(SystemExit, match=f"^error: {re.escape(words)}"):
         main([options[0], "--output_dir", str(tmp_path), *options[1:]])
 
 
-def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path: Path):
-    for options, words in (
-        ([], "makes all frames at once: give --causal to roll it out"),
-        (["--num_steps", "0"], "--num_steps is 0: expected at least 1"), (["--guidance", "-1"], "--guidance is -1.0: expected 0 or more"),
-        (["--num_steps", "4", "--denoising_steps", "1000"], "--denoising_steps .* and --num_steps .* exclude each other"),
-    ):
-        with pytest.raises(SystemExit, match=f"^error: .*{words}"):
-            main(["drift", *options, *untrained(tmp_path, PretrainConfig())])
-    student = untrained(tmp_path, SelfForcingConfig(window_frames=9, sink_frames=3))
-    with pytest.raises(SystemExit, match="error: --sink_frames is 9: expected 0 to 6"):
-        main(["drift", "--sink_frames", "9", *student])
+@pytest.mark.parametrize(("training", "options", "words"), [
+    (PretrainConfig(), [], "makes all frames at once: give --causal to roll it out"),
+    (PretrainConfig(), ["--num_steps", "0"], "--num_steps is 0: expected at least 1"),
+    (PretrainConfig(), ["--guidance", "-1"], "--guidance is -1.0: expected 0 or more"),
+    (PretrainConfig(), ["--num_steps", "4", "--denoising_steps", "1000"], "--denoising_steps .* and --num_steps .* exclude each other"),
+    (SelfForcingConfig(window_frames=9, sink_frames=3), ["--sink_frames", "9"], "--sink_frames is 9: expected 0 to 6"),
+])
+def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path: Path, training: TrainingConfig, options: list[str], words: str):
+    with pytest.raises(SystemExit, match=f"^error: .*{words}"):
+        main(["drift", *options, *untrained(tmp_path, training)])
 
 
 POINT = {"frames_right": 1.0, "stroke_mass_ratio": 1.0, "mean_speed": 1.5, "track_within_1px": 1.0}
