@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,12 +56,6 @@ def figure_table(first: str, rows: dict[str, dict[str, Any]], figures: dict[str,
     """A line a row; figures: the title of each column by its key in the rows."""
     lines = [[name, *cells(row, *figures, with_intervals=with_intervals)] for name, row in rows.items()]
     return as_table([first, *figures.values()], lines)
-
-
-def evaluation(with_intervals: bool, results: Path) -> str:
-    """Every row of evaluation.json: what it costs and what it reads."""
-    rows = {ROW_TITLES.get(name, name): row for name, row in read(results, "evaluation.json").items()}
-    return figure_table("sampler", rows, COST | FIGURES, with_intervals)
 
 
 def drift(results: Path) -> str:
@@ -146,27 +139,27 @@ def few_steps(results: Path) -> str:
     return as_table(["21 frames", "videos", *names.values()], lines)
 
 
-def frames_84(results: Path) -> str:
-    """The student at four times the length of its training."""
-    return figure_table("64 videos of 84 frames", read(results, "faq/frames_84.json"), FEW_FIGURES | {"one_class": "one class in all 84"})
+def evaluation(results: Path) -> dict[str, dict[str, Any]]:
+    return {ROW_TITLES.get(name, name): row for name, row in read(results, "evaluation.json").items()}
 
 
-def context_noise(results: Path) -> str:
+def context_noise(results: Path) -> dict[str, dict[str, Any]]:
     """The student, trained with clean context, where finished blocks enter the cache at other timesteps."""
     found = read(results, "faq/frames_21.json")
-    rows = {noise: found[f"{name}, 4 steps"] for name, noise in (("student", "0"), ("noise_50", "50"), ("noise_200", "200"))}
-    return figure_table("context_noise", rows, FEW_FIGURES)
-
-
-def own_videos(results: Path) -> str:
-    """The worked example of docs/own_videos.md: real clips, the teacher, its few steps before Self-Forcing, the student."""
-    return figure_table("192 videos of 9 frames", read(results, "own_videos.json"), COST | OWN_FIGURES, with_intervals=True)
+    return {noise: found[f"{name}, 4 steps"] for name, noise in (("student", "0"), ("noise_50", "50"), ("noise_200", "200"))}
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "evaluation": partial(evaluation, False), "evaluation_with_intervals": partial(evaluation, True),
-    "seeds": seeds, "drift": drift, "continuation": continuation, "switch": switch, "public_code": public_code,
-    "few_steps": few_steps, "frames_84": frames_84, "context_noise": context_noise, "own_videos": own_videos,
+    "evaluation": lambda results: figure_table("sampler", evaluation(results), COST | FIGURES),
+    "evaluation_with_intervals": lambda results: figure_table("sampler", evaluation(results), COST | FIGURES, with_intervals=True),
+    "frames_84": lambda results: figure_table(
+        "64 videos of 84 frames", read(results, "faq/frames_84.json"), FEW_FIGURES | {"one_class": "one class in all 84"}
+    ),
+    "context_noise": lambda results: figure_table("context_noise", context_noise(results), FEW_FIGURES),
+    "own_videos": lambda results: figure_table(
+        "192 videos of 9 frames", read(results, "own_videos.json"), COST | OWN_FIGURES, with_intervals=True
+    ),
+    "seeds": seeds, "drift": drift, "continuation": continuation, "switch": switch, "public_code": public_code, "few_steps": few_steps,
 }
 
 
