@@ -190,7 +190,7 @@ class Comparison:
             try:
                 list(pool.map(self._run_chain, chains))
             except KeyboardInterrupt:
-                raise KeyboardInterrupt("interrupted: the same command goes on from what is done") from None
+                raise KeyboardInterrupt("interrupted: the same command continues from what is done") from None
             finally:
                 signal.signal(signal.SIGTERM, terminated)
                 with self.lock:  # no child starts from here on
@@ -200,12 +200,10 @@ class Comparison:
         return len(self.failed)
 
     def _run_chain(self, chain: list[Training | Score]) -> None:
-        """Run jobs in order; without its training no score."""
+        """Run jobs in order, no score whose training failed."""
         for job in chain:
-            if isinstance(chain[0], Training) and chain[0].label in self.failed:
-                reason = "its training failed"
-            else:
-                reason = self._run_job(job)
+            lacks_training = isinstance(chain[0], Training) and chain[0].label in self.failed
+            reason = "its training failed" if lacks_training else self._run_job(job)
             with self.lock:
                 if self.is_stopped:
                     return
@@ -354,12 +352,12 @@ register_schemas()
 def main(composed: DictConfig) -> None:
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            raise ValueError("a comparison is many runs, each a process of its own: start it without torchrun")
+            raise ValueError("a comparison starts a process for every run: start it without torchrun")
         num_failed = compare(OmegaConf.to_object(composed))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stopped:
-        print(str(stopped) or "interrupted; the same command goes on", file=sys.stderr)
+        print(str(stopped) or "interrupted; the same command continues", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     if num_failed:
         sys.exit(f"{num_failed} jobs failed, see above; the same command tries them again")

@@ -96,14 +96,14 @@ def as_markdown(table: dict[str, Any]) -> str:
     interval = "95 % interval over the videos" if num_seeds == 1 else f"the range over {num_seeds} trainings"
     lines = [f"# Comparison of paradigms: {settings['name']}", ""]
     if found != expected:
-        lines += [f"**Not complete**: {found} of {expected} results are there; a dash stands for what is missing.", ""]
+        lines += [f"**Not complete**: {found} of {expected} results are there; a dash is a missing one.", ""]
     lines += [f"- {label} failed: {reason}" for label, reason in table["failed"].items()] + [""] * bool(table["failed"])
     for block in settings["blocks"]:
         title = "Frame-wise: blocks of 1 frame" if block == 1 else f"Chunk-wise: blocks of {block} frames"
         lines += [f"## {title}", "", _figures_table(table, block)]
     chosen = dict.fromkeys(f"{each['paradigm']}, block {each['block']}: {each['chosen'] or 'as it is'}" for each in table["trainings"])
     how_chosen = (
-        f"Every training chose among as many candidates, on seed {settings['selection_seed']} and prompts of its own "
+        f"Every training chose among as many candidates, on seed {settings['selection_seed']} and prompts that are not scored here "
         f"({settings['name']}_candidates.json): {'; '.join(chosen)}."
     )
     if not any(settings["candidates"].values()):

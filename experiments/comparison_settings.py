@@ -1,5 +1,5 @@
-"""What a comparison of paradigms can be asked: its rows, which are those of Table 2 of Self-Forcing (arXiv 2506.08009) at toy scale for
-blocks of several frames and of one, and the trainings behind them. Every default in a field, every check at construction."""
+"""The settings of a comparison of paradigms: its rows, those of Table 2 of Self-Forcing (arXiv 2506.08009) at toy scale for blocks of
+several frames and of one, and the trainings behind them. Every default in a field, every check at construction."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ OWN_KEYS = (  # of a training, which the comparison itself decides
 class Row:
     """A line of the table. paradigm: a key of PARADIGMS; None for real videos and for the teacher's file, which are not trained here.
 
-    sampler: "own", as the network was trained for; "bidirectional", all frames at once in many guided steps; or block by block: by Euler's
-    method under guidance in "many", "few" or "half" as few steps, or "unguided", in few steps with fresh noise.
+    sampler: "own", that of the network's training; "bidirectional", all frames at once in many guided steps; or block by block: Euler's
+    method with guidance in "many", "few" or "half" as few steps, or "unguided", in few steps with fresh noise.
     """
 
     title: str
@@ -61,8 +61,8 @@ ROWS = {
 
 
 def check_overrides(key: str, overrides: list[str]) -> None:
-    """Raise ValueError, naming the key, unless it ends in "all" or a paradigm and each is KEY=VALUE of a training and of a key that the
-    comparison leaves to it."""
+    """Raise ValueError, naming the key, unless it ends in "all" or a paradigm and each override is KEY=VALUE of a key that the comparison
+    does not decide."""
     group, _, name = key.partition(".")
     require(name == "all" or name in PARADIGMS, group, name, f"all or one of {', '.join(PARADIGMS)}")
     for override in overrides:
@@ -87,14 +87,14 @@ class ComparisonConfig:
     num_frames: int = 21  # of videos, in training and in scoring
     teacher: str = "pretrained/teacher.pt"
     overrides: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in ("all", *PARADIGMS)})
-    checkpoint_interval: int = 20  # steps after which an interrupted training can go on
+    checkpoint_interval: int = 20  # steps from which an interrupted training continues
     num_videos: int = 256
     score_seed: int = 0  # of the held-out prompts and of the videos' noise
     many_steps: int = 50
     denoising_steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])  # of networks that were not trained for few steps
     guidance: float | None = None  # of guided rows; that of the network's training if not given
-    # What every training may be asked besides, of which the best is kept: each "KEY=VALUE KEY=VALUE", "" for the settings as they are;
-    # `*0.5` as a value is half of what it is. By paradigm or for "all"; every paradigm is offered as many as any other.
+    # Further overrides of every training, of which the best are kept: each "KEY=VALUE KEY=VALUE", "" for none; `*0.5` halves a value. By
+    # paradigm or for "all", as many for every paradigm.
     candidates: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in ("all", *PARADIGMS)})
     selection_seed: int = 1000  # of the trainings and prompts that choose among them
     batch_size: int = 64  # videos a forward pass in scoring
@@ -145,7 +145,7 @@ class ComparisonConfig:
         self.rows = [row for row in ROWS if row in self.rows]  # in the table's order
 
     def candidates_of(self, paradigm: str) -> list[str]:
-        """What a paradigm may choose among; empty where nothing is chosen."""
+        """Those of a paradigm; empty if nothing is chosen."""
         return self.candidates.get(paradigm) or self.candidates.get("all") or []
 
     @property

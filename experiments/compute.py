@@ -1,7 +1,7 @@
-"""What a training step costs, counted in floating-point operations of matrix products, convolutions and attention.
+"""FLOPs of a training step: matrix products, convolutions and attention.
 
-FLOPs of a step are linear in the batch size (Muon's are the constant part) and, in a Self-Forcing rollout, in the exit step, as each step
-before it is one more forward pass. So a few steps of one or two videos give the mean over the random exit steps exactly.
+They are linear in the batch size (Muon's are the constant part) and, in a Self-Forcing rollout, in the exit step: each step before it
+is one more forward pass. So a few steps of one or two videos give the exact mean over the random exit steps.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from training.data import window_starts
 from training.stages import PretrainStage, SelfForcingStage
 
 CPU = Runtime(torch.device("cpu"), torch.float32)  # counted here, wherever the training runs
-IN_ONE_PASS = {"accumulation_steps": 1, "activation_checkpointing": False, "sharding": "none"}  # their own work does not count
-MAX_TRIES = 200  # steps until two different exit steps are drawn: never as many
+IN_ONE_PASS = {"accumulation_steps": 1, "activation_checkpointing": False, "sharding": "none"}  # their overhead does not count
+MAX_TRIES = 200  # steps to draw two different exit steps: far more than needed
 
 
 def flops_per_step(config: Config) -> float:
@@ -47,7 +47,7 @@ def _pretrain_flops(config: Config, training: PretrainConfig, random: torch.Gene
 
 
 def _self_forcing_flops(config: Config, training: SelfForcingConfig, random: torch.Generator) -> float:
-    """Mean over a cycle. With an exit step for every block the mean is the same, as the cost is a sum over blocks."""
+    """Mean over a cycle. One exit step a block has the same mean as one for all, as the cost is a sum over blocks."""
     stage = SelfForcingStage(replace(config, training=replace(training, same_exit_step=True)), CPU, random)
     return sum(share * _mean_over_windows(stage, step) for step, share in turns(training).values())
 
@@ -62,7 +62,7 @@ def turns(config: SelfForcingConfig) -> dict[str, tuple[int, float]]:
 
 
 def _count_step(stage: PretrainStage | SelfForcingStage, step: int, first_frame: int = 0) -> tuple[int, int]:
-    """FLOPs of one step, and its exit step: 0 where there is none. first_frame: of the scored window, in its rollout."""
+    """FLOPs of one step, and its exit step, 0 if it has none. first_frame: of the scored window, in its rollout."""
     with flop_counter() as counter:
         if isinstance(stage, SelfForcingStage):
             figures = stage.train_on_window(step, stage.config.max_num_frames, first_frame)
@@ -72,8 +72,8 @@ def _count_step(stage: PretrainStage | SelfForcingStage, step: int, first_frame:
 
 
 def _mean_over_windows(stage: SelfForcingStage, step: int) -> float:
-    """Mean FLOPs of this step over uniform exit steps and starts of the scored window. Once the cache's window is full, each block
-    more costs the same: the starts from there on lie on a line through two of them."""
+    """Mean FLOPs of this step over uniform exit steps and starts of the scored window. Once the cache's window is full, each further block
+    costs the same: the later starts are on a line through two of them."""
     starts = window_starts(stage.config, stage.config.max_num_frames)
     num_curved = -(-(stage.config.window_frames or 0) // stage.config.num_frames_per_block)
     counted = [_mean_over_exits(stage, step, start) for start in starts[: num_curved + 2]]

@@ -330,7 +330,7 @@ def check_arguments(arguments: argparse.Namespace, path: Path, name: str) -> Non
         require(asked[option] is None or asked[option] >= 1, f"--{option}", asked[option], "at least 1")
     require_writable(path.parent)
     if name in read_rows(path, arguments.command) and not arguments.replace:
-        raise ValueError(f"{path} has a row {name!r} already: choose another --name, or give --replace to measure that row anew")
+        raise ValueError(f"{path} has a row {name!r} already: choose another --name, or give --replace to measure that row again")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

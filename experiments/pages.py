@@ -90,7 +90,7 @@ def continuation(results: Path) -> str:
 
 
 def switch(results: Path) -> str:
-    """Prompt switches in a stream: how soon the new digit shows, and whether the motion goes on."""
+    """Prompt switches in a stream: how soon the new digit shows, and whether the motion continues."""
     rows = []
     for name, found in read(results, "long_video/switch.json").items():
         for how in SWITCHES:

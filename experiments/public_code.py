@@ -2,8 +2,8 @@
 
 Dimensions: B batch, F frames, C channels, H height, W width, L prompt tokens, N tokens of a frame.
 
-Its code is read from a clone of https://github.com/guandeh17/Self-Forcing. Stood in for are the configuration classes of diffusers and its
-attention kernels, which want CUDA and bfloat16, by torch's fused attention. VAE and T5 are left out, as ours has neither.
+Its code is read from a clone of https://github.com/guandeh17/Self-Forcing. The configuration classes of diffusers are replaced by empty
+ones, its attention kernels, which need CUDA and bfloat16, by torch's fused attention. Without VAE and T5, as ours has neither.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    """Within, modules of the names that its files import; afterwards `sys.modules` is as it was."""
+    """Within, stand-ins for the modules that its files import; afterwards they are gone."""
     contents: dict[str, dict[str, object]] = {
         "wan": {}, "wan.modules": {}, "wan.modules.attention": {"attention": _attention, "flash_attention": _attention},
         "diffusers": {}, "diffusers.models": {}, "diffusers.models.modeling_utils": {"ModelMixin": nn.Module},
@@ -55,7 +55,7 @@ def _stand_ins() -> Iterator[None]:
 
 
 def _load(folder: Path, file: Path) -> ModuleType:
-    """The module of a file, under its own name while `_stand_ins` last, and under one of ours for good: torch.compile looks it up."""
+    """The module of a file, under its name while `_stand_ins` last, then under one of ours: torch.compile looks it up."""
     name = ".".join(file.with_suffix("").parts)
     spec = importlib.util.spec_from_file_location(name, folder / file)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -66,7 +66,7 @@ def _load(folder: Path, file: Path) -> ModuleType:
 
 
 def check_clone(folder: Path | None) -> Path:
-    """The folder, or ValueError in one line where none is given or it is no clone."""
+    """The folder. Raises ValueError if none is given or it is no clone."""
     if folder is None:
         raise ValueError(f"--parts public needs the public code to run beside ours: {HOW_TO_GET_IT}")
     for file in (MODEL_FILE, NETWORK_FILE):
@@ -77,7 +77,7 @@ def check_clone(folder: Path | None) -> Path:
 
 def build_public_network(folder: Path | None, config: ModelConfig, text_len: int) -> nn.Module:
     """Its causal network, untrained, at the sizes of `config`, for prompts of text_len tokens. Raises ValueError as `check_clone` does, and
-    where the network in the clone is another one."""
+    if the clone's network is another one."""
     folder = check_clone(folder)
     try:
         with _stand_ins():
@@ -97,7 +97,7 @@ def sample_public(
     network: nn.Module, config: ModelConfig, text: Tensor, num_frames: int, num_frames_per_block: int, times: tuple[float, ...],
     random: torch.Generator,
 ) -> Tensor:
-    """A video (B, F, C, H, W) by its inference loop: every block walks the times with its cache, which holds all frames, then is run once
+    """A video (B, F, C, H, W) by its inference loop: every block walks the times with its cache, which holds all frames, then runs once
     more at time 0. text: (B, L, text_width)."""
     batch_size, tokens = text.shape[0], config.tokens_per_patch_row
     frame = (config.channels, config.frame_size, config.frame_size)

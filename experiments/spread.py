@@ -116,7 +116,7 @@ def earlier_runs(path: Path, facts: dict[str, Any], new_seeds: set[int]) -> list
     if other:
         raise ValueError(f"{path} differs from these runs in {', '.join(other)}: score them apart")
     if codes - {code_digest(*JUDGED_CODE)}:
-        raise ValueError(f"{path} was scored by other code than this: score all its runs anew, without --add_to")
+        raise ValueError(f"{path} was scored by other code than this: score all its runs again, without --add_to")
     if twice:
         raise ValueError(f"{path} holds seed {min(twice)} already: leave that run out")
     return runs

@@ -58,7 +58,7 @@ def test_the_compiled_student_is_charged_the_plain_ones_flops(sampler: Sampler, 
 @pytest.fixture
 def training(files: dict[str, Path]) -> Config:
     return run_config(SelfForcingConfig(
-        pretrained_checkpoint=str(files["teacher"]), batch_size=2, min_num_frames=6, max_num_frames=6, denoising_steps=[1000, 500],
+        pretrained_checkpoint=str(files["teacher"]), batch_size=2, min_num_frames=6, max_num_frames=6, denoising_steps=[1000, 750, 500],
         dfake_gen_update_ratio=3, critic_warmup_steps=2,
     ))
 
@@ -167,13 +167,14 @@ def test_watching_a_training_step_changes_no_bit_and_finds_every_phase(training)
 
 
 def test_training_flops_over_a_cycle_are_those_that_compute_counts(training):
-    found, kinds, num_exits = speed.count_training(training, CPU), turns(training.training), 2
+    """Every turn with every exit step, against the line through two of them."""
+    found, kinds, num_exits = speed.count_training(training, CPU), turns(training.training), 3
     assert kinds == {"generator": (2, pytest.approx(1 / 3)), "critic": (3, pytest.approx(2 / 3))}
     assert set(found) == {(kind, exit_step) for kind in kinds for exit_step in range(num_exits)}
     mean = sum(kinds[kind][1] / num_exits * sum(flops.values()) for (kind, _), (_, flops) in found.items())
     assert 2 * mean == pytest.approx(flops_per_step(training), rel=1e-12)
     for kind in kinds:  # a later exit costs more rollout and nothing else
-        first, last = (found[kind, exit_step][1] for exit_step in range(num_exits))
+        first, _, last = (found[kind, exit_step][1] for exit_step in range(num_exits))
         assert last["rollout"] > first["rollout"] and {**last, "rollout": 0} == {**first, "rollout": 0}
 
 

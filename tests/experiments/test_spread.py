@@ -82,7 +82,7 @@ def test_runs_join_those_of_an_earlier_table_if_nothing_but_their_seed_differs(j
         with pytest.raises(ValueError, match=refusal):
             score_runs([folder], num_videos, 1, "cpu", "float32", tmp_path / "both", earlier)
     earlier.write_text(json.dumps(table | {"runs": [run | {"code_sha256": "x"} for run in table["runs"]]}))
-    with pytest.raises(ValueError, match="was scored by other code than this: score all its runs anew"):
+    with pytest.raises(ValueError, match="was scored by other code than this: score all its runs again"):
         score_runs([second], 8, 1, "cpu", "float32", tmp_path / "both", earlier)
     earlier.write_text("{}")
     with pytest.raises(ValueError, match="cannot be read as a seeds.json"):
