@@ -40,16 +40,15 @@ def _stand_ins() -> Iterator[None]:
         "diffusers": {}, "diffusers.models": {}, "diffusers.models.modeling_utils": {"ModelMixin": nn.Module},
         "diffusers.configuration_utils": {"ConfigMixin": type("ConfigMixin", (), {}), "register_to_config": lambda function: function},
     }
-    before = {name: sys.modules[name] for name in [*contents, "wan.modules.model", "wan.modules.causal_model"] if name in sys.modules}
+    names = [*contents, "wan.modules.model", "wan.modules.causal_model"]
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     for name, attributes in contents.items():
-        module = ModuleType(name)
-        module.__path__ = []
-        vars(module).update(attributes)
-        sys.modules[name] = module
+        sys.modules[name] = ModuleType(name)
+        vars(sys.modules[name]).update(attributes, __path__=[])
     try:
         yield
     finally:
-        for name in [*contents, "wan.modules.model", "wan.modules.causal_model"]:
+        for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(before)
 
@@ -65,20 +64,18 @@ def _load(folder: Path, file: Path) -> ModuleType:
     return module
 
 
-def check_clone(folder: Path | None) -> Path:
-    """The folder. Raises ValueError if none is given or it is no clone."""
+def check_clone(folder: Path | None) -> None:
+    """Raise ValueError unless the folder is given and a clone."""
     if folder is None:
         raise ValueError(f"--parts public needs the public code to run beside ours: {HOW_TO_GET_IT}")
     for file in (MODEL_FILE, NETWORK_FILE):
         if not (folder / file).is_file():
             raise ValueError(f"--public_code is {folder}, which lacks {file}: {HOW_TO_GET_IT}")
-    return folder
 
 
-def build_public_network(folder: Path | None, config: ModelConfig, text_len: int) -> nn.Module:
-    """Its causal network, untrained, at the sizes of `config`, for prompts of text_len tokens. Raises ValueError as `check_clone` does, and
-    if the clone's network is another one."""
-    folder = check_clone(folder)
+def build_public_network(folder: Path, config: ModelConfig, text_len: int) -> nn.Module:
+    """The causal network of a clone, untrained, at the sizes of `config`, for prompts of text_len tokens. Raises ValueError if it is another
+    version's."""
     try:
         with _stand_ins():
             _load(folder, MODEL_FILE)

@@ -209,7 +209,7 @@ PUBLIC, PUBLIC_COMPILED = "public code", "public code, compiled"
 
 
 def measure_side_by_side(
-    folder: Path | None, student: LoadedNetworks, patch_size: int, variants: tuple[str, ...], num_frames: int, repeats: int
+    folder: Path, student: LoadedNetworks, patch_size: int, variants: tuple[str, ...], num_frames: int, repeats: int
 ) -> dict[str, Any]:
     """The public code of a clone in `folder` against ours, in turns: untrained networks of one size on the CPU in float32 at batch 1, with
     the student's blocks and steps. Raises ValueError as `build_public_network`."""

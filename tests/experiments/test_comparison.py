@@ -135,7 +135,7 @@ def cells(text: str, title: str) -> list[list[str]]:
 def runs(teacher: Path) -> dict[str, Config]:
     start = f"training.pretrained_checkpoint={quote(teacher)}"
     common = [*TINY, "training.min_num_frames=6", "training.max_num_frames=6", start]
-    return {name: compose_run([*comparison.PARADIGMS[name], *common]) for name in ("tf", "df", "sf_dmd", "sf_gan")}
+    return {name: compose_run([*comparison.PARADIGMS[name], *common]) for name in ("tf", "df", "sf_dmd")}
 
 
 def test_flops_of_forcing_count_the_optimizer_once(runs: dict[str, Config]):
