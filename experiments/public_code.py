@@ -74,8 +74,8 @@ def check_clone(folder: Path | None) -> None:
 
 
 def build_public_network(folder: Path, config: ModelConfig, text_len: int) -> nn.Module:
-    """The causal network of a clone, untrained, at the sizes of `config`, for prompts of text_len tokens. Raises ValueError if it is another
-    version's."""
+    """The causal network of a clone, untrained, at the sizes of `config`, for prompts of text_len tokens. Raises ValueError if it cannot be
+    built."""
     try:
         with _stand_ins():
             _load(folder, MODEL_FILE)

@@ -159,14 +159,13 @@ def measure_generation(
     asked = ([PROMPT] * batch_size, list(range(batch_size)), num_frames)
     watched: dict[str, list[list[Call]]] = {precision: [] for precision in runtimes}
 
-    def watch_student(precision: str) -> None:
-        runtime = runtimes[precision]
+    def watch_student(precision: str, runtime: Runtime) -> None:
         watched[precision].append(generate_in_phases(samplers[precision]["student"], *asked, runtime, clock(runtime.device))[1])
 
     contestants: dict[tuple[str, Any], Callable[[], object]] = {}
     for precision, runtime in runtimes.items():
         contestants |= {(precision, name): partial(sample, sampler, *asked, runtime) for name, sampler in samplers[precision].items()}
-        contestants[precision, "phases"] = partial(watch_student, precision)
+        contestants[precision, "phases"] = partial(watch_student, precision, runtime)
     seconds, limits = time_beside_products(contestants, runtimes, repeats)
     rows = []
     for precision, runtime in runtimes.items():
@@ -174,11 +173,9 @@ def measure_generation(
         flops, phase_flops = count_generation(samplers[precision], num_frames, runtime)
         for name, sampler in samplers[precision].items():
             taken = seconds[precision, name]
-            row = {
-                "sampler": name, "precision": precision, "batch_size": batch_size, "num_frames": num_frames,
-                "frames_per_second": batch_size * num_frames / taken, "limit": limit,
-                "whole": cost(taken, batch_size * flops[name], limit), **dict.fromkeys(OF_STUDENT),
-            }
+            row = {"sampler": name, "precision": precision, "batch_size": batch_size, "num_frames": num_frames,
+                   "frames_per_second": batch_size * num_frames / taken, "limit": limit,
+                   "whole": cost(taken, batch_size * flops[name], limit), **dict.fromkeys(OF_STUDENT)}
             if name == "student":
                 runs = watched[precision][1:]  # without the warm-up
                 ends = [block_ends(calls) for calls in runs]
