@@ -22,7 +22,6 @@ from training.run_log import read_scalars
 SECONDS_TO_STOP = 60.0  # a training step and a checkpoint
 NOT_OF_THE_RESULT = ("log_dir", "run_name", "wandb", "training.pretrained_checkpoint", "training.checkpoint_interval",
                      "training.keep_last", "training.log_interval", "training.resume")  # keys of a run that change no weight
-RESOLVED = ("plan", "num_videos", "num_frames", "seed", "batch_size", "device", "precision", "code_sha256")  # of a row of evaluate.py
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Score:
         """Read the figures, without those by frame; returns how what they were made with differs from the plan."""
         scored = json.loads((self.folder / "figures" / "evaluation.json").read_text())
         real, network = ({key: value for key, value in row.items() if "_by_frame" not in key} for row in scored.values())
-        made_with = {"network": self.settings["network"], **{key: network.pop(key) for key in RESOLVED}}
+        made_with = {key: value if key == "network" else network.pop(key) for key, value in self.settings.items()}
         machine = json.loads((self.folder / "settings.json").read_text())["machine"]
         network |= {"sampler": list(scored)[1].partition(", ")[2], "machine": machine, "made_with": made_with}
         difference = row_difference(network, self.settings, self.checkpoint)

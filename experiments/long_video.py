@@ -216,22 +216,19 @@ def measure_continuation(setup: Setup, asked: argparse.Namespace) -> dict[str, A
     """
     networks, plan, runtime, judge = setup
     num_given = plan.num_frames_per_block if asked.given_frames is None else asked.given_frames
-    num_videos, num_frames, parts = asked.num_videos, asked.num_frames, {"continued": [], "real": []}
+    num_videos, num_frames = asked.num_videos, asked.num_frames
     generator = MovingMNISTGenerator(networks.config.dataset, "test", purpose=Purpose.LONG_VIDEO)
-    indices, captions = new_indices(generator, [networks], 0, num_videos), []
+    real = generator.sample(0, new_indices(generator, [networks], 0, num_videos), num_given + num_frames)
+    seeds, continued = list(range(asked.seed, asked.seed + num_videos)), []
     for first in tqdm(range(0, num_videos, asked.batch_size), unit="batch", dynamic_ncols=True):
-        real = generator.sample(0, indices[first: first + asked.batch_size], num_given + num_frames)
-        seeds = list(range(asked.seed + first, asked.seed + first + len(real.video)))
-        video = sample_few_step(
-            networks.generator, networks.text_encoder, real.captions, seeds, num_given + num_frames, plan, runtime,
-            first_frames=real.video[:, :num_given].to(runtime.device),
-        )
-        parts["continued"].append(video.cpu())
-        parts["real"].append(real.video)
-        captions += real.captions
-    wanted, directions = facts_of_prompts(captions)
+        part = slice(first, first + asked.batch_size)
+        continued.append(sample_few_step(
+            networks.generator, networks.text_encoder, real.captions[part], seeds[part], num_given + num_frames, plan, runtime,
+            first_frames=real.video[part, :num_given].to(runtime.device),
+        ).cpu())
+    wanted, directions = facts_of_prompts(real.captions)
     results: dict[str, Any] = {"num_videos": num_videos, "num_frames": num_frames, "given_frames": num_given}
-    readings = {name: read_videos(judge, torch.cat(videos)) for name, videos in parts.items()}
+    readings = {"continued": read_videos(judge, torch.cat(continued)), "real": read_videos(judge, real.video)}
     for name, read in readings.items():
         scores = score_readings(judge, read, wanted, directions, networks.config.dataset)
         right = scores.by_frame["frames_right"][:, num_given:]
