@@ -33,26 +33,20 @@ CLIP_FIGURES = {
 }
 
 
-@dataclass(frozen=True)
 class Axes:
-    """mean: (D,). axes: (D, E), which bring the training clips to unit spread. weight: of the differences from frame to frame, which
-    then vary as much as the frames do."""
+    """The principal axes of video (B, F, C, H, W), at most B - 1 of them, in which these clips have unit spread. The differences from frame
+    to frame are weighted to vary as much as the frames do."""
 
-    mean: Tensor
-    axes: Tensor
-    weight: float
-
-    @classmethod
-    def of(cls, video: Tensor, num_axes: int) -> Axes:
-        """The principal axes of video (B, F, C, H, W), at most B - 1 of them."""
+    def __init__(self, video: Tensor, num_axes: int):
         frames, changes = _small_frames(video)
-        weight = (frames.var(dim=0).sum() / changes.var(dim=0).sum().clamp_min(1e-12)).sqrt().item()
-        pixels = torch.cat((frames, weight * changes), dim=1)
-        mean = pixels.mean(dim=0)
-        values, vectors = torch.linalg.eigh((pixels - mean) @ (pixels - mean).T)  # of (B, B), which is smaller than (D, D)
+        self.weight = (frames.var(dim=0).sum() / changes.var(dim=0).sum().clamp_min(1e-12)).sqrt().item()
+        pixels = torch.cat((frames, self.weight * changes), dim=1)
+        self.mean = pixels.mean(dim=0)  # (D,)
+        pixels = pixels - self.mean
+        values, vectors = torch.linalg.eigh(pixels @ pixels.T)  # of (B, B), which is smaller than (D, D)
         kept = values.argsort(descending=True)[: min(num_axes, len(video) - 1)]
         kept = kept[values[kept] > 1e-9 * values.max()]
-        return cls(mean, (pixels - mean).T @ vectors[:, kept] / values[kept] * (len(video) - 1) ** 0.5, weight)
+        self.axes = pixels.T @ vectors[:, kept] / values[kept] * (len(video) - 1) ** 0.5  # (D, E)
 
     def features(self, video: Tensor) -> Tensor:
         """(B, E), float64, of video (B, F, C, H, W)."""
@@ -75,13 +69,12 @@ def motion(video: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ClipPanel:
-    """held_out: (B, F, C, H, W) in [-1, 1]. prompts: their B captions. training: as many training clips, of the same captions where there
-    are such."""
+    """Real clips that videos are compared with, and in what."""
 
     axes: Axes
-    held_out: Tensor
-    prompts: list[str]
-    training: Tensor
+    held_out: Tensor  # (B, F, C, H, W) in [-1, 1]
+    prompts: list[str]  # their captions
+    training: Tensor  # as many training clips, of the same captions where there are such
 
     def describe(self) -> str:
         """One line on what the figures are."""
@@ -99,19 +92,16 @@ class ClipPanel:
 
     def real_rows(self, seed: int = 0) -> dict[str, Tensor]:
         """Yardsticks: training clips, as perfect imitation would be; the same with frames shuffled, and stopped at the first frame."""
-        return {
-            "training clips": self.training, "training clips, shuffled": corrupt(self.training, "shuffled", seed),
-            "training clips, stopped": corrupt(self.training, "frozen", seed),
-        }
+        shuffled, stopped = (corrupt(self.training, how, seed) for how in ("shuffled", "frozen"))
+        return {"training clips": self.training, "training clips, shuffled": shuffled, "training clips, stopped": stopped}
 
     def _diversity(self, found: Tensor, real: Tensor, seed: int) -> dict[str, Any]:
-        """Mean distance of two videos of the same prompt over that of two real ones; of any two where too few prompts are the same."""
-        number = {prompt: index for index, prompt in enumerate(dict.fromkeys(self.prompts))}
-        prompt = torch.tensor([number[each] for each in self.prompts])
-        pair = (prompt.unsqueeze(1) == prompt) & ~torch.eye(len(prompt), dtype=torch.bool)
-        if pair.any(dim=1).double().mean() < 0.5:
-            pair = ~torch.eye(len(prompt), dtype=torch.bool)
-        weights, distance = pair.double(), torch.cdist(found, found)
+        """Mean distance of two videos of the same prompt over that of two real ones; of any two if less than half share their prompt."""
+        prompt = torch.tensor([self.prompts.index(each) for each in self.prompts])
+        others = ~torch.eye(len(prompt), dtype=torch.bool)
+        pair = (prompt.unsqueeze(1) == prompt) & others
+        weights = (others if pair.any(dim=1).double().mean() < 0.5 else pair).double()
+        distance = torch.cdist(found, found)
         scale = (weights * torch.cdist(real, real)).sum() / weights.sum()
         counts = resampled_counts(len(found), RESAMPLES, torch_generator(seed, Purpose.BOOTSTRAP))
         numbers = [((each @ (weights * distance) @ each) / (each @ weights @ each).clamp_min(1e-9)) for each in counts]
@@ -119,7 +109,7 @@ class ClipPanel:
 
 
 def make_clip_panel(config: VideosConfig, num_videos: int, num_frames: int, seed: int = 0) -> ClipPanel:
-    """A panel of at most num_videos held-out clips, in an order that the seed draws. Raises ValueError where there are too few."""
+    """A panel of at most num_videos held-out clips, in an order that the seed draws. Raises ValueError if there are too few."""
     held_out, training = OwnVideos(config, "test").clips, OwnVideos(config).clips
     num = min(num_videos, len(held_out), len(training))
     if num < LEAST_VIDEOS:
@@ -129,22 +119,22 @@ def make_clip_panel(config: VideosConfig, num_videos: int, num_frames: int, seed
         )
     rng = torch_generator(seed, Purpose.REFERENCE)
 
-    def draw(clips: list[Clip], number: int) -> list[Clip]:
-        return [clips[index] for index in torch.randperm(len(clips), generator=rng)[:number].tolist()]
+    def in_random_order(clips: list[Clip]) -> list[Clip]:
+        return [clips[index] for index in torch.randperm(len(clips), generator=rng).tolist()]
 
     def video(clips: list[Clip]) -> Tensor:
         return torch.stack([clip.frames[:num_frames] for clip in clips]).float() / 127.5 - 1
 
-    shown, others = draw(held_out, num), draw(training, len(training))
+    shown, others = in_random_order(held_out)[:num], in_random_order(training)
     partners = _partners(shown, others)
     judged = {clip.name for clip in partners}
     fitted = [clip for clip in others if clip.name not in judged]  # clips that the axes are fitted to look further apart than others
-    axes = Axes.of(video((fitted if len(fitted) >= num else others)[:NUM_FITTED]), min(NUM_AXES, max(num // VIDEOS_PER_AXIS, 1)))
+    axes = Axes(video((fitted if len(fitted) >= num else others)[:NUM_FITTED]), min(NUM_AXES, max(num // VIDEOS_PER_AXIS, 1)))
     return ClipPanel(axes, video(shown), [clip.caption for clip in shown], video(partners))
 
 
 def _partners(shown: list[Clip], others: list[Clip]) -> list[Clip]:
-    """For every clip one of the others, each once: one of the same caption as long as there are such."""
+    """For every clip another one, each once: of the same caption as long as there are such."""
     of_caption: dict[str, list[Clip]] = {}
     for clip in others:
         of_caption.setdefault(clip.caption, []).append(clip)

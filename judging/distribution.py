@@ -1,7 +1,7 @@
 """How near a set of videos is to the real ones as a distribution: Frechet distance, density and coverage, over features.
 
-Dimensions: N generated and M real videos, E features of a video. Features are (N, E) or (M, E), float64, on the CPU. A figure is a dict:
-under its name a number, and under NAME_ci its 95 % interval.
+Dimensions: N generated and M real videos, E features of a video, R bootstrap resamples. Features are (N, E) or (M, E), float64, on the CPU.
+A figure is a dict: under its name a number, and under NAME_ci its 95 % interval.
 
 The Frechet distance is the one behind FID and FVD (Heusel et al. 2017, arXiv 1706.08500, eq. 6), here in the features of `video_judge`, so
 its values are neither: read them between the floor (real against other real videos) and the ceiling (real against real with frames
@@ -18,36 +18,38 @@ from torch import Tensor
 from machine.seeds import Purpose, torch_generator
 
 NEIGHBOURS = 5  # k of density and coverage, as in the paper's experiments
-LEAST_VIDEOS = NEIGHBOURS + 2  # for k neighbours beside oneself and a covariance
+LEAST_VIDEOS = NEIGHBOURS + 2  # for k other neighbours and a covariance
 RESAMPLES = 200
 
 
-def frechet_distance(features: Tensor, reference: Tensor, weights: Tensor | None = None) -> Tensor:
-    """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) of the Gaussians fitted to features (N, E) and reference (M, E).
+def frechet_distance(features: Tensor, reference: Tensor, counts: Tensor | None = None) -> Tensor:
+    """|m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) of the Gaussians fitted to features (N, E) and reference (M, E): (R,) for counts (R, N),
+    each row a resample that says how often a video counts; (1,) without.
 
-    tr (S S')^(1/2) is the sum of the roots of the eigenvalues of S'^(1/2) S S'^(1/2), which is symmetric: no complex matrix
-    root, and a singular covariance does no harm. weights: (R, N) counts, one resampling of the videos a row, for R distances;
-    without them one distance, a scalar.
-    """
-    counts = torch.ones(1, len(features), dtype=features.dtype) if weights is None else weights.to(features.dtype)
+    tr (S S')^(1/2) is the sum of the roots of the eigenvalues of S'^(1/2) S S'^(1/2), which is symmetric: no complex matrix root, and a
+    singular covariance does no harm."""
     mean, covariance = _moments(features, counts)  # (R, E), (R, E, E)
-    ones = torch.ones(1, len(reference), dtype=reference.dtype)
-    real_mean, real_covariance = (moment[0] for moment in _moments(reference, ones))
+    real_mean, real_covariance = (moment[0] for moment in _moments(reference))
     eigenvalues, vectors = torch.linalg.eigh(real_covariance)
     root = (vectors * eigenvalues.clamp_min(0).sqrt()) @ vectors.T  # S'^(1/2)
     cross = torch.linalg.eigvalsh(root @ covariance @ root).clamp_min(0).sqrt().sum(dim=-1)  # (R,)
     traces = covariance.diagonal(dim1=-2, dim2=-1).sum(dim=-1) + real_covariance.trace()
-    distance = ((mean - real_mean).square().sum(dim=-1) + traces - 2 * cross).clamp_min(0)
-    return distance[0] if weights is None else distance
+    return ((mean - real_mean).square().sum(dim=-1) + traces - 2 * cross).clamp_min(0)
 
 
-def _moments(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Means (R, E) and unbiased covariances (R, E, E) of features (N, E), each row of counts (R, N) saying how often one counts."""
+def _moments(features: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Means (R, E) and unbiased covariances (R, E, E) of features (N, E) under counts (R, N)."""
+    counts = torch.ones(1, len(features), dtype=features.dtype) if counts is None else counts
     total = counts.sum(dim=1, keepdim=True)  # (R, 1)
     mean = counts @ features / total
     second = torch.stack([(features * row.unsqueeze(1)).T @ features for row in counts])  # (R, E, E)
     covariance = (second - total.unsqueeze(2) * mean.unsqueeze(2) * mean.unsqueeze(1)) / (total.unsqueeze(2) - 1)
     return mean, covariance
+
+
+def frechet_figure(name: str, features: Tensor, reference: Tensor, counts: Tensor) -> dict[str, float | list]:
+    """Their Frechet distance, with its interval over the resamples."""
+    return figure(name, frechet_distance(features, reference), frechet_distance(features, reference, counts))
 
 
 def real_neighbourhoods(features: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> Tensor:
@@ -69,18 +71,14 @@ def coverage(inside: Tensor) -> Tensor:
 
 
 def compare_distributions(features: Tensor, reference: Tensor, seed: int = 0) -> dict[str, float | list]:
-    """frechet_distance, density and coverage of features (N, E) against reference (M, E), with bootstrap intervals over the N videos.
-    Raises ValueError for sets too small, or of different features."""
-    if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
-        raise ValueError(f"features {tuple(features.shape)} and {tuple(reference.shape)}: expected (N, E) and (M, E)")
-    if min(len(features), len(reference)) < LEAST_VIDEOS:
-        raise ValueError(f"{len(features)} and {len(reference)} videos: expected at least {LEAST_VIDEOS} of each, set num_videos to more")
+    """frechet_distance, density and coverage of features (N, E) against reference (M, E), both of at least `LEAST_VIDEOS`, with bootstrap
+    intervals over the N videos."""
     inside = real_neighbourhoods(features, reference)
     counts = resampled_counts(len(features), RESAMPLES, torch_generator(seed, Purpose.BOOTSTRAP))
     resampled_density = counts @ inside.double().sum(dim=1) / (NEIGHBOURS * len(features))
     resampled_coverage = ((counts > 0).double() @ inside.double() > 0).double().mean(dim=1)
     return {
-        **figure("frechet_distance", frechet_distance(features, reference), frechet_distance(features, reference, counts)),
+        **frechet_figure("frechet_distance", features, reference, counts),
         **figure("density", density(inside), resampled_density),
         **figure("coverage", coverage(inside), resampled_coverage, most=1.0),
     }

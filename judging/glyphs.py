@@ -8,14 +8,12 @@ real video in them than real video itself. A glyph keeps the style: the digit of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from digits.mnist import NUM_CLASSES
-from judging.distribution import RESAMPLES, figure, frechet_distance, resampled_counts
+from judging.distribution import RESAMPLES, figure, frechet_figure, resampled_counts
 from judging.ink import intensity_centres
 from machine.seeds import Purpose, torch_generator
 
@@ -36,9 +34,10 @@ def recentre(intensity: Tensor, side: int) -> Tensor:
     return functional.grid_sample(intensity[:, None], grid, align_corners=True)[:, 0]
 
 
-def relative_spread(glyphs: Tensor, counts: Tensor) -> Tensor:
-    """(R,): the variance of glyphs (N, S, S), summed over pixels, over the squared norm of their mean, for R weightings counts (R, N).
-    Relative, so that a factor on all ink changes nothing."""
+def relative_spread(glyphs: Tensor, counts: Tensor | None = None) -> Tensor:
+    """The variance of glyphs (N, S, S), summed over pixels, over the squared norm of their mean: (R,) for R weightings counts (R, N), (1,)
+    without. Relative, so that a factor on all ink changes nothing."""
+    counts = torch.ones(1, len(glyphs), dtype=torch.float64) if counts is None else counts
     flat, total = glyphs.flatten(1).double(), counts.sum(dim=1)
     mean = counts @ flat / total[:, None]  # (R, S S)
     norm = mean.square().sum(dim=1)
@@ -50,33 +49,26 @@ def glyph_diversity(
     glyphs: Tensor, digits: Tensor, reference: Tensor, reference_digits: Tensor, seed: int = 0
 ) -> dict[str, float | list]:
     """The spread of glyphs (N, S, S) within their classes, digits (N,), over that of real ones, averaged over the classes: 1 is as varied
-    as real digits, 0 one glyph a class. Classes with fewer than `LEAST_GLYPHS` on either side are left out; empty where none is left. The
-    interval is a bootstrap over the videos of each class."""
+    as real digits, 0 one glyph a class. Classes with fewer than `LEAST_GLYPHS` on either side are left out; empty if all are. The interval
+    is a bootstrap over the videos of each class."""
     rng = torch_generator(seed, Purpose.BOOTSTRAP)
     ratios, resampled = [], []
     for digit in range(NUM_CLASSES):
-        own, real = glyphs[digits == digit], reference[reference_digits == digit]
-        if min(len(own), len(real)) < LEAST_GLYPHS:
-            continue
-        floor = relative_spread(real, torch.ones(1, len(real), dtype=torch.float64))
-        ratios.append(relative_spread(own, torch.ones(1, len(own), dtype=torch.float64)) / floor)
-        resampled.append(relative_spread(own, resampled_counts(len(own), RESAMPLES, rng)) / floor)
+        found, real = glyphs[digits == digit], reference[reference_digits == digit]
+        if min(len(found), len(real)) >= LEAST_GLYPHS:
+            floor = relative_spread(real)
+            ratios.append(relative_spread(found) / floor)
+            resampled.append(relative_spread(found, resampled_counts(len(found), RESAMPLES, rng)) / floor)
     return figure("glyph_diversity", torch.cat(ratios).mean(), torch.stack(resampled).nanmean(dim=0)) if ratios else {}
 
 
-@dataclass(frozen=True)
 class GlyphCode:
-    """The leading principal components of a set of real glyphs. mean: (S S,), components: (S S, K)."""
+    """The leading principal components of real glyphs (N, S, S), N > `NUM_COMPONENTS`."""
 
-    mean: Tensor
-    components: Tensor
-
-    @classmethod
-    def of(cls, glyphs: Tensor) -> GlyphCode:
-        """Of glyphs (N, S, S), N > `NUM_COMPONENTS`."""
+    def __init__(self, glyphs: Tensor):
         flat = glyphs.flatten(1).double()
-        components = torch.linalg.svd(flat - flat.mean(dim=0), full_matrices=False).Vh[:NUM_COMPONENTS].T
-        return cls(flat.mean(dim=0), components)
+        self.mean = flat.mean(dim=0)  # (S S,)
+        self.components = torch.linalg.svd(flat - self.mean, full_matrices=False).Vh[:NUM_COMPONENTS].T  # (S S, K)
 
     def encode(self, glyphs: Tensor) -> Tensor:
         """(N, K) of glyphs (N, S, S), float64."""
@@ -85,6 +77,5 @@ class GlyphCode:
 
 def glyph_frechet(code: GlyphCode, glyphs: Tensor, reference: Tensor, seed: int = 0) -> dict[str, float | list]:
     """Frechet distance between glyphs (N, S, S) and real ones (M, S, S), in the code, with a bootstrap interval over the N."""
-    features, real = code.encode(glyphs), code.encode(reference)
-    counts = resampled_counts(len(features), RESAMPLES, torch_generator(seed, Purpose.BOOTSTRAP))
-    return figure("glyph_frechet", frechet_distance(features, real), frechet_distance(features, real, counts))
+    counts = resampled_counts(len(glyphs), RESAMPLES, torch_generator(seed, Purpose.BOOTSTRAP))
+    return frechet_figure("glyph_frechet", code.encode(glyphs), code.encode(reference), counts)

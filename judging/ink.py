@@ -15,7 +15,7 @@ FAINTEST_PEAK = 0.05  # display intensity of the brightest pixel below which a f
 
 def display_intensity(video: Tensor) -> Tensor:
     """Grey values (..., H, W) in [0, 1] of video (..., C, H, W) in [-1, 1]: clamped, channels averaged. Raises ValueError for values that
-    are not finite: a broken video has no score."""
+    are not finite."""
     if not torch.isfinite(video).all():
         raise ValueError("the video has values that are not finite: expected numbers in [-1, 1]")
     return (video.float().clamp(-1, 1).mean(dim=-3) + 1) / 2
@@ -24,15 +24,12 @@ def display_intensity(video: Tensor) -> Tensor:
 def intensity_centres(intensity: Tensor, haze: float = HAZE) -> Tensor:
     """Centres of mass (..., 2) of intensities (..., H, W), counting pixels of at least `haze`; a blank frame gives its middle."""
     weights = torch.where(intensity >= haze, intensity, 0.0)
-    mass = weights.sum(dim=(-2, -1))
+    mass = weights.sum(dim=(-2, -1)).unsqueeze(-1)
     height, width = intensity.shape[-2:]
-    columns = torch.arange(width, dtype=weights.dtype, device=weights.device)
-    rows = torch.arange(height, dtype=weights.dtype, device=weights.device)
-    x = (weights.sum(dim=-2) * columns).sum(dim=-1)
-    y = (weights.sum(dim=-1) * rows).sum(dim=-1)
-    middle = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=weights.dtype, device=weights.device)
-    is_blank = mass.unsqueeze(-1) == 0
-    return torch.where(is_blank, middle, torch.stack((x, y), dim=-1) / mass.clamp_min(HAZE).unsqueeze(-1))  # (..., 2)
+    x = (weights.sum(dim=-2) * torch.arange(width, device=weights.device)).sum(dim=-1)
+    y = (weights.sum(dim=-1) * torch.arange(height, device=weights.device)).sum(dim=-1)
+    middle = torch.tensor([(width - 1) / 2, (height - 1) / 2], device=weights.device)
+    return torch.where(mass == 0, middle, torch.stack((x, y), dim=-1) / mass.clamp_min(HAZE))  # (..., 2)
 
 
 def intensity_sharpness(intensity: Tensor) -> Tensor:

@@ -23,12 +23,11 @@ REFINE_STEPS = 12
 
 @dataclass(frozen=True)
 class FittedTrack:
-    """The best bouncing track of B videos. track: (B, F, 2) fitted centres of mass. velocity: (B, 2) in the first frame, pixels a frame.
-    error: (B, F) distance in pixels of every frame's centre of mass from the track."""
+    """The best bouncing track of B videos."""
 
-    track: Tensor
-    velocity: Tensor
-    error: Tensor
+    track: Tensor  # (B, F, 2) fitted centres of mass
+    velocity: Tensor  # (B, 2) in the first frame, pixels a frame
+    error: Tensor  # (B, F) pixels from every frame's centre of mass to the track
 
     @property
     def speed(self) -> Tensor:
@@ -39,12 +38,10 @@ class FittedTrack:
 def fit_bouncing_track(centres: Tensor, config: DatasetConfig) -> FittedTrack:
     """The constant-velocity track between walls that is nearest, in least squares, to centres of mass (B, F, 2).
 
-    On each axis on its own, c(f) = wall + offset + bounce(start + velocity * f, span), with the first wall at the box
-    centre's lowest position, (digit_size - 1) / 2, a constant offset of at most `MAX_OFFSET` between the box's centre
-    and the glyph's centre of mass, and |velocity| at most `SPEED_MARGIN` times `config.max_speed`. A grid over start
-    and velocity, with the best offset in closed form, then damped Gauss-Newton steps from the best grid points. In
-    float64 on the CPU. Raises ValueError for fewer than 3 frames, through which every track fits.
-    """
+    For each axis, c(f) = wall + offset + bounce(start + velocity * f, span): the wall at the box centre's lowest position, (digit_size - 1)
+    / 2, an offset of at most `MAX_OFFSET` from there to the glyph's centre of mass, |velocity| at most `SPEED_MARGIN` times
+    `config.max_speed`. A grid over start and velocity, with the best offset in closed form, then damped Gauss-Newton steps from the best
+    grid points. In float64 on the CPU. Raises ValueError for fewer than 3 frames, which some track always fits."""
     if centres.shape[1] < 3:
         raise ValueError(f"found {centres.shape[1]} frames: expected at least 3 to fit a track")
     wall, span = (config.digit_size - 1) / 2, config.frame_size - config.digit_size
@@ -65,35 +62,31 @@ def _bounce_slope(position: Tensor, span: float) -> Tensor:
 
 
 def _coarse_search(target: Tensor, span: float, top_speed: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The best starts, velocities and offsets of a grid, each (A, K), for targets (A, F); one velocity a start. The squared error is
-    expanded, |r|^2 = |c|^2 - 2 c.m + |m|^2, so that the grid is one matrix product for each start."""
+    """The best K starts of a grid with the best velocity and offset of each, all (A, K), for targets (A, F). The squared error is expanded,
+    |r|^2 = |c|^2 - 2 c.m + |m|^2, so that a start is one matrix product."""
     num_frames = target.shape[1]
     frame = torch.arange(num_frames, dtype=target.dtype)
     num_speeds = 2 * int(top_speed * (num_frames - 1) / PHASE_STEP + 1) + 1
     velocities = torch.linspace(-top_speed, top_speed, num_speeds, dtype=target.dtype)
     starts = torch.linspace(0, span, int(span / START_STEP) + 1, dtype=target.dtype)
-    errors, speed_index, offsets = [], [], []
+    found = []  # of every start: error, velocity, offset, (3, A)
     for start in starts:
         model = bounce(start + velocities.unsqueeze(1) * frame, span)  # (V, F)
         mean = target.mean(dim=1, keepdim=True) - model.mean(dim=1)  # (A, V) mean residual
         square = target.square().sum(dim=1, keepdim=True) - 2 * target @ model.T + model.square().sum(dim=1)
         offset = mean.clamp(-MAX_OFFSET, MAX_OFFSET)
         error, index = (square - 2 * num_frames * offset * mean + num_frames * offset.square()).min(dim=1)
-        errors.append(error)
-        speed_index.append(index)
-        offsets.append(offset.gather(1, index.unsqueeze(1)).squeeze(1))
-    num_kept = min(NUM_CANDIDATES, len(starts))
-    best = torch.stack(errors, dim=1).topk(num_kept, dim=1, largest=False).indices  # (A, K)
-    velocity = velocities[torch.stack(speed_index, dim=1).gather(1, best)]
-    return starts[best], velocity, torch.stack(offsets, dim=1).gather(1, best)
+        found.append(torch.stack((error, velocities[index], offset.gather(1, index.unsqueeze(1)).squeeze(1))))
+    errors, velocity, offset = torch.stack(found, dim=-1)  # (A, S) each
+    best = errors.topk(min(NUM_CANDIDATES, len(starts)), dim=1, largest=False).indices  # (A, K)
+    return starts[best], velocity.gather(1, best), offset.gather(1, best)
 
 
 def _refine(
     target: Tensor, start: Tensor, velocity: Tensor, offset: Tensor, span: float, top_speed: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best start, velocity and offset, each (A,), reached from K candidates (A, K) by Levenberg-Marquardt steps. Between two bounces
-    the track is linear in all three, so a step is exact unless it moves a bounce past a frame. A step that does not lower the error is not
-    taken, and the next one is damped more."""
+    """The best start, velocity and offset, each (A,), reached from K candidates (A, K) by Levenberg-Marquardt steps: between two bounces
+    the track is linear in all three. A step that does not lower the error is not taken, and the next one is damped more."""
     frame = torch.arange(target.shape[1], dtype=target.dtype)
     target = target.unsqueeze(1)  # (A, 1, F)
     low = torch.tensor([-torch.inf, -top_speed, -MAX_OFFSET], dtype=target.dtype)
