@@ -23,7 +23,7 @@ from moving_mnist import DatasetConfig
 from network.text_encoder import parse_caption
 
 INK = 0.15  # display intensity from which a pixel belongs to a piece
-LEAST_PIECE = 0.35  # of the lightest class's mean mass: less is a fragment or dirt, and is passed over
+LEAST_PIECE = 0.35  # of the lightest class's mean mass: less is a fragment or dirt, and is ignored
 LARGEST_PIECE = 0.8  # of the digit's side: MNIST digits fill 20 of their 28 pixels, more is digits that touch
 LEAST_FRAMES = 2  # frames in which a count must be seen before a video is said to show it
 IN_FRAME = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # neighbours: the eight in the frame, none in time
@@ -45,14 +45,11 @@ def scale_to_judge(judge: DigitJudge, config: DatasetConfig) -> int:
 def read_pieces(judge: DigitJudge, intensity: Tensor) -> tuple[Tensor, list[tuple[int, ...]]]:
     """Cut intensities (N, H, W), at the judge's scale, into pieces and read each, alone on black, with the judge.
 
-    Returns whether a frame is readable, (N,) bool: there is ink and no piece is larger than a digit; and the digits that frames show
-    apart, sorted: `NO_DIGIT` for a piece whose stroke mass is no digit's, () for a frame that is not readable.
-    """
+    Returns whether a frame is readable, (N,) bool: there is ink and no piece is larger than a digit; and the digits of every frame, sorted:
+    `NO_DIGIT` for a piece whose stroke mass is no digit's, () for a frame that is not readable."""
     labels, num_pieces = ndimage.label((intensity >= INK).numpy(), IN_FRAME)
-    if num_pieces == 0:
-        return torch.zeros(len(intensity), dtype=torch.bool), [()] * len(intensity)
     boxes = ndimage.find_objects(labels)
-    frame = torch.tensor([box[0].start for box in boxes])  # (P,)
+    frame = torch.tensor([box[0].start for box in boxes], dtype=torch.long)  # (P,)
     side = torch.tensor([max(rows.stop - rows.start, columns.stop - columns.start) for _, rows, columns in boxes])
     mass = torch.from_numpy(np.bincount(labels.ravel(), intensity.numpy().ravel(), num_pieces + 1)[1:]).float()
     class_mass = judge.class_mass.cpu()
@@ -63,32 +60,22 @@ def read_pieces(judge: DigitJudge, intensity: Tensor) -> tuple[Tensor, list[tupl
     readable[frame[too_large]] = False
     kept = (is_piece & readable[frame]).nonzero().squeeze(1)  # (P',)
     found: list[list[int]] = [[] for _ in range(len(intensity))]
-    for part in kept.split(1024):  # every piece is a frame of its own, in float32
-        is_own = torch.from_numpy(labels[frame[part].numpy()]) == (part + 1).view(-1, 1, 1)
-        alone = intensity[frame[part]] * is_own  # (P', H, W)
+    for part in kept.split(1024):  # every piece is one frame, in float32
+        alone = intensity[frame[part]] * (torch.from_numpy(labels[frame[part].numpy()]) == (part + 1).view(-1, 1, 1))  # (P', H, W)
         probabilities = judge((2 * alone - 1).unsqueeze(1).to(judge.class_mass.device)).softmax(dim=-1).cpu()
         for index, digit in zip(frame[part].tolist(), read_classes(probabilities, mass[part], class_mass).tolist(), strict=True):
             found[index].append(digit)
     return readable, [tuple(sorted(digits)) for digits in found]
 
 
-def digits_of_prompts(prompts: list[str]) -> list[tuple[int, ...]]:
-    """The digits that prompts ask for, sorted. Raises ValueError for a prompt that names none."""
-    asked = [tuple(sorted(parse_caption(prompt).digits)) for prompt in prompts]
-    for prompt, digits in zip(prompts, asked, strict=True):
-        if not digits:
-            raise ValueError(f"the prompt {prompt!r} names no digit: expected 1 or more")
-    return asked
-
-
 def shown_count(counts: list[int]) -> int:
-    """Digits that a video shows: the largest count seen in `LEAST_FRAMES` frames or more of counts by frame, 0 where none is: digits that
-    pass each other are fewer for a while, and never more."""
+    """Digits that a video shows: the largest of the counts by frame that is seen in `LEAST_FRAMES` frames or more, else 0. Digits that pass
+    each other are fewer for a while, never more."""
     return max((count for count, times in Counter(counts).items() if times >= LEAST_FRAMES), default=0)
 
 
 def shown_digits(classes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The digits read most often together among the frames with as many digits as the video shows, () where it shows none."""
+    """The digits read most often together among the frames with as many digits as the video shows, () if it shows none."""
     count = shown_count([len(digits) for digits in classes])
     together = Counter(digits for digits in classes if len(digits) == count)
     return together.most_common(1)[0][0] if count > 0 else ()
@@ -102,12 +89,10 @@ def count_digits(judge: DigitJudge, video: Tensor, prompts: list[str], config: D
     prompt names (`shown_count`). videos_right: they are the prompt's. stroke_mass_ratio, sharpness_ratio, by frame, over the prompt's
     digits in real frames; digits that overlap have less ink.
 
-    Raises ValueError for frames that are not the judge's, enlarged by a whole number, and for prompts that name no digit.
+    Raises ValueError for frames that are not the judge's, enlarged by a whole number.
     """
-    scale, asked = scale_to_judge(judge, config), digits_of_prompts(prompts)
-    if video.ndim != 5 or len(video) != len(prompts) or video.shape[-2:] != (config.frame_size, config.frame_size):
-        raise ValueError(f"the video has shape {tuple(video.shape)}: expected {len(prompts)} videos of {config.frame_size} px")
-    num_frames = video.shape[1]
+    scale, num_frames = scale_to_judge(judge, config), video.shape[1]
+    asked = [tuple(sorted(parse_caption(prompt).digits)) for prompt in prompts]
     intensity = functional.avg_pool2d(display_intensity(video.cpu()), scale).flatten(0, 1)  # (N, H, W) at the judge's scale
     readable, classes = read_pieces(judge, intensity)
     by_video = [classes[first : first + num_frames] for first in range(0, len(classes), num_frames)]

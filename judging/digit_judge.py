@@ -1,8 +1,8 @@
 """The judge: a small convolutional network that reads the digit of a Moving MNIST frame, and its training.
 
-Dimensions: B videos, F frames, N frames of any video, C channels, H = W frame side, D digit side. Videos are
-(B, F, C, H, W) in [-1, 1]; intensities are grey values in [0, 1]. Positions are (x, y) in pixel indices, x to the right
-and y down. The judge learns from digits of its own, which no network sees, and is examined on held-out ones, which neither saw.
+Dimensions: B videos, F frames, N frames of any video, C channels, H = W frame side, D digit side. Videos are (B, F, C, H, W) in [-1, 1];
+intensities are grey values in [0, 1]. Positions are (x, y) in pixel indices, x to the right and y down. The judge learns from the split
+"judge", which no network sees, and is examined on held-out digits.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from math import cos, inf, pi
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +26,7 @@ from judging.ink import display_intensity, intensity_centres, intensity_sharpnes
 from machine.files import replacing
 from machine.paths import PRETRAINED
 from machine.seeds import Purpose, seed_global_generators, torch_generator
+from method.choices import require
 from method.settings import DataConfig
 from moving_mnist import NUM_CLASSES, DatasetConfig, MovingMNISTGenerator
 
@@ -32,24 +34,20 @@ JUDGE_PATH = PRETRAINED / "judge.pt"
 POOLING = 2  # side of the judge's last average pooling
 HELD_OUT_PLACES = 4  # frames of each digit that classes are measured and the judge is examined on
 NUM_TRIED, LEAST_READ = 256, 0.9  # images of a user's own files that are tried, and the share below which the judge says so
-READ_BATCH = 2048  # frames that the judge reads at a time
+READ_BATCH, TRAINING_BATCH = 2048, 128  # frames that the judge reads, and learns from, at a time
 
-Judging = TypeVar("Judging", bound=nn.Module)  # a network that the figures stand on: this one, or the video judge
+Judging = TypeVar("Judging", bound=nn.Module)  # this network, or the video judge
 
 
 @dataclass
 class JudgeConfig:
-    """The frames that a judge reads, the digits it learned from, and its size.
+    """The frames that a judge reads, and its size."""
 
-    frame_size, digit_size: as in `DatasetConfig`, pixels. widths: channels of its stages, each at half the side of the one before.
-    accuracy: share of held-out frames read right when it was trained. num_digits: digits of the split "judge" that it learned from.
-    """
-
-    frame_size: int = 32
+    frame_size: int = 32  # as in `DatasetConfig`, pixels
     digit_size: int = 14
-    widths: tuple[int, ...] = (32, 64, 128)
-    accuracy: float = 0.0
-    num_digits: int = 0
+    widths: tuple[int, ...] = (32, 64, 128)  # channels of its stages, each at half the side of the one before
+    accuracy: float = 0.0  # share of held-out frames read right when it was trained
+    num_digits: int = 0  # digits of the split "judge" that it learned from
 
     @property
     def crop_size(self) -> int:
@@ -63,30 +61,27 @@ class DigitJudge(nn.Module):
     `class_mass` and `class_sharpness`, (10,) each, are the mean stroke mass and edge sharpness of every class in real frames.
     """
 
-    title, command, settings = "judge", "python -m judging.metrics --train_judge", JudgeConfig  # for `load_network`
+    title, command = "judge", "python -m judging.metrics --train_judge"
+    settings, weights = JudgeConfig, "judge_state_dict"  # of its file
 
     def __init__(self, config: JudgeConfig):
         super().__init__()
         self.config = config
         layers: list[nn.Module] = []
-        width_before = 1
-        for stage, width in enumerate(config.widths):
-            if stage > 0:
-                layers.append(nn.MaxPool2d(2))
+        for width_before, width in pairwise((1, *config.widths)):
             for width_in in (width_before, width):
                 layers += [nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            width_before = width
-        side = config.crop_size >> (len(config.widths) - 1)
-        self.features = nn.Sequential(*layers)
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1])  # the last stage is not halved
+        side = (config.crop_size >> (len(config.widths) - 1)) // POOLING
         self.head = nn.Sequential(
-            nn.AvgPool2d(POOLING), nn.Flatten(), nn.Dropout(0.3),
-            nn.Linear(width_before * (side // POOLING) ** 2, NUM_CLASSES),
+            nn.AvgPool2d(POOLING), nn.Flatten(), nn.Dropout(0.3), nn.Linear(config.widths[-1] * side**2, NUM_CLASSES),
         )
         self.register_buffer("class_mass", torch.ones(NUM_CLASSES))
         self.register_buffer("class_sharpness", torch.ones(NUM_CLASSES))
 
     def describe(self) -> str:
-        """How well it reads and what it learned from, in one line, to be printed beside its figures."""
+        """How well it reads and what it learned from, in one line."""
         config = self.config
         return f"the judge learned from {config.num_digits} digits of its own and reads {config.accuracy:.1%} of held-out frames right"
 
@@ -115,10 +110,8 @@ class DigitJudge(nn.Module):
         require_digits(config)
         if config.num_digits != 1:
             raise ValueError(f"dataset.num_digits is {config.num_digits}: the measures are for videos of 1 digit")
-        for name, found, expected in (
-            ("frame_size", config.frame_size, self.config.frame_size),
-            ("digit_size", config.digit_size, self.config.digit_size),
-        ):
+        for name in ("frame_size", "digit_size"):
+            found, expected = getattr(config, name), getattr(self.config, name)
             if found != expected:
                 advice = f"train another one with `{self.command}`"
                 raise ValueError(f"dataset.{name} is {found}, the judge was trained for {expected}: {advice}")
@@ -131,30 +124,22 @@ def require_digits(config: DataConfig) -> None:
 
 
 def load_judge(path: str | os.PathLike = JUDGE_PATH, device: str | torch.device = "cpu") -> DigitJudge:
-    """The judge of a file, as `load_network` reads it, and with its errors."""
+    """The judge of a file, with the errors of `load_network`."""
     return load_network(DigitJudge, path).to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
 
 
 def load_network(kind: type[Judging], path: str | os.PathLike) -> Judging:
-    """A network of the figures from a file of `save_network`, in float32 and eval mode, without gradients, on the CPU. kind: its class,
-    which knows its title in words, the type of its settings and the command that makes such a file. Raises FileNotFoundError where there is
-    no such file, ValueError for a file that is no such network."""
+    """A `DigitJudge` or a `VideoJudge`, from a file of `save_network`: in float32 and eval mode, without gradients, on the CPU.
+    Raises FileNotFoundError for a missing file, ValueError for one that is not such a network."""
     advice = f"make one with `{kind.command} --output {path}`"
     if not Path(path).is_file():
         raise FileNotFoundError(f"no {kind.title} at {path}: {advice}")
-    refusal = f"{path} is not a sound {kind.title}: {advice}"
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no checkpoint can raise nearly anything, and it all means the same
-        raise ValueError(refusal) from error
-    weights = _weights_key(kind.title)
-    if not isinstance(stored, dict) or set(stored) != {weights, "config"}:
-        raise ValueError(refusal)
-    try:
         network = kind(kind.settings(**stored["config"]))
-        network.load_state_dict(stored[weights], strict=True)
-    except (TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(refusal) from error
+        network.load_state_dict(stored[kind.weights])
+    except Exception as error:  # whatever other bytes raise, it means the same
+        raise ValueError(f"{path} is not a sound {kind.title}: {advice}") from error
     return network.requires_grad_(False).eval()
 
 
@@ -162,15 +147,11 @@ def save_network(network: Judging, path: str | os.PathLike) -> None:
     """Write weights (float16) and config; the file appears whole or not at all."""
     state = {key: x.half() if x.is_floating_point() else x for key, x in network.state_dict().items()}
     with replacing(Path(path)) as temporary:
-        torch.save({_weights_key(network.title): state, "config": asdict(network.config)}, temporary)
-
-
-def _weights_key(title: str) -> str:
-    return f"{title.replace(' ', '_')}_state_dict"
+        torch.save({network.weights: state, "config": asdict(network.config)}, temporary)
 
 
 def fit(network: Judging, draw_loss: Callable[[], Tensor], num_steps: int, report_every: int, max_norm: float = inf) -> Judging:
-    """Train a network of the figures on the losses drawn, with AdamW and cosine decay; returns it in eval mode, without gradients."""
+    """Train a judge on the losses drawn, with AdamW and cosine decay; returns it in eval mode, without gradients."""
     peak_lr = 3e-3
     optimizer = torch.optim.AdamW(network.train().parameters(), lr=peak_lr, weight_decay=0.02)
     for step in range(num_steps):
@@ -220,32 +201,31 @@ def augmented_frames(generator: MovingMNISTGenerator, num_frames: int, rng: torc
     return 2 * frames.clamp(0, 1) - 1, generator.digit_set.labels[rows]
 
 
-def train_judge(config: DatasetConfig, num_steps: int, seed: int, batch_size: int = 128) -> DigitJudge:
+def train_judge(config: DatasetConfig, num_steps: int, seed: int) -> DigitJudge:
     """A judge trained on augmented frames of the judges' digits, in bfloat16. Raises ValueError for data of two digits or no step."""
-    if num_steps < 1:
-        raise ValueError(f"the judge's number of training steps is {num_steps}: expected at least 1")
-    if config.num_digits != 1:
-        raise ValueError(f"dataset.num_digits is {config.num_digits}: the judge reads frames of 1 digit")
+    require(num_steps >= 1, "--steps", num_steps, "at least 1")
     seed_global_generators(seed, Purpose.JUDGE_TRAINING)
     rng = torch_generator(seed, Purpose.JUDGE_TRAINING, index=2)
-    generator = MovingMNISTGenerator(config, "judge")
+    generator, held_out = MovingMNISTGenerator(config, "judge"), MovingMNISTGenerator(config, "test")
     judge = DigitJudge(JudgeConfig(config.frame_size, config.digit_size, num_digits=len(generator.sprites)))
+    judge.check_matches(config)
     judge = judge.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     measure_classes(judge, generator)
 
     def draw_loss() -> Tensor:
-        frames, digits = augmented_frames(generator, batch_size, rng)
+        frames, digits = augmented_frames(generator, TRAINING_BATCH, rng)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return functional.cross_entropy(judge(frames), digits, label_smoothing=0.05)
 
     fit(judge, draw_loss, num_steps, report_every=100)
-    judge.config.accuracy = held_out_accuracy(judge, MovingMNISTGenerator(config, "test"), torch_generator(seed, Purpose.EXAMINATION))
+    examined = render_in_places(held_out, torch_generator(seed, Purpose.EXAMINATION))
+    judge.config.accuracy = share_read_right(judge, examined, held_out.digit_set.labels.unsqueeze(1))
     return judge
 
 
 def measure_classes(judge: DigitJudge, generator: MovingMNISTGenerator) -> None:
     """Write the mean stroke mass and edge sharpness of every class, over all digits of the split, into the judge. Sharpness depends on
-    where between two pixels a digit stands: every digit stands in `HELD_OUT_PLACES` random places."""
+    the digit's sub-pixel position, so it is averaged over `HELD_OUT_PLACES` random ones."""
     labels = generator.digit_set.labels
     mass = generator.sprites.sum(dim=(1, 2))
     in_places = render_in_places(generator, torch_generator(0, Purpose.EXAMINATION))
@@ -263,22 +243,17 @@ def render_in_places(generator: MovingMNISTGenerator, rng: torch.Generator) -> T
 
 @dataclass(frozen=True)
 class VideoReadings:
-    """What the judge sees in every frame of B videos, on the CPU: all that is scored is scored from here.
+    """What the judge sees in every frame of B videos, on the CPU: all that is scored is scored from here."""
 
-    probabilities: (B, F, 10) of the digit; a judge always names one, even in a blank frame. features: (B, F, width) of
-    `DigitJudge.read`. mass: (B, F), the sum of display intensities. centres: (B, F, 2) and sharpness: (B, F), of `ink`. shapes:
-    (B, F, S, S), the ink of `glyphs.recentre`.
-    """
-
-    probabilities: Tensor
-    features: Tensor
-    mass: Tensor
-    centres: Tensor
-    sharpness: Tensor
-    shapes: Tensor
+    probabilities: Tensor  # (B, F, 10) of the digit; a judge always names one, even in a blank frame
+    features: Tensor  # (B, F, width) of `DigitJudge.read`
+    mass: Tensor  # (B, F), the sum of display intensities
+    centres: Tensor  # (B, F, 2), of `ink`
+    sharpness: Tensor  # (B, F), of `ink`
+    shapes: Tensor  # (B, F, S, S), the ink of `glyphs.recentre`
 
     def take(self, videos: Tensor | slice = slice(None), frames: Tensor | slice = slice(None)) -> VideoReadings:
-        """The readings of some of the videos and, in each of them, of some of the frames, in the order given."""
+        """The readings of some of the videos, and of some frames of each, in the order given."""
         return VideoReadings(**{field.name: getattr(self, field.name)[videos][:, frames] for field in fields(self)})
 
 
@@ -297,24 +272,17 @@ def read_videos(judge: DigitJudge, video: Tensor) -> VideoReadings:
     return VideoReadings(*(torch.cat(values).unflatten(0, video.shape[:2]).cpu() for values in zip(*parts, strict=True)))
 
 
-def read_digits(judge: DigitJudge, video: Tensor) -> Tensor:
-    """Probabilities (B, F, 10) of the digit in every frame of video (B, F, C, H, W): those of `read_videos`."""
-    return read_videos(judge, video).probabilities
-
-
-def held_out_accuracy(judge: DigitJudge, generator: MovingMNISTGenerator, rng: torch.Generator) -> float:
-    """Share of real frames read right: every digit of the split, in `HELD_OUT_PLACES` random places."""
-    video = render_in_places(generator, rng)
-    return (read_digits(judge, video).argmax(dim=-1) == generator.digit_set.labels.unsqueeze(1)).float().mean().item()
+def share_read_right(judge: DigitJudge, video: Tensor, digits: Tensor) -> float:
+    """Share of the frames of video (B, F, C, H, W) in which the digit, digits (B, 1), is the most probable one."""
+    return (read_videos(judge, video).probabilities.argmax(dim=-1) == digits).float().mean().item()
 
 
 def warn_of_foreign_digits(judge: DigitJudge, config: DatasetConfig) -> None:
-    """Warn where the judge hardly reads the digits of dataset.mnist_root: transposed ones, as EMNIST's files hold, or no digits at all."""
+    """Warn if the judge hardly reads the digits of dataset.mnist_root: transposed ones, as EMNIST's files hold, or no digits at all."""
     if config.source != "idx":
         return
     real = MovingMNISTGenerator(config, "test", purpose=Purpose.EXAMINATION).sample(0, range(NUM_TRIED), 1)
-    device = next(judge.parameters()).device
-    accuracy = (read_digits(judge, real.video.to(device)).argmax(dim=-1).cpu() == real.digits).float().mean().item()
+    accuracy = share_read_right(judge, real.video, real.digits)
     if accuracy < LEAST_READ:
         warnings.warn(
             f"the judge reads {accuracy:.0%} of the images in dataset.mnist_root={config.mnist_root} as their labels say (it reads "

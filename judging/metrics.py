@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from judging.corruptions import corrupt
+from judging.corruptions import CORRUPTIONS, corrupt
 from judging.digit_judge import JUDGE_PATH, DigitJudge, VideoReadings, load_judge, read_videos, save_network, train_judge
 from judging.distribution import resampled_counts
 from judging.tracking import fit_bouncing_track
 from machine.interruption import refusals_in_one_line
 from machine.paths import at_home
 from machine.seeds import Purpose, torch_generator
-from method.choices import require
 from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTGenerator
 from network.text_encoder import parse_caption
 
@@ -35,9 +34,15 @@ MASS_GATE = (0.4, 2.5)  # a frame counts as a digit if its stroke mass over the 
 NO_DIGIT = -1  # what `read_classes` says of a frame outside the gate
 NO_DIRECTION = -1  # direction of a prompt that names none
 TRACK_TOLERANCE = 1.0  # pixels
+RESAMPLES = 1000  # of a bootstrap
 MOVING_SHARE = 0.5  # a video moves if its fitted speed is at least this share of the data's slowest speed
 FRAMES_PER_BLOCK = 3  # for the report by block only
+LEVEL = 0.95  # of the intervals
 MIN_REAL, MIN_FALL = 0.9, 0.2  # self-test: least score of real videos, least loss of videos made worse
+SELF_TEST = {  # what must fall
+    "real": None, "wrong prompts": "direction_obeyed", "faint": "frames_right", "frozen": "moving", "shuffled": "track_within_1px",
+    "blurred": "frames_right",
+}
 
 
 # --------------------------------------------------------------------------------------------------- what is shown
@@ -73,40 +78,43 @@ def class_kept(classes: Tensor) -> Tensor:
 
 
 def is_moving(speed: Tensor, classes: Tensor, config: DatasetConfig) -> Tensor:
-    """Videos (B,) that show something that moves: the fitted speed (B,) is at least `MOVING_SHARE` of the data's slowest one, and more than
-    half of the frames show some digit, classes (B, F) of `read_classes`: the haze of a blank video moves too."""
+    """Videos (B,) that move: the fitted speed (B,) is at least `MOVING_SHARE` of the data's slowest one, and more than half of the frames
+    show some digit, classes (B, F) of `read_classes`: the haze of a blank video moves too."""
     return (speed >= MOVING_SHARE * config.min_speed) & ((classes != NO_DIGIT).float().mean(dim=1) > 0.5)
 
 
-def track_within(error: Tensor, moving: Tensor, tolerance: float = TRACK_TOLERANCE) -> Tensor:
-    """Videos (B,) that move and keep to the fitted track: root-mean-square distance, error (B, F), within tolerance."""
-    return moving & (error.square().mean(dim=1).sqrt() <= tolerance)
+def track_within(error: Tensor, moving: Tensor) -> Tensor:
+    """Videos (B,) that move and keep to the fitted track: root-mean-square distance, error (B, F), within `TRACK_TOLERANCE`."""
+    return moving & (error.square().mean(dim=1).sqrt() <= TRACK_TOLERANCE)
 
 
 def direction_obeyed(velocity: Tensor, moving: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a video sets off in the prompt's octant, (B,), and whether the prompt names one, (B,): the mask. velocity: (B, 2) of
-    `fit_bouncing_track`. directions: (B,) octants, `NO_DIRECTION` for none. A video that does not move obeys none."""
+    """Whether a video moves and starts in the prompt's octant, (B,), and whether the prompt names one, (B,). velocity: (B, 2) of
+    `fit_bouncing_track`. directions: (B,) octants, `NO_DIRECTION` for none."""
     angle = torch.atan2(-velocity[:, 1], velocity[:, 0])  # y points down, octants turn upwards
     octant = (angle * (NUM_OCTANTS / (2 * pi))).round().long() % NUM_OCTANTS
     named = directions != NO_DIRECTION
     return moving & named & (octant == directions), named
 
 
+def opposite(directions: Tensor) -> Tensor:
+    """The opposite octants; `NO_DIRECTION` stays."""
+    return torch.where(directions == NO_DIRECTION, directions, (directions + NUM_OCTANTS // 2) % NUM_OCTANTS)
+
+
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
-def share_interval(values: Tensor, level: float = 0.95) -> list:
+def share_interval(values: Tensor) -> list:
     """Wilson's score interval [low, high] for the mean of values (N,) in [0, 1], one value a video: whether it has a property, or in
-    how many of its frames; one of every column of values (N, K). Raises ValueError for no value and for values outside [0, 1].
+    how many of its frames; one for every column of values (N, K).
 
     (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n) (Wilson 1927), where a bootstrap would have no width at 0 and 1.
     n is N for yes or no. A share of frames varies less over the videos, s^2 < p (1 - p), and counts as N p (1 - p) / s^2 videos: the
     effective sample size, N over the design effect (Korn and Graubard 1998); N where s^2 is 0.
     """
-    columns = _columns(values)
-    if not ((columns >= 0) & (columns <= 1)).all():
-        raise ValueError(f"values are {columns.min():g} to {columns.max():g}: expected shares in [0, 1]")
-    p, z = columns.mean(dim=0), NormalDist().inv_cdf((1 + level) / 2)
+    columns = values.double().view(len(values), -1)
+    p, z = columns.mean(dim=0), NormalDist().inv_cdf((1 + LEVEL) / 2)
     single, spread = p * (1 - p), columns.var(dim=0, correction=0)  # without correction: equal for yes or no
     n = len(values) * torch.where(spread > 1e-12, single / spread, 1.0)  # below it all values are equal, but for rounding
     middle, scale = p + z**2 / (2 * n), 1 + z**2 / n
@@ -116,20 +124,13 @@ def share_interval(values: Tensor, level: float = 0.95) -> list:
     return intervals if values.ndim > 1 else intervals[0]
 
 
-def bootstrap_interval(values: Tensor, num: int = 1000, seed: int = 0, level: float = 0.95) -> list:
-    """Percentile bootstrap interval [low, high] of the mean of values (N,), one value a video (Efron 1979); one of every column of
-    values (N, K). Raises ValueError for no value."""
-    columns = _columns(values)
-    counts = resampled_counts(len(values), num, torch_generator(seed, Purpose.BOOTSTRAP))
-    means = counts @ columns / len(values)  # (num, K)
-    intervals = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=0).T.tolist()
+def bootstrap_interval(values: Tensor, seed: int = 0) -> list:
+    """Percentile bootstrap interval [low, high] of the mean of values (N,), one value a video (Efron 1979); one for every column of
+    values (N, K)."""
+    counts = resampled_counts(len(values), RESAMPLES, torch_generator(seed, Purpose.BOOTSTRAP))
+    means = counts @ values.double().view(len(values), -1) / len(values)  # (R, K)
+    intervals = means.quantile(torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64), dim=0).T.tolist()
     return intervals if values.ndim > 1 else intervals[0]
-
-
-def _columns(values: Tensor) -> Tensor:
-    """(N, K), float64, of values (N,) or (N, K)."""
-    require(len(values) > 0, "the number of values", 0, "at least one value")
-    return values.detach().cpu().double().view(len(values), -1)
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,7 @@ class VideoScores:
     by_frame, (B, F) each: frames_right, class_kept and frames_within_1px (the video moves and the centre is within `TRACK_TOLERANCE`
     of the fitted track), all bool; mean_track_error, distance from the fitted track in pixels, whether the video moves or not;
     stroke_mass_ratio and sharpness_ratio, over the mean of the prompt's digit in real frames.
-    of_videos, (B,) bool each: videos_right, one_class, track_within_1px, moving; and direction_obeyed, of the videos whose prompt names
-    a direction alone.
+    of_videos, (B,) bool each: videos_right, one_class, track_within_1px, moving; direction_obeyed only of videos whose prompt names one.
     """
 
     by_frame: dict[str, Tensor]
@@ -160,21 +160,15 @@ def facts_of_prompts(prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 def score_videos(judge: DigitJudge, video: Tensor, digits: Tensor, directions: Tensor, config: DatasetConfig) -> VideoScores:
     """Score video (B, F, C, H, W) in [-1, 1] against the prompts' digits (B,) and directions (B,), octants or `NO_DIRECTION`. Raises
-    ValueError where judge, settings and video do not belong together, and for values that are not finite."""
+    ValueError if the judge cannot read such videos, and for values that are not finite."""
     judge.check_matches(config)
-    if video.ndim != 5 or video.shape[-2:] != (config.frame_size, config.frame_size):
-        raise ValueError(f"the video has shape {tuple(video.shape)}: expected (B, F, C, {config.frame_size}, {config.frame_size})")
-    for name, values in (("digits", digits), ("directions", directions)):
-        if values.shape != video.shape[:1]:
-            raise ValueError(f"{name} have shape {tuple(values.shape)}: expected one a video, ({len(video)},)")
     return score_readings(judge, read_videos(judge, video), digits, directions, config)
 
 
 def score_readings(
     judge: DigitJudge, readings: VideoReadings, digits: Tensor, directions: Tensor, config: DatasetConfig
 ) -> VideoScores:
-    """`score_videos` for videos that the judge has read already."""
-    digits, directions = digits.cpu(), directions.cpu()
+    """`score_videos` for videos that the judge has read."""
     class_mass, class_sharpness = judge.class_mass.cpu(), judge.class_sharpness.cpu()
     classes = read_classes(readings.probabilities, readings.mass, class_mass)
     fit = fit_bouncing_track(readings.centres, config)
@@ -233,30 +227,27 @@ def summarise(scores: VideoScores, seed: int = 0) -> dict[str, float | list]:
 
 
 def self_test(path: str) -> None:
-    """Print the scores of real held-out videos and of the same made worse; raise RuntimeError if one is amiss."""
+    """Print the scores of real held-out videos and of the same made worse. Raises ValueError for a score that is not as it must be."""
     config, judge = DatasetConfig(), load_judge(path)
     batch = MovingMNISTGenerator(config, "test", purpose=Purpose.EXAMINATION).sample(seed=0, indices=range(256), num_frames=21)
     digits, directions = facts_of_prompts(batch.captions)
-    opposite = torch.where(directions == NO_DIRECTION, directions, (directions + NUM_OCTANTS // 2) % NUM_OCTANTS)
-    cases = {"real": (batch.video, digits, directions, None)}
-    cases["wrong prompts"] = (batch.video, (digits + 1) % NUM_CLASSES, opposite, "direction_obeyed")
-    for how, falls in {"faint": "frames_right", "frozen": "moving", "shuffled": "track_within_1px", "blurred": "frames_right"}.items():
-        cases[how] = (corrupt(batch.video, how), digits, directions, falls)
+    wrong = (digits + 1) % NUM_CLASSES, opposite(directions)
     names = ("frames_right", "videos_right", "one_class", "track_within_1px", "direction_obeyed", "moving",
              "stroke_mass_ratio", "mean_track_error")
     print(f"the judge read {judge.config.accuracy:.2%} of held-out frames right when it was trained")
     print(f"{len(digits)} videos of held-out digits, 21 frames:")
     print(f"{'':14}" + "".join(f"{name:>18}" for name in names))
     real: dict[str, float | list[float]] = {}
-    for case, (video, asked, headings, falls) in cases.items():
-        summary = summarise(score_videos(judge, video, asked, headings, config))
+    for case, falls in SELF_TEST.items():
+        video = corrupt(batch.video, case) if case in CORRUPTIONS else batch.video
+        summary = summarise(score_videos(judge, video, *(wrong if case == "wrong prompts" else (digits, directions)), config))
         real = real or summary
         print(f"{case:14}" + "".join(f"{summary[name]:18.3f}" for name in names))
         if falls is not None and summary[falls] > real[falls] - MIN_FALL:
-            raise RuntimeError(f"{falls} is {summary[falls]:.3f} on {case} videos: expected far less than {real[falls]:.3f}")
+            raise ValueError(f"{falls} is {summary[falls]:.3f} on {case} videos: expected far less than {real[falls]:.3f}")
     for name in ("frames_right", "one_class", "track_within_1px", "direction_obeyed"):
         if real[name] < MIN_REAL:
-            raise RuntimeError(f"{name} is {real[name]:.3f} on real videos: expected {MIN_REAL} or more, train another judge")
+            raise ValueError(f"{name} is {real[name]:.3f} on real videos: expected {MIN_REAL} or more, train another judge")
 
 
 def main() -> None:
@@ -267,8 +258,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2400, help="training steps of 128 frames")
     parser.add_argument("--seed", type=int, default=0, help="seed of the judge's weights and of its training frames")
     arguments = parser.parse_args()
-    if arguments.steps < 1:
-        sys.exit(f"error: --steps is {arguments.steps}: expected at least 1")
     if arguments.train_judge and Path(arguments.output).exists():
         sys.exit(f"error: {arguments.output} exists already: give --output the name of a new file, or delete it first")
     with refusals_in_one_line():

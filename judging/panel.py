@@ -11,34 +11,52 @@ import torch
 from torch import Tensor
 
 from judging.digit_count import count_digits, scale_to_judge
-from judging.digit_judge import DigitJudge, VideoReadings, load_judge, read_videos, render_in_places, warn_of_foreign_digits
+from judging.digit_judge import DigitJudge, VideoReadings, load_judge, load_network, read_videos, render_in_places, warn_of_foreign_digits
 from judging.distribution import LEAST_VIDEOS, compare_distributions
 from judging.glyphs import GlyphCode, glyph_diversity, glyph_frechet
-from judging.metrics import facts_of_prompts, read_classes, score_readings, summarise, videos_right
-from judging.video_judge import VideoJudge, embed_videos, load_video_judge, read_real_videos
+from judging.metrics import NO_DIGIT, facts_of_prompts, read_classes, score_readings, summarise, videos_right
+from judging.video_judge import VIDEO_JUDGE_PATH, VideoJudge, read_real_videos
 from machine.seeds import Purpose, torch_generator
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 
 
 @dataclass(frozen=True)
 class Features:
-    """What distributions are compared in. embedding: (B, E) of the video judge. glyphs: (B, S, S), the shapes averaged over the frames.
-    digits: (B,), asked for. shown: (B,) bool, whether most frames show it."""
+    """What distributions are compared in."""
 
-    embedding: Tensor
-    glyphs: Tensor
-    digits: Tensor
-    shown: Tensor
+    embedding: Tensor  # (B, E) of the video judge
+    glyphs: Tensor  # (B, S, S), the shapes averaged over the frames
+    digits: Tensor  # (B,) that the prompts ask for, `NO_DIGIT` where most frames do not show it
 
 
-@dataclass(frozen=True)
 class Reference:
-    """Real videos that distributions are compared with: of held-out digits, and as a yardstick of the networks' own digits."""
+    """Real videos that distributions are compared with: held_out, and as a yardstick training, of the networks' own digits. As many as are
+    judged, since the Frechet distance depends on their number."""
 
-    video_judge: VideoJudge
-    code: GlyphCode
-    held_out: Features
-    training: Features
+    def __init__(self, judge: DigitJudge, config: DatasetConfig, num_videos: int, num_frames: int, seed: int):
+        self.judge, self.video_judge = judge, load_network(VideoJudge, VIDEO_JUDGE_PATH)
+        self.video_judge.check_matches(judge)
+        splits = (("test", Purpose.REFERENCE), ("train", Purpose.IMITATION))
+        generators = (MovingMNISTGenerator(config, split, purpose=purpose) for split, purpose in splits)
+        real = (read_real_videos(judge, generator, seed, num_videos, num_frames) for generator in generators)
+        self.held_out, self.training = (self.features(readings, right["digit"]) for readings, right in real)
+        judges_digits = MovingMNISTGenerator(replace(config, judge_fraction=DatasetConfig.judge_fraction), "judge")
+        frames = render_in_places(judges_digits, torch_generator(0, Purpose.EXAMINATION))
+        self.code = GlyphCode(read_videos(judge, frames).shapes.mean(dim=1))
+
+    def features(self, readings: VideoReadings, digits: Tensor) -> Features:
+        """The features of videos that the judge has read, with the digits (B,) asked for."""
+        shown = videos_right(read_classes(readings.probabilities, readings.mass, self.judge.class_mass.cpu()), digits)
+        return Features(self.video_judge.embed(readings).double(), readings.shapes.mean(dim=1), torch.where(shown, digits, NO_DIGIT))
+
+    def compare(self, found: Features, seed: int = 0) -> dict[str, float | list]:
+        """The figures of the distribution, with intervals, against the held-out videos."""
+        real = self.held_out
+        return {
+            **compare_distributions(found.embedding, real.embedding, seed),
+            **glyph_diversity(found.glyphs, found.digits, real.glyphs, real.digits, seed),
+            **glyph_frechet(self.code, found.glyphs, real.glyphs, seed),
+        }
 
 
 @dataclass(frozen=True)
@@ -51,73 +69,44 @@ class Panel:
 
 
 def make_panel(config: DatasetConfig, num_videos: int, num_frames: int, seed: int = 0) -> Panel:
-    """The shipped judges, and as many real videos of reference as videos are to be judged, for the Frechet distance depends on it. Raises
-    ValueError where the judges cannot read such videos, OSError where they are not there."""
+    """The shipped judges and the real videos of reference. Raises ValueError if the judges cannot read such videos, OSError if they are
+    missing."""
     judge = load_judge()
-    if config.num_digits == 1:
+    if config.num_digits > 1:
+        scale_to_judge(judge, config)
+    else:
         judge.check_matches(config)
         warn_of_foreign_digits(judge, config)
-    else:
-        scale_to_judge(judge, config)
-    if config.num_digits > 1 or num_videos < LEAST_VIDEOS:
-        return Panel(config, judge, None)
-    video_judge = load_video_judge()
-    video_judge.check_matches(judge)
-    real = []
-    for split, purpose in (("test", Purpose.REFERENCE), ("train", Purpose.IMITATION)):
-        readings, right = read_real_videos(judge, MovingMNISTGenerator(config, split, purpose=purpose), seed, num_videos, num_frames)
-        real.append(features_of(judge, video_judge, readings, right["digit"]))
-    own = MovingMNISTGenerator(replace(config, judge_fraction=DatasetConfig.judge_fraction), "judge")
-    code = GlyphCode.of(read_videos(judge, render_in_places(own, torch_generator(0, Purpose.EXAMINATION))).shapes.mean(dim=1))
-    return Panel(config, judge, Reference(video_judge, code, *real))
-
-
-def features_of(judge: DigitJudge, video_judge: VideoJudge, readings: VideoReadings, digits: Tensor) -> Features:
-    """Of videos that are read already, with the digits (B,) asked for."""
-    shown = videos_right(read_classes(readings.probabilities, readings.mass, judge.class_mass.cpu()), digits.cpu())
-    return Features(embed_videos(video_judge, readings), readings.shapes.mean(dim=1), digits.cpu(), shown)
+    has_reference = config.num_digits == 1 and num_videos >= LEAST_VIDEOS
+    return Panel(config, judge, Reference(judge, config, num_videos, num_frames, seed) if has_reference else None)
 
 
 def judge_videos(panel: Panel, video: Tensor, prompts: list[str], seed: int = 0) -> dict[str, float | list]:
     """All figures of video (B, F, C, H, W) in [-1, 1] for its prompts: of one digit those of `metrics.summarise`, `distribution` and
-    `glyphs`; of two those of `digit_count`. Raises ValueError for values that are not finite and for prompts that are not of such
-    videos."""
+    `glyphs`; of two those of `digit_count`. Raises ValueError for values that are not finite and for prompts of other videos."""
     if panel.config.num_digits > 1:
         return count_digits(panel.judge, video, prompts, panel.config, seed)
     return judge_readings(panel, read_videos(panel.judge, video), *facts_of_prompts(prompts), seed)
 
 
 def judge_readings(panel: Panel, readings: VideoReadings, digits: Tensor, directions: Tensor, seed: int = 0) -> dict[str, float | list]:
-    """`judge_videos` for videos of one digit that are read already, with the digits (B,) and directions (B,) asked for."""
+    """`judge_videos` for videos of one digit that the judge has read, with the digits (B,) and directions (B,) asked for."""
     figures = summarise(score_readings(panel.judge, readings, digits, directions, panel.config), seed)
-    return figures | compare_readings(panel, readings, digits, seed)
-
-
-def compare_readings(panel: Panel, readings: VideoReadings, digits: Tensor, seed: int = 0) -> dict[str, float | list]:
-    """The figures of the distribution, with intervals, of videos that are read already; empty without a reference."""
-    if panel.reference is None:
-        return {}
-    return _as_figures(panel.reference, features_of(panel.judge, panel.reference.video_judge, readings, digits), seed)
+    if panel.reference is not None:
+        figures |= panel.reference.compare(panel.reference.features(readings, digits), seed)
+    return figures
 
 
 def yardsticks(panel: Panel, video: Tensor, prompts: list[str], seed: int = 0) -> dict[str, dict[str, float | list]]:
     """What the distribution's figures mean: those of real videos whose frames are shuffled (the ceiling: right in every frame, wrong in all
     motion), and of real videos of training digits (perfect imitation). The floor is the figures of real held-out videos themselves. Empty
     without a reference."""
-    if panel.reference is None:
+    reference = panel.reference
+    if reference is None:
         return {}
     order = torch.randperm(video.shape[1], generator=torch_generator(seed, Purpose.FAULT))
     shuffled = read_videos(panel.judge, video).take(frames=order)
     return {
-        "real, frames shuffled": compare_readings(panel, shuffled, facts_of_prompts(prompts)[0], seed),
-        "real, training digits": _as_figures(panel.reference, panel.reference.training, seed),
-    }
-
-
-def _as_figures(reference: Reference, found: Features, seed: int) -> dict[str, float | list]:
-    real = reference.held_out
-    shown = found.glyphs[found.shown], found.digits[found.shown], real.glyphs[real.shown], real.digits[real.shown]
-    return {
-        **compare_distributions(found.embedding, real.embedding, seed), **glyph_diversity(*shown, seed),
-        **glyph_frechet(reference.code, found.glyphs, real.glyphs, seed),
+        "real, frames shuffled": reference.compare(reference.features(shuffled, facts_of_prompts(prompts)[0]), seed),
+        "real, training digits": reference.compare(reference.training, seed),
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from itertools import count
 
 from torch import Tensor
 
@@ -32,8 +31,8 @@ MAX_TRIES = 1000  # candidates a prompt, before the search for new ones gives up
 
 @dataclass(frozen=True)
 class FixedPrompts:
-    """`PROMPTS`, every digit and every direction, from `SEEDS`: the same videos are asked for at every reading. sample: makes of prompts,
-    seeds and a number of frames videos (B, F, C, H, W), and draws from the seeds alone."""
+    """`PROMPTS`, every digit and every direction, from `SEEDS`: every reading asks for the same videos. sample: makes videos of prompts,
+    seeds and a number of frames, (B, F, C, H, W), and draws from the seeds alone."""
 
     judge: DigitJudge
     dataset: DatasetConfig
@@ -41,38 +40,32 @@ class FixedPrompts:
     sample: Callable[[list[str], list[int], int], Tensor]
 
     def read(self) -> dict[str, float]:
-        """`JUDGED_COLUMNS` of what is made now."""
+        """`JUDGED_COLUMNS` of videos made now."""
         video = self.sample(list(PROMPTS), list(SEEDS), self.num_frames)
         summary = summarise(score_videos(self.judge, video, *facts_of_prompts(list(PROMPTS)), self.dataset))
         return {name: summary[name] for name in OF_VIDEOS} | {name: summary[by_block][-1] for name, by_block in LAST_BLOCK.items()}
 
 
-def prompts_drawn(networks: list[LoadedNetworks]) -> set[str]:
-    """All prompts, word for word, that the trainings of these networks drew."""
+def new_indices(held_out: MovingMNISTGenerator, networks: list[LoadedNetworks], seed: int, num_videos: int) -> list[int]:
+    """Indices of the first num_videos videos (seed, index) of held-out digits whose prompts, word for word, none of the networks drew in
+    training. Raises ValueError if there are too few."""
     trained_on = MovingMNISTGenerator(networks[0].config.dataset, "train")
     counts = reduce(merge_counts, (item.prompts_drawn for item in networks))
-    return {caption for seed, num_drawn in counts.items() for caption in trained_on.captions(seed, range(num_drawn))}
-
-
-def new_indices(held_out: MovingMNISTGenerator, networks: list[LoadedNetworks], seed: int, num_videos: int) -> list[int]:
-    """Indices of the first num_videos videos (seed, index) of held-out digits whose prompts none of the networks drew in training. Raises
-    ValueError where there are too few."""
-    drawn, indices = prompts_drawn(networks), []
-    for index in count():
+    drawn = {caption for drawn_seed, num in counts.items() for caption in trained_on.captions(drawn_seed, range(num))}
+    indices = []
+    for index in range(MAX_TRIES * num_videos):
         if held_out.captions(seed, [index])[0] not in drawn:
             indices.append(index)
         if len(indices) == num_videos:
-            break
-        if index > MAX_TRIES * num_videos:
-            raise ValueError(f"only {len(indices)} of {num_videos} prompts are new to these networks: ask for fewer videos")
-    print(f"of {len(drawn)} different prompts drawn in training, none is among the {num_videos} used here")
-    return indices
+            print(f"of {len(drawn)} different prompts drawn in training, none is among the {num_videos} used here")
+            return indices
+    raise ValueError(f"only {len(indices)} of {num_videos} prompts are new to these networks: ask for fewer videos")
 
 
 def who_saw_the_judges_digits(networks: dict[str, LoadedNetworks]) -> str | None:
-    """One line that names the networks which learned from digits of the judges, whose figures that flatters; None where none did."""
+    """A note that names the networks which trained on digits of the judges, None if none did."""
     seen = [name for name, item in networks.items() if "judge" in item.digits_seen]
-    if not seen:
-        return None
-    return (f"{', '.join(seen)} learned from digits that the judges learned from too: their figures flatter them; train them anew with "
-            "dataset.judge_fraction above 0")
+    return None if not seen else (
+        f"note: {', '.join(seen)} learned from digits that the judges learned from too: their figures flatter them; train them anew with "
+        "dataset.judge_fraction above 0"
+    )

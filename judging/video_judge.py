@@ -2,14 +2,13 @@
 
 Dimensions: B videos, F frames, W features of a frame, E features of a video. Positions are (x, y) in pixel indices.
 
-It stands on the digit judge's frozen features, as a 3-D network trained for minutes does not learn to read digits, and adds where the ink
-is and how it moves. It is trained on real videos of the judges' digits to tell the digit, the direction, the speed and how the video looks.
+It reads the digit judge's frozen features, as a 3-D network trained for minutes does not learn to read digits, and adds where the ink is
+and how it moves. It is trained on real videos of the judges' digits to tell the digit, the direction, the speed and how the video looks.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from judging.digit_judge import DigitJudge, VideoReadings, fit, load_judge, load
 from machine.interruption import refusals_in_one_line
 from machine.paths import PRETRAINED, at_home
 from machine.seeds import Purpose, seed_global_generators, torch_generator
-from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTBatch, MovingMNISTGenerator
+from method.choices import require
+from moving_mnist import NUM_CLASSES, NUM_OCTANTS, DatasetConfig, MovingMNISTGenerator
 from network.text_encoder import SPEEDS
 
 VIDEO_JUDGE_PATH = PRETRAINED / "video_judge.pt"
@@ -30,31 +30,28 @@ NUM_INK_FACTS = 6  # centre (2), displacement (2), stroke mass, sharpness: of ev
 NUM_LOOKS = 6  # first and last centre (2 + 2), mean stroke mass, mean sharpness: of a video
 LEAST_MASS = 0.05  # of the mean real mass: a blank frame has a logarithm too
 MIN_TRAINED_FRAMES = 9  # training shows the first 9 to `num_frames` frames
-HELD_OUT_VIDEOS = 500
+TRAINING_BATCH, HELD_OUT_VIDEOS = 64, 500
 ANSWERS = ("digit", "direction", "speed")
 
 
 @dataclass
 class VideoJudgeConfig:
-    """The videos that a video judge was made for and its sizes.
+    """The videos that a video judge was made for and its sizes."""
 
-    frame_size, digit_size: as in `DatasetConfig`, pixels. frame_features: W. hidden: width of the recurrent state.
-    embedding: E. accuracy: share of held-out real videos answered right, for each of `ANSWERS`, measured when trained.
-    """
-
-    frame_size: int = 32
+    frame_size: int = 32  # as in `DatasetConfig`, pixels
     digit_size: int = 14
-    frame_features: int = 128
-    hidden: int = 64
-    embedding: int = 48
-    accuracy: dict[str, float] | None = None
+    frame_features: int = 128  # W
+    hidden: int = 64  # width of the recurrent state
+    embedding: int = 48  # E
+    accuracy: dict[str, float] | None = None  # share of held-out real videos told right when trained, for each of `ANSWERS`
 
 
 class VideoJudge(nn.Module):
     """From the digit judge's readings of a video, of any length, to its features (B, E), and from those to what it shows. The recurrent
-    network runs from the last frame to the first, so its last state knows how the video begins; its mean state weighs all frames alike."""
+    network runs from the last frame to the first, so its last state knows how the video begins; its mean state weighs frames equally."""
 
-    title, command, settings = "video judge", "python -m judging.video_judge --train", VideoJudgeConfig  # for `load_network`
+    title, command = "video judge", "python -m judging.video_judge --train"
+    settings, weights = VideoJudgeConfig, "video_judge_state_dict"  # of its file
 
     def __init__(self, config: VideoJudgeConfig):
         super().__init__()
@@ -91,7 +88,7 @@ class VideoJudge(nn.Module):
         return torch.cat((facts[:, 0, :2], facts[:, -1, :2], facts[:, :, 4:].mean(dim=1)), dim=-1)
 
     def check_matches(self, judge: DigitJudge) -> None:
-        """Raise ValueError unless this network stands on the features of such a digit judge."""
+        """Raise ValueError unless this network was trained on the features of such a digit judge."""
         found = (judge.config.frame_size, judge.config.digit_size, judge.config.widths[-1])
         expected = (self.config.frame_size, self.config.digit_size, self.config.frame_features)
         if found != expected:
@@ -101,28 +98,14 @@ class VideoJudge(nn.Module):
             )
 
 
-@torch.no_grad()
-def embed_videos(video_judge: VideoJudge, readings: VideoReadings) -> Tensor:
-    """The features (B, E) of B videos that the digit judge has read, in float64."""
-    return video_judge.embed(readings).double()
-
-
-def answers(batch: MovingMNISTBatch) -> dict[str, Tensor]:
-    """The right answers, (B,) each, for real videos of one digit."""
-    speeds = torch.tensor([SPEEDS.index(words[0]) for words in batch.speeds])
-    return {"digit": batch.digits[:, 0], "direction": batch.directions[:, 0], "speed": speeds}
-
-
 def train_video_judge(
-    judge: DigitJudge, config: DatasetConfig, num_steps: int, num_videos: int, seed: int, num_frames: int = 21, batch_size: int = 64
+    judge: DigitJudge, config: DatasetConfig, num_steps: int, num_videos: int, seed: int, num_frames: int = 21
 ) -> VideoJudge:
     """A video judge trained on `num_videos` real videos of the judges' digits, read once. Raises ValueError where the digit judge was not
     made for these videos, and for no step or too few videos."""
     judge.check_matches(config)
-    if num_steps < 1 or num_videos < batch_size or num_frames < MIN_TRAINED_FRAMES:
-        raise ValueError(
-            f"steps {num_steps}, videos {num_videos}, frames {num_frames}: expected at least 1, {batch_size} and {MIN_TRAINED_FRAMES}"
-        )
+    require(num_steps >= 1, "--steps", num_steps, "at least 1")
+    require(num_videos >= TRAINING_BATCH, "--videos", num_videos, f"at least {TRAINING_BATCH}")
     seed_global_generators(seed, Purpose.JUDGE_TRAINING)
     rng = torch_generator(seed, Purpose.JUDGE_TRAINING, index=2)
     readings, right = read_real_videos(judge, MovingMNISTGenerator(config, "judge"), seed, num_videos, num_frames)
@@ -131,7 +114,7 @@ def train_video_judge(
     video_judge.mean_sharpness.copy_(readings.sharpness.mean())
 
     def draw_loss() -> Tensor:
-        rows = torch.randint(num_videos, (batch_size,), generator=rng)
+        rows = torch.randint(num_videos, (TRAINING_BATCH,), generator=rng)
         length = int(torch.randint(MIN_TRAINED_FRAMES, num_frames + 1, (), generator=rng))
         part = readings.take(rows, slice(length))
         embedding = video_judge.embed(part)
@@ -154,26 +137,21 @@ def examine(video_judge: VideoJudge, judge: DigitJudge, config: DatasetConfig, s
 def read_real_videos(
     judge: DigitJudge, generator: MovingMNISTGenerator, seed: int, num_videos: int, num_frames: int
 ) -> tuple[VideoReadings, dict[str, Tensor]]:
-    """Readings and right answers of the real videos (seed, 0..num_videos - 1), made and read a few at a time."""
+    """Readings and the right `ANSWERS`, (B,) each, of the real videos (seed, 0..num_videos - 1), made and read a few at a time."""
     parts, right = [], []
     for first in range(0, num_videos, 256):
         batch = generator.sample(seed, range(first, min(first + 256, num_videos)), num_frames)
         parts.append(read_videos(judge, batch.video))
-        right.append(answers(batch))
+        speeds = torch.tensor([SPEEDS.index(words[0]) for words in batch.speeds])
+        right.append((batch.digits[:, 0], batch.directions[:, 0], speeds))
     readings = VideoReadings(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
-    return readings, {name: torch.cat([part[name] for part in right]) for name in ANSWERS}
+    return readings, dict(zip(ANSWERS, map(torch.cat, zip(*right, strict=True)), strict=True))
 
 
-@torch.no_grad()
 def answered_right(video_judge: VideoJudge, readings: VideoReadings, right: dict[str, Tensor]) -> dict[str, float]:
     """Share of videos whose digit, direction and speed the network tells."""
     embedding = video_judge.embed(readings)
     return {name: (video_judge.heads[name](embedding).argmax(dim=-1) == right[name]).float().mean().item() for name in ANSWERS}
-
-
-def load_video_judge(path: str | os.PathLike = VIDEO_JUDGE_PATH) -> VideoJudge:
-    """The network of a file, as `load_network` reads it, and with its errors."""
-    return load_network(VideoJudge, path)
 
 
 def main() -> None:
@@ -194,7 +172,7 @@ def main() -> None:
             save_network(video_judge, arguments.output)
             right = video_judge.config.accuracy
         else:
-            video_judge = load_video_judge(arguments.output)
+            video_judge = load_network(VideoJudge, arguments.output)
             video_judge.check_matches(judge)
             right = examine(video_judge, judge, config, arguments.seed + 1)
     print(f"{HELD_OUT_VIDEOS} videos of held-out digits, told right: " + ", ".join(f"{name} {share:.1%}" for name, share in right.items()))

@@ -21,7 +21,7 @@ from helpers.generation import STUDENT, TEACHER, write_networks
 
 from demo import BUILT, unpacked
 from dynamic_video_sf import PromptSwitch, rollout_blocks
-from judging.digit_judge import load_judge, read_digits
+from judging.digit_judge import load_judge, read_videos
 from machine.paths import PRETRAINED
 from network.text_encoder import parse_caption
 from sampling.samplers import SamplerSettings
@@ -111,7 +111,8 @@ def test_the_page_draws_the_asked_digit_before_and_after_a_switch():
     ]
     seen = on_page(BUILT, orders, "?seed=3")
     assert not seen["errors"]
-    before, after = (read_digits(load_judge(), videos_of(seen["values"][name])).argmax(-1).flatten() for name in ("before", "after"))
+    readings = (read_videos(load_judge(), videos_of(seen["values"][name])) for name in ("before", "after"))
+    before, after = (read.probabilities.argmax(-1).flatten() for read in readings)
     changed = int((after == 7).int().argmax())  # a buffered block, one being made, and a few until the digit has changed
     assert (before == 3).float().mean() > 0.8 and changed <= 45 and (after[changed:] == 7).float().mean() > 0.8, (before, after)
     assert "In the window" in seen["values"]["cache"]
