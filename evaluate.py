@@ -68,9 +68,8 @@ class EvaluateConfig:
         if "" in paths or self.output_dir == "":
             raise ValueError(f"{'checkpoint' if '' in paths else 'output_dir'} is empty: expected a path")
         self.checkpoint = [at_home(path) for path in paths]
-        if self.output_dir is None:
-            self.output_dir = "results" if self.sanity else "outputs/evaluation"
-        self.output_dir = at_home(self.output_dir)
+        default = "results" if self.sanity else "outputs/evaluation"
+        self.output_dir = at_home(default if self.output_dir is None else self.output_dir)
         self.videos_root = None if self.videos_root is None else at_home(self.videos_root)
         for name in ("num_videos", "num_frames", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -85,20 +84,10 @@ if __name__ == "__main__":
 from torch import Tensor  # noqa: E402
 
 from clips.own_videos import VideosConfig  # noqa: E402
+from judging import report  # noqa: E402
 from judging.clip_panel import CLIP_FIGURES, make_clip_panel  # noqa: E402
-from judging.panel import Panel, judge_videos, make_panel, yardsticks  # noqa: E402
+from judging.panel import judge_videos, make_panel, yardsticks  # noqa: E402
 from judging.prompts import JUDGED_CODE, new_indices, who_saw_the_judges_digits  # noqa: E402
-from judging.report import (  # noqa: E402
-    COST_FIGURES,
-    COUNT_FIGURES,
-    DRIFT_FIGURES,
-    LOOK_FIGURES,
-    PROMPT_FIGURES,
-    draw_curves,
-    format_row,
-    format_table,
-    format_titles,
-)
 from judging.sanity import check_sanity  # noqa: E402
 from machine.files import free_paths, require_writable  # noqa: E402
 from machine.runtime import code_digest, file_digest, resolve_runtime  # noqa: E402
@@ -111,7 +100,6 @@ from sampling.video_io import comparison_gif, comparison_sheet, to_display  # no
 from training.checkpoint import LoadedNetworks, load_networks  # noqa: E402
 
 NUM_SHOWN = 6  # prompts in the pictures
-FIGURES = PROMPT_FIGURES | LOOK_FIGURES  # of videos of one digit
 
 
 @dataclass(frozen=True)
@@ -131,13 +119,12 @@ def make_rows(config: EvaluateConfig) -> list[Row]:
         paths = [Path(path) for path in config.checkpoint]
         stems = [path.stem for path in paths]  # checkpoint_final, often: then the folder tells runs apart
         return [Row(path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}", path, settings) for path in paths]
-    teacher, student = (PRETRAINED / name for name in ("teacher.pt", "student.pt"))
+    teacher = PRETRAINED / "teacher.pt"
     return [
         Row("teacher", teacher, SamplerSettings()),
-        Row("guided Euler", teacher, SamplerSettings(num_steps=len(NAIVE_STEPS), causal=True)),
-        Row("guided Euler", teacher, SamplerSettings(num_steps=len(NAIVE_STEPS) // 2, causal=True)),
+        *(Row("guided Euler", teacher, SamplerSettings(num_steps=num, causal=True)) for num in (len(NAIVE_STEPS), len(NAIVE_STEPS) // 2)),
         Row("no guidance", teacher, SamplerSettings(denoising_steps=tuple(NAIVE_STEPS))),
-        Row("student", student, settings),
+        Row("student", PRETRAINED / "student.pt", settings),
     ]
 
 
@@ -147,15 +134,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     rows, options = make_rows(config), ("compile" if config.compile else None, "int8" if config.int8 else None)
     loaded: dict[Path, LoadedNetworks] = {row.path: prepared(load_networks(row.path, runtime.device), runtime, *options) for row in rows}
     dataset = common_data(rows, loaded)
-    if isinstance(dataset, VideosConfig) and config.num_frames > loaded[rows[0].path].config.training.max_num_frames:
-        config = replace(config, num_frames=loaded[rows[0].path].config.training.max_num_frames)  # all clips are as long as that
+    if isinstance(dataset, VideosConfig):  # clips are as long as the training's longest video
+        config = replace(config, num_frames=min(config.num_frames, loaded[rows[0].path].config.training.max_num_frames))
     for row in rows:  # whatever does not fit is refused before any sampling
         training = loaded[row.path].config.training
         check_length(config.num_frames, row.settings.make_plan(training), training)
     require_writable(Path(config.output_dir))
     examine = examine_clips if isinstance(dataset, VideosConfig) else examine_digits
-    trial = examine(config, dataset, [loaded[row.path] for row in rows])
-    num_videos, titles = len(trial.prompts), trial.titles | COST_FIGURES
+    trial = examine(config, dataset, loaded)
+    num_videos, titles = len(trial.prompts), trial.titles | report.COST_FIGURES
     seeds = video_seeds(config.seed, range(num_videos), Purpose.EVALUATION_NOISE)
     facts_of_call = {  # what every row's figures depend on beside its checkpoint and its plan
         **{key: getattr(config, key) for key in ("num_videos", "num_frames", "seed", "batch_size")},
@@ -167,11 +154,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
 
     def score(name: str, video: Tensor, facts: dict[str, object]) -> None:
         results[name] = {**facts, **trial.judge(video)}
-        print(format_row(name, results[name], titles), flush=True)
+        print(report.format_row(name, results[name], titles), flush=True)
 
     print(f"{num_videos} videos of {config.num_frames} frames, held-out prompts, seed {config.seed}, {runtime}")
     print(trial.description)
-    print(format_titles(trial.heading, titles), flush=True)
+    print(report.format_line(trial.heading, titles), flush=True)
     for name, video in trial.real_rows.items():
         score(name, video, {})
     for row in rows:
@@ -192,7 +179,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, object]]:
 
 
 def common_data(rows: list[Row], loaded: dict[Path, LoadedNetworks]) -> DataConfig:
-    """What all rows were trained on; of Moving MNIST with the most digits set aside. Raises ValueError where they differ."""
+    """What all rows were trained on; of Moving MNIST with the most digits set aside. Raises ValueError if they differ."""
     found = [loaded[row.path].config.dataset for row in rows]
     if all(isinstance(each, DatasetConfig) for each in found):
         most = max(each.judge_fraction for each in found)
@@ -217,23 +204,24 @@ class Trial:
     print_rest: Callable[[dict[str, dict[str, Any]]], None]  # the tables that need every row
 
 
-def examine_digits(config: EvaluateConfig, dataset: DatasetConfig, networks: list[LoadedNetworks]) -> Trial:
+def examine_digits(config: EvaluateConfig, dataset: DatasetConfig, loaded: dict[Path, LoadedNetworks]) -> Trial:
     """Held-out digits under prompts that none of the networks drew."""
-    flattered = who_saw_the_judges_digits({row.path.name: each for row, each in zip(make_rows(config), networks, strict=True)})
-    if flattered is not None:
-        print(f"note: {flattered}")
+    note = who_saw_the_judges_digits({path.name: networks for path, networks in loaded.items()})
+    if note is not None:
+        print(note)
     panel = make_panel(dataset, config.num_videos, config.num_frames, config.seed)
     held_out = MovingMNISTGenerator(dataset, "test", purpose=Purpose.EVALUATION)
-    real = held_out.sample(config.seed, new_indices(held_out, networks, config.seed, config.num_videos), config.num_frames)
+    indices = new_indices(held_out, list(loaded.values()), config.seed, config.num_videos)
+    real = held_out.sample(config.seed, indices, config.num_frames)
     return Trial(
-        real.video, real.captions, "does what the prompt asks", PROMPT_FIGURES if dataset.num_digits == 1 else COUNT_FIGURES,
-        panel.judge.describe(), {"real": real.video},
+        real.video, real.captions, "does what the prompt asks",
+        report.PROMPT_FIGURES if dataset.num_digits == 1 else report.COUNT_FIGURES, panel.judge.describe(), {"real": real.video},
         lambda video: {"judge_held_out_accuracy": panel.judge.config.accuracy, **judge_videos(panel, video, real.captions, config.seed)},
-        lambda results: print_rest(panel, results, yardsticks(panel, real.video, real.captions, config.seed)),
+        lambda results: print_rest(results, yardsticks(panel, real.video, real.captions, config.seed), dataset.num_digits),
     )
 
 
-def examine_clips(config: EvaluateConfig, dataset: VideosConfig, networks: list[LoadedNetworks]) -> Trial:
+def examine_clips(config: EvaluateConfig, dataset: VideosConfig, _: dict[Path, LoadedNetworks]) -> Trial:
     """Held-out clips of one's own videos, with their captions as prompts."""
     root = dataset.root if config.videos_root is None else config.videos_root
     if not Path(root).is_dir():
@@ -245,21 +233,22 @@ def examine_clips(config: EvaluateConfig, dataset: VideosConfig, networks: list[
     )
 
 
-def print_rest(panel: Panel, results: dict[str, dict[str, object]], measured_beside: dict[str, dict[str, float | list]]) -> None:
-    """The tables that need every row, and what is measured beside the real videos' row: it is kept there too."""
-    if panel.config.num_digits == 1:
-        print("\n" + format_table("looks like real video", results | measured_beside, LOOK_FIGURES | COST_FIGURES))
+def print_rest(results: dict[str, dict[str, object]], measured_beside: dict[str, dict[str, float | list]], num_digits: int) -> None:
+    """The tables that need every row. Adds the yardsticks, measured_beside, to the row of real videos."""
+    if num_digits == 1:
+        titles = report.LOOK_FIGURES | report.COST_FIGURES
+        print("\n" + report.format_table("looks like real video", results | measured_beside, titles))
         results["real"].update({key.removeprefix("real, ").replace(" ", "_"): value for key, value in measured_beside.items()})
         if not measured_beside:
             print("no Frechet distance, density and coverage: they need more videos")
-    print("\n" + format_table("drift: change a block of 3 frames", results, DRIFT_FIGURES))
+    print("\n" + report.format_table("drift: change a block of 3 frames", results, report.DRIFT_FIGURES))
 
 
 def write_results(folder: Path, results: dict[str, dict[str, object]], shown: list[tuple[str, Tensor]], prompts: list[str]) -> None:
     """evaluation.json, the curves by frame, and the pictures of the first prompts, every source side by side. Overwrites nothing."""
     figures, curves, sheet, animation = free_paths(folder, ["evaluation.json", "per_frame.png", "comparison.png", "comparison.gif"])
     figures.write_text(json.dumps(results, indent=2) + "\n")
-    draw_curves(curves, results)
+    report.draw_curves(curves, results)
     comparison_sheet(sheet, shown, prompts)
     comparison_gif(animation, shown, prompts)
     print(f"wrote {figures.name}, {curves.name}, {sheet.name} and {animation.name} to {folder}")
@@ -283,10 +272,5 @@ def main(composed: DictConfig) -> None:
         sys.exit(EXIT_CTRL_C)
 
 
-def run_command_line() -> None:
-    """`main`, with every refusal of Hydra as one line."""
-    run_in_one_line(main, EvaluateConfig)
-
-
 if __name__ == "__main__":
-    run_command_line()
+    run_in_one_line(main, EvaluateConfig)

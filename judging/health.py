@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from judging.prompts import JUDGED_COLUMNS
@@ -19,34 +17,25 @@ from machine.paths import user_path
 from method.diagnostics import NOISE_LEVELS
 from training.run_log import panel_grid, plot_series, read_scalars, spans_magnitudes
 
-
-@dataclass(frozen=True)
-class PanelStyle:
-    """One axis of the picture. caption: what a healthy run looks like. limits: of the vertical axis, None for the data's."""
-
-    title: str
-    caption: str
-    limits: tuple[float, float] | None = None
-
-
-PANELS = {
-    "loss_generator": PanelStyle("generator's loss", "no measure of quality: may rise or fall"),
-    "loss_critic": PanelStyle("critic's loss", "no steady rise"),
-    "critic_lag": PanelStyle("critic lag", "around 0"),
-    "dmd_gradient_norm": PanelStyle("norm of the DMD gradient", "same order throughout"),
-    "logit_distance": PanelStyle("real minus fake logit", "above 0, bounded"),
+PANELS = {  # title, and what a healthy run looks like
+    "loss_generator": ("generator's loss", "no measure of quality: may rise or fall"),
+    "loss_critic": ("critic's loss", "no steady rise"),
+    "critic_lag": ("critic lag", "around 0"),
+    "dmd_gradient_norm": ("norm of the DMD gradient", "same order throughout"),
+    "logit_distance": ("real minus fake logit", "above 0, bounded"),
     **{
-        f"score_distance_{name}": PanelStyle(f"real to fake score, {name} noise", f"t in {low:.2f} to {high:.2f}: bounded")
+        f"score_distance_{name}": (f"real to fake score, {name} noise", f"t in {low:.2f} to {high:.2f}: bounded")
         for name, (low, high) in NOISE_LEVELS.items()
     },
-    "gradient_norm_generator": PanelStyle("generator's gradient norm", "no spikes"),
-    "frames_right": PanelStyle("frames right", "rises", (-0.03, 1.03)),
-    "one_class": PanelStyle("one class throughout", "rises, late", (-0.03, 1.03)),
-    "track_within_1px": PanelStyle("track within 1 px", "stays up", (-0.03, 1.03)),
-    "stroke_mass_ratio": PanelStyle("stroke mass over real", "near 1"),
-    "frames_right_last_block": PanelStyle("frames right, last block", "as in all frames", (-0.03, 1.03)),
-    "stroke_mass_ratio_last_block": PanelStyle("stroke mass over real, last block", "as in all frames"),
+    "gradient_norm_generator": ("generator's gradient norm", "no spikes"),
+    "frames_right": ("frames right", "rises"),
+    "one_class": ("one class throughout", "rises, late"),
+    "track_within_1px": ("track within 1 px", "stays up"),
+    "stroke_mass_ratio": ("stroke mass over real", "near 1"),
+    "frames_right_last_block": ("frames right, last block", "as in all frames"),
+    "stroke_mass_ratio_last_block": ("stroke mass over real, last block", "as in all frames"),
 }
+SHARES = ("frames_right", "one_class", "track_within_1px", "frames_right_last_block")  # drawn from 0 to 1
 EXIT = "loss_exit_"  # and a timestep: the columns of the exit steps
 
 
@@ -54,37 +43,34 @@ def ordered_columns(found: set[str]) -> list[str]:
     """The columns that are drawn, in the order of `PANELS`, exit steps before the judge's."""
     exits = sorted((name for name in found if name.startswith(EXIT)), key=lambda name: -int(name.removeprefix(EXIT)))
     known = [name for name in PANELS if name in found]
-    first = [name for name in known if name not in JUDGED_COLUMNS]
-    return [*first, *exits, *(name for name in known if name in JUDGED_COLUMNS)]
+    return sorted([*known, *exits], key=lambda name: (name in JUDGED_COLUMNS, name in exits))
 
 
 def draw_health(path: Path, runs: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> None:
-    """One axis per column that any of the runs has, a colour a run: values pale, running median over them; nothing where there is nothing
-    to draw. runs: by name, the series of `run_log.read_scalars`."""
+    """One axis per column that any of the runs has, a colour a run: values pale, running median over them. Without any such column, no
+    picture. runs: by name, the series of `run_log.read_scalars`."""
     columns = ordered_columns({column for series in runs.values() for column in series})
     if not columns:
         return
     figure, axes = panel_grid(len(columns), 4, 3.4, 2.6)
+    colors = {name: f"C{index % 10}" for index, name in enumerate(runs)}
     for axis, column in zip(axes, columns, strict=True):
-        _draw_panel(axis, column, {name: series[column] for name, series in runs.items() if column in series}, list(runs))
+        shown = {name: series[column] for name, series in runs.items() if column in series}
+        for name, (steps, values) in shown.items():
+            plot_series(axis, steps, values, colors[name])
+        if column in SHARES:
+            axis.set_ylim(-0.03, 1.03)
+        elif spans_magnitudes(np.concatenate([values for _, values in shown.values()])):
+            axis.set_yscale("log")
+        elif column == "critic_lag":
+            axis.axhline(0, color="black", linewidth=0.6)
+        title, caption = PANELS.get(column, (f"loss, exit at {column.removeprefix(EXIT)}", "steps alike, none apart"))
+        axis.set_title(f"{title}\n", fontsize=9, fontweight="bold")
+        axis.text(0.5, 1.02, caption, transform=axis.transAxes, ha="center", va="bottom", fontsize=7.5, color="dimgray")
     if len(runs) > 1:
-        lines = [Line2D([], [], color=f"C{index % 10}", label=name) for index, name in enumerate(runs)]
+        lines = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
         figure.legend(handles=lines, loc="outside lower center", ncols=min(len(runs), 5), fontsize=9)
     figure.savefig(path, dpi=75)
-
-
-def _draw_panel(axis: Axes, column: str, series: dict[str, tuple[np.ndarray, np.ndarray]], names: list[str]) -> None:
-    panel = PANELS.get(column, PanelStyle(f"loss, exit at {column.removeprefix(EXIT)}", "steps alike, none apart"))
-    for name, (steps, values) in series.items():
-        plot_series(axis, steps, values, f"C{names.index(name) % 10}")
-    if panel.limits is not None:
-        axis.set_ylim(*panel.limits)
-    elif spans_magnitudes(np.concatenate([values for _, values in series.values()])):
-        axis.set_yscale("log")
-    elif column == "critic_lag":
-        axis.axhline(0, color="black", linewidth=0.6)
-    axis.set_title(f"{panel.title}\n", fontsize=9, fontweight="bold")
-    axis.text(0.5, 1.02, panel.caption, transform=axis.transAxes, ha="center", va="bottom", fontsize=7.5, color="dimgray")
 
 
 def draw_run(csv_path: Path, picture_path: Path) -> None:
@@ -93,7 +79,7 @@ def draw_run(csv_path: Path, picture_path: Path) -> None:
 
 
 def compare_runs(folders: list[Path], output: Path) -> None:
-    """Draw the runs of these folders over each other. Raises ValueError or OSError naming what does not fit; overwrites nothing."""
+    """Draw the runs of these folders over each other. Raises ValueError or OSError for what does not fit; overwrites nothing."""
     if output.suffix != ".png":
         raise ValueError(f"--output is {output}: expected the name of a new .png file")
     if output.exists():

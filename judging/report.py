@@ -1,5 +1,5 @@
 """Figures to read: tables for a terminal of 184 columns, and curves by frame. Figures are those of `panel.judge_videos`, under NAME and
-NAME_ci, and those of `COST_FIGURES`, which a sampled row has; the table of slopes leaves these to the tables before it."""
+NAME_ci, and those of `COST_FIGURES`, which sampled rows have."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from training.run_log import panel_grid
 
-NAME_WIDTH = 37
-CELL_WIDTH = 21
+NAME_WIDTH, CELL_WIDTH = 37, 21
 SLOPE_WIDTH = 24  # with signs
 PROMPT_FIGURES = {
     "frames_right": "frames right", "videos_right": "videos right", "one_class": "one class in all",
@@ -36,24 +35,19 @@ CURVES = {
 }
 
 
-def format_titles(first: str, titles: dict[str, str]) -> str:
-    """The head of a table, over rows of `format_row`."""
-    return f"{first:<{NAME_WIDTH}}" + "".join(f"{title:>{_width(key)}}" for key, title in titles.items())
+def format_line(name: str, cells: dict[str, str]) -> str:
+    """One line of a table, such as its titles by the figure's key."""
+    widths = {key: COST_WIDTHS.get(key, SLOPE_WIDTH if key.endswith("_slope") else CELL_WIDTH) for key in cells}
+    return f"{name:<{NAME_WIDTH}}" + "".join(f"{cell:>{widths[key]}}" for key, cell in cells.items())
 
 
 def format_row(name: str, figures: dict[str, Any], titles: dict[str, str]) -> str:
-    """One line of a table: each figure with its interval, a dash where there is none."""
-    return f"{name:<{NAME_WIDTH}}" + "".join(f"{format_cell(figures, key):>{_width(key)}}" for key in titles)
-
-
-def _width(key: str) -> int:
-    if key in COST_WIDTHS:
-        return COST_WIDTHS[key]
-    return SLOPE_WIDTH if key.endswith("_slope") else CELL_WIDTH
+    """One line of figures under these titles."""
+    return format_line(name, {key: format_cell(figures, key) for key in titles})
 
 
 def format_cell(figures: dict[str, Any], key: str) -> str:
-    """A figure, with its interval where it has one; a dash where it is not there, such as the direction where no prompt names one."""
+    """A figure, with its interval if it has one; a dash if it is missing, such as the direction where no prompt names one."""
     if key not in figures:
         return "-"
     if key == "evaluations_a_block":
@@ -70,10 +64,10 @@ def _short(value: float) -> str:
 
 
 def format_table(first: str, rows: dict[str, dict[str, Any]], titles: dict[str, str]) -> str:
-    """A table of the rows that have any of these figures, cost aside; empty where none has."""
+    """A table of the rows that have any of these figures, cost aside; empty if none has."""
     wanted = titles.keys() - COST_FIGURES.keys()
     lines = [format_row(name, figures, titles) for name, figures in rows.items() if wanted & figures.keys()]
-    return "\n".join([format_titles(first, titles), *lines]) if lines else ""
+    return "\n".join([format_line(first, titles), *lines]) if lines else ""
 
 
 def draw_curves(path: Path, rows: dict[str, dict[str, Any]]) -> None:
@@ -83,10 +77,9 @@ def draw_curves(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     for axis, name in zip(axes, names, strict=True):
         for number, (row, figures) in enumerate(rows.items()):
             if f"{name}_by_frame" in figures:
-                values, bands = figures[f"{name}_by_frame"], figures[f"{name}_by_frame_ci"]
-                frames = range(len(values))
-                axis.plot(frames, values, color=f"C{number % 10}", linewidth=1.4, marker="." if len(values) < 4 else None, label=row)
-                axis.fill_between(frames, [low for low, _ in bands], [high for _, high in bands], color=f"C{number % 10}", alpha=0.2)
+                values, color = figures[f"{name}_by_frame"], f"C{number % 10}"
+                axis.plot(values, color=color, linewidth=1.4, marker="." if len(values) < 4 else None, label=row)
+                axis.fill_between(range(len(values)), *zip(*figures[f"{name}_by_frame_ci"], strict=True), color=color, alpha=0.2)
         axis.set_title(CURVES[name], fontsize=9)
         axis.set_xlabel("frame", fontsize=8)
     axes[0].legend(fontsize=7)
