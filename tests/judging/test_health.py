@@ -1,6 +1,5 @@
 """The health panel: its figures against hand-computed cases, a training it does not touch, its picture, its refusals."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +12,13 @@ from helpers.stages import assert_same, build_self_forcing
 
 import train
 from judging import health
-from judging.digit_judge import DigitJudge, JudgeConfig, load_judge
+from judging.digit_judge import DigitJudge, JudgeConfig
 from judging.health import compare_runs
 from judging.metrics import facts_of_prompts
 from judging.prompts import JUDGED_COLUMNS, PROMPTS, SEEDS, FixedPrompts
 from method.diagnostics import critic_lag, exit_columns, mean_by_exit_step, mean_by_noise_level, score_figures
 from method.flow_matching import add_noise
-from moving_mnist import DatasetConfig, MovingMNISTGenerator
+from moving_mnist import DatasetConfig
 from sampling.samplers import sample
 from train import SimplifiedTrainer
 from training.checkpoint import load_checkpoint
@@ -131,11 +130,11 @@ def test_the_fixed_prompts_are_the_same_at_every_reading_and_ask_for_every_digit
     assert set(digits.tolist()) == set(range(10)) and set(directions.tolist()) == set(range(8))
     assert len(set(digits.bincount().tolist())) == len(set(directions.bincount().tolist())) == 1  # each as often
     assert len(set(PROMPTS)) == len(PROMPTS) == len(SEEDS) == len(set(SEEDS))
-    stage, asked, made = build_self_forcing(teacher, dfake_gen_update_ratio=1, critic_warmup_steps=0), [], []
+    stage, made = build_self_forcing(teacher, dfake_gen_update_ratio=1, critic_warmup_steps=0), []
 
-    def make(prompts: list[str], seeds: list[int], num_frames: int) -> torch.Tensor:
-        asked.append((prompts, seeds, num_frames))
-        made.append(sample(stage.live(), prompts, seeds, num_frames, stage.runtime))
+    def make(*asked: object) -> torch.Tensor:
+        assert asked == (list(PROMPTS), list(SEEDS), 6)
+        made.append(sample(stage.live(), *asked, stage.runtime))
         return made[-1]
 
     fixed = FixedPrompts(small_judge(), DatasetConfig(frame_size=16, digit_size=8), 6, make)
@@ -143,14 +142,13 @@ def test_the_fixed_prompts_are_the_same_at_every_reading_and_ask_for_every_digit
     assert first == second and first.keys() == set(JUDGED_COLUMNS) and torch.equal(made[0], made[1])
     stage.train_step(0)
     fixed.read()
-    assert asked[0] == asked[1] == asked[2] == (list(PROMPTS), list(SEEDS), 6)
     assert not torch.equal(made[1], made[2])  # the live generator's, which has moved
 
 
-def test_the_last_block_is_read_alone():
-    batch = MovingMNISTGenerator(DatasetConfig(), "test").sample(0, range(len(PROMPTS)), 9)
-    batch.video[:, 6:] = -1  # gone in the last of three blocks
-    read = FixedPrompts(load_judge(), DatasetConfig(), 9, lambda prompts, seeds, num_frames: batch.video).read()
+def test_the_last_block_is_read_alone(judge, batch):
+    video = batch.video[: len(PROMPTS), :9].clone()
+    video[:, 6:] = -1  # gone in the last of three blocks
+    read = FixedPrompts(judge, DatasetConfig(), 9, lambda prompts, seeds, num_frames: video).read()
     assert read["stroke_mass_ratio_last_block"] == read["frames_right_last_block"] == 0 and read["stroke_mass_ratio"] > 0.4
 
 
@@ -253,14 +251,11 @@ def test_every_column_that_is_drawn_is_one_that_a_run_writes(teacher: Path):
     (b"step,seconds,critic_lag\n0,0.1,\xff\n", "new.png", "scalars.csv is no table of a run's figures by step"),
     ("step,seconds,critic_lag\n0,0.1,2.0\n", "old.png", "old.png exists already: give --output the name of a new file"),
 ])
-def test_the_command_line_refuses_in_one_line_and_writes_nothing(content, output, words, tmp_path: Path, monkeypatch):
+def test_the_command_line_refuses_in_one_line_and_writes_nothing(content, output, words, refusal, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "old.png").write_bytes(b"old")
     if content is not None:
         (tmp_path / "run" / "scalars.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(sys, "argv", ["health.py", str(tmp_path / "run"), "--output", str(tmp_path / output)])
-    with pytest.raises(SystemExit, match=f"^error: .*{words}") as caught:
-        health.main()
-    assert "\n" not in caught.value.code
+    assert words in refusal(health.main, str(tmp_path / "run"), "--output", str(tmp_path / output))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

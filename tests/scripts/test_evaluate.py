@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,15 +13,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from clips.own_videos import VideosConfig
-from evaluate import FIGURES, EvaluateConfig, evaluate, examine_clips, make_rows, run_command_line, write_results
+from evaluate import EvaluateConfig, evaluate, examine_clips, main, make_rows, write_results
 from judging.prompts import new_indices, who_saw_the_judges_digits
+from judging.report import LOOK_FIGURES, PROMPT_FIGURES
 from machine.paths import CONFIGS
-from machine.runtime import Runtime
 from machine.seeds import Purpose
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 from sampling.samplers import SamplerSettings, describe_sampler
 from tiny_causal_wan import ModelConfig
-from training.checkpoint import LoadedNetworks, load_networks
+from training.checkpoint import load_networks
+from training.command_line import run_in_one_line
 from training.config import Config, PretrainConfig
 
 NUM_DRAWN = 300
@@ -60,16 +62,11 @@ def test_what_ships_is_scored_beside_its_start_in_few_guided_steps():
     ({}, (None, None)), ({"int8": True}, (None, "int8")), ({"compile": True, "int8": True}, ("compile", "int8")),
 ])
 def test_networks_are_prepared_as_asked(changes: dict, options: tuple, teacher: Path, monkeypatch: pytest.MonkeyPatch):
-    asked: list[tuple] = []
-
-    def prepare(networks: LoadedNetworks, runtime: Runtime, *found: str | None) -> None:
-        asked.append(found)
-        raise ValueError("enough")
-
+    prepare = Mock(side_effect=ValueError("enough"))
     monkeypatch.setattr("evaluate.prepared", prepare)
     with pytest.raises(ValueError, match="^enough"):
         evaluate(EvaluateConfig(checkpoint=str(teacher), precision="float32", **changes))
-    assert asked == [options]
+    assert prepare.call_args.args[2:] == options
 
 
 def test_real_videos_score_high_an_untrained_network_low_and_files_are_left(teacher: Path, tmp_path: Path, capsys):
@@ -82,7 +79,7 @@ def test_real_videos_score_high_an_untrained_network_low_and_files_are_left(teac
     assert (untrained["precision"], untrained["compiled"], untrained["int8"]) == ("float32", False, False)
     assert (untrained["plan"]["num_steps"], untrained["plan"]["ink_kept"]) == (2, 0.2)
     assert (untrained["evaluations_a_block"], untrained["cache_evaluations_a_block"]) == (4, 0)
-    for key in FIGURES:
+    for key in PROMPT_FIGURES | LOOK_FIGURES:
         low, high = results["real"][f"{key}_ci"]
         assert low <= results["real"][key] <= high
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == results
@@ -111,20 +108,16 @@ def test_too_few_videos_have_no_distribution(teacher: Path, tmp_path: Path, caps
 def test_prompts_are_held_out_word_for_word(teacher: Path):
     networks = load_networks(teacher, torch.device("cpu"))
     held_out = MovingMNISTGenerator(DatasetConfig(), "test", purpose=Purpose.EVALUATION)
-    videos = held_out.sample(0, new_indices(held_out, [networks], 0, 50), 3)
-    drawn = set(MovingMNISTGenerator(DatasetConfig(), "train").captions(0, range(NUM_DRAWN)))
-    assert len(videos.captions) == 50 and drawn.isdisjoint(videos.captions)
-    again = held_out.sample(0, new_indices(held_out, [networks], 0, 50), 3)
-    assert again.captions == videos.captions
-    other = held_out.sample(1, new_indices(held_out, [networks], 1, 50), 3)
-    assert other.captions != videos.captions
+    drawn = MovingMNISTGenerator(DatasetConfig(), "train").captions(0, range(NUM_DRAWN))
+    captions, again, other = (held_out.captions(seed, new_indices(held_out, [networks], seed, 50)) for seed in (0, 0, 1))
+    assert len(captions) == 50 and captions == again != other and not set(drawn) & set(captions)
 
 
 def test_a_network_that_saw_the_judges_digits_is_named(teacher: Path):
     networks = load_networks(teacher, torch.device("cpu"))
     clean = replace(networks, digits_seen=("train",))
     assert who_saw_the_judges_digits({"a.pt": clean}) is None
-    assert who_saw_the_judges_digits({"a.pt": clean, "b.pt": networks}).startswith("b.pt learned from digits that the judges learned from")
+    assert "note: b.pt learned from digits that the judges" in who_saw_the_judges_digits({"a.pt": clean, "b.pt": networks})
 
 
 def test_the_yaml_composes_to_the_defaults():
@@ -141,7 +134,7 @@ def test_bad_input_is_one_line(argument: str, words: str, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", argument, "device=cpu"])
     with pytest.raises(SystemExit) as caught:
-        run_command_line()
+        run_in_one_line(main, EvaluateConfig)
     message = str(caught.value)
     assert message.startswith("error: ") and "\n" not in message and words in message
 
@@ -158,4 +151,4 @@ def test_moved_clips_are_asked_for_by_the_key_of_this_script(tmp_path):
     moved, elsewhere = tmp_path / "moved", tmp_path / "elsewhere"
     for config, missing in ((EvaluateConfig(), moved), (EvaluateConfig(videos_root=str(elsewhere)), elsewhere)):
         with pytest.raises(FileNotFoundError, match=f"no folder at {missing}: set videos_root to the folder"):
-            examine_clips(config, VideosConfig(root=str(moved)), [])
+            examine_clips(config, VideosConfig(root=str(moved)), {})
