@@ -85,9 +85,9 @@ from torch import Tensor  # noqa: E402
 
 from clips.own_videos import VideosConfig  # noqa: E402
 from judging import report  # noqa: E402
-from judging.clip_panel import CLIP_FIGURES, make_clip_panel  # noqa: E402
-from judging.panel import judge_videos, make_panel, yardsticks  # noqa: E402
-from judging.prompts import JUDGED_CODE, new_indices, who_saw_the_judges_digits  # noqa: E402
+from judging.clip_panel import CLIP_FIGURES, ClipPanel  # noqa: E402
+from judging.panel import Panel  # noqa: E402
+from judging.prompts import JUDGED_CODE, new_indices, say_who_saw_the_judges_digits  # noqa: E402
 from judging.sanity import check_sanity  # noqa: E402
 from machine.files import free_paths, require_writable  # noqa: E402
 from machine.runtime import code_digest, file_digest, resolve_runtime  # noqa: E402
@@ -206,18 +206,16 @@ class Trial:
 
 def examine_digits(config: EvaluateConfig, dataset: DatasetConfig, loaded: dict[Path, LoadedNetworks]) -> Trial:
     """Held-out digits under prompts that none of the networks drew."""
-    note = who_saw_the_judges_digits({path.name: networks for path, networks in loaded.items()})
-    if note is not None:
-        print(note)
-    panel = make_panel(dataset, config.num_videos, config.num_frames, config.seed)
+    say_who_saw_the_judges_digits({path.name: networks for path, networks in loaded.items()})
+    panel = Panel(dataset, config.num_videos, config.num_frames, config.seed)
     held_out = MovingMNISTGenerator(dataset, "test", purpose=Purpose.EVALUATION)
     indices = new_indices(held_out, list(loaded.values()), config.seed, config.num_videos)
     real = held_out.sample(config.seed, indices, config.num_frames)
     return Trial(
         real.video, real.captions, "does what the prompt asks",
         report.PROMPT_FIGURES if dataset.num_digits == 1 else report.COUNT_FIGURES, panel.judge.describe(), {"real": real.video},
-        lambda video: {"judge_held_out_accuracy": panel.judge.config.accuracy, **judge_videos(panel, video, real.captions, config.seed)},
-        lambda results: print_rest(results, yardsticks(panel, real.video, real.captions, config.seed), dataset.num_digits),
+        lambda video: {"judge_held_out_accuracy": panel.judge.config.accuracy, **panel.judge_videos(video, real.captions, config.seed)},
+        lambda results: print_rest(results, panel.yardsticks(real.video, real.captions, config.seed), dataset.num_digits),
     )
 
 
@@ -226,7 +224,7 @@ def examine_clips(config: EvaluateConfig, dataset: VideosConfig, _: dict[Path, L
     root = dataset.root if config.videos_root is None else config.videos_root
     if not Path(root).is_dir():
         raise FileNotFoundError(f"no folder at {root}: set videos_root to the folder where the clips are now")
-    panel = make_clip_panel(replace(dataset, root=root), config.num_videos, config.num_frames, config.seed)
+    panel = ClipPanel(replace(dataset, root=root), config.num_videos, config.num_frames, config.seed)
     return Trial(
         panel.held_out, panel.prompts, "like held-out clips", CLIP_FIGURES, panel.describe(), panel.real_rows(config.seed),
         lambda video: panel.judge(video, config.seed), lambda results: None,

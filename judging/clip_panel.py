@@ -4,12 +4,12 @@ The features are not a network's: frames averaged to at most 16 x 16 pixels, wit
 axes of the training clips, each divided by its spread there. They see places, colours and motion, not fine texture. Read the Frechet
 distance in them beside those of real clips of the same run.
 
-Dimensions: B videos, F frames, C channels, H = W frame side, D numbers of a video before the axes, E after.
+Dimensions: B videos, F frames, C channels, H = W frame side, D pixels and differences of a video, E axes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from clips.own_videos import Clip, OwnVideos, VideosConfig
 from judging.corruptions import corrupt
-from judging.distribution import LEAST_VIDEOS, compare_distributions, figure, resampled_counts
+from judging.distribution import LEAST_VIDEOS, RESAMPLES, compare_distributions, figure, resampled_counts
 from judging.ink import display_intensity
 from judging.metrics import VideoScores, summarise
 from machine.seeds import Purpose, torch_generator
@@ -27,7 +27,6 @@ SIDE = 16  # pixels of the frames that are compared
 NUM_AXES = 32
 VIDEOS_PER_AXIS = 4  # at least so many, for a covariance
 NUM_FITTED = 1000  # training clips that the axes are fitted to
-RESAMPLES = 200
 CLIP_FIGURES = {
     "frechet_distance": "Frechet (pixels)", "coverage": "coverage", "diversity": "diversity", "motion": "motion over real",
 }
@@ -56,9 +55,8 @@ class Axes:
 
 def _small_frames(video: Tensor) -> tuple[Tensor, Tensor]:
     """Small frames and their differences from frame to frame, float64, each flattened: (B, D1) and (B, D2)."""
-    video = video.clamp(-1, 1)
-    small = functional.adaptive_avg_pool2d(video.flatten(0, 1), min(SIDE, video.shape[-1])).unflatten(0, video.shape[:2]).double()
-    return small.flatten(1), small.diff(dim=1).flatten(1)
+    small = functional.adaptive_avg_pool2d(video.clamp(-1, 1).flatten(0, 1), min(SIDE, video.shape[-1])).unflatten(0, video.shape[:2])
+    return small.double().flatten(1), small.double().diff(dim=1).flatten(1)
 
 
 def motion(video: Tensor) -> Tensor:
@@ -67,17 +65,35 @@ def motion(video: Tensor) -> Tensor:
     return video.float().clamp(-1, 1).diff(dim=1).abs().mean(dim=(2, 3, 4)) / 2
 
 
-@dataclass(frozen=True)
 class ClipPanel:
-    """Real clips that videos are compared with, and in what."""
+    """At most num_videos held-out clips (B, F, C, H, W) in [-1, 1], in an order that the seed draws, their captions as prompts, and as many
+    training clips, of the same captions where there are such. Raises ValueError if there are too few."""
 
-    axes: Axes
-    held_out: Tensor  # (B, F, C, H, W) in [-1, 1]
-    prompts: list[str]  # their captions
-    training: Tensor  # as many training clips, of the same captions where there are such
+    def __init__(self, config: VideosConfig, num_videos: int, num_frames: int, seed: int = 0):
+        held_out, training = OwnVideos(config, "test").clips, OwnVideos(config).clips
+        num = min(num_videos, len(held_out), len(training))
+        if num < LEAST_VIDEOS:
+            raise ValueError(
+                f"{num} of {len(held_out)} held-out and {len(training)} training clips in {config.root}: expected at least {LEAST_VIDEOS} "
+                "of each, set num_videos to more, or train with a larger dataset.test_fraction"
+            )
+        rng = torch_generator(seed, Purpose.REFERENCE)
+
+        def in_random_order(clips: list[Clip]) -> list[Clip]:
+            return [clips[index] for index in torch.randperm(len(clips), generator=rng).tolist()]
+
+        def video(clips: list[Clip]) -> Tensor:
+            return torch.stack([clip.frames[:num_frames] for clip in clips]).float() / 127.5 - 1
+
+        shown, others = in_random_order(held_out)[:num], in_random_order(training)
+        partners = _partners(shown, others)
+        judged = {clip.name for clip in partners}
+        fitted = [clip for clip in others if clip.name not in judged]  # clips that the axes are fitted to look further apart than others
+        self.axes = Axes(video((fitted if len(fitted) >= num else others)[:NUM_FITTED]), min(NUM_AXES, max(num // VIDEOS_PER_AXIS, 1)))
+        self.held_out, self.prompts, self.training = video(shown), [clip.caption for clip in shown], video(partners)
 
     def describe(self) -> str:
-        """One line on what the figures are."""
+        """What the figures are, in one line."""
         return (
             f"features: {self.axes.axes.shape[1]} principal axes of small frames and their differences, fitted to training clips; "
             f"reference: {len(self.held_out)} held-out clips of {self.held_out.shape[1]} frames. Digit figures are left out: "
@@ -104,40 +120,15 @@ class ClipPanel:
         distance = torch.cdist(found, found)
         scale = (weights * torch.cdist(real, real)).sum() / weights.sum()
         counts = resampled_counts(len(found), RESAMPLES, torch_generator(seed, Purpose.BOOTSTRAP))
-        numbers = [((each @ (weights * distance) @ each) / (each @ weights @ each).clamp_min(1e-9)) for each in counts]
-        return figure("diversity", (weights * distance).sum() / weights.sum() / scale, torch.stack(numbers) / scale)
-
-
-def make_clip_panel(config: VideosConfig, num_videos: int, num_frames: int, seed: int = 0) -> ClipPanel:
-    """A panel of at most num_videos held-out clips, in an order that the seed draws. Raises ValueError if there are too few."""
-    held_out, training = OwnVideos(config, "test").clips, OwnVideos(config).clips
-    num = min(num_videos, len(held_out), len(training))
-    if num < LEAST_VIDEOS:
-        raise ValueError(
-            f"{num} of {len(held_out)} held-out and {len(training)} training clips in {config.root}: expected at least {LEAST_VIDEOS} of "
-            "each, set num_videos to more, or train with a larger dataset.test_fraction"
-        )
-    rng = torch_generator(seed, Purpose.REFERENCE)
-
-    def in_random_order(clips: list[Clip]) -> list[Clip]:
-        return [clips[index] for index in torch.randperm(len(clips), generator=rng).tolist()]
-
-    def video(clips: list[Clip]) -> Tensor:
-        return torch.stack([clip.frames[:num_frames] for clip in clips]).float() / 127.5 - 1
-
-    shown, others = in_random_order(held_out)[:num], in_random_order(training)
-    partners = _partners(shown, others)
-    judged = {clip.name for clip in partners}
-    fitted = [clip for clip in others if clip.name not in judged]  # clips that the axes are fitted to look further apart than others
-    axes = Axes(video((fitted if len(fitted) >= num else others)[:NUM_FITTED]), min(NUM_AXES, max(num // VIDEOS_PER_AXIS, 1)))
-    return ClipPanel(axes, video(shown), [clip.caption for clip in shown], video(partners))
+        resampled = [(each @ (weights * distance) @ each) / (each @ weights @ each).clamp_min(1e-9) for each in counts]
+        return figure("diversity", (weights * distance).sum() / weights.sum() / scale, torch.stack(resampled) / scale)
 
 
 def _partners(shown: list[Clip], others: list[Clip]) -> list[Clip]:
     """For every clip another one, each once: of the same caption as long as there are such."""
-    of_caption: dict[str, list[Clip]] = {}
+    of_caption: defaultdict[str, list[Clip]] = defaultdict(list)
     for clip in others:
-        of_caption.setdefault(clip.caption, []).append(clip)
-    partners = [of_caption[clip.caption].pop() if of_caption.get(clip.caption) else None for clip in shown]
+        of_caption[clip.caption].append(clip)
+    partners = [of_caption[clip.caption].pop() if of_caption[clip.caption] else None for clip in shown]
     rest = (clip for clips in of_caption.values() for clip in clips)
     return [next(rest) if partner is None else partner for partner in partners]

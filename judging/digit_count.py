@@ -68,46 +68,37 @@ def read_pieces(judge: DigitJudge, intensity: Tensor) -> tuple[Tensor, list[tupl
     return readable, [tuple(sorted(digits)) for digits in found]
 
 
-def shown_count(counts: list[int]) -> int:
-    """Digits that a video shows: the largest of the counts by frame that is seen in `LEAST_FRAMES` frames or more, else 0. Digits that pass
-    each other are fewer for a while, never more."""
-    return max((count for count, times in Counter(counts).items() if times >= LEAST_FRAMES), default=0)
-
-
 def shown_digits(classes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The digits read most often together among the frames with as many digits as the video shows, () if it shows none."""
-    count = shown_count([len(digits) for digits in classes])
-    together = Counter(digits for digits in classes if len(digits) == count)
-    return together.most_common(1)[0][0] if count > 0 else ()
+    """The digits that a video shows: those read most often among the frames that show the most digits, a number that at least
+    `LEAST_FRAMES` frames show, as digits that pass each other are fewer for a while, never more. () if there are none."""
+    counts = Counter(map(len, classes))
+    count = max((count for count, times in counts.items() if times >= LEAST_FRAMES), default=0)
+    return Counter(digits for digits in classes if len(digits) == count).most_common(1)[0][0] if count > 0 else ()
 
 
 def count_digits(judge: DigitJudge, video: Tensor, prompts: list[str], config: DatasetConfig, seed: int = 0) -> dict[str, float | list]:
     """Score video (B, F, C, H, W) of one or more digits against its prompts: the figures of `summarise` for
 
-    frames_readable, by frame: the digits stand apart, so they can be counted and read. frames_right, by frame: readable, and the digits are
-    those of the prompt; real video reaches its own share of readable frames, not 1. count_right: the video shows as many digits as the
-    prompt names (`shown_count`). videos_right: they are the prompt's. stroke_mass_ratio, sharpness_ratio, by frame, over the prompt's
-    digits in real frames; digits that overlap have less ink.
-
-    Raises ValueError for frames that are not the judge's, enlarged by a whole number.
-    """
+    frames_readable, by frame: the digits do not touch, so they can be counted and read. frames_right, by frame: readable, and the digits
+    are the prompt's. count_right: the video shows as many digits as the prompt names (`shown_digits`). videos_right: they are the prompt's.
+    stroke_mass_ratio, sharpness_ratio, by frame, over the prompt's digits in real frames; digits that overlap have less ink.
+    Raises ValueError for frames that are not the judge's, enlarged by a whole number."""
     scale, num_frames = scale_to_judge(judge, config), video.shape[1]
     asked = [tuple(sorted(parse_caption(prompt).digits)) for prompt in prompts]
     intensity = functional.avg_pool2d(display_intensity(video.cpu()), scale).flatten(0, 1)  # (N, H, W) at the judge's scale
     readable, classes = read_pieces(judge, intensity)
     by_video = [classes[first : first + num_frames] for first in range(0, len(classes), num_frames)]
-    class_mass, class_sharpness = judge.class_mass.cpu(), judge.class_sharpness.cpu()
-    mass = torch.stack([class_mass[list(digits)].sum() for digits in asked]).unsqueeze(1)  # (B, 1)
-    sharpness = torch.stack([class_sharpness[list(digits)].mean() for digits in asked]).unsqueeze(1)
+    mass = torch.stack([judge.class_mass[list(digits)].sum() for digits in asked]).unsqueeze(1).cpu()  # (B, 1)
+    sharpness = torch.stack([judge.class_sharpness[list(digits)].mean() for digits in asked]).unsqueeze(1).cpu()
     by_frame = {
         "frames_readable": readable.unflatten(0, (-1, num_frames)),
         "frames_right": torch.tensor([[found == digits for found in row] for row, digits in zip(by_video, asked, strict=True)]),
         "stroke_mass_ratio": intensity.sum(dim=(-2, -1)).unflatten(0, (-1, num_frames)) / mass,
         "sharpness_ratio": intensity_sharpness(intensity).unflatten(0, (-1, num_frames)) / sharpness,
     }
-    counts = [shown_count([len(digits) for digits in row]) for row in by_video]
+    shown = [(shown_digits(row), digits) for row, digits in zip(by_video, asked, strict=True)]
     of_videos = {
-        "count_right": torch.tensor([count == len(digits) for count, digits in zip(counts, asked, strict=True)]),
-        "videos_right": torch.tensor([shown_digits(row) == digits for row, digits in zip(by_video, asked, strict=True)]),
+        "count_right": torch.tensor([len(found) == len(digits) for found, digits in shown]),
+        "videos_right": torch.tensor([found == digits for found, digits in shown]),
     }
     return summarise(VideoScores(by_frame, of_videos), seed)

@@ -45,12 +45,9 @@ SELF_TEST = {  # what must fall
 }
 
 
-# --------------------------------------------------------------------------------------------------- what is shown
-
-
 def read_classes(probabilities: Tensor, mass: Tensor, class_mass: Tensor) -> Tensor:
-    """The class (B, F) of every frame: the most probable one of (B, F, 10), or `NO_DIGIT` where the stroke mass (B, F) over that class's
-    mean real mass, class_mass (10,), is outside `MASS_GATE`: a thin "one" has a third of the ink of a "zero"."""
+    """The class (B, F) of every frame: the most probable one of (B, F, 10), or `NO_DIGIT` if the stroke mass (B, F) over that class's mean
+    real mass, class_mass (10,), is outside `MASS_GATE`: a thin "one" has a third of the ink of a "zero"."""
     classes = probabilities.argmax(dim=-1)
     ratio = mass / class_mass[classes]
     return torch.where((ratio >= MASS_GATE[0]) & (ratio <= MASS_GATE[1]), classes, NO_DIGIT)
@@ -63,18 +60,10 @@ def videos_right(classes: Tensor, digits: Tensor) -> Tensor:
     return votes[is_prompt] > votes.masked_fill(is_prompt, 0).amax(dim=1)
 
 
-def one_class_throughout(classes: Tensor) -> Tensor:
-    """Videos (B,) whose frames are all read as one class, right or wrong, and none as `NO_DIGIT`."""
-    return (classes == classes[:, :1]).all(dim=1) & (classes[:, 0] != NO_DIGIT)
-
-
 def class_kept(classes: Tensor) -> Tensor:
     """Frames (B, F) that are read as the digit read most often in their video, right or wrong, of classes (B, F)."""
     votes = functional.one_hot(classes + 1, NUM_CLASSES + 1).sum(dim=1)[:, 1:]  # (B, 10)
     return classes == votes.argmax(dim=1, keepdim=True)
-
-
-# --------------------------------------------------------------------------------------------------------- how it moves
 
 
 def is_moving(speed: Tensor, classes: Tensor, config: DatasetConfig) -> Tensor:
@@ -88,21 +77,16 @@ def track_within(error: Tensor, moving: Tensor) -> Tensor:
     return moving & (error.square().mean(dim=1).sqrt() <= TRACK_TOLERANCE)
 
 
-def direction_obeyed(velocity: Tensor, moving: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a video moves and starts in the prompt's octant, (B,), and whether the prompt names one, (B,). velocity: (B, 2) of
-    `fit_bouncing_track`. directions: (B,) octants, `NO_DIRECTION` for none."""
+def direction_obeyed(velocity: Tensor, moving: Tensor, directions: Tensor) -> Tensor:
+    """Videos (B,) that move and start in the prompt's octant, directions (B,). velocity: (B, 2) of `fit_bouncing_track`."""
     angle = torch.atan2(-velocity[:, 1], velocity[:, 0])  # y points down, octants turn upwards
     octant = (angle * (NUM_OCTANTS / (2 * pi))).round().long() % NUM_OCTANTS
-    named = directions != NO_DIRECTION
-    return moving & named & (octant == directions), named
+    return moving & (octant == directions)
 
 
 def opposite(directions: Tensor) -> Tensor:
     """The opposite octants; `NO_DIRECTION` stays."""
     return torch.where(directions == NO_DIRECTION, directions, (directions + NUM_OCTANTS // 2) % NUM_OCTANTS)
-
-
-# ----------------------------------------------------------------------------------------------------------- the report
 
 
 def share_interval(values: Tensor) -> list:
@@ -139,9 +123,8 @@ class VideoScores:
 
     by_frame, (B, F) each: frames_right, class_kept and frames_within_1px (the video moves and the centre is within `TRACK_TOLERANCE`
     of the fitted track), all bool; mean_track_error, distance from the fitted track in pixels, whether the video moves or not;
-    stroke_mass_ratio and sharpness_ratio, over the mean of the prompt's digit in real frames.
-    of_videos, (B,) bool each: videos_right, one_class, track_within_1px, moving; direction_obeyed only of videos whose prompt names one.
-    """
+    stroke_mass_ratio and sharpness_ratio, over the mean of the prompt's digit in real frames. of_videos, (B,) bool each: videos_right,
+    one_class (all frames are read as one digit, right or wrong), track_within_1px, moving; direction_obeyed, of prompts that name one."""
 
     by_frame: dict[str, Tensor]
     of_videos: dict[str, Tensor]
@@ -171,35 +154,32 @@ def score_readings(
     """`score_videos` for videos that the judge has read."""
     class_mass, class_sharpness = judge.class_mass.cpu(), judge.class_sharpness.cpu()
     classes = read_classes(readings.probabilities, readings.mass, class_mass)
+    kept = class_kept(classes)
     fit = fit_bouncing_track(readings.centres, config)
     moving = is_moving(fit.speed, classes, config)
-    obeyed, named = direction_obeyed(fit.velocity, moving, directions)
-    by_frame = {
+    return VideoScores({
         "frames_right": classes == digits.unsqueeze(1),
-        "class_kept": class_kept(classes),
+        "class_kept": kept,
         "frames_within_1px": moving.unsqueeze(1) & (fit.error <= TRACK_TOLERANCE),
         "mean_track_error": fit.error,
         "stroke_mass_ratio": readings.mass / class_mass[digits].unsqueeze(1),
         "sharpness_ratio": readings.sharpness / class_sharpness[digits].unsqueeze(1),
-    }
-    of_videos = {
+    }, {
         "videos_right": videos_right(classes, digits),
-        "one_class": one_class_throughout(classes),
+        "one_class": kept.all(dim=1),
         "track_within_1px": track_within(fit.error, moving),
-        "direction_obeyed": obeyed[named],
+        "direction_obeyed": direction_obeyed(fit.velocity, moving, directions)[directions != NO_DIRECTION],
         "moving": moving,
-    }
-    return VideoScores(by_frame, of_videos)
+    })
 
 
 def summarise(scores: VideoScores, seed: int = 0) -> dict[str, float | list]:
-    """Means over videos of measures (B, F) and (B,), each with its 95 % interval [low, high] over videos.
+    """Means over videos of measures (B, F) and (B,), each with its 95 % interval [low, high] over videos: `share_interval` for a bool
+    measure, `bootstrap_interval` for others and for slopes.
 
-    The interval is `share_interval` for a bool measure, a share of videos or of their frames, `bootstrap_interval` for others and for
-    slopes. Keys, for a measure NAME: NAME and NAME_ci; and for one by frame NAME_by_frame, NAME_by_frame_ci (a pair a frame),
-    NAME_by_block (means of `FRAMES_PER_BLOCK` frames, in order), and, from two blocks on, NAME_slope and NAME_slope_ci: the
-    drift, as change a block of the straight line through a video's blocks. A measure of no videos is left out.
-    """
+    Keys, for a measure NAME: NAME, NAME_ci; and for one by frame NAME_by_frame, NAME_by_frame_ci (a pair a frame), NAME_by_block (means of
+    `FRAMES_PER_BLOCK` frames) and, from two blocks on, NAME_slope, NAME_slope_ci: the drift, as change a block of the straight line
+    through a video's blocks. A measure of no videos is left out."""
     summary: dict[str, float | list] = {}
 
     def add(name: str, values: Tensor, is_share: bool) -> None:
@@ -223,9 +203,6 @@ def summarise(scores: VideoScores, seed: int = 0) -> dict[str, float | list]:
     return summary
 
 
-# --------------------------------------------------------------------------------------------------------- command line
-
-
 def self_test(path: str) -> None:
     """Print the scores of real held-out videos and of the same made worse. Raises ValueError for a score that is not as it must be."""
     config, judge = DatasetConfig(), load_judge(path)
@@ -237,7 +214,7 @@ def self_test(path: str) -> None:
     print(f"the judge read {judge.config.accuracy:.2%} of held-out frames right when it was trained")
     print(f"{len(digits)} videos of held-out digits, 21 frames:")
     print(f"{'':14}" + "".join(f"{name:>18}" for name in names))
-    real: dict[str, float | list[float]] = {}
+    real: dict[str, float | list] = {}
     for case, falls in SELF_TEST.items():
         video = corrupt(batch.video, case) if case in CORRUPTIONS else batch.video
         summary = summarise(score_videos(judge, video, *(wrong if case == "wrong prompts" else (digits, directions)), config))

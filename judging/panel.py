@@ -59,54 +59,43 @@ class Reference:
         }
 
 
-@dataclass(frozen=True)
 class Panel:
-    """Who judges videos of `config`. reference: None for videos of two digits, and for sets too small to be a distribution."""
+    """The shipped judges for videos of config, and the reference: None for videos of two digits and for sets too small to be a
+    distribution. Raises ValueError if the judges cannot read such videos, OSError if they are missing."""
 
-    config: DatasetConfig
-    judge: DigitJudge
-    reference: Reference | None
+    def __init__(self, config: DatasetConfig, num_videos: int, num_frames: int, seed: int = 0):
+        self.config, self.judge = config, load_judge()
+        if config.num_digits > 1:
+            scale_to_judge(self.judge, config)
+        else:
+            self.judge.check_matches(config)
+            warn_of_foreign_digits(self.judge, config)
+        has_reference = config.num_digits == 1 and num_videos >= LEAST_VIDEOS
+        self.reference = Reference(self.judge, config, num_videos, num_frames, seed) if has_reference else None
 
+    def judge_videos(self, video: Tensor, prompts: list[str], seed: int = 0) -> dict[str, float | list]:
+        """All figures of video (B, F, C, H, W) in [-1, 1] for its prompts: of one digit those of `metrics.summarise`, `distribution` and
+        `glyphs`; of two those of `digit_count`. Raises ValueError for values that are not finite and for prompts of other videos."""
+        if self.config.num_digits > 1:
+            return count_digits(self.judge, video, prompts, self.config, seed)
+        return self.judge_readings(read_videos(self.judge, video), *facts_of_prompts(prompts), seed)
 
-def make_panel(config: DatasetConfig, num_videos: int, num_frames: int, seed: int = 0) -> Panel:
-    """The shipped judges and the real videos of reference. Raises ValueError if the judges cannot read such videos, OSError if they are
-    missing."""
-    judge = load_judge()
-    if config.num_digits > 1:
-        scale_to_judge(judge, config)
-    else:
-        judge.check_matches(config)
-        warn_of_foreign_digits(judge, config)
-    has_reference = config.num_digits == 1 and num_videos >= LEAST_VIDEOS
-    return Panel(config, judge, Reference(judge, config, num_videos, num_frames, seed) if has_reference else None)
+    def judge_readings(self, readings: VideoReadings, digits: Tensor, directions: Tensor, seed: int = 0) -> dict[str, float | list]:
+        """`judge_videos` for videos of one digit that the judge has read, with the digits (B,) and directions (B,) asked for."""
+        figures = summarise(score_readings(self.judge, readings, digits, directions, self.config), seed)
+        if self.reference is not None:
+            figures |= self.reference.compare(self.reference.features(readings, digits), seed)
+        return figures
 
-
-def judge_videos(panel: Panel, video: Tensor, prompts: list[str], seed: int = 0) -> dict[str, float | list]:
-    """All figures of video (B, F, C, H, W) in [-1, 1] for its prompts: of one digit those of `metrics.summarise`, `distribution` and
-    `glyphs`; of two those of `digit_count`. Raises ValueError for values that are not finite and for prompts of other videos."""
-    if panel.config.num_digits > 1:
-        return count_digits(panel.judge, video, prompts, panel.config, seed)
-    return judge_readings(panel, read_videos(panel.judge, video), *facts_of_prompts(prompts), seed)
-
-
-def judge_readings(panel: Panel, readings: VideoReadings, digits: Tensor, directions: Tensor, seed: int = 0) -> dict[str, float | list]:
-    """`judge_videos` for videos of one digit that the judge has read, with the digits (B,) and directions (B,) asked for."""
-    figures = summarise(score_readings(panel.judge, readings, digits, directions, panel.config), seed)
-    if panel.reference is not None:
-        figures |= panel.reference.compare(panel.reference.features(readings, digits), seed)
-    return figures
-
-
-def yardsticks(panel: Panel, video: Tensor, prompts: list[str], seed: int = 0) -> dict[str, dict[str, float | list]]:
-    """What the distribution's figures mean: those of real videos whose frames are shuffled (the ceiling: right in every frame, wrong in all
-    motion), and of real videos of training digits (perfect imitation). The floor is the figures of real held-out videos themselves. Empty
-    without a reference."""
-    reference = panel.reference
-    if reference is None:
-        return {}
-    order = torch.randperm(video.shape[1], generator=torch_generator(seed, Purpose.FAULT))
-    shuffled = read_videos(panel.judge, video).take(frames=order)
-    return {
-        "real, frames shuffled": reference.compare(reference.features(shuffled, facts_of_prompts(prompts)[0]), seed),
-        "real, training digits": reference.compare(reference.training, seed),
-    }
+    def yardsticks(self, video: Tensor, prompts: list[str], seed: int = 0) -> dict[str, dict[str, float | list]]:
+        """What the distribution's figures mean: those of real videos whose frames are shuffled (the ceiling: right in every frame, wrong in
+        all motion), and of real videos of training digits (perfect imitation). The floor is the figures of real held-out videos
+        themselves. Empty without a reference."""
+        if self.reference is None:
+            return {}
+        order = torch.randperm(video.shape[1], generator=torch_generator(seed, Purpose.FAULT))
+        shuffled = self.reference.features(read_videos(self.judge, video).take(frames=order), facts_of_prompts(prompts)[0])
+        return {
+            "real, frames shuffled": self.reference.compare(shuffled, seed),
+            "real, training digits": self.reference.compare(self.reference.training, seed),
+        }

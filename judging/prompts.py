@@ -62,10 +62,9 @@ def new_indices(held_out: MovingMNISTGenerator, networks: list[LoadedNetworks], 
     raise ValueError(f"only {len(indices)} of {num_videos} prompts are new to these networks: ask for fewer videos")
 
 
-def who_saw_the_judges_digits(networks: dict[str, LoadedNetworks]) -> str | None:
-    """A note that names the networks which trained on digits of the judges, None if none did."""
+def say_who_saw_the_judges_digits(networks: dict[str, LoadedNetworks]) -> None:
+    """Print the names of networks that trained on digits of the judges."""
     seen = [name for name, item in networks.items() if "judge" in item.digits_seen]
-    return None if not seen else (
-        f"note: {', '.join(seen)} learned from digits that the judges learned from too: their figures flatter them; train them anew with "
-        "dataset.judge_fraction above 0"
-    )
+    if seen:
+        print(f"note: {', '.join(seen)} learned from digits that the judges learned from too: their figures flatter them; retrain with "
+              "dataset.judge_fraction above 0")

@@ -1,5 +1,5 @@
-"""Figures to read: tables for a terminal of 184 columns, and curves by frame. Figures are those of `panel.judge_videos`, under NAME and
-NAME_ci, and those of `COST_FIGURES`, which sampled rows have."""
+"""Figures to read: tables for a terminal of 184 columns, and curves by frame. Figures are those of `panel.Panel`, under NAME and NAME_ci,
+and those of `COST_FIGURES`, which sampled rows have."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The track of a video's ink: the constant-velocity path between walls that is nearest to its centres of mass.
 
-Dimensions: B videos, F frames; A = 2B axes and K candidates in the fit. Positions are (x, y) in pixel indices, x to the
-right and y down.
+Dimensions: B videos, F frames; A = 2B axes and K candidates in the fit. Positions are (x, y) in pixel indices, x to the right and y down.
 """
 
 from __future__ import annotations

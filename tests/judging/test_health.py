@@ -28,9 +28,6 @@ from training.run_log import read_scalars
 STEPS = [1000, 750, 500, 250]
 
 
-# ------------------------------------------------------------------------------------------------------ a generator's turn
-
-
 def test_values_are_averaged_by_noise_level_and_a_level_without_a_video_is_left_out():
     values, t = torch.tensor([1.0, 2.0, 3.0, 6.0, 7.0]), torch.tensor([0.02, 0.34, 0.5, 0.67, 1.0])
     assert mean_by_noise_level(values, t) == {"low": 1.0, "middle": 2.5, "high": 6.5}
@@ -152,9 +149,6 @@ def test_the_last_block_is_read_alone(judge, batch):
     assert read["stroke_mass_ratio_last_block"] == read["frames_right_last_block"] == 0 and read["stroke_mass_ratio"] > 0.4
 
 
-# ------------------------------------------------------------------------------------------------------------- whole runs
-
-
 def watched_config(teacher: Path, log_dir: Path, **changes: object) -> Config:
     own = {**SHARED, "sample_interval": 4, "health_interval": 2, "dfake_gen_update_ratio": 2, "critic_warmup_steps": 1}
     return tiny_config(log_dir, SelfForcingConfig(**{**own, "pretrained_checkpoint": str(teacher), **changes}))
@@ -210,9 +204,6 @@ def test_videos_that_the_judge_cannot_read_leave_no_columns_and_one_line(teacher
         assert f"stroke mass): {reason}" in capsys.readouterr().out
         assert trainer.judge is trainer.fixed_prompts is None and not set(JUDGED_COLUMNS) & set(trainer.log.columns)
         trainer.log.close()
-
-
-# ------------------------------------------------------------------------------------------------------------ the picture
 
 
 def write_run(folder: Path, scale: float = 1.0) -> Path:

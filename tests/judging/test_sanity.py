@@ -2,7 +2,7 @@
 
 import pytest
 
-from judging.panel import make_panel, yardsticks
+from judging.panel import Panel
 from judging.sanity import IMITATION_KEEPS, MUST_MOVE, REAL_LIMITS, SMALLEST_CHANGE, find_failures, judge_faults, moved
 from moving_mnist import DatasetConfig, MovingMNISTGenerator
 
@@ -17,7 +17,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def panel():
-    return make_panel(CONFIG, NUM_VIDEOS, NUM_FRAMES)
+    return Panel(CONFIG, NUM_VIDEOS, NUM_FRAMES)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_faults_leave_alone_what_they_do_not_touch(figures):
 
 
 def test_real_videos_stand_at_the_floor_and_shuffled_ones_at_the_ceiling(panel, batch, figures):
-    beside = yardsticks(panel, batch.video, batch.captions)
+    beside = panel.yardsticks(batch.video, batch.captions)
     floor, ceiling = figures["real"]["frechet_distance"], beside["real, frames shuffled"]["frechet_distance"]
     assert max(floor, beside["real, training digits"]["frechet_distance"]) < 0.15 * ceiling
     for name in ("track_within_1px", "moving", "stroke_mass_ratio", "sharpness_ratio", "frames_right_slope"):

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from clips.own_videos import VideosConfig
 from evaluate import EvaluateConfig, evaluate, examine_clips, main, make_rows, write_results
-from judging.prompts import new_indices, who_saw_the_judges_digits
+from judging.prompts import new_indices, say_who_saw_the_judges_digits
 from judging.report import LOOK_FIGURES, PROMPT_FIGURES
 from machine.paths import CONFIGS
 from machine.seeds import Purpose
@@ -113,11 +113,13 @@ def test_prompts_are_held_out_word_for_word(teacher: Path):
     assert len(captions) == 50 and captions == again != other and not set(drawn) & set(captions)
 
 
-def test_a_network_that_saw_the_judges_digits_is_named(teacher: Path):
+def test_a_network_that_saw_the_judges_digits_is_named(teacher: Path, capsys):
     networks = load_networks(teacher, torch.device("cpu"))
     clean = replace(networks, digits_seen=("train",))
-    assert who_saw_the_judges_digits({"a.pt": clean}) is None
-    assert "note: b.pt learned from digits that the judges" in who_saw_the_judges_digits({"a.pt": clean, "b.pt": networks})
+    say_who_saw_the_judges_digits({"a.pt": clean})
+    assert capsys.readouterr().out == ""
+    say_who_saw_the_judges_digits({"a.pt": clean, "b.pt": networks})
+    assert capsys.readouterr().out.startswith("note: b.pt learned from digits that the judges learned from")
 
 
 def test_the_yaml_composes_to_the_defaults():

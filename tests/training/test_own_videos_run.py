@@ -12,7 +12,7 @@ from clips.own_videos import VideosConfig
 from clips.video_files import load_array, load_frames
 from evaluate import EvaluateConfig, evaluate
 from experiments import long_video, shapes
-from judging.clip_panel import CLIP_FIGURES, make_clip_panel
+from judging.clip_panel import CLIP_FIGURES, ClipPanel
 from method.settings import PretrainConfig, SelfForcingConfig
 from moving_mnist import DatasetConfig
 from network.text_encoder import VOCABULARY, TextEncoderConfig
@@ -111,13 +111,13 @@ def test_evaluation_has_figures_without_digits(teacher, student, folder, tmp_pat
 
 def test_one_video_again_and_again_has_no_diversity(folder):
     config = VideosConfig(root=str(folder), frame_size=16, test_fraction=0.3)
-    panel = make_clip_panel(config, 16, 6)
+    panel = ClipPanel(config, 16, 6)
     assert panel.judge(panel.held_out[:1].expand_as(panel.held_out))["diversity"] == 0
     figures = panel.judge(panel.held_out)
     assert figures["frechet_distance"] < 1e-6 and figures["coverage"] == 1
     assert figures["diversity"] == pytest.approx(1) and figures["motion"] == pytest.approx(1)
     with pytest.raises(ValueError, match="6 of .* held-out and .* training clips in .*: expected at least 7 of each"):
-        make_clip_panel(config, 6, 6)
+        ClipPanel(config, 6, 6)
 
 
 def test_networks_of_other_data_or_captions_are_refused(student_config, folder, tmp_path, teacher):
