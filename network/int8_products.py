@@ -34,7 +34,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, scale = quantize_rows(x)
-        product = torch._int_mm(rows.flatten(0, -2), self.weight.t()).view(*x.shape[:-1], -1)  # (..., N) int32
+        product = torch._int_mm(rows.flatten(0, -2), self.weight.t()).unflatten(0, x.shape[:-1])  # (..., N) int32
         return torch.addcmul(self.bias, product.float(), scale * self.scale).to(self.dtype)
 
 

@@ -47,6 +47,7 @@ def test_the_layer_is_the_product_of_what_was_rounded(linear, x, dtype):
     y = layer(x)
     assert y.shape == (2, 5, 40) and y.dtype == dtype and not y.requires_grad
     assert_close(y, expected.to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+    assert layer(x[:, :0]).shape == (2, 0, 40)  # a pass that only writes the cache attends for no token in its last layer
 
 
 def test_all_linear_layers_inside_are_replaced_and_nothing_else(linear):
