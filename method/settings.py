@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from omegaconf import MISSING
 
@@ -15,17 +17,34 @@ from digits.deformation import MAX_VARIATION
 from method.choices import require
 from network.attention import NUM_TRAIN_TIMESTEPS, ContextWindow
 
-OBJECTIVES = ("mixed", "teacher_forcing", "diffusion_forcing")
-GENERATOR_INPUTS = ("self_rollout", "diffusion_forced", "teacher_forced")
-DISTRIBUTION_LOSSES = ("dmd", "sid", "gan")
-OPTIMIZERS = ("adamw", "muon")
-SHARDINGS = ("none", "fsdp2")
-TRAJECTORY_TEACHERS = ("causal", "bidirectional")
+CHOICES = {  # by setting
+    "objective": ("mixed", "teacher_forcing", "diffusion_forcing"),
+    "generator_inputs": ("self_rollout", "diffusion_forced", "teacher_forced"),
+    "loss": ("dmd", "sid", "gan"),
+    "optimizer": ("adamw", "muon"),
+    "sharding": ("none", "fsdp2"),
+    "trajectory_teacher": ("causal", "bidirectional"),
+}
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (  # the settings, what each may be, and how a refusal says it
+    ("num_steps batch_size num_frames_per_block teacher_steps log_interval keep_last accumulation_steps clip_batch_size "
+     "trajectory_steps dfake_gen_update_ratio noise_draws", lambda x: x >= 1, "at least 1"),
+    ("consistency_steps", lambda x: x >= 2, "at least 2"),
+    ("sample_interval checkpoint_interval eval_videos health_interval", lambda x: x >= 0, "0 (off) or more"),
+    ("clip_steps gan_penalty warmup_steps critic_warmup_steps weight_decay", lambda x: x >= 0, "0 (none) or more"),
+    ("guidance teacher_guidance", lambda x: x >= 0, "0 or more (1 is no guidance)"),
+    ("lr muon_lr critic_lr time_shift score_time_shift clip_norm gan_penalty_sigma", lambda x: 0 < x < math.inf, "a positive number"),
+    ("decay_fraction teacher_eta teacher_ink_kept guidance_ink_kept prompt_dropout clean_prefix_probability bidirectional_share "
+     "switch_probability", lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+    ("ema_decay critic_ema_decay muon_momentum critic_muon_momentum", lambda x: 0 <= x < 1, "a number in [0, 1)"),
+    ("loss_time_floor", lambda x: 0 < x <= 1, "a number in (0, 1]"),
+    ("digit_variation", lambda x: 0 <= x <= MAX_VARIATION, f"0 (none) to {MAX_VARIATION}"),
+    ("context_noise", lambda x: 0 <= x <= NUM_TRAIN_TIMESTEPS, f"a timestep in 0..{NUM_TRAIN_TIMESTEPS}"),
+)
 
 
 def check_num_frames(key: str, num_frames: int, num_frames_per_block: int, independent_first_frame: bool = False) -> None:
-    """Raise ValueError naming the nearest valid counts where num_frames is not a positive multiple of the block, after one
-    first frame where that is a block of its own."""
+    """Raise ValueError naming the nearest valid counts unless num_frames is a positive multiple of the block, after a single first frame
+    if that is a block of its own."""
     first = 1 if independent_first_frame else 0
     if num_frames < 1 or (num_frames - first) % num_frames_per_block:
         below = (num_frames - first) // num_frames_per_block * num_frames_per_block + first
@@ -39,13 +58,10 @@ def check_num_frames(key: str, num_frames: int, num_frames_per_block: int, indep
 
 
 def check_denoising_steps(key: str, steps: list[int]) -> None:
-    """Raise ValueError unless the timesteps are non-empty, in 1..1000, strictly descending and start at 1000."""
-    valid = bool(steps) and all(isinstance(s, int) and 1 <= s <= NUM_TRAIN_TIMESTEPS for s in steps)
-    descending = valid and all(a > b for a, b in zip(steps, steps[1:], strict=False)) and steps[0] == NUM_TRAIN_TIMESTEPS
-    require(
-        descending, key, list(steps),
-        f"strictly descending whole timesteps from {NUM_TRAIN_TIMESTEPS} down to at least 1, such as [1000, 750, 500, 250]",
-    )
+    """Raise ValueError unless the timesteps descend strictly from 1000 to at least 1."""
+    is_valid = steps[:1] == [NUM_TRAIN_TIMESTEPS] and steps[-1] >= 1 and all(later < step for step, later in pairwise(steps))
+    expected = f"strictly descending whole timesteps from {NUM_TRAIN_TIMESTEPS} down to at least 1, such as [1000, 750, 500, 250]"
+    require(is_valid, key, list(steps), expected)
 
 
 @dataclass
@@ -98,18 +114,11 @@ class TrainingConfig(ABC):
     def __post_init__(self) -> None:
         own_type = type(self).training_type
         self.check("training_type", self.training_type == own_type, f"{own_type}, which training= has chosen")
-        for name in ("num_steps", "batch_size", "num_frames_per_block", "teacher_steps", "log_interval", "keep_last", "accumulation_steps"):
-            self.check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("sample_interval", "checkpoint_interval", "eval_videos"):
-            self.check(name, getattr(self, name) >= 0, "0 (off) or more")
-        for name in ("lr", "time_shift", "clip_norm"):
-            self.check(name, 0 < getattr(self, name) < math.inf, "a positive number")
-        self.check("sharding", self.sharding in SHARDINGS, f"one of {', '.join(SHARDINGS)}")
-        for name in ("decay_fraction", "teacher_eta", "teacher_ink_kept"):
-            self.check(name, 0 <= getattr(self, name) <= 1, "a number in [0, 1]")
-        self.check("ema_decay", 0 <= self.ema_decay < 1, "a number in [0, 1)")
-        for name in ("guidance", "teacher_guidance"):
-            self.check(name, getattr(self, name) >= 0, "0 or more (1 is no guidance)")
+        for name, value in vars(self).items():
+            for names, is_valid, expected in RANGES:
+                self.check(name, name not in names.split() or is_valid(value), expected)
+            if name in CHOICES:
+                self.check(name, value in CHOICES[name], f"one of {', '.join(CHOICES[name])}")
         if self.resume is None:  # as earlier versions stored it
             self.resume = "never"
         require(self.resume != "", "training.resume", "empty", "never, auto or the path of a checkpoint")
@@ -127,7 +136,7 @@ class TrainingConfig(ABC):
 
     @property
     def context(self) -> ContextWindow:
-        """What a block sees of the past in training, under the mask and in the rollout alike."""
+        """What a block sees of the past, under the mask and in the rollout."""
         return ContextWindow(self.window_frames, self.sink_frames, self.hide_first_chunk, self.independent_first_frame)
 
     @property
@@ -168,22 +177,12 @@ class PretrainConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.pretrained_checkpoint != "", "training.pretrained_checkpoint", "empty", "a path, or null for none")
-        self.check("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
-        for name in ("prompt_dropout", "clean_prefix_probability", "bidirectional_share", "switch_probability"):
-            self.check(name, 0 <= getattr(self, name) <= 1, "a number in [0, 1]")
         has_prefixes = self.objective != "teacher_forcing" and self.clean_prefix_probability > 0
         needs = "0 without clean prefixes (training.clean_prefix_probability above 0, and an objective that has them)"
         self.check("switch_probability", self.switch_probability == 0 or has_prefixes, needs)
-        self.check("clip_steps", self.clip_steps >= 0, "0 (none) or more")
-        self.check("clip_batch_size", self.clip_batch_size >= 1, "at least 1")
         if self.clip_steps:
             check_num_frames("training.clip_frames", self.clip_frames, self.num_frames_per_block, self.independent_first_frame)
-        self.check("digit_variation", 0 <= self.digit_variation <= MAX_VARIATION, f"0 (none) to {MAX_VARIATION}")
-        for name in ("warmup_steps", "weight_decay"):
-            self.check(name, getattr(self, name) >= 0, "0 or more")
-        self.check("muon_lr", self.muon_lr > 0, "a positive number")
         self.check("compile", not self.compile or self.sharding == "none", f"false with training.sharding={self.sharding}")
-        self.check("loss_time_floor", 0 < self.loss_time_floor <= 1, "a number in (0, 1]")
 
     @property
     def summary(self) -> str:
@@ -211,7 +210,6 @@ class FewStepConfig(TrainingConfig):
         super().__post_init__()
         require(self.pretrained_checkpoint != "", "training.pretrained_checkpoint", "empty", "the path of a teacher's checkpoint")
         check_denoising_steps("training.denoising_steps", self.denoising_steps)
-        self.check("weight_decay", self.weight_decay >= 0, "0 or more")
         is_pair = len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas)
         self.check("adam_betas", is_pair, "two numbers in [0, 1)")
 
@@ -241,79 +239,55 @@ class SelfForcingConfig(FewStepConfig):
     gan_penalty: float = 0.1  # weight of R1 and of R2 in the discriminator's loss
     gan_penalty_sigma: float = 0.05  # step of their finite differences
     guidance: float = 2.5
-    # Times of the scores at which the teacher is guided. At higher ones guidance makes strokes bolder, at these the digit clearer.
+    # Times of the scores at which the teacher is guided: here guidance makes the digit clearer, at higher times the strokes bolder.
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 0.85])
-    # Of what guidance adds to the teacher's prediction along its ink: 1 is classifier-free guidance, less makes thinner strokes.
-    guidance_ink_kept: float = 1.0
+    guidance_ink_kept: float = 1.0  # share kept of what guidance adds along the predicted ink: less makes thinner strokes
     clamp_scores: bool = False  # keep what critic and guided teacher predict in [-1, 1], as all data is; guidance leaves it
     generator_checkpoint: str | None = None  # the network that the generator starts from; the teacher if not given
     critic_lr: float = 2e-4
-    # Of generator and critic: adamw, or muon for the matrices of the transformer blocks and adamw for the rest.
-    optimizer: str = "adamw"
+    optimizer: str = "adamw"  # of generator and critic; muon: of the matrices of the transformer blocks, adamw of the rest
     muon_momentum: float = 0.5  # of the generator
     critic_muon_momentum: float = 0.8
-    # Weighs update k by k^ema_power in the generator's average, which so covers a fixed share of a run; null: by ema_decay.
-    ema_power: float | None = None
+    ema_power: float | None = None  # update k has the weight k^ema_power in the generator's average; null: by ema_decay
     critic_ema_decay: float = 0.9  # of the critic that judges the generator; 0 lets the newest one judge, which is far noisier
     context_noise: int = 0  # timestep, 0..1000, at which finished blocks are written into the cache
     gradient_frames: int = 21  # only the last so many frames carry gradient and are scored
     # Score a window of min_num_frames to max_num_frames frames somewhere in a rollout of up to so many; that of the start if not given.
     rollout_frames: int | None = None
-    # Of the windows that start later: how many follow a switch of the prompt, from that of another video (docs/long_video.md).
-    switch_probability: float = 0.0
-    # Blocks walk on to their last step after the exit step, so that later blocks and the critic see finished videos, as at inference.
-    # Else the exit step's prediction stands for the block (Self-Forcing, Algorithm 1); docs/decisions.md says what either does here.
+    switch_probability: float = 0.0  # share of the later windows that follow a switch of the prompt (docs/long_video.md)
+    # Blocks continue past their exit step to the last one, so that later blocks and the critic see finished videos, as at inference.
+    # Else the exit step's prediction is the block (Self-Forcing, Algorithm 1); docs/decisions.md compares both.
     finish_blocks: bool = False
     same_exit_step: bool = True  # one exit step for all blocks of a rollout; false draws one per block
     dfake_gen_update_ratio: int = 4
-    # Noised copies of every video, each at another noise level: in a critic update, and under the scores of a generator update.
-    noise_draws: int = 1
+    noise_draws: int = 1  # noised copies of every video, each at another noise level, for the critic and under the scores
     critic_warmup_steps: int = 16  # critic updates before the generator's first
     min_score_time: float = 0.02
     max_score_time: float = 0.98
-    # Shift of the times of scores and critic, toward noise above 1. The default departs from the public code, which shifts by 5.
-    score_time_shift: float = 1.0
+    score_time_shift: float = 1.0  # of the times of scores and critic, toward noise above 1; the public code shifts by 5
     loss_time_floor: float = 0.3
     health_interval: int = 40  # steps between two readings of the generator's videos of fixed prompts (`health`); 0 switches them off
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("health_interval", self.health_interval >= 0, "0 (off) or more")
-        for name, known in {"generator_inputs": GENERATOR_INPUTS, "loss": DISTRIBUTION_LOSSES, "optimizer": OPTIMIZERS}.items():
-            self.check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
         self.check("dmd_sign", self.dmd_sign in (1, -1), "1, or -1 for a run that flees its teacher")
-        is_dmd = self.dmd_sign == 1 or self.loss == "dmd"
-        self.check("dmd_sign", is_dmd, f"1 with training.loss={self.loss}, which has no DMD gradient")
-        self.check("guidance_ink_kept", 0 <= self.guidance_ink_kept <= 1, "a number in [0, 1]")
-        self.check("gan_penalty", self.gan_penalty >= 0, "0 (none) or more")
+        has_gradient = self.dmd_sign == 1 or self.loss == "dmd"
+        self.check("dmd_sign", has_gradient, f"1 with training.loss={self.loss}, which has no DMD gradient")
+        self.check("noise_draws", self.noise_draws == 1 or self.loss != "gan", "1 with training.loss=gan, which sees every video once")
         check_num_frames("training.gradient_frames", self.gradient_frames, self.num_frames_per_block)
-        self.check("context_noise", 0 <= self.context_noise <= NUM_TRAIN_TIMESTEPS, "a timestep in 0..1000")
-        is_self_rollout = self.generator_inputs == "self_rollout"
+        has_context = self.context_noise == 0 or self.generator_inputs == "self_rollout"
         inputs = f"0 with training.generator_inputs={self.generator_inputs}"
-        self.check("context_noise", self.context_noise == 0 or is_self_rollout, f"{inputs}, which shows no noised context")
-        self.check("switch_probability", 0 <= self.switch_probability <= 1, "a number in [0, 1]")
+        self.check("context_noise", has_context, f"{inputs}, which shows no noised context")
         starts_later = self.switch_probability == 0 or self.rollout_frames is not None
         self.check("switch_probability", starts_later, "0 without training.rollout_frames, as no window starts later")
         if self.rollout_frames is not None:
             self._check_rollout_frames(self.rollout_frames)
-        for name in ("dfake_gen_update_ratio", "noise_draws"):
-            self.check(name, getattr(self, name) >= 1, "at least 1")
-        sees_once = "1 with training.loss=gan, whose discriminator sees every video once"
-        self.check("noise_draws", self.noise_draws == 1 or self.loss != "gan", sees_once)
-        self.check("critic_warmup_steps", self.critic_warmup_steps >= 0, "0 or more")
-        for name in ("muon_momentum", "critic_muon_momentum", "critic_ema_decay"):
-            self.check(name, 0 <= getattr(self, name) < 1, "0 (none) to below 1")
         is_power = self.ema_power is None or 0 <= self.ema_power < math.inf
-        self.check("ema_power", is_power, "0 (all updates alike) or more, or null for ema_decay")
-        self.check("loss_time_floor", 0 < self.loss_time_floor <= 1, "a number in (0, 1]")
-        for name in ("critic_lr", "gan_penalty_sigma", "score_time_shift"):
-            self.check(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        self.check("ema_power", is_power, "0 (all updates count the same) or more, or null for ema_decay")
         is_interval = len(self.guidance_interval) == 2 and 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1
         self.check("guidance_interval", is_interval, "two times in [0, 1], the lower one first")
-        require(
-            0 < self.min_score_time < self.max_score_time <= 1, "training.min_score_time and max_score_time",
-            (self.min_score_time, self.max_score_time), "0 < min < max <= 1",
-        )
+        times = self.min_score_time, self.max_score_time
+        require(0 < times[0] < times[1] <= 1, "training.min_score_time and max_score_time", times, "0 < min < max <= 1")
 
     def _check_rollout_frames(self, rollout_frames: int) -> None:
         key = "training.rollout_frames"
@@ -358,8 +332,6 @@ class CausalODEConfig(FewStepConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("trajectory_teacher", self.trajectory_teacher in TRAJECTORY_TEACHERS, f"one of {', '.join(TRAJECTORY_TEACHERS)}")
-        self.check("trajectory_steps", self.trajectory_steps >= 1, "at least 1")
         fewest = math.lcm(*(NUM_TRAIN_TIMESTEPS // math.gcd(step, NUM_TRAIN_TIMESTEPS) for step in self.denoising_steps))
         steps = f"every one of training.denoising_steps={list(self.denoising_steps)}, such as {fewest}"
         self.check("trajectory_steps", self.trajectory_steps % fewest == 0, f"a number of Euler steps that meets {steps}")
@@ -375,10 +347,6 @@ class CausalConsistencyConfig(FewStepConfig):
 
     training_type: str = "causal_consistency"
     consistency_steps: int = 24  # times between which neighbours are made to agree
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("consistency_steps", self.consistency_steps >= 2, "at least 2")
 
     @property
     def summary(self) -> str:
