@@ -1,10 +1,11 @@
 """Self-Forcing's losses: whom each one reaches, and distribution matching against closed forms."""
 
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
-from helpers.networks import GaussianScore, build_engine, perturb, random_prompt, random_text, shift_text, texts_of
+from helpers.networks import GaussianScore, build_engine, perturb, random_text, shift_text, texts_of
 from torch import Tensor, nn
 
 from dynamic_video_sf import SelfForcingEngine
@@ -13,36 +14,39 @@ from method.losses import NORMALISER_FLOOR, dmd_gradient, dmd_loss, sid_loss
 from training.config import SelfForcingConfig
 
 
-def test_the_generators_loss_reaches_the_generator_alone():
-    engine = build_engine()
-    perturb(engine.fake_average)
-    before = {name: value.clone() for name, value in engine.real_score.state_dict().items()}
-    rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
-    score_passes: list[bool] = []
+def has_gradient(parameters: Iterable[nn.Parameter]) -> set[bool]:
+    return {parameter.grad is not None and bool(parameter.grad.any()) for parameter in parameters}
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"loss": "sid"}, {"loss": "gan"}, {"generator_inputs": "diffusion_forced"}, {"generator_inputs": "teacher_forced"},
+], ids=str)
+def test_each_loss_reaches_its_own_network_alone(changes):
+    engine = build_engine(**changes)
+    perturb(engine.critic), perturb(engine.fake_average)
+    others = [engine.real_score, engine.fake_average, engine.generator_average]
+    before = [parameter.clone() for network in others for parameter in network.parameters()]
+    text, x_real = random_text(engine.generator, 2), torch.randn(2, 6, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    passes: list[bool] = []
     for score in (engine.fake_average, engine.real_score):
-        score.head.register_forward_hook(lambda module, args, output: score_passes.append(output.requires_grad))
-    engine.generator_loss(rollout.scored, *texts_of(engine))[0].backward()
-    assert score_passes == [False, False]
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in engine.generator.parameters())
-    assert all(parameter.grad is None for score in (engine.fake_score, engine.fake_average) for parameter in score.parameters())
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in engine.real_score.parameters())
-    torch.testing.assert_close(dict(engine.real_score.state_dict()), before, rtol=0, atol=0)
-
-
-def test_the_critics_loss_reaches_the_critic_alone():
-    engine = build_engine()
-    rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
-    assert rollout.scored.requires_grad
-    engine.critic_loss(rollout.scored, random_text(engine.fake_score, 2)).backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in engine.fake_score.parameters())
-    assert all(parameter.grad is None for parameter in [*engine.generator.parameters(), *engine.real_score.parameters()])
+        score.head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
+    engine.generator_loss(engine.make_videos(text, 6, True, x_real).scored, *texts_of(engine), x_real)[0].backward()
+    assert passes == {"dmd": [False, False], "sid": [True, True], "gan": []}[engine.config.loss]
+    assert has_gradient(engine.generator.parameters()) == {True} and has_gradient(engine.critic.parameters()) == {False}
+    engine.generator.zero_grad()
+    scored = engine.make_videos(text, 6, True, x_real).scored
+    assert scored.requires_grad
+    engine.critic_loss(scored, text, x_real).backward()
+    assert has_gradient(engine.fake_score.blocks.parameters()) == {True} and True in has_gradient(engine.critic.head.parameters())
+    assert has_gradient(engine.generator.parameters()) == {False}
+    after = [parameter for network in others for parameter in network.parameters()]
+    assert has_gradient(after) == {False} and all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
 def test_the_networks_share_no_storage():
     engine = build_engine()
-    networks = (engine.generator, engine.fake_score, engine.fake_average, engine.real_score)
-    pointers = [p.data_ptr() for network in networks for p in network.parameters()]
-    assert len(set(pointers)) == len(pointers) == 4 * len(list(engine.generator.parameters()))
+    pointers = [parameter.data_ptr() for network in engine.networks() for parameter in network.parameters()]
+    assert len(set(pointers)) == len(pointers) == 5 * len(list(engine.generator.parameters()))
 
 
 def random_batch(num_tensors: int) -> list[Tensor]:
@@ -73,10 +77,8 @@ def test_dmd_gradient_is_normalised_per_sample():
 def test_a_score_that_is_the_video_itself_gives_finite_gradients(loss):
     x_0, x_0_fake = random_batch(2)
     x_0.requires_grad_()
-    if loss == "dmd":
-        terms = dmd_loss(x_0, dmd_gradient(x_0.detach(), x_0_fake, x_0.detach()))
-    else:
-        terms = sid_loss(x_0, x_0_fake, x_0.detach(), 1.0)
+    x_0_real = x_0.detach()
+    terms = dmd_loss(x_0, dmd_gradient(x_0_real, x_0_fake, x_0_real)) if loss == "dmd" else sid_loss(x_0, x_0_fake, x_0_real, 1.0)
     (derivative,) = torch.autograd.grad(terms.mean(), x_0)
     assert terms.isfinite().all() and derivative.isfinite().all() and derivative.any()
 
@@ -87,10 +89,8 @@ def test_a_score_that_is_not_a_number_gives_a_loss_that_is_not_finite(loss, brok
     engine = build_engine(loss=loss)
     x_0 = (0.3 * torch.randn(2, 6, 1, 8, 8)).requires_grad_()
     assert engine.generator_loss(x_0, *texts_of(engine))[0].isfinite()
-    network = {"fake_average": engine.fake_average, "real_score": engine.real_score}[broken]
     with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.fill_(torch.nan)
+        getattr(engine, broken).head.bias.fill_(torch.nan)
     value, figures = engine.generator_loss(x_0, *texts_of(engine))
     (derivative,) = torch.autograd.grad(value, x_0)
     assert value.isnan() and math.isnan(figures["score_distance"]) and derivative.isnan().any()

@@ -136,8 +136,6 @@ def test_memory_does_not_grow_with_what_is_before(monkeypatch):
     for first_frame in (-3, 4):
         with pytest.raises(ValueError, match=f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of 3"):
             engine.rollout(prompt, 9, with_gradient=False, first_frame=first_frame)
-    with pytest.raises(ValueError, match="first_frame is 0: expected more with an earlier prompt"):
-        engine.rollout(prompt, 9, with_gradient=False, earlier_prompt=prompt)
 
 
 def test_as_long_as_the_video_it_is_ordinary_self_forcing_bit_for_bit(teacher: Path):

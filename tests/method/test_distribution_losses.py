@@ -18,10 +18,6 @@ def real_videos(num_frames: int = 6) -> Tensor:
     return torch.randn(2, num_frames, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
-def moved(module: nn.Module) -> bool:
-    return any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in module.parameters())
-
-
 def build_engine(**changes: object) -> SelfForcingEngine:
     """An engine whose critic has moved away from the teacher."""
     torch.manual_seed(0)
@@ -62,18 +58,12 @@ def test_sid_is_the_papers_loss_in_other_words():
         torch.testing.assert_close(sid_loss(x_0, fake, real, alpha).mean(), papers.mean())
 
 
-def test_sid_passes_through_both_scores_and_reaches_the_generator_alone():
+def test_the_engines_sid_gradient_passes_through_both_scores():
     engine = build_engine(loss="sid", guidance=2.0, guidance_ink_kept=1.0)
-    before = {name: value.clone() for name, value in engine.real_score.state_dict().items()}
-    rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
+    x_0 = real_videos().requires_grad_()
     state, (text, null_text) = engine.random.generator.get_state(), texts_of(engine)
-    loss, figures = engine.generator_loss(rollout.scored, text, null_text)
-    (whole,) = torch.autograd.grad(loss, rollout.scored, retain_graph=True)
-    loss.backward()
-    assert moved(engine.generator) and not moved(engine.critic) and not moved(engine.real_score)
-    assert not moved(engine.fake_average)
-    torch.testing.assert_close(dict(engine.real_score.state_dict()), before, rtol=0, atol=0)
-    x_0 = rollout.scored.detach().requires_grad_()
+    loss, figures = engine.generator_loss(x_0, text, null_text)
+    (whole,) = torch.autograd.grad(loss, x_0)
     engine.random.generator.set_state(state)
     x_t, t = engine._noised(x_0)
     critic, teacher = engine.fake_average, engine.real_score
@@ -137,20 +127,6 @@ def test_the_discriminator_sees_noised_real_and_generated_videos_of_the_same_pro
         engine.critic_loss(x_0, random_text(engine.fake_score, 2))
 
 
-def test_each_gan_loss_reaches_its_own_network_alone():
-    engine = build_engine(loss="gan")
-    before = {name: value.clone() for name, value in engine.real_score.state_dict().items()}
-    rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
-    loss, figures = engine.generator_loss(rollout.scored, *texts_of(engine), real_videos())
-    loss.backward()
-    assert moved(engine.generator) and not moved(engine.critic) and figures.keys() == {"logit_distance"}
-    engine.generator.zero_grad()
-    rollout = engine.rollout(random_prompt(engine.generator, 2), 6, with_gradient=True)
-    engine.critic_loss(rollout.scored, random_text(engine.fake_score, 2), real_videos()).backward()
-    assert moved(engine.critic.head) and moved(engine.critic.backbone) and not moved(engine.generator) and not moved(engine.real_score)
-    torch.testing.assert_close(dict(engine.real_score.state_dict()), before, rtol=0, atol=0)
-
-
 def test_the_two_players_pull_the_logits_apart_and_together():
     engine, x_real = build_engine(loss="gan", gan_penalty=0.0), real_videos()
     text, null_text = texts_of(engine)
@@ -208,15 +184,3 @@ def test_real_videos_are_noised_per_block_to_few_step_times_and_denoised_in_one_
     assert torch.equal(rollout.scored, rollout.x_0[:, 3:]) and not engine.make_videos(text, 9, False, x_real).x_0.requires_grad
     with pytest.raises(ValueError, match=f"generator_inputs={inputs} needs real videos"):
         engine.make_videos(text, 9, True)
-
-
-@pytest.mark.parametrize("inputs", ["diffusion_forced", "teacher_forced"])
-def test_on_real_videos_too_the_loss_reaches_the_generator_alone(inputs):
-    engine = build_engine(generator_inputs=inputs)
-    rollout = engine.make_videos(random_text(engine.generator, 2), 6, True, real_videos())
-    engine.generator_loss(rollout.scored, *texts_of(engine))[0].backward()
-    assert moved(engine.generator) and not moved(engine.critic) and not moved(engine.real_score)
-    engine.generator.zero_grad()
-    rollout = engine.make_videos(random_text(engine.generator, 2), 6, True, real_videos())
-    engine.critic_loss(rollout.scored, random_text(engine.fake_score, 2)).backward()
-    assert moved(engine.critic) and not moved(engine.generator)

@@ -8,7 +8,7 @@ import torch
 from helpers.networks import batch_random
 from torch import Tensor
 
-from method.flow_matching import add_noise, shift_time, velocity
+from method.flow_matching import add_noise, shift_time
 from method.losses import x_0_prediction_loss
 from network.attention import ContextWindow
 from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, sample_block_times, teacher_forcing_loss
@@ -50,9 +50,9 @@ def videos() -> tuple[Tensor, Tensor]:
 def test_above_the_floor_the_loss_is_flow_matching(videos):
     x_0, eps = videos
     t = torch.linspace(0.05, 1, 18, dtype=torch.float64).reshape(3, 6)
-    v = velocity(x_0, eps) + torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    v = eps - x_0 + torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     loss = x_0_prediction_loss(v, add_noise(x_0, eps, t), x_0, t, time_floor=0.05)
-    torch.testing.assert_close(loss, (v - velocity(x_0, eps)).square().mean())
+    torch.testing.assert_close(loss, (v - (eps - x_0)).square().mean())
 
 
 def test_below_the_floor_the_weight_stops_growing(videos):
@@ -68,7 +68,7 @@ def test_frame_weights_choose_the_frames_that_count(videos):
     x_0, eps = videos
     t = torch.full((3, 6), 0.5, dtype=torch.float64)
     error = torch.arange(18, dtype=torch.float64).reshape(3, 6)
-    v = velocity(x_0, eps) + error[:, :, None, None, None]
+    v = eps - x_0 + error[:, :, None, None, None]
     weight = torch.zeros(3, 6, dtype=torch.float64)
     weight[0, 2] = weight[2, 5] = 1
     x_t = add_noise(x_0, eps, t)
