@@ -2,8 +2,8 @@
 
 Dimensions: B batch, F frames, C channels, H height, W width; a rollout makes F frames in blocks of `num_frames_per_block`.
 
-There is one rollout, `rollout_blocks` (Algorithm 1): training, generation and evaluation call it. `python dynamic_video_sf.py` checks
-the rollout and the losses on a small case.
+Training, generation and evaluation all call one rollout, `rollout_blocks` (Algorithm 1). `python dynamic_video_sf.py` checks the rollout
+and the losses on a small case.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Text = tuple[Tensor, Tensor]  # encoded prompts, as `TextEncoder.encode` returns
 
 
 def make_noise_streams(seeds: list[int]) -> list[np.random.Generator]:
-    """One random stream per video, on the CPU: a video's noise depends on its seed alone, not on batch or device."""
+    """One CPU random stream per video: its noise depends on its seed alone, not on batch or device."""
     return [stream(seed, 0, Purpose.NOISE) for seed in seeds]
 
 
@@ -64,29 +64,29 @@ def draw_noise(streams: list[np.random.Generator], shape: tuple[int, ...], devic
 
 
 def clamp_to_data(x_0: Tensor) -> Tensor:
-    """Clamp x_0 to [-1, 1] and pass the gradient straight through: a value outside the range is still pulled back (static thresholding,
-    arXiv 2205.11487, section 2.3; straight-through, arXiv 1308.3432)."""
+    """x_0 clamped to [-1, 1] (static thresholding, arXiv 2205.11487, section 2.3) with the gradient of x_0 (straight-through, arXiv
+    1308.3432), so that a value outside the range is still pulled back."""
     return x_0 + (x_0.clamp(-1, 1) - x_0).detach()
 
 
 def predict_x_0(x_t: Tensor, v: Tensor, t: Tensor, plan: RolloutPlan) -> Tensor:
-    """x_0 from x_t (B, F, C, H, W) and its velocity, clamped to [-1, 1] if the plan says so."""
+    """x_0 (B, F, C, H, W) of x_t and its velocity, clamped to [-1, 1] if the plan says so."""
     x_0 = x_0_from_velocity(x_t, v, t)
     return clamp_to_data(x_0) if plan.clamp_x_0 else x_0
 
 
 def full_time(x: Tensor, time: float) -> Tensor:
-    """t (B, F): the same time for every frame of x (B, F, ...)."""
+    """t (B, F): one time for every frame of x (B, F, ...)."""
     return torch.full(x.shape[:2], time, device=x.device)
 
 
 @dataclass(frozen=True)
 class PromptSwitch:
-    """A new prompt from the next block on. how: what happens to the cache, one of `SWITCHES`.
+    """A new prompt from the next block on. how: what happens to the cache.
 
     "recache": recompute it with the new prompt from the frames that are still visible (LongLive, arXiv 2509.22622, section 3.2).
     "keep": keep it as written under the old prompt. "reset": empty it, so that the next block sees no past.
-    null_prompt: with guidance, as many null prompts."""
+    null_prompt: the null prompts of guidance."""
 
     prompt: PromptContext
     how: str = "recache"
@@ -97,9 +97,9 @@ class PromptSwitch:
 
 
 class Past:
-    """The blocks made so far: the KV cache, and the frames still visible, from which the cache of another prompt can be computed.
+    """The blocks made so far: their KV cache, and the blocks still visible, from which a switch of the prompt recomputes it.
 
-    The pass that writes a finished block is deferred and fused with the first pass of the next block; `flush` runs it alone."""
+    The pass that writes a finished block is deferred and fused with the first pass of the next block; `flush` runs it now."""
 
     def __init__(
         self, model: TinyCausalWanModel, plan: RolloutPlan, streams: list[np.random.Generator], prompt: PromptContext,
@@ -111,12 +111,12 @@ class Past:
 
     def clear(self) -> None:
         self.cache = self.model.new_cache(self.plan.context.window_frames, self.plan.context.sink_frames)
-        self._deferred: tuple[Tensor, Tensor, PromptContext] | None = None  # a finished block as the cache is to see it
-        self._blocks: list[tuple[int, Tensor]] = []  # those of which a frame is still visible, whole, with the number of their first frame
+        self._deferred: tuple[Tensor, Tensor, PromptContext] | None = None  # the finished block to write: x, t, prompt
+        self._blocks: list[tuple[int, Tensor]] = []  # first frame and x_0 of every block with a visible frame
         self._num_frames = 0  # appended so far
 
     def append(self, x_0: Tensor) -> None:
-        """Add a finished block x_0 (B, F_block, C, H, W): its keys and values at the context time join the cache."""
+        """Add a finished block x_0 (B, F_block, C, H, W): the cache gets its keys and values at the context time."""
         self._write(x_0)
         self._blocks.append((self._num_frames, x_0))
         self._num_frames += x_0.shape[1]
@@ -134,8 +134,7 @@ class Past:
             self._encode_again()
 
     def _encode_again(self) -> None:
-        """Compute the cache again under the prompt, from the frames that the next block sees, block by block as they were made:
-        frames of one block see each other."""
+        """Recompute the cache under the current prompt from the frames that the next block sees, in their blocks."""
         sink, first, blocks, num_frames = self.plan.context.sink_frames, self._first_visible(), self._blocks, self._num_frames
         self.clear()
         for start, x_0 in blocks:
@@ -147,14 +146,13 @@ class Past:
         self._blocks, self._num_frames = blocks, num_frames
 
     def forget_first(self, num_frames: int) -> None:
-        """Hide the first num_frames frames from what follows."""
+        """Hide the first num_frames frames from the next blocks."""
         self.flush()
         self.cache.forget_first(num_frames)
 
     def predict(self, x_t: Tensor, t: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
-        """v and x_0 (B, F_block, C, H, W) of the next block, which sees the past; under the plan's guidance.
-
-        The last pass of a block runs alone, with gradient or without: so training and inference make the same bits."""
+        """v and x_0 (B, F_block, C, H, W) of the next block, which sees the past; under the plan's guidance. is_last: the last pass of a
+        block, which always runs alone, so that training and inference give the same bits."""
         is_guided = self.plan.guidance != 1.0
         x, times = (torch.cat([x_t, x_t]), torch.cat([t, t])) if is_guided else (x_t, t)
         if is_last or self._deferred is None or self._deferred[2] is not self.prompt:
@@ -168,7 +166,7 @@ class Past:
         return v, predict_x_0(x_t, v, t, self.plan)
 
     def flush(self) -> None:
-        """Run the deferred pass now."""
+        """Write the deferred block into the cache."""
         if self._deferred is not None:
             (x, t, prompt), self._deferred = self._deferred, None
             self.model.write_cache(x, t, prompt, self.cache)
@@ -188,7 +186,7 @@ class Past:
         return prompt.concatenate(null_prompt)
 
     def _first_visible(self) -> int:
-        """The number of the first frame behind the sink that the next block sees."""
+        """The first frame after the sink that the next block sees."""
         window, sink = self.plan.context.window_frames, self.plan.context.sink_frames
         return 0 if window is None else self._num_frames - (window - sink - self.plan.num_frames_per_block)
 
@@ -201,11 +199,11 @@ def rollout_blocks(
     """Generate a video block by block (Self-Forcing, Algorithm 1); yields x_0 of each block, (B, F_block, C, H, W).
 
     num_blocks: None for no end. Send a `PromptSwitch` between two blocks to change the prompt. null_prompt: for guidance other than 1.
-    exit_steps: of each block, the index into `plan.times` whose prediction is the result; None for the last. gradient_blocks: in
-    these the exit step's forward pass carries gradient. finished: a list that collects every block as inference makes it; then blocks
-    continue past their exit step and the finished ones enter the cache. Without it a block ends at its exit step, and that prediction
-    enters. first_frames: frames (B, F, C, H, W) that only enter the cache, see `split_first_frames`. trace: a list that collects x_t of
-    each block at every time."""
+    exit_steps: for each block, the index into `plan.times` whose prediction is the result; None for the last. gradient_blocks: blocks
+    whose exit step carries gradient. finished: a list that collects every block as inference makes it; blocks then continue past their
+    exit step, and the finished ones enter the cache. Without it a block ends at its exit step, and that prediction enters. first_frames:
+    given frames (B, F, C, H, W) before the first block, see `split_first_frames`. trace: a list that collects each block's x_t at every
+    time."""
     device, last_time, block_size = next(model.parameters()).device, len(plan.times) - 1, plan.num_frames_per_block
     size_of_first = 1 if plan.context.independent_first_frame and first_frames is None else block_size
     past = Past(model, plan, streams, prompt, null_prompt)
@@ -228,7 +226,7 @@ def rollout_blocks(
                 v, x_0 = past.predict(x_t, t, is_last=step == last_step)
             if step == exit_step:
                 x_0_exit = x_0
-            if has_gradient and finished is not None:  # a second pass: the video itself is made as at inference, bit for bit
+            if has_gradient and finished is not None:  # a second pass, as the video itself is made as at inference, bit for bit
                 with torch.enable_grad():
                     x_0_exit = past.predict(x_t, t, is_last=True)[1]
             # 3. Noise it to the next time: with fresh noise, or along the ODE with the predicted noise.
@@ -251,8 +249,8 @@ def rollout_blocks(
 
 
 def split_first_frames(frames: Tensor, plan: RolloutPlan) -> tuple[Tensor, ...]:
-    """Split given frames (B, F, C, H, W) into the blocks before the first generated one: one single frame, or whole blocks (after one
-    first frame if the plan has an independent first frame). Raises ValueError for another number of frames."""
+    """Split given frames (B, F, C, H, W) into blocks: a single frame, or whole blocks (after one frame if the plan has an independent
+    first frame). Raises ValueError for any other number of frames."""
     num_frames, block, first = frames.shape[1], plan.num_frames_per_block, 1 if plan.context.independent_first_frame else 0
     if num_frames == 1:
         return (frames,)
@@ -267,7 +265,7 @@ def sample_bidirectional(
     model: TinyCausalWanModel, prompt: PromptContext, null_prompt: PromptContext, streams: list[np.random.Generator], num_frames: int,
     plan: BidirectionalPlan, trace: list[Tensor] | None = None,
 ) -> Tensor:
-    """The bidirectional teacher's sampler. Returns (B, F, C, H, W). trace: a list that collects x_t at every evaluation."""
+    """The bidirectional teacher's sampler. Returns x_0 (B, F, C, H, W). trace: a list that collects x_t at every evaluation."""
     both = prompt.concatenate(null_prompt)
 
     def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
@@ -292,23 +290,23 @@ def sample_bidirectional(
 
 @dataclass
 class Rollout:
-    """A batch of generated videos x_0 (B, F, C, H, W); if the rollout started earlier, the window at its end."""
+    """A batch of generated videos, or the window at the end of a longer rollout."""
 
-    x_0: Tensor
+    x_0: Tensor  # (B, F, C, H, W)
     scored: Tensor  # (B, min(F, gradient_frames), C, H, W): what the generator's loss sees
     finished: Tensor  # the same frames, without gradient: what the critic learns from
-    exit_steps: list[int]  # of the generated blocks; of the first video if each video has its own; -1 for clean data
-    frame_exits: Tensor  # (B, min(F, gradient_frames)): the exit step of every scored frame, -1 for one that is data
+    exit_steps: list[int]  # of the blocks, -1 for clean data; those of the first video where videos differ
+    frame_exits: Tensor  # (B, min(F, gradient_frames)): exit step of every scored frame, -1 for clean data
 
 
 class SelfForcingEngine:
     """The networks of Self-Forcing, their moving averages and the losses between them.
 
     generator: the student; generator_average: its moving average, which ships. real_score: the frozen teacher. fake_score: the critic's
-    network. critic: what `critic_loss` trains, fake_score or with the GAN loss a discriminator built on it. fake_average: the moving
-    average of fake_score, which judges the generator: the error of a critic that has just learned from one batch is larger than the
-    difference between generator and teacher. All networks start as copies of `teacher`, the generator of `start` if given. All randomness
-    is drawn from `random`. A training step (`training.stages`) owns the optimizers and calls `update_averages` last."""
+    network. critic: what `critic_loss` trains: fake_score, or with the GAN loss a discriminator built on it. fake_average: the moving
+    average of fake_score, which judges the generator, as a critic fresh from one batch errs by more than generator and teacher differ.
+    All networks start as copies of `teacher`, the generator of `start` if given. All randomness comes from `random`. A training step
+    (`training.stages`) owns the optimizers and calls `update_averages` last."""
 
     def __init__(
         self, config: SelfForcingConfig, teacher: TinyCausalWanModel, random: torch.Generator, start: TinyCausalWanModel | None = None
@@ -330,7 +328,7 @@ class SelfForcingEngine:
         return self.generator, self.fake_score, self.fake_average, self.real_score, self.generator_average
 
     def update_averages(self, num_critic_updates: int, num_generator_updates: int | None) -> None:
-        """Move the averages after the optimizers' steps. The counts are of earlier updates; None if the generator has not moved."""
+        """Move the averages after the optimizers' steps. Counts are of earlier updates; None if the generator was not updated."""
         config, count = self.config, num_generator_updates
         if count is not None:
             decay = exponential_decay(config.ema_decay, count) if config.ema_power is None else power_decay(config.ema_power, count)
@@ -343,8 +341,8 @@ class SelfForcingEngine:
         self, text: Text, num_frames: int, with_gradient: bool, x_real: Tensor | None = None, first_frame: int = 0, turn: int | None = None,
         earlier_text: Text | None = None,
     ) -> Rollout:
-        """The generator's videos of these prompts, from the configured inputs: a self-rollout, or real videos x_real (B, F, C, H, W),
-        noised and denoised. first_frame, turn, earlier_text: see `rollout`. Raises ValueError if real videos are needed and not given."""
+        """The generator's videos of these prompts: a self-rollout, or real videos x_real (B, F, C, H, W) noised and denoised, as
+        configured. first_frame, turn, earlier_text: see `rollout`. Raises ValueError if real videos are needed and not given."""
         with torch.set_grad_enabled(with_gradient):
             prompt = self.generator.encode_prompt(*text)
         if self.config.generator_inputs == "self_rollout":
@@ -361,19 +359,17 @@ class SelfForcingEngine:
     ) -> Rollout:
         """Generate num_frames frames from noise as inference does, up to a random exit step (Algorithm 1).
 
-        first_frame, whole blocks: the num_frames frames are a window that starts there, at the end of a longer rollout
-        (the idea of Self-Forcing++, arXiv 2510.02283). The blocks before it carry no gradient and take all denoising steps, as at
-        inference: an early exit makes blurred frames. Memory does not grow with first_frame if the cache rolls.
-        earlier_prompt: that of the blocks before the window; there the prompt switches, and the cache is kept or made anew, at random.
-        turn: the number of the generator's update. With finished blocks exit steps take turns by it, last step first: drawn at random, the
-        last one, which is shown, can be left out for a dozen updates, in which the others move it where they do not look."""
+        first_frame, whole blocks: the frames are a window that starts there, at the end of a longer rollout (as in Self-Forcing++, arXiv
+        2510.02283). The blocks before it carry no gradient and take all denoising steps, as early exits make blurred frames. Memory does
+        not grow with first_frame if the cache rolls.
+        earlier_prompt: that of the blocks before the window; at the window the prompt switches and the cache is kept or recomputed, at
+        random. turn: the number of the generator's update. With finished blocks exit steps cycle by it, last step first: at random the
+        last one, which is what is shown, could be left out for a dozen updates while the others move it."""
         config, last_step, block = self.config, len(self.plan.times) - 1, self.config.num_frames_per_block
         check_num_frames("num_frames", num_frames, block, config.independent_first_frame)
         sizes = config.context.block_sizes(num_frames, block)
         if first_frame < 0 or first_frame % block:
             raise ValueError(f"first_frame is {first_frame}: expected 0 or more, a multiple of the block of {block}")
-        if earlier_prompt is not None and first_frame == 0:
-            raise ValueError("first_frame is 0: expected more with an earlier prompt, whose blocks come before the window")
         num_earlier = first_frame // block  # blocks
         num_made = num_earlier + len(sizes)
         # 1. Draw the exit steps, one for all blocks or one each, and a seed for every video's noise.
@@ -411,9 +407,9 @@ class SelfForcingEngine:
     def denoise_real(self, prompt: PromptContext, x_real: Tensor, with_gradient: bool) -> Rollout:
         """Noise real videos (B, F, C, H, W), every block to a random few-step time, and denoise them in one pass.
 
-        The past that a block sees is noised too ("diffusion_forced": CausVid, arXiv 2412.07772, section 4.2) or clean
-        ("teacher_forced"): in both cases data, never what the generator made, which is what Self-Forcing changes. A diffusion-forced
-        block may also stay clean, as the published steps include 0, the time of the cache: its x_0 = x_t - 0 v carries no gradient."""
+        A block sees a noised past ("diffusion_forced": CausVid, arXiv 2412.07772, section 4.2) or a clean one ("teacher_forced"), but
+        always data, never the generator's own output as in Self-Forcing. A diffusion-forced block may also stay clean, as the published
+        steps include 0, the time of the cache: its x_0 = x_t - 0 v carries no gradient."""
         config, context, block, num_exits = self.config, self.config.context, self.config.num_frames_per_block, len(self.plan.times)
         is_teacher_forced = config.generator_inputs == "teacher_forced"
         sizes = torch.tensor(context.block_sizes(x_real.shape[1], block))
@@ -443,9 +439,8 @@ class SelfForcingEngine:
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss that pulls x_0 (B, F, C, H, W) toward the teacher's distribution, or with "gan" that of x_real; and its figures.
 
-        text, null_text: the prompts, and as many null prompts. critic_text: what the critic is told instead of text. frame_exits (B, F): if
-        given, the figures include the mean loss at each exit step. The other figures: `score_figures` and dmd_gradient_norm, or with "gan"
-        logit_distance."""
+        text, null_text: the prompts, and as many null prompts. critic_text: prompts of the critic, if not text. The figures:
+        `score_figures` and dmd_gradient_norm, or with "gan" logit_distance; given frame_exits (B, F), the mean loss at each exit step."""
         if self.config.loss == "gan":
             with torch.no_grad():  # the prompt is a constant here
                 prompt = self.fake_score.encode_prompt(*text)
@@ -484,14 +479,14 @@ class SelfForcingEngine:
         return x_0_prediction_loss(v, x_t, x_0, t, self.config.loss_time_floor)
 
     def _denoised(self, x_0: Tensor, text: Text, null_text: Text, critic_text: Text | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What averaged critic and guided teacher predict from x_0, noised: x_0_fake and x_0_real; and t (noise_draws * B,). x_0
-        (noise_draws * B, F, C, H, W) holds the batch noise_draws times; text and null_text are those of the batch."""
+        """Noise x_0 (noise_draws * B, F, C, H, W), the batch repeated, and denoise it: x_0_fake of the averaged critic, x_0_real of the
+        guided teacher, and t (noise_draws * B,). text and null_text are those of the batch."""
         draws = self.config.noise_draws
         with torch.no_grad():  # the prompts are constants here
             fake_prompt = self.fake_average.encode_prompt(*(critic_text or text)).repeat(draws)
             cond_prompt, null_prompt = (self.real_score.encode_prompt(*each).repeat(draws) for each in (text, null_text))
             real_prompts = cond_prompt.concatenate(null_prompt)
-        # 1. Noise the videos, each copy to a time of its own.
+        # 1. Noise the videos, each copy to its own time.
         x_t, t = self._noised(x_0)
         # 2. The critic's prediction.
         x_0_fake = x_0_from_velocity(x_t, self.fake_average.forward_bidirectional(x_t, t, fake_prompt), t)
@@ -508,7 +503,7 @@ class SelfForcingEngine:
         return x_0_fake, x_0_real, t[:, 0]
 
     def _noised_pair(self, x_0: Tensor, x_real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Generated and real videos of the same prompts, noised independently to the same times t."""
+        """Generated and real videos of the same prompts, noised independently to the same times; and t (B, F)."""
         if x_real is None:
             raise ValueError("training.loss=gan compares with real videos: none were given")
         x_t, t = self._noised(x_0)
@@ -519,9 +514,8 @@ class SelfForcingEngine:
         """x_t and t, one time per video: uniform, shifted by score_time_shift, scaled into [min_score_time, max_score_time]. x_0 holds
         the batch noise_draws times.
 
-        The times of a batch are evenly spaced, all moved by one random number (Variational Diffusion Models, arXiv 2107.00630, appendix
-        I.1), so that every batch sees all noise levels. The public code shifts them by 5 and clamps them into the interval; the default
-        here has no shift, and never a clamp, which would heap times at the ends."""
+        The times of a batch are evenly spaced with one random offset (Variational Diffusion Models, arXiv 2107.00630, appendix I.1), so
+        that every batch sees all noise levels. The public code shifts by 5 and clamps into the interval, which heaps times at its ends."""
         low, high, copies = self.config.min_score_time, self.config.max_score_time, self.config.noise_draws
         num_videos = len(x_0) // copies
         generator, shape = self.random.generator, x_0.shape[1:]

@@ -6,9 +6,9 @@ Dimensions
     D model width, h heads, d = D / h, L prompt tokens
 
 The block is Wan's (arXiv 2503.20314, section 4): adaLN modulation with six parameters per frame, self-attention with 3-D RoPE and
-RMS-normalised queries and keys, cross-attention to the prompt, feed-forward. Two things are our own, because patches are large and the
-network is small: it predicts x_0 inside and hands out the velocity, and the mean prompt embedding joins the time embedding (as pooled
-text does in arXiv 2403.03206).
+RMS-normalised queries and keys, cross-attention to the prompt, feed-forward. Two departures, because patches are large and the network is
+small: it predicts x_0 and returns the velocity, and the mean prompt embedding joins the time embedding (as pooled text does in arXiv
+2403.03206).
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PromptContext:
-    """What the network keeps of a batch of prompts, computed once."""
+    """What the network needs of a batch of prompts, computed once."""
 
-    keys: list[Tensor]  # of cross-attention: one (B, h, L, d) per layer
-    values: list[Tensor]  # the same
+    keys: list[Tensor]  # of cross-attention: (B, h, L, d) for each layer
+    values: list[Tensor]
     mask: Tensor  # (B, 1, 1, L): True for a token, False for padding
     pooled: Tensor  # (B, D)
 
@@ -124,7 +124,7 @@ class PromptContext:
         )
 
     def serve_every_length(self) -> None:
-        """Let a pass that is compiled with this prompt serve prompts of other lengths too."""
+        """Let a pass compiled with this prompt serve prompts of other lengths too."""
         for tensor in (*self.keys, *self.values):
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
         torch._dynamo.maybe_mark_dynamic(self.mask, 3)
@@ -163,8 +163,8 @@ class WanBlock(nn.Module):
     def forward(
         self, x: Tensor, modulation: Tensor, rope: Rope, prompt_key: Tensor, prompt_value: Tensor, prompt_mask: Tensor, attend: Attend
     ) -> Tensor:
-        """modulation (B, T, 6, D), the layer's own too; rope: cos and sin (S, d); prompt key and value (B, h, L, d), mask (B, 1, 1, L). If
-        attend returns only the last rows, so does the block."""
+        """modulation (B, T, 6, D), that of this layer included; rope: cos and sin (S, d); prompt key and value (B, h, L, d), mask
+        (B, 1, 1, L). If attend returns only the last rows, so does the block."""
         shift, factor = modulation[:, :, :2].unsqueeze(3).unbind(2)  # (B, T, 1, D)
         y = torch.addcmul(shift, self.norm_self(x), factor)
         q, k = self._heads(self.norm_q(self.q(y))), self._heads(self.norm_k(self.k(y)))
@@ -212,21 +212,21 @@ class TinyCausalWanModel(nn.Module):
         self._recomputes = True
 
     def compile_passes(self) -> None:
-        """From now on run passes compiled, each as one graph, one for every size of batch and block. Outputs change by rounding errors."""
+        """From now on run every pass as one compiled graph per size of batch and block. Outputs change by rounding errors."""
         self.is_compiled = True
-        # fullgraph: past Dynamo's limit an error, not Python again. The threshold keeps results that are used twice, such as GELU's before
-        # products in integers, which look for the largest of a row and then round: by default both would compute it.
+        # fullgraph: an error, not silent Python, past Dynamo's limit. The threshold keeps results that are used twice, such as GELU's before
+        # integer products, which take a row's maximum and then round: by default both would recompute it.
         self._pass = torch.compile(self._pass, dynamic=False, fullgraph=True, options={"realize_opcount_threshold": 8})
 
     def cast_products(self, dtype: torch.dtype) -> None:
-        """Store the weights of matrix products in the format in which autocast multiplies them: no pass casts them again, and videos stay
-        the same, bit for bit. Only for generation: training needs the full precision."""
+        """Store the weights of matrix products in the format in which autocast multiplies them, so that no pass casts them again; outputs
+        stay the same bit for bit. For generation only: training needs full precision."""
         for module in (*self.text_embedding.modules(), *self.blocks.modules(), self.head):
             if isinstance(module, nn.Linear):
                 module.to(dtype)
 
     def quantize_products(self, dtype: torch.dtype) -> None:
-        """From now on run the blocks' matrix products in 8-bit integers, with results in dtype. Only for generation."""
+        """From now on run the blocks' matrix products in 8-bit integers, with results in dtype. For generation only."""
         quantize_linears(self.blocks, dtype)
 
     def new_cache(self, window_frames: int | None = None, sink_frames: int = 0) -> KVCache:
@@ -237,7 +237,7 @@ class TinyCausalWanModel(nn.Module):
         return KVCache(*sizes, config.rope_theta, window_frames, sink_frames, self.is_compiled)
 
     def encode_prompt(self, text: Tensor, text_mask: Tensor) -> PromptContext:
-        """Per-prompt work, done once: text (B, L, text_width) and its mask (B, L) from `TextEncoder`."""
+        """Work done once per prompt: text (B, L, text_width) and its mask (B, L) come from `TextEncoder`."""
         embedded = self.text_embedding(text)  # (B, L, D)
         weight = text_mask.unsqueeze(-1).to(embedded.dtype)
         pooled = (embedded * weight).sum(1) / weight.sum(1)
@@ -246,14 +246,14 @@ class TinyCausalWanModel(nn.Module):
 
     def forward_bidirectional(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
         """v (B, F, C, H, W) where every frame sees every frame. t (B, F) in [0, 1]."""
-        return self._pass(x_t, t, prompt, self._rope(x_t, t, prompt), [attention] * self.config.num_layers)
+        return self._checked_pass(x_t, t, prompt, [attention] * self.config.num_layers)
 
     def forward_block_causal(
         self, x_t: Tensor, t: Tensor, prompt: PromptContext, num_frames_per_block: int, context: ContextWindow = WHOLE_PAST
     ) -> Tensor:
         """v (B, F, C, H, W) where each frame sees its own block and the earlier ones (inside the window)."""
         attends = self._masked_attention(block_causal_layout, x_t, num_frames_per_block, context)
-        return self._pass(x_t, t, prompt, self._rope(x_t, t, prompt), attends)
+        return self._checked_pass(x_t, t, prompt, attends)
 
     def forward_teacher_forced(
         self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: PromptContext, num_frames_per_block: int,
@@ -265,32 +265,32 @@ class TinyCausalWanModel(nn.Module):
             raise ValueError(f"clean video of shape {tuple(x_clean.shape)}: expected that of the noisy one, {tuple(x_t.shape)}")
         attends = self._masked_attention(teacher_forcing_layout, x_t, num_frames_per_block, context)
         doubled, times = torch.cat([x_clean, x_t], dim=1), torch.cat([torch.zeros_like(t), t], dim=1)  # (B, 2 F, C, H, W), (B, 2 F)
-        return self._pass(doubled, times, prompt, self._rope(doubled, times, prompt, num_copies=2), attends)[:, x_t.shape[1]:]
+        return self._checked_pass(doubled, times, prompt, attends, num_copies=2)[:, x_t.shape[1]:]
 
     def forward_features(self, x_t: Tensor, t: Tensor, prompt: PromptContext) -> Tensor:
         """Tokens (B, T, N, D) after the last block, where every frame sees every frame: what a discriminator reads."""
-        return self._pass(x_t, t, prompt, self._rope(x_t, t, prompt), [attention] * self.config.num_layers, has_head=False)
+        return self._checked_pass(x_t, t, prompt, [attention] * self.config.num_layers, has_head=False)
 
     def forward_cached(self, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> Tensor:
         """v of one block x_t (B, F_block, C, H, W) that follows the cached frames, which stay as they are."""
         self._check_block(x_t, cache)
         cache.make_room(x_t.shape[1])
         if self._recomputes and torch.is_grad_enabled():
-            cache = cache.snapshot()  # the backward pass must attend to the past of this very moment
-        return self._pass(x_t, t, prompt, *self._behind(cache, x_t, t, prompt, x_t.shape[1]))
+            cache = cache.snapshot()  # the backward pass must attend to the past as it is now
+        return self._cached_pass(x_t, t, prompt, cache, x_t.shape[1])
 
     @torch.no_grad()  # the cache never carries gradient (Self-Forcing, Algorithm 1)
     def write_cache(self, x: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> None:
         """Run one finished block (B, F_block, C, H, W) at time t (B, F_block) and keep its keys and values as part of the past."""
         self._check_block(x, cache)
         cache.make_room(x.shape[1])
-        self._pass(x, t, prompt, *self._behind(cache, x, t, prompt, x.shape[1], 0))
+        self._cached_pass(x, t, prompt, cache, x.shape[1], 0)
         cache.advance(x.shape[1])
 
     @torch.no_grad()
     def write_and_forward(self, x: Tensor, t_x: Tensor, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache) -> Tensor:
         """`write_cache` of a finished block x at t_x, then `forward_cached` of the next, x_t at t, without gradient. In one pass if the
-        cache allows it: the finished block does not see the next one, and for a small network one larger pass is cheaper."""
+        cache allows it, which is cheaper for a small network; the finished block does not see the next one."""
         self._check_block(x, cache)
         self._check_block(x_t, cache)
         num_frames = x.shape[1]
@@ -298,23 +298,23 @@ class TinyCausalWanModel(nn.Module):
             self.write_cache(x, t_x, prompt, cache)
             return self.forward_cached(x_t, t, prompt, cache)
         both, times = torch.cat([x, x_t], dim=1), torch.cat([t_x, t], dim=1)
-        v = self._pass(both, times, prompt, *self._behind(cache, both, times, prompt, num_frames, x_t.shape[1]))
+        v = self._cached_pass(both, times, prompt, cache, num_frames, x_t.shape[1])
         cache.advance(num_frames)
         return v
 
-    def _behind(
-        self, cache: KVCache, x_t: Tensor, t: Tensor, prompt: PromptContext, num_frames: int, num_next: int | None = None
-    ) -> tuple[Rope, list[Attend]]:
-        """Rotations and attention of a pass behind the cached frames. num_frames, num_next: see `KVCache.attends`."""
+    def _cached_pass(
+        self, x_t: Tensor, t: Tensor, prompt: PromptContext, cache: KVCache, num_frames: int, num_next: int | None = None
+    ) -> Tensor:
+        """A pass after the cached frames. num_frames, num_next: see `KVCache.attends`."""
         device = x_t.device  # keys are cached in the format of the products
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.head_modulation.dtype
         attends = cache.attends(x_t.shape[0], dtype, device, num_frames, num_next)
-        return self._rope(x_t, t, prompt, cache.next_row * self.config.patch_size[0]), attends
+        return self._checked_pass(x_t, t, prompt, attends, cache.next_row)
 
     def _masked_attention(
         self, make_layout: Callable[..., KeyLayout], x_t: Tensor, num_frames_per_block: int, context: ContextWindow
     ) -> list[Attend]:
-        """Attention of all layers under a mask, with copies of the sink if the layout has any."""
+        """Attention of all layers under a mask, and to copies of the sink if the layout has any."""
         self._check_frames(block=num_frames_per_block, window=context.window_frames, sink=context.sink_frames or None)
         context.check(num_frames_per_block)
         patch, tokens = self.config.patch_size[0], self.config.tokens_per_patch_row
@@ -342,22 +342,25 @@ class TinyCausalWanModel(nn.Module):
         if cache.window_frames is not None and block.shape[1] > cache.window_frames:
             raise ValueError(f"a block of {block.shape[1]} frames: expected at most the cache's window of {cache.window_frames}")
 
-    def _rope(self, x_t: Tensor, t: Tensor, prompt: PromptContext, first_frame: int = 0, num_copies: int = 1) -> Rope:
-        """Rotations of the tokens of a pass from first_frame on; x_t holds num_copies videos in a row, at the same positions each. Raises
-        ValueError if its inputs do not fit each other or the network."""
-        expected = self.config.frame_shape
-        if x_t.ndim != 5 or tuple(x_t.shape[2:]) != expected or x_t.shape[1] % self.config.patch_size[0]:
-            raise ValueError(f"video of shape {tuple(x_t.shape)}: expected (B, F, {', '.join(map(str, expected))}) with F a multiple of "
-                             f"the temporal patch {self.config.patch_size[0]}")
+    def _checked_pass(
+        self, x_t: Tensor, t: Tensor, prompt: PromptContext, attends: list[Attend], first_row: int = 0, num_copies: int = 1,
+        has_head: bool = True,
+    ) -> Tensor:
+        """`_pass` with the rotations of patch rows from first_row on; x_t holds num_copies videos in a row, each at the same positions.
+        Raises ValueError if its inputs do not fit each other or the network."""
+        config, patch = self.config, self.config.patch_size[0]
+        if x_t.ndim != 5 or tuple(x_t.shape[2:]) != config.frame_shape or x_t.shape[1] % patch:
+            raise ValueError(f"video of shape {tuple(x_t.shape)}: expected (B, F, {', '.join(map(str, config.frame_shape))}) with F a "
+                             f"multiple of the temporal patch {patch}")
         if prompt.pooled.shape[0] != x_t.shape[0]:
             raise ValueError(f"{prompt.pooled.shape[0]} prompts for {x_t.shape[0]} videos: expected one each")
         expand_time(t, x_t)  # refuses a t that is not (B, F); frames that share a temporal patch share its first frame's t
         if self.is_compiled:
             prompt.serve_every_length()
-        config, patch = self.config, self.config.patch_size[0]
         num_rows = x_t.shape[1] // patch // num_copies
-        cos, sin = rope_angles(config.grid, config.head_size, config.rope_theta, first_frame // patch, num_rows, x_t.device)
-        return (cos, sin) if num_copies == 1 else (cos.repeat(num_copies, 1), sin.repeat(num_copies, 1))
+        cos, sin = rope_angles(config.grid, config.head_size, config.rope_theta, first_row, num_rows, x_t.device)
+        rope = (cos, sin) if num_copies == 1 else (cos.repeat(num_copies, 1), sin.repeat(num_copies, 1))
+        return self._pass(x_t, t, prompt, rope, attends, has_head)
 
     def _pass(
         self, x_t: Tensor, t: Tensor, prompt: PromptContext, rope: Rope, attends: list[Attend], has_head: bool = True

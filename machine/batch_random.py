@@ -1,5 +1,5 @@
-"""Random draws for a batch of videos that several processes or micro-batches share: drawn for the whole batch, from a generator that
-all hold in the same state, and cut to the own videos. N processes and k micro-batches see what one process sees in one pass."""
+"""Random draws for a batch that is split over processes or micro-batches: drawn for the whole batch, from a generator in the same state
+everywhere, then cut to the own part, so that N processes and k micro-batches see what one process sees in one pass."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 class BatchRandom:
-    """Draws one value a video from `generator`, for the whole batch or, inside `parts`, for the part in work. Values that the whole batch
-    shares (exit step, number of frames) are drawn from `generator` itself, and so are equal everywhere."""
+    """Draws one value a video from `generator`, for the whole batch or, inside `parts`, for the current part. Values that all videos share
+    (exit step, number of frames) are drawn from `generator` itself."""
 
     def __init__(self, generator: torch.Generator):
         self.generator = generator
@@ -19,7 +19,7 @@ class BatchRandom:
         self._batch_size = 0
 
     def parts(self, parts: Iterable[slice], batch_size: int) -> Iterator[slice]:
-        """Yield the parts of a batch one after the other. Each finds the generator in the state in which the first one found it."""
+        """Yield the parts of a batch, each with the generator in the state in which the first one found it."""
         state = self.generator.get_state()
         try:
             for part in parts:
@@ -30,7 +30,7 @@ class BatchRandom:
             self._part = None
 
     def batch_size(self, num_videos: int) -> int:
-        """Size of the whole batch, of which num_videos are in work. Raises ValueError if the part in work has another number."""
+        """Size of the whole batch. Raises ValueError if num_videos is not the size of the current part."""
         if self._part is None:
             return num_videos
         expected = self._part.stop - self._part.start
@@ -39,11 +39,11 @@ class BatchRandom:
         return self._batch_size
 
     def cut(self, batch: Tensor, dim: int = 0) -> Tensor:
-        """The part in work of a tensor that has one entry a video of the whole batch along dim."""
+        """The current part of a tensor that has one entry per video of the whole batch along dim."""
         return batch if self._part is None else batch.narrow(dim, self._part.start, self._part.stop - self._part.start)
 
     def draw(self, num_videos: int, draw_batch: Callable[[int], Tensor], dim: int = 0) -> Tensor:
-        """The entries of num_videos along dim of what draw_batch makes for a whole batch of the given size."""
+        """The current part, num_videos along dim, of what draw_batch draws for the size of the whole batch."""
         return self.cut(draw_batch(self.batch_size(num_videos)), dim)
 
     def normal_like(self, x: Tensor) -> Tensor:

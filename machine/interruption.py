@@ -11,13 +11,13 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h, "try again later": no crash (1), no bad command line (2), no signal's 128 + N
-EXIT_CTRL_C = 130  # 128 + SIGINT, as shells say it: of what is no training, and so has nothing to go on with
+EXIT_INTERRUPTED = 75  # of a training that saved and can be resumed: EX_TEMPFAIL of sysexits.h, "try again later"
+EXIT_CTRL_C = 130  # of everything else: 128 + SIGINT, as in shells
 
 
 @contextmanager
 def refusals_in_one_line(if_interrupted: str = "nothing was written") -> Iterator[None]:
-    """Within, a ValueError or OSError, which says what does not fit, ends the process with status 1 and one line; Ctrl-C with 130."""
+    """Within, a ValueError or OSError ends the process with its message in one line and status 1; Ctrl-C with status 130."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -28,12 +28,12 @@ def refusals_in_one_line(if_interrupted: str = "nothing was written") -> Iterato
 
 
 class RunInterrupted(Exception):
-    """A run that was asked to stop did so after a whole step and saved it; the message says where."""
+    """A run stopped as asked, after a whole step, and saved it; the message says where."""
 
 
 class StopRequest:
-    """Within `with`, the first SIGTERM or Ctrl-C is noted in `reason` and printed, unless is_silent; a Ctrl-C after it leaves at once. More
-    SIGTERMs change nothing: launchers repeat theirs. Outside the main thread, where Python hears no signals, it notes none."""
+    """Within `with`, the first SIGTERM or Ctrl-C is noted in `reason` and, unless is_silent, printed; a later Ctrl-C kills the process, a
+    later SIGTERM is ignored, as launchers repeat theirs. Does nothing outside the main thread, where Python gets no signals."""
 
     def __init__(self, is_silent: bool = False) -> None:
         self.reason: str | None = None
@@ -53,8 +53,7 @@ class StopRequest:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel's: at once, whatever this process is busy with
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.reason = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        if self._is_silent:
-            return
-        words = f"\n{self.reason}: finishes this step, saves and stops; Ctrl-C leaves at once, without saving\n"
-        with suppress(OSError):  # the terminal may be gone
-            os.write(2, words.encode())  # not print: this may have interrupted one
+        if not self._is_silent:
+            words = f"\n{self.reason}: finishes this step, saves and stops; Ctrl-C leaves at once, without saving\n"
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, words.encode())  # not print: this may have interrupted one

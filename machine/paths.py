@@ -11,7 +11,7 @@ PRETRAINED = REPOSITORY / "pretrained"
 
 
 def at_home(path: str) -> str:
-    """A path as a user typed it, with a leading ~ as the home folder: no shell has replaced it inside `key=value`."""
+    """A path with a leading ~ replaced by the home folder: shells do not expand it inside `key=value`."""
     return os.path.expanduser(path)
 
 

@@ -1,4 +1,4 @@
-"""Where a run computes: device and number format, resolved once at the edge."""
+"""Where a run computes: device and number format, resolved once; and digests that name code and files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from machine.paths import REPOSITORY
 
 WINGS = ("machine", "digits", "network", "method", "clips", "training", "sampling", "judging", "experiments")  # folders of modules
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WORTH_A_WARNING = 0.8  # a format slower than this share of float32's speed was hardly meant
-LEAST_GAIN = 1.2  # of bfloat16 over float32 in speed, for precision=auto to choose it
+SLOW_GAIN = 0.8  # below this speed relative to float32, bfloat16 is warned of
+LEAST_GAIN = 1.2  # above it, precision=auto chooses bfloat16
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,8 @@ class Runtime:
     dtype: torch.dtype
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context in which networks run; nothing is changed in float32.
-
-        Without the cache of cast weights: before PyTorch 2.11 a weight cast in a pass without gradient was reused, detached, by
-        a later pass with gradient, and the rollout has both kinds in one context.
-        """
+        """The context in which networks run; it changes nothing in float32. Without the cache of cast weights: before PyTorch 2.11 a weight
+        cast in a pass without gradient was reused, detached, by a later pass with gradient, and a rollout has both."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16, cache_enabled=False)
 
     @property
@@ -50,7 +47,7 @@ class Runtime:
 
 
 def resolve_runtime(device: str, precision: str) -> Runtime:
-    """Turn `auto|cpu|cuda|mps` and `auto|float32|bfloat16` into a Runtime. Raises ValueError where the device asked for is not there."""
+    """Turn `auto|cpu|cuda|mps` and `auto|float32|bfloat16` into a Runtime. Raises ValueError for a device that this machine lacks."""
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if has[name])
@@ -61,7 +58,7 @@ def resolve_runtime(device: str, precision: str) -> Runtime:
     resolved = torch.device(device)
     if precision == "auto":
         precision = "bfloat16" if _bfloat16_pays(resolved) else "float32"
-    elif precision == "bfloat16" and resolved.type == "cpu" and gain_over_float32(torch.bfloat16) < WORTH_A_WARNING:
+    elif precision == "bfloat16" and resolved.type == "cpu" and gain_over_float32(torch.bfloat16) < SLOW_GAIN:
         warnings.warn(
             f"a product in bfloat16 takes {1 / gain_over_float32(torch.bfloat16):.1f} times as long as in float32 on this processor: "
             "precision=float32 is the faster one here", stacklevel=2,
@@ -70,8 +67,7 @@ def resolve_runtime(device: str, precision: str) -> Runtime:
 
 
 def _bfloat16_pays(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 itself, and faster: 2 to 8 times where it does, but some that have the instructions
-    are slower by them than in float32."""
+    """Whether the processor multiplies bfloat16 natively, and faster: 2 to 8 times on most, but on some slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has_instructions = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
@@ -80,8 +76,8 @@ def _bfloat16_pays(device: torch.device) -> bool:
 
 @cache
 def gain_over_float32(dtype: torch.dtype) -> float:
-    """How many times as fast as in float32 a matrix product in bfloat16 or int8 is on this CPU. Of tries in turns the best count, so that
-    what else the machine does matters little: processors are far from 1, on either side."""
+    """Speed of a matrix product in bfloat16 or int8 on this CPU, relative to float32: the best of alternating tries, so that other load
+    matters little."""
     seconds: dict[torch.dtype, list[float]] = {torch.float32: [], dtype: []}
     for _ in range(10):
         for each, tries in seconds.items():
@@ -94,7 +90,7 @@ def gain_over_float32(dtype: torch.dtype) -> float:
 
 
 def require_compiler(name: str, device: torch.device) -> None:
-    """Raise ValueError naming the option that needs it where torch.compile would find no C++ compiler."""
+    """Raise ValueError naming the option if torch.compile would find no C++ compiler."""
     compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise ValueError(f"{name} needs a C++ compiler, and {compiler} is not there: install it, name another in CXX, or leave {name} out")
@@ -110,14 +106,13 @@ def describe_machine(num_threads: int) -> str:
     return f"{model}, {os.cpu_count()} cores, {num_threads} threads, torch {torch.__version__}"
 
 
-def code_digest(*rooms: str) -> str:
-    """A name for this very version of the code, wherever it came from: SHA-256 over the names and text of its Python files. rooms: those
-    modules, and whatever they import, alone."""
+def code_digest(*modules: str) -> str:
+    """SHA-256 over the names and text of the project's Python files; given modules: of these and all that they import."""
     files = {
         ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path.read_text(encoding="utf-8")
         for pattern in ("*.py", *(f"{wing}/*.py" for wing in WINGS)) for path in REPOSITORY.glob(pattern)
     }
-    waiting, counted, digest = list(rooms or files), set(), hashlib.sha256()
+    waiting, counted, digest = list(modules or files), set(), hashlib.sha256()
     while waiting:
         name = waiting.pop()
         if name in files and name not in counted:

@@ -1,8 +1,7 @@
-"""Random streams: one function from (seed, index, purpose) to a stream, which everything random in the project draws from.
+"""Random streams: everything random in the project draws from the stream of a (seed, index, purpose).
 
 No two streams overlap: seed and index, each 0 to 2**64 - 1, are the key of a counter-based generator (Philox, Salmon et al. 2011), the
-purpose is the upper word of its counter. torch's own CPU generator keeps 32 bits of the seed that it is given; `torch_generator` fills
-its whole state from a stream instead.
+purpose is the upper word of its counter. torch's CPU generator keeps only 32 bits of a seed, so `torch_generator` fills its whole state.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _STATE_BYTES, _WORDS, _FIRST_WORD = 5056, 624, 24  # of the state of torch's CPU
 
 
 class Purpose(IntEnum):
-    """What a stream is for. The number is part of the stream: one that is changed or used again changes videos."""
+    """What a stream is for. The numbers are part of the streams: never change or reuse one."""
 
     TRAINING_VIDEO = 0  # what a training video shows: digit, motion, caption
     DEFORMATION = 1  # how its digits are deformed
@@ -61,8 +60,8 @@ def video_seeds(seed: int, indices: Iterable[int], purpose: Purpose) -> list[int
 
 
 def torch_generator(seed: int, purpose: Purpose, index: int = 0) -> torch.Generator:
-    """A generator of torch, on the CPU, whose whole state comes from the stream of (seed, index)."""
-    generator = torch.Generator().manual_seed(0)  # a state from which nothing is drawn yet
+    """A CPU generator of torch whose whole state comes from the stream of (seed, index)."""
+    generator = torch.Generator().manual_seed(0)
     state = generator.get_state()
     if state.numel() != _STATE_BYTES:
         raise RuntimeError(f"a generator of torch {torch.__version__} holds {state.numel()} bytes, expected {_STATE_BYTES}: adapt seeds.py")
@@ -73,7 +72,7 @@ def torch_generator(seed: int, purpose: Purpose, index: int = 0) -> torch.Genera
 
 
 def seed_global_generators(seed: int, purpose: Purpose = Purpose.WEIGHTS) -> None:
-    """Those of torch (all devices), numpy and Python, from which initial weights are drawn."""
+    """Seed the global generators of torch (all devices), numpy and Python, from which initial weights are drawn."""
     torch.set_rng_state(torch_generator(seed, purpose).get_state())
     rest = stream(seed, 1, purpose)
     if torch.cuda.is_available():

@@ -1,7 +1,7 @@
-"""How threads wait for each other: asleep. Every script imports this room before torch, whose OpenMP library reads it once.
+"""Lets OpenMP threads sleep while they wait for each other. Every script imports this before torch, whose OpenMP reads it once.
 
-By default the threads of a parallel region spin until the slowest arrives: if another process uses a core, a step takes several times as
-long. Asleep they lose a few microseconds a region. A user's own setting wins.
+By default threads spin until the slowest arrives: if another process uses a core, a step takes several times as long. Sleeping costs a few
+microseconds per parallel region. A user's setting wins.
 """
 
 from __future__ import annotations

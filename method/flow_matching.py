@@ -5,8 +5,8 @@ Conventions of the whole project
     Blocks       F is a multiple of `num_frames_per_block`; a video is generated block by block.
     Path         x_t = (1 - t) x_0 + t eps, with t in [0, 1]: t = 0 is data, t = 1 is noise (Liu et al., arXiv 2209.03003).
     Velocity     v = dx_t/dt = eps - x_0, so x_0 = x_t - t v.
-    Time         one t per frame, shape (B, F), float32. Users write Wan-style timesteps 0..1000; `timestep_to_time`
-                 converts them once, at the edge.
+    Time         one t per frame, shape (B, F), float32. Users write Wan-style timesteps 0..1000, converted once
+                 (`method.plans.warp_steps`).
     Time shift   t' = s t / (1 + (s - 1) t), s = 1 for none (Esser et al., arXiv 2403.03206, Eq. 23).
     Guidance     x_cfg = x_uncond + w (x_cond - x_uncond): w = 1 means no guidance. The public Self-Forcing code writes
                  x_cond + w' (x_cond - x_uncond): its w' equals w - 1 here.
@@ -19,8 +19,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from network.attention import NUM_TRAIN_TIMESTEPS
 
 VELOCITY_TIME_FLOOR = 0.05  # below this t a velocity made from a predicted x_0 stops growing like 1 / t
 
@@ -38,11 +36,6 @@ def add_noise(x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x_0 + t * eps
 
 
-def velocity(x_0: Tensor, eps: Tensor) -> Tensor:
-    """v = eps - x_0, the derivative of the path by t."""
-    return eps - x_0
-
-
 def x_0_from_velocity(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """x_0 = x_t - t v."""
     return x_t - expand_time(t, x_t) * v
@@ -53,14 +46,9 @@ def eps_from_velocity(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return x_t + (1 - expand_time(t, x_t)) * v
 
 
-def velocity_from_x_0(x_t: Tensor, x_0: Tensor, t: Tensor, time_floor: float = VELOCITY_TIME_FLOOR) -> Tensor:
-    """v = (x_t - x_0) / max(t, time_floor): exact for t >= time_floor, bounded below it."""
-    return (x_t - x_0) / expand_time(t, x_t).clamp(min=time_floor)
-
-
-def timestep_to_time(timesteps: Tensor) -> Tensor:
-    """Wan-style timesteps in [0, 1000] to times in [0, 1]."""
-    return timesteps.to(torch.float32) / NUM_TRAIN_TIMESTEPS
+def velocity_from_x_0(x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+    """v = (x_t - x_0) / max(t, VELOCITY_TIME_FLOOR): exact from the floor on, bounded below it."""
+    return (x_t - x_0) / expand_time(t, x_t).clamp(min=VELOCITY_TIME_FLOOR)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -100,15 +88,15 @@ def sampling_times(num_steps: int, shift: float) -> Tensor:
 
 
 def classifier_free_guidance(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:
-    """uncond + w (cond - uncond) (Ho and Salimans, arXiv 2207.12598, Eq. 6 with w there = w - 1 here), of v or of x_0. weight: one number,
-    or a tensor that broadcasts against cond."""
+    """uncond + w (cond - uncond) (Ho and Salimans, arXiv 2207.12598, Eq. 6, whose w is w - 1 here), of v or of x_0. weight: a number, or a
+    tensor that broadcasts against cond."""
     return uncond + weight * (cond - uncond)
 
 
 def projected_guidance(cond: Tensor, uncond: Tensor, weight: float | Tensor, direction: Tensor, kept: float) -> Tensor:
-    """`classifier_free_guidance` that keeps a share, 0 to 1, of what it adds along a direction, of each video on its own (projected
-    guidance, arXiv 2410.02416, section 4). All (B, F, C, H, W). Along the predicted ink, x_0 + 1, guidance makes strokes bolder; across
-    it, it makes them obey the prompt."""
+    """`classifier_free_guidance` that keeps a share, 0 to 1, of what it adds to each video along a direction (projected guidance, arXiv
+    2410.02416, section 4). All (B, F, C, H, W). Along the predicted ink, x_0 + 1, guidance makes strokes bolder; across it, it makes them
+    obey the prompt."""
     added = cond - uncond
     share = (added * direction).sum((1, 2, 3, 4), keepdim=True) / direction.square().sum((1, 2, 3, 4), keepdim=True).clamp(min=1e-6)
     return cond + (weight - 1) * (added - (1 - kept) * share * direction)

@@ -1,6 +1,6 @@
 """How a video is sampled: the times at which the network is asked, guidance, and what a block sees of the past.
 
-A plan is pure data. `dynamic_video_sf` carries it out: block by block (`RolloutPlan`) or all frames at once (`BidirectionalPlan`).
+A plan is pure data; `dynamic_video_sf` carries it out: block by block (`RolloutPlan`) or all frames at once (`BidirectionalPlan`).
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from method.flow_matching import sampling_times, shift_time, timestep_to_time
+from method.flow_matching import sampling_times, shift_time
 from method.settings import FewStepConfig, TrainingConfig
-from network.attention import WHOLE_PAST, ContextWindow
+from network.attention import NUM_TRAIN_TIMESTEPS, WHOLE_PAST, ContextWindow
 
 NAIVE_STEPS = [1000, 750, 500, 250]  # in which the pretrained network is shown without guidance
 
@@ -50,7 +50,7 @@ def few_step_plan(config: FewStepConfig, context: ContextWindow | None = None) -
 
 def warp_steps(denoising_steps: list[int], time_shift: float) -> tuple[float, ...]:
     """Timesteps 1..1000 to shifted times: [1000, 750, 500, 250] at shift 3 are (1, .9, .75, .5)."""
-    return tuple(shift_time(timestep_to_time(torch.tensor(denoising_steps)), time_shift).tolist())
+    return tuple(shift_time(torch.tensor(denoising_steps) / NUM_TRAIN_TIMESTEPS, time_shift).tolist())
 
 
 def many_step_plan(
@@ -74,7 +74,7 @@ class BidirectionalPlan:
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of the network in which one block is denoised, with all others: one a step, two under guidance."""
+        """Evaluations of the network that denoise one block, with all others: one a step, two under guidance."""
         return self.num_steps * (1 if self.guidance == 1.0 else 2)
 
     @property

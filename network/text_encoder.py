@@ -2,8 +2,8 @@
 
 Dimensions: B batch, L tokens in a prompt, D embedding width.
 
-A prompt says what a Moving MNIST sample shows: which digits, how many, where each one starts to move, and how fast. Directions are
-numbered counter-clockwise from "right" in steps of 45 degrees, as seen on the screen ("up" is a decreasing row).
+A prompt says which digits a Moving MNIST video shows, in which direction each starts to move, and how fast. Directions are numbered
+counter-clockwise from "right" in steps of 45 degrees, as seen on the screen ("up" is a decreasing row).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MOTION_VERBS = ("moving", "drifting", "gliding", "sliding", "travelling")
 _SINGLE_NOUNS = ("a handwritten {}", "the digit {}", "a {}", "handwritten digit {}", "the number {}")
 _PAIR_NOUNS = ("digits {} and {}", "a {} and a {}", "two handwritten digits {} and {}", "the numbers {} and {}")
 _FREE_MOTION = ("bouncing around", "moving around", "bouncing off the walls")
-_NAMED_NOUNS, _NAMED_PAIR = ("the {}", "{}"), ("the {} and the {}", "{} and {}")  # of classes that are no digits
+_NAMED_NOUNS, _NAMED_PAIR = ("the {}", "{}"), ("the {} and the {}", "{} and {}")  # of classes that are not digits
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,8 @@ class CaptionFacts:
 
 def compose_caption(facts: list[MotionFacts], rng: np.random.Generator, class_names: list[str] | None = None) -> str:
     """One caption for one or two digits, of random templates and synonyms: 85 % name the direction, and half of those the speed too.
-    class_names: what to call the ten classes if they are no digits. Raises ValueError for no digit or more than two."""
+    class_names: names of the ten classes if they are not digits."""
     single_nouns, pair_nouns = (_SINGLE_NOUNS, _PAIR_NOUNS) if class_names is None else (_NAMED_NOUNS, _NAMED_PAIR)
-    if len(facts) not in (1, 2):
-        raise ValueError(f"a caption describes 1 or 2 digits, found {len(facts)}")
 
     def pick(options: tuple[str, ...]) -> str:
         return options[int(rng.integers(len(options)))]
@@ -82,15 +80,15 @@ def compose_caption(facts: list[MotionFacts], rng: np.random.Generator, class_na
 
 
 def caption_of_any_stretch(caption: str) -> str:
-    """What of a caption holds for every stretch of its video: the digits. A direction is that of the first frames and changes at the
-    walls. A caption that names no digit, or more than two, stays as it is."""
+    """The part of a caption that holds for every stretch of its video: the digits, as directions change at the walls. A caption that names
+    no digit, or more than two, is returned as it is."""
     digits = parse_caption(caption).digits
     nouns = {1: _SINGLE_NOUNS, 2: _PAIR_NOUNS}
     return nouns[len(digits)][0].format(*digits) if len(digits) in nouns else caption
 
 
 def name_classes(names: list[str]) -> str:
-    """A caption of one or two named classes that says nothing else."""
+    """A caption that only names one or two classes."""
     return (_NAMED_NOUNS if len(names) == 1 else _NAMED_PAIR)[0].format(*names)
 
 
@@ -107,18 +105,17 @@ VOCABULARY = tuple(sorted({word for phrase in _PHRASES for word in split_words(p
 
 
 def vocabulary_with(class_names: list[str]) -> list[str]:
-    """The grammar's words, then those of class names that it lacks."""
+    """The grammar's words, then the new ones of the class names."""
     return [*VOCABULARY, *dict.fromkeys(word for name in class_names for word in split_words(name) if word not in VOCABULARY)]
 
 
-PAD_TOKEN, START_TOKEN = 0, 1  # START stands first in every prompt, so the null prompt still has one token to attend to
+PAD_TOKEN, START_TOKEN = 0, 1  # every prompt begins with START, so the null prompt has a token to attend to
 NUM_SPECIAL_TOKENS = 2
-NUM_TOKENS = len(VOCABULARY) + NUM_SPECIAL_TOKENS
 
 
 def parse_caption(prompt: str) -> CaptionFacts:
-    """Read digits, starting directions and speeds back from a prompt that uses the grammar's words, in the order in which the digits are
-    named. A direction or speed belongs to the last digit named before it."""
+    """Read digits, directions and speeds back from a prompt in the grammar's words. A direction or speed belongs to the last digit named
+    before it."""
     digits: list[int] = []
     axes: list[list[int]] = []  # per digit: [horizontal, vertical] in {-1, 0, 1}
     speeds: list[str | None] = []
@@ -146,7 +143,7 @@ class TextEncoderConfig:
 
     width: int = 64  # D of the embeddings, a multiple of 32
     max_tokens: int = 24  # L, longer prompts are cut
-    vocabulary: list[str] | None = None  # the words that it knows; those of the grammar if not given
+    vocabulary: list[str] | None = None  # known words; those of the grammar if not given
 
     def __post_init__(self) -> None:
         if self.width < 32 or self.width % 32:
@@ -181,32 +178,25 @@ class TextEncoder(nn.Module):
             self.token_embedding.weight[PAD_TOKEN].zero_()
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """Token numbers (B, L), int64, padded with `PAD_TOKEN`, on the encoder's device. Warns of words that are left out because they are
-        unknown, and of words past `max_tokens`, which are cut."""
-        device = self.position_embedding.device
-        tokens = torch.full((len(prompts), self.config.max_tokens), PAD_TOKEN, dtype=torch.int64)
-        unknown: dict[str, None] = {}
-        num_cut = 0
-        for row, prompt in enumerate(prompts):
-            words = split_words(prompt)
-            unknown.update(dict.fromkeys(word for word in words if word not in self._tokens))
-            known = [self._tokens[word] for word in words if word in self._tokens]
-            ids = [START_TOKEN, *known][: self.config.max_tokens]
-            num_cut += len(known) + 1 > len(ids)
-            tokens[row, : len(ids)] = torch.tensor(ids)
+        """Token numbers (B, L), int64, padded with `PAD_TOKEN`, on the encoder's device. Warns of unknown words, which are left out, and
+        of words past `max_tokens`, which are cut."""
+        length = self.config.max_tokens
+        words = [split_words(prompt) for prompt in prompts]
+        ids = [[START_TOKEN, *(self._tokens[word] for word in row if word in self._tokens)] for row in words]
+        unknown = list(dict.fromkeys(word for word in chain(*words) if word not in self._tokens))
         if unknown:
-            named = list(unknown)[:20]
             more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
-            warnings.warn(
-                f"unknown words left out of the prompts: {', '.join(word[:40] for word in named)}{more}. "
-                f"Known words: {', '.join(self.vocabulary)}", stacklevel=2,
-            )
+            named = ", ".join(word[:40] for word in unknown[:20])
+            known = ", ".join(self.vocabulary)
+            warnings.warn(f"unknown words left out of the prompts: {named}{more}. Known words: {known}", stacklevel=2)
+        num_cut = sum(len(row) > length for row in ids)
         if num_cut:
-            warnings.warn(f"{num_cut} prompts are longer than {self.config.max_tokens - 1} words: the rest was cut", stacklevel=2)
-        return tokens.to(device)
+            warnings.warn(f"{num_cut} prompts are longer than {length - 1} words: the rest was cut", stacklevel=2)
+        padded = [row[:length] + [PAD_TOKEN] * (length - len(row)) for row in ids]
+        return torch.tensor(padded, device=self.position_embedding.device)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) and their mask (B, L), True where a token stands, of token numbers (B, L)."""
+        """Embeddings (B, L, D) of token numbers (B, L), and their mask (B, L): False for padding."""
         mask = tokens != PAD_TOKEN
         x = self.token_embedding(tokens) + self.position_embedding  # (B, L, D)
         x = self.layer(x, src_key_padding_mask=~mask)
