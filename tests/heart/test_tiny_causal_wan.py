@@ -31,23 +31,16 @@ def perturbed(x: Tensor, frame: int) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("block", [1, 3])
-def test_the_past_does_not_see_the_future(small_model, block):
-    x_t, t = random_video(small_model, 2, NUM_FRAMES)
-    prompt = random_prompt(small_model, 2)
-    before = small_model.forward_block_causal(x_t, t, prompt, block)
-    for first in range(0, NUM_FRAMES, block):
-        after = small_model.forward_block_causal(perturbed(x_t, first + block - 1), t, prompt, block)
-        assert changed_frames(before, after) == list(range(first, NUM_FRAMES))
-
-
-@torch.no_grad()
-def test_the_bidirectional_network_sees_the_future(small_model):
-    x_t, t = random_video(small_model, 2, NUM_FRAMES)
-    prompt = random_prompt(small_model, 2)
+def test_the_past_does_not_see_the_future_and_the_bidirectional_network_does(small_model):
+    (x_t, t), prompt = random_video(small_model, 2, NUM_FRAMES), random_prompt(small_model, 2)
     before = small_model.forward_bidirectional(x_t, t, prompt)
     after = small_model.forward_bidirectional(perturbed(x_t, NUM_FRAMES - 1), t, prompt)
     assert changed_frames(before, after) == list(range(NUM_FRAMES))
+    for block in (1, 3):
+        before = small_model.forward_block_causal(x_t, t, prompt, block)
+        for first in range(0, NUM_FRAMES, block):
+            after = small_model.forward_block_causal(perturbed(x_t, first + block - 1), t, prompt, block)
+            assert changed_frames(before, after) == list(range(first, NUM_FRAMES))
 
 
 @pytest.mark.parametrize(("patch_size", "channels"), [([1, 4, 4], 1), ([1, 2, 4], 1), ([3, 2, 4], 1), ([2, 4, 2], 3), ([1, 8, 8], 3)])
@@ -79,28 +72,21 @@ def test_each_frame_is_modulated_by_its_own_time():
     assert (guess_before - guess_after)[:, 4].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (1, 6), (2,), (3, 6), (2, 7), (2, 6, 1)])
-def test_times_that_are_not_one_per_frame_are_refused(small_model, shape):
-    with pytest.raises(ValueError, match=r"expected one time per frame, \(2, 6\)"):
-        small_model.forward_bidirectional(random_video(small_model, 2, 6)[0], torch.full(shape, 0.5), random_prompt(small_model, 2))
-
-
-@pytest.mark.parametrize("shape", [(2, 6, 3, 8, 8), (2, 6, 1, 8, 4), (2, 6, 1, 16, 16), (6, 1, 8, 8)])
-def test_videos_of_the_wrong_shape_are_refused(small_model, shape):
-    with pytest.raises(ValueError, match=r"expected \(B, F, 1, 8, 8\)"):
-        small_model.forward_bidirectional(torch.zeros(shape), torch.ones(shape[:2]), random_prompt(small_model, 2))
-
-
-def test_frames_that_do_not_fit_are_refused():
+def test_inputs_that_do_not_fit_are_refused():
     model = build_small_model(patch_size=[3, 4, 4])
     (x_t, t), prompt, splits = random_video(model, 2, 6), random_prompt(model, 2), "expected a positive multiple of the temporal patch 3"
+    shapes = [(2, 6, 3, 8, 8), (2, 6, 1, 8, 4), (2, 6, 1, 16, 16), (6, 1, 8, 8)]
     for refused, message in (
+        *((partial(model.forward_bidirectional, torch.zeros(shape), torch.ones(shape[:2]), prompt), r"expected \(B, F, 1, 8, 8\) with F a "
+           "multiple of the temporal patch 3") for shape in [*shapes, (2, 5, 1, 8, 8)]),
+        (lambda: model.forward_bidirectional(x_t, t[:, :1], prompt), r"expected one time per frame, \(2, 6\)"),
+        (lambda: model.forward_bidirectional(x_t, t, random_prompt(model, 1)), "1 prompts for 2 videos"),
         (lambda: model.forward_block_causal(x_t, t, prompt, 2), f"a block of 2 frames: {splits}"),
         (lambda: model.forward_block_causal(x_t, t, prompt, 9), "6 frames: expected a multiple of the block of 9"),
         (lambda: model.forward_block_causal(x_t, t, prompt, 3, ContextWindow(4)), f"a window of 4 frames: {splits}"),
         (lambda: model.forward_cached(x_t[:, :4], t[:, :4], prompt, model.new_cache()), f"a block of 4 frames: {splits}"),
-        (lambda: model.forward_bidirectional(x_t[:, :5], t[:, :5], prompt), "F a multiple of the temporal patch 3"),
-        (lambda: model.forward_bidirectional(x_t, t, random_prompt(model, 1)), "1 prompts for 2 videos"),
+        (lambda: model.forward_cached(x_t, t, prompt, model.new_cache(3)), "a block of 6 frames: expected at most the cache's window of 3"),
+        (lambda: model.write_and_forward(x_t, t, x_t[:, :4], t[:, :4], prompt, model.new_cache()), f"a block of 4 frames: {splits}"),
         (lambda: model.forward_teacher_forced(x_t, t, x_t[:, :3], prompt, 3),
          r"clean video of shape \(2, 3, 1, 8, 8\): expected that of the noisy one, \(2, 6, 1, 8, 8\)"),
     ):
@@ -118,26 +104,18 @@ def test_tables_first_made_in_inference_mode_serve_training():
 
 
 @torch.no_grad()
-def test_a_prompt_changes_its_own_video_and_no_other(small_model):
+def test_a_prompt_changes_its_own_video_and_no_other_by_cross_attention_and_by_its_mean(small_model):
     x_t, t = random_video(small_model, 3, 6)
     ours, theirs = random_prompt(small_model, 3, seed=0), random_prompt(small_model, 3, seed=1)
     together = small_model.forward_bidirectional(x_t, t, ours)
-    assert (together - small_model.forward_bidirectional(x_t, t, theirs)).abs().amax(dim=(1, 2, 3, 4)).min() > 1e-3
+    by_attention = PromptContext(theirs.keys, theirs.values, theirs.mask, ours.pooled)
+    by_mean = PromptContext(ours.keys, ours.values, ours.mask, theirs.pooled)
+    for other in (theirs, by_attention, by_mean):
+        assert (together - small_model.forward_bidirectional(x_t, t, other)).abs().amax(dim=(1, 2, 3, 4)).min() > 1e-3
     for i in range(3):
         alone = PromptContext([k[i:i + 1] for k in ours.keys], [v[i:i + 1] for v in ours.values], ours.mask[i:i + 1], ours.pooled[i:i + 1])
         single = small_model.forward_bidirectional(x_t[i:i + 1], t[i:i + 1], alone)
         torch.testing.assert_close(single, together[i:i + 1], rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_words_act_by_cross_attention_and_by_their_mean(small_model):
-    x_t, t = random_video(small_model, 1, 3)
-    ours, theirs = random_prompt(small_model, 1, seed=0), random_prompt(small_model, 1, seed=1)
-    before = small_model.forward_bidirectional(x_t, t, ours)
-    by_attention = PromptContext(theirs.keys, theirs.values, theirs.mask, ours.pooled)
-    by_mean = PromptContext(ours.keys, ours.values, ours.mask, theirs.pooled)
-    for mixed in (by_attention, by_mean):
-        assert (small_model.forward_bidirectional(x_t, t, mixed) - before).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -146,12 +124,10 @@ def test_padding_does_not_matter(small_model):
     text = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True, True, False, False], [True, True, True, False]])
     before = small_model.forward_bidirectional(x_t, t, small_model.encode_prompt(text, mask))
-    for padding in (torch.full((2, 4, 32), 50.0), torch.zeros(2, 4, 32)):
-        other = torch.where(mask[..., None], text, padding)
-        after = small_model.forward_bidirectional(x_t, t, small_model.encode_prompt(other, mask))
+    longer = F.pad(text, (0, 0, 0, 3), value=9.0), F.pad(mask, (0, 3))
+    for padded in ((torch.where(mask[..., None], text, 50.0), mask), (torch.where(mask[..., None], text, 0.0), mask), longer):
+        after = small_model.forward_bidirectional(x_t, t, small_model.encode_prompt(*padded))
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
-    longer = small_model.encode_prompt(F.pad(text, (0, 0, 0, 3), value=9.0), F.pad(mask, (0, 3)))
-    torch.testing.assert_close(small_model.forward_bidirectional(x_t, t, longer), before, rtol=1e-5, atol=1e-5)
 
 
 def rope_scores(vector: Tensor, query_row: int, key_row: int) -> Tensor:

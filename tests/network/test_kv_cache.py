@@ -33,71 +33,55 @@ def assert_same_x_0(actual: Tensor, expected: Tensor, t: Tensor, tolerance: floa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("block", "window", "sink", "batch", "patch_size", "channels"), [
-    *((*case, 2, [1, 4, 4], 1) for case in (*itertools.product((1, 3), (None, 3, 6, 9, 21), (0,)), (3, 8, 2), (1, 2, 1))),
-    *((*case, 2, [1, 4, 4], 1) for case in itertools.product((1, 3), (None, 6, 9, 21), (1, 3))),
-    *((3, window, 0, 1, patch, 3) for window in (None, 3, 6) for patch in ([3, 4, 4], [1, 2, 4])),
-    (3, 9, 0, 3, [3, 8, 8], 1), (6, 6, 0, 1, [2, 4, 2], 1), (6, None, 0, 2, [2, 4, 4], 1), (3, 3, 0, 3, [1, 8, 8], 3),
+@pytest.mark.parametrize(("block", "window", "sink", "first_alone", "batch", "patch_size", "channels"), [
+    *((*case, False, 2, [1, 4, 4], 1) for case in (*itertools.product((1, 3), (None, 3, 6, 9, 21), (0,)), (3, 8, 2), (1, 2, 1))),
+    *((*case, False, 2, [1, 4, 4], 1) for case in itertools.product((1, 3), (None, 6, 9, 21), (1, 3))),
+    *((3, *case, True, 2, [1, 4, 4], 1) for case in ((None, 0), (6, 0), (9, 1), (9, 3))),
+    *((3, window, 0, False, 1, patch, 3) for window in (None, 3, 6) for patch in ([3, 4, 4], [1, 2, 4])),
+    (3, 9, 0, False, 3, [3, 8, 8], 1), (6, 6, 0, False, 1, [2, 4, 2], 1), (6, None, 0, False, 2, [2, 4, 4], 1),
+    (3, 3, 0, False, 3, [1, 8, 8], 3),
 ])
-def test_cached_blocks_equal_the_full_pass_under_the_mask(block, window, sink, batch, patch_size, channels):
-    model, num_frames = build_small_model(patch_size=patch_size, channels=channels), NUM_FRAMES // block * block
+def test_cached_blocks_equal_the_full_pass_under_the_mask(block, window, sink, first_alone, batch, patch_size, channels):
+    sizes = [1] * first_alone + [block] * ((NUM_FRAMES - first_alone) // block)
+    model, num_frames = build_small_model(patch_size=patch_size, channels=channels), sum(sizes)
     (x_t, t), prompt = random_video(model, batch, num_frames), random_prompt(model, batch)
-    cached = run_cached(model, x_t, t, prompt, [block] * (num_frames // block), model.new_cache(window, sink))
-    masked = model.forward_block_causal(x_t, t, prompt, block, ContextWindow(window, sink))
+
+    def under_mask(window: int | None, sink: int = 0) -> Tensor:
+        return model.forward_block_causal(x_t, t, prompt, block, ContextWindow(window, sink, independent_first_frame=first_alone))
+
+    cached, masked = run_cached(model, x_t, t, prompt, sizes, model.new_cache(window, sink)), under_mask(window, sink)
     assert_same_x_0(cached, masked, t)
-    alone = model.forward_block_causal(x_t, t, prompt, block, ContextWindow(block))
-    assert window is not None and window <= block or (masked - alone)[:, block:].abs().max() > 1e-3  # the past does matter
+    assert window is not None and window <= block or (masked - under_mask(block))[:, block:].abs().max() > 1e-3  # the past matters
     if window is not None and sink:
-        without = model.forward_block_causal(x_t, t, prompt, block, ContextWindow(window))
-        assert (masked - without)[:, window:].abs().max() > 1e-3  # the sink does matter
-        assert (masked - without)[:, : window // block * block].abs().max() == 0
+        by_sink, last_unrolled = masked - under_mask(window), max(end for end in itertools.accumulate(sizes) if end <= window)
+        assert by_sink[:, window:].abs().max() > 1e-3 and by_sink[:, :last_unrolled].abs().max() == 0
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("block", "window", "sink"), [
-    *((block, window, sink) for block, window, sink in itertools.product((1, 3), (None, 3, 6, 9, 21), (0, 1, 3))
-      if window is None or sink <= window - block), (3, 8, 2), (1, 2, 1),
+@pytest.mark.parametrize(("block", "window", "sink", "first_alone"), [
+    *((block, window, sink, False) for block, window, sink in itertools.product((1, 3), (None, 3, 6, 9, 21), (0, 1, 3))
+      if window is None or sink <= window - block), (3, 8, 2, False), (1, 2, 1, False), (3, 4, 0, True), (3, 6, 0, True),
 ])
-def test_a_joined_pass_is_the_cache_pass_and_then_the_first_step(small_model, block, window, sink):
+def test_a_joined_pass_is_the_cache_pass_and_then_the_first_step(small_model, block, window, sink, first_alone):
     """60 frames, so that the window moves back several times: as both ways one after the other, and reading writes nothing."""
-    blocks = [part.split(block, 1) for part in (*random_video(small_model, 2, 60), random_video(small_model, 2, 60)[0])]
-    prompt, zero = random_prompt(small_model, 2), torch.zeros(2, block)
-    apart, joined, num_passes = small_model.new_cache(window, sink), small_model.new_cache(window, sink), []
+    sizes = [1] * first_alone + [block] * (60 // block)
+    videos = *random_video(small_model, 2, sum(sizes)), random_video(small_model, 2, sum(sizes))[0]
+    prompt, apart, joined, num_passes = random_prompt(small_model, 2), *(small_model.new_cache(window, sink) for _ in range(2)), []
     small_model.head.register_forward_hook(lambda *_: num_passes.append(1))
     finished = None
-    for x_t, t, x_0 in zip(*blocks, strict=True):
-        expected = small_model.forward_cached(x_t, t, prompt, apart)
+    for x_t, t, x_0 in zip(*(video.split(sizes, 1) for video in videos), strict=True):
+        expected, zero = small_model.forward_cached(x_t, t, prompt, apart), torch.zeros_like(t)
         num_passes.clear()
         if finished is None:
             found = small_model.forward_cached(x_t, t, prompt, joined)
         else:
-            found = small_model.write_and_forward(finished, zero, x_t, t, prompt, joined)
+            found = small_model.write_and_forward(*finished, x_t, t, prompt, joined)
         assert len(num_passes) == 1 or (sink and joined.num_frames + block > window)  # two where the sink has to move between them
         assert_same_x_0(found, expected, t)
         assert_same_x_0(small_model.forward_cached(x_t, t, prompt, joined), expected, t)  # a second step sees the same past
         small_model.write_cache(x_0, zero, prompt, apart)
-        assert joined.num_frames == apart.num_frames - block
-        finished = x_0
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("window", [4, 6])
-def test_a_first_frame_of_its_own_and_a_block_in_one_pass(small_model, window):
-    (x_t, t), prompt = random_video(small_model, 2, 4), random_prompt(small_model, 2)
-    apart, joined = small_model.new_cache(window), small_model.new_cache(window)
-    small_model.write_cache(x_t[:, :1], t[:, :1], prompt, apart)
-    found = small_model.write_and_forward(x_t[:, :1], t[:, :1], x_t[:, 1:], t[:, 1:], prompt, joined)
-    assert_same_x_0(found, small_model.forward_cached(x_t[:, 1:], t[:, 1:], prompt, apart), t[:, 1:])
-
-
-def test_a_joined_pass_refuses_what_either_pass_does():
-    model = build_small_model(patch_size=[2, 4, 4])
-    (x, t), prompt = random_video(model, 1, 6), random_prompt(model, 1)
-    for sizes, window, words in (((1, 3), None, "a block of 1 frames: expected a positive multiple of the temporal patch 2"),
-                                 ((2, 4), 2, "a block of 4 frames: expected at most the cache's window of 2")):
-        (past, block), (t_past, t_block) = (each[:, : sum(sizes)].split(sizes, 1) for each in (x, t))
-        with pytest.raises(ValueError, match=words):
-            model.write_and_forward(past, t_past, block, t_block, prompt, model.new_cache(window))
+        assert joined.num_frames == apart.num_frames - x_0.shape[1]
+        finished = x_0, zero
 
 
 @torch.no_grad()
@@ -138,21 +122,6 @@ def test_teacher_forcing_equals_decoding_on_a_cache_of_the_clean_blocks(block, w
     forced = model.forward_teacher_forced(x_t, t, x_clean, prompt, block, context)
     assert_same_x_0(forced, torch.cat(parts, dim=1), t)
     assert (forced - model.forward_block_causal(x_t, t, prompt, block, context))[:, block:].abs().max() > 1e-3
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("window", "sink"), [(None, 0), (6, 0), (9, 1), (9, 3)])
-def test_a_first_frame_of_its_own(small_model, window, sink):
-    context, sizes = ContextWindow(window, sink, independent_first_frame=True), [1, *[3] * 8]
-    assert context.block_sizes(25, 3) == sizes
-    (x_t, t), prompt = random_video(small_model, 2, 25), random_prompt(small_model, 2)
-    cached = run_cached(small_model, x_t, t, prompt, sizes, small_model.new_cache(window, sink))
-    masked = small_model.forward_block_causal(x_t, t, prompt, 3, context)
-    assert_same_x_0(cached, masked, t)
-    other = x_t.clone()
-    other[:, 1:4] += 1
-    moved = (small_model.forward_block_causal(other, t, prompt, 3, context) - masked).abs().amax((0, 2, 3, 4))
-    assert moved[0] == 0 and (moved[1:4] > 0).all()
 
 
 @torch.no_grad()
@@ -252,8 +221,6 @@ def test_windows_that_do_not_fit_are_refused(small_model, context, message):
         small_model.forward_block_causal(x_t, t, random_prompt(small_model, 1), 3, context)
     with pytest.raises(ValueError, match="training." + message):
         SelfForcingConfig(window_frames=context.window_frames, sink_frames=context.sink_frames, hide_first_chunk=context.hide_first_block)
-    with pytest.raises(ValueError, match="a block of 6 frames: expected at most the cache's window of 3"):
-        small_model.forward_cached(x_t, t, random_prompt(small_model, 1), small_model.new_cache(3))
 
 
 def test_the_cache_carries_no_gradient(small_model):
