@@ -12,6 +12,8 @@ from helpers.generation import STUDENT, write_networks
 from helpers.networks import SMALL_SIZES, build_small_model, save_untrained
 from helpers.stages import LENGTHS, run_config
 
+import dynamic_video_sf
+from dynamic_video_sf import make_noise_streams
 from network.text_encoder import TextEncoder, TextEncoderConfig
 from tiny_causal_wan import ModelConfig, TinyCausalWanModel
 from training.checkpoint import LoadedNetworks, load_networks
@@ -41,6 +43,14 @@ def small_model() -> TinyCausalWanModel:
 def small_text_encoder() -> TextEncoder:
     torch.manual_seed(1)
     return TextEncoder(TextEncoderConfig(width=32, max_tokens=12)).eval()
+
+
+@pytest.fixture
+def drawn_seeds(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The seeds of every rollout of an engine."""
+    drawn: list[list[int]] = []
+    monkeypatch.setattr(dynamic_video_sf, "make_noise_streams", lambda seeds: drawn.append(seeds) or make_noise_streams(seeds))
+    return drawn
 
 
 @pytest.fixture

@@ -7,9 +7,7 @@ import torch
 from helpers.networks import build_engine, load_self_test, random_prompt, random_text
 from torch import Tensor
 
-import dynamic_video_sf
 from dynamic_video_sf import clamp_to_data, draw_noise, make_noise_streams, rollout_blocks, sample_bidirectional
-from method.flow_matching import shift_time
 from method.losses import dmd_gradient
 from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, warp_steps
 from network.attention import ContextWindow
@@ -36,14 +34,7 @@ def plan() -> RolloutPlan:
 
 @pytest.mark.parametrize("with_gradient", [False, True])
 @pytest.mark.parametrize("context_noise", [0, 300])
-def test_training_rollout_is_inference_bit_for_bit(monkeypatch, with_gradient: bool, context_noise: int):
-    drawn: list[list[int]] = []
-
-    def record(seeds: list[int]) -> list[torch.Generator]:
-        drawn.append(seeds)
-        return make_noise_streams(seeds)
-
-    monkeypatch.setattr(dynamic_video_sf, "make_noise_streams", record)
+def test_training_rollout_is_inference_bit_for_bit(drawn_seeds, with_gradient: bool, context_noise: int):
     for finish_blocks in (False, True):
         engine = build_engine(context_noise=context_noise, finish_blocks=finish_blocks)
         prompt = random_prompt(engine.generator, 2)
@@ -54,11 +45,11 @@ def test_training_rollout_is_inference_bit_for_bit(monkeypatch, with_gradient: b
             exits |= set(rollout.exit_steps)
             if finish_blocks or rollout.exit_steps == [last] * 3:
                 num_compared += 1
-                assert torch.equal(rollout.finished, run(engine.generator, prompt, drawn[-1], 3, few_step_plan(engine.config)))
+                assert torch.equal(rollout.finished, run(engine.generator, prompt, drawn_seeds[-1], 3, few_step_plan(engine.config)))
                 assert not rollout.finished.requires_grad
         assert num_compared > 0 and (len(exits) > 1) == (with_gradient or not finish_blocks)
-        assert len(set(map(tuple, drawn))) == 12  # every rollout has seeds of its own
-        drawn.clear()
+        assert len(set(map(tuple, drawn_seeds))) == 12  # every rollout draws other seeds
+        drawn_seeds.clear()
 
 
 @pytest.mark.parametrize("exit_step", [0, 1, 3])
@@ -133,15 +124,11 @@ def test_the_cache_is_written_from_finished_blocks_at_the_context_time(
 def test_times_of_plans():
     assert warp_steps([1000, 750, 500, 250], 3.0) == pytest.approx((1.0, 0.9, 0.75, 0.5))
     assert warp_steps([1000, 400], 1.0) == pytest.approx((1.0, 0.4))
-    plan = many_step_plan(4, 3.0, BLOCK, guidance=2.5, context=ContextWindow(6))
-    assert plan.times == pytest.approx((1.0, 0.9, 0.75, 0.5))  # every time but 0, which needs no forward pass
-    assert (plan.fresh_noise, plan.guidance, plan.context.window_frames, plan.context_time) == (False, 2.5, 6, 0.0)
-    few = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500], time_shift=5.0))
-    assert few.fresh_noise and few.guidance == 1.0 and few.times == pytest.approx((1.0, float(shift_time(torch.tensor(0.5), 5.0))))
-    assert few_step_plan(SelfForcingConfig(context_noise=250)).context_time == 0.25
-    assert [few_step_plan(SelfForcingConfig(clamp_x_0=clamp)).clamp_x_0 for clamp in (False, True)] == [False, True]
-    rolling = build_engine(window_frames=6, sink_frames=3)  # training and inference have one plan
-    assert rolling.plan == few_step_plan(rolling.config) and rolling.plan.context == ContextWindow(6, 3)
+    many = many_step_plan(4, 3.0, BLOCK, guidance=2.5)
+    assert many.times == pytest.approx((1.0, 0.9, 0.75, 0.5))  # every time but 0, which needs no forward pass
+    few = few_step_plan(SelfForcingConfig(context_noise=250, window_frames=6, sink_frames=3, clamp_x_0=False))
+    assert few.fresh_noise and not many.fresh_noise and (few.guidance, many.guidance) == (1.0, 2.5)
+    assert (few.context_time, few.context, few.clamp_x_0) == (0.25, ContextWindow(6, 3), False)
 
 
 def test_one_guided_block_is_the_bidirectional_sampler(small_model):
@@ -191,12 +178,13 @@ def reference_rollout(
     model: TinyCausalWanModel, text: tuple[Tensor, Tensor], seeds: list[int], exit_steps: list[int], first_gradient_block: int,
     plan: RolloutPlan,
 ) -> Tensor:
-    """Algorithm 1 spelled out: first everything without gradient, then the exit passes alone, from a context made anew."""
+    """Algorithm 1 spelled out: everything without gradient, then the exit passes alone, each from a new cache."""
     streams, exits, done = make_noise_streams(seeds), [], []
     shape, cpu = (BLOCK, 1, 8, 8), torch.device("cpu")
 
-    def kept(x_0: Tensor) -> Tensor:  # in the range of data, where the plan asks for it; the gradient is that of x_0
+    def kept(x_0: Tensor) -> Tensor:  # clamped if the plan says so, with the gradient of x_0
         return x_0 + (x_0.clamp(-1, 1) - x_0).detach() if plan.clamp_x_0 else x_0
+
     def context_of(blocks: list[Tensor], prompt: PromptContext) -> KVCache:
         cache = model.new_cache()
         for block in blocks:
@@ -251,17 +239,13 @@ def test_only_the_exit_pass_builds_a_graph_and_the_cache_holds_none(small_model,
     monkeypatch.setattr(small_model, "new_cache", lambda *window: caches.append(new_cache(*window)) or caches[-1])
     small_model.head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
     exit_steps = [2, 2, 0, 3]
-    blocks = list(
-        rollout_blocks(
-            small_model, random_prompt(small_model, 1), make_noise_streams([1]), 4, plan, exit_steps=exit_steps, gradient_blocks=range(2, 4)
-        )
-    )
+    video = run(small_model, random_prompt(small_model, 1), [1], 4, plan, exit_steps=exit_steps, gradient_blocks=range(2, 4))
     expected = []
     for block, exit_step in enumerate(exit_steps):
         expected += [False] * (block > 0 and exit_step == 0)  # the cache pass of the block before, which else joins the first step
         expected += [False] * exit_step + [block >= 2]
     assert passes == expected
-    assert [block.requires_grad for block in blocks] == [False, False, True, True]
+    assert video.requires_grad
     (cache,) = caches
     assert not cache._keys.requires_grad and not cache._values.requires_grad
     assert cache.num_frames == 9

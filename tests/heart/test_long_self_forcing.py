@@ -24,27 +24,6 @@ BLOCK = 3
 LONG = {"window_frames": 6, "rollout_frames": 21, "min_num_frames": 9, "max_num_frames": 9}
 
 
-@pytest.fixture
-def watched(monkeypatch) -> dict[str, list]:
-    """The blocks of every rollout of the engine, with the arguments that made them."""
-    seen: dict[str, list] = {"blocks": [], "streams": []}
-
-    def recording_streams(seeds: list[int]) -> list[torch.Generator]:
-        seen["streams"].append(seeds)
-        return make_noise_streams(seeds)
-
-    def recording_blocks(*arguments: object, **options: object) -> Iterator[Tensor]:
-        made: list[Tensor] = []
-        seen["blocks"].append(made)
-        for block in rollout_blocks(*arguments, **options):
-            made.append(block)
-            yield block
-
-    monkeypatch.setattr(dynamic_video_sf, "make_noise_streams", recording_streams)
-    monkeypatch.setattr(dynamic_video_sf, "rollout_blocks", recording_blocks)
-    return seen
-
-
 def test_windows_start_anywhere_alike_the_first_and_the_last_place_included():
     config, random = SelfForcingConfig(**LONG), torch.Generator().manual_seed(0)
     assert list(window_starts(config, 9)) == [0, 3, 6, 9, 12] and list(window_starts(config, 21)) == [0]
@@ -65,21 +44,30 @@ def test_steps_draw_their_windows_and_say_where_they_start(teacher: Path):
 
 
 @pytest.mark.parametrize(("first_frame", "sink_frames"), [(0, 0), (3, 0), (12, 0), (12, 3), (30, 0)])
-def test_frames_before_the_window_are_those_of_inference_and_carry_no_gradient(watched, first_frame: int, sink_frames: int):
+def test_frames_before_the_window_are_those_of_inference_and_carry_no_gradient(
+    monkeypatch, drawn_seeds, first_frame: int, sink_frames: int
+):
     engine = build_engine(**LONG, sink_frames=sink_frames, finish_blocks=True)
-    prompt, last = random_prompt(engine.generator, 2), len(engine.plan.times) - 1
+    prompt, last, num_before = random_prompt(engine.generator, 2), len(engine.plan.times) - 1, first_frame // BLOCK
     passes: list[bool] = []
+    made: list[Tensor] = []
+
+    def recording_blocks(*arguments: object, **options: object) -> Iterator[Tensor]:
+        for block in rollout_blocks(*arguments, **options):
+            made.append(block)
+            yield block
+
+    monkeypatch.setattr(dynamic_video_sf, "rollout_blocks", recording_blocks)
     engine.generator.head.register_forward_hook(lambda module, args, output: passes.append(output.requires_grad))
     seen = set()
     for _ in range(6):
-        passes.clear()
+        passes.clear(), made.clear()
         rollout = engine.rollout(prompt, 9, with_gradient=True, first_frame=first_frame)
         assert sum(passes) == 3  # the exit steps of the window's three blocks
-        made, seeds, num_before = watched["blocks"].pop(), watched["streams"].pop(), first_frame // BLOCK
         assert len(made) == num_before + 3 and not any(block.requires_grad for block in made[:num_before])  # and nothing after it
         with torch.no_grad():
             expected = list(rollout_blocks(
-                engine.generator, prompt, make_noise_streams(seeds), num_before + 3, engine.plan,
+                engine.generator, prompt, make_noise_streams(drawn_seeds[-1]), num_before + 3, engine.plan,
                 exit_steps=[last] * num_before + rollout.exit_steps, finished=[],
             ))
         assert all(torch.equal(block, wanted) for block, wanted in zip(made[:num_before], expected, strict=False))
@@ -89,17 +77,14 @@ def test_frames_before_the_window_are_those_of_inference_and_carry_no_gradient(w
     assert len(seen) > 1  # so a window that exits early does follow frames that do not
 
 
-def test_a_window_after_a_switch_is_what_inference_shows_after_one(monkeypatch):
-    """Frames before it under the other prompt, then its own with the cache kept or made anew: both come up."""
+def test_a_window_after_a_switch_is_what_inference_shows_after_one(drawn_seeds):
+    """Frames before it under the other prompt, then its own with the cache kept or recomputed: both come up."""
     engine = build_engine(**LONG, finish_blocks=True)
-    prompt, other = random_prompt(engine.generator, 2), random_prompt(engine.generator, 2)
-    seeds: list[list[int]] = []
-    monkeypatch.setattr(dynamic_video_sf, "make_noise_streams", lambda each: seeds.append(each) or make_noise_streams(each))
+    prompt, other = random_prompt(engine.generator, 2), random_prompt(engine.generator, 2, seed=1)
 
-    def shown(how: str | None) -> Tensor:
-        blocks = rollout_blocks(engine.generator, other, make_noise_streams(seeds[-1]), 5, engine.plan)
-        before = [next(blocks), next(blocks)]
-        assert len(before) == 2
+    def shown(how: str) -> Tensor:
+        blocks = rollout_blocks(engine.generator, other, make_noise_streams(drawn_seeds[-1]), 5, engine.plan)
+        next(blocks), next(blocks)
         return torch.cat([blocks.send(PromptSwitch(prompt, how)), *blocks], dim=1)
 
     seen = set()
