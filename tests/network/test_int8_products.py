@@ -1,7 +1,5 @@
 """Products in 8-bit integers: rounding, exactness, and what a network made of them does."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -12,35 +10,27 @@ from network.int8_products import LARGEST, Int8Linear, quantize_linears, quantiz
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    """Activations (2, 5, 48) whose tokens differ in size by four orders of magnitude."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, 5, 48, generator=generator) * 10 ** torch.linspace(-2, 2, 10).view(2, 5, 1)
+def activations() -> torch.Tensor:
+    """(2, 5, 48), whose tokens differ in size by four orders of magnitude."""
+    return torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0)) * 10 ** torch.linspace(-2, 2, 10).view(2, 5, 1)
 
 
-@pytest.fixture
-def linear() -> nn.Linear:
-    torch.manual_seed(1)
-    return nn.Linear(48, 40)
-
-
-def test_a_row_is_kept_to_half_a_step_and_its_negative_rounds_alike(x):
+def test_a_row_is_kept_to_half_a_step_its_negative_mirrors_it_and_zeros_stay_zero():
+    x = activations()
     rows, scale = quantize_rows(x)
     assert rows.dtype == torch.int8 and scale.shape == (2, 5, 1)
     assert torch.equal(rows.abs().amax(-1), torch.full((2, 5), LARGEST, dtype=torch.int8))  # every token uses the whole range
     assert ((rows * scale - x).abs() <= scale * 0.5001).all()
     negative, same_scale = quantize_rows(-x)
     assert torch.equal(negative, -rows) and torch.equal(same_scale, scale)
-
-
-def test_a_row_of_zeros_stays_zero_and_bfloat16_is_taken():
     rows, scale = quantize_rows(torch.zeros(2, 8, dtype=torch.bfloat16))
     assert not rows.any() and scale.dtype == torch.float32 and scale.isfinite().all() and (scale > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_layer_is_the_product_of_what_was_rounded(linear, x, dtype):
+def test_the_layer_is_the_product_of_what_was_rounded(dtype):
+    torch.manual_seed(1)
+    linear, x = nn.Linear(48, 40), activations()
     layer = Int8Linear(linear, dtype)
     (rows, x_scale), (weight, scale) = quantize_rows(x), quantize_rows(linear.weight.detach())
     expected = (rows * x_scale.double()) @ (weight * scale.double()).T + linear.bias.detach().double()
@@ -50,8 +40,8 @@ def test_the_layer_is_the_product_of_what_was_rounded(linear, x, dtype):
     assert layer(x[:, :0]).shape == (2, 0, 40)  # a pass that only writes the cache attends for no token in its last layer
 
 
-def test_all_linear_layers_inside_are_replaced_and_nothing_else(linear):
-    network = nn.ModuleDict({"inner": nn.Sequential(linear, nn.LayerNorm(40)), "outer": copy.deepcopy(linear)})
+def test_all_linear_layers_inside_are_replaced_and_nothing_else():
+    network = nn.ModuleDict({"inner": nn.Sequential(nn.Linear(48, 40), nn.LayerNorm(40)), "outer": nn.Linear(48, 40)})
     quantize_linears(network, torch.bfloat16)
     assert [type(module) for module in network.modules() if not list(module.children())] == [Int8Linear, nn.LayerNorm, Int8Linear]
     assert network["outer"].dtype == torch.bfloat16
