@@ -214,8 +214,8 @@ class TinyCausalWanModel(nn.Module):
     def compile_passes(self) -> None:
         """From now on run every pass as one compiled graph per size of batch and block. Outputs change by rounding errors."""
         self.is_compiled = True
-        # fullgraph: an error, not silent Python, past Dynamo's limit. The threshold keeps results that are used twice, such as GELU's before
-        # integer products, which take a row's maximum and then round: by default both would recompute it.
+        # fullgraph: an error, not silent Python, past Dynamo's limit. The threshold keeps results that are used twice, such as GELU's
+        # before integer products, which take a row's maximum and then round: by default both would recompute it.
         self._pass = torch.compile(self._pass, dynamic=False, fullgraph=True, options={"realize_opcount_threshold": 8})
 
     def cast_products(self, dtype: torch.dtype) -> None:
@@ -294,7 +294,7 @@ class TinyCausalWanModel(nn.Module):
         self._check_block(x, cache)
         self._check_block(x_t, cache)
         num_frames = x.shape[1]
-        if not cache.make_room_for_two(num_frames, x_t.shape[1]):
+        if not cache.make_room(num_frames, x_t.shape[1]):
             self.write_cache(x, t_x, prompt, cache)
             return self.forward_cached(x_t, t, prompt, cache)
         both, times = torch.cat([x, x_t], dim=1), torch.cat([t_x, t], dim=1)

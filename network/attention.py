@@ -1,4 +1,4 @@
-"""Attention: what a token may see and where it stands. Windows, masks, 3-D RoPE, the product. Pure functions, tables kept once made.
+"""Attention: windows, masks, 3-D RoPE and the product. Pure functions; tables are cached.
 
 Dimensions: T, Y, X the patch grid, N = Y X tokens a patch row in time, S = T N tokens of a video, d the head size.
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Rope = tuple[Tensor, Tensor]  # cos and sin (S, d)
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # self-attention of a layer: q, k (at their positions), v (B, h, S, d) to (B, h, S, d)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # self-attention of a layer: rotated q and k, v (B, h, S, d) to (B, h, S, d)
 
 NUM_TRAIN_TIMESTEPS = 1000  # Wan's integer scale: timestep 1000 is t = 1
 
@@ -24,14 +24,14 @@ class ContextWindow:
     """How a video is divided into blocks and what a block sees of the past; all in frames."""
 
     window_frames: int | None = None  # that a block sees, itself and the sink included; None for all
-    # Initial frames kept in the cache (attention sink, arXiv 2309.17453): once frames after them have left the window, they are placed
-    # right before the remaining frames, so that no two frames are further apart than the window.
+    # Initial frames kept in the cache (attention sink, arXiv 2309.17453). Once frames after them have left the window, they are placed
+    # right before the remaining ones, so that no two visible frames are further apart than the window.
     sink_frames: int = 0
     hide_first_block: bool = False  # the last block of a video does not see the first one (Self-Forcing, arXiv 2506.08009, section 3.4)
     independent_first_frame: bool = False  # the first block is one frame, [1, 3, 3, ...]
 
     def check(self, num_frames_per_block: int, prefix: str = "") -> None:
-        """Raise ValueError naming a key, after the prefix, that does not fit blocks of num_frames_per_block frames."""
+        """Raise ValueError naming, after the prefix, a key that does not fit blocks of num_frames_per_block frames."""
         window, sink, block = self.window_frames, self.sink_frames, num_frames_per_block
         if window is not None and window < block:
             raise ValueError(f"{prefix}window_frames is {window}: a block counts itself, so expected at least num_frames_per_block={block}")
@@ -42,7 +42,7 @@ class ContextWindow:
             raise ValueError(f"{prefix}sink_frames is {sink}: expected 0 where the first block is hidden from the last one")
 
     def block_sizes(self, num_frames: int, num_frames_per_block: int) -> list[int]:
-        """Frames of each block of a video. Raises ValueError where they do not add up to num_frames."""
+        """Frames of each block of a video. Raises ValueError if blocks do not add up to num_frames."""
         first = [1] if self.independent_first_frame and num_frames else []
         num_blocks, rest = divmod(num_frames - len(first), num_frames_per_block)
         if rest:
@@ -97,8 +97,8 @@ def teacher_forcing_layout(
     num_frames: int, num_frames_per_block: int, context: ContextWindow, temporal_patch: int, tokens_per_patch_row: int,
     device: torch.device,
 ) -> KeyLayout:
-    """The doubled sequence [clean | noisy], and the clean sink's copies behind it. A clean block sees the clean blocks up to itself. A
-    noisy one sees the clean blocks before it and itself: what the KV cache shows it where the finished blocks are the clean ones."""
+    """The doubled sequence [clean | noisy], then the copies of the clean sink. A clean block sees the clean blocks up to itself; a noisy
+    one sees the clean blocks before it and itself, as it would with the clean blocks in the KV cache."""
     layout = block_causal_layout(num_frames, num_frames_per_block, context, temporal_patch, tokens_per_patch_row, device)
     sizes = torch.tensor(context.block_sizes(num_frames, num_frames_per_block))
     block = torch.arange(len(sizes)).repeat_interleave(sizes)[::temporal_patch].repeat_interleave(tokens_per_patch_row).to(device)
@@ -138,8 +138,8 @@ def rope_angles(grid: tuple[int, int], head_size: int, theta: float, first_row: 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, Eq. 1) over (B, h, S, d); mask is True where a query may look. In bfloat16 on the CPU
-    it is written out: at a few hundred tokens that can be 4 times as fast as the fused kernel's backward pass."""
+    """softmax(q k^T / sqrt(d)) v (arXiv 1706.03762, Eq. 1) over (B, h, S, d); mask is True where a query may look. Written out in bfloat16
+    on the CPU: at a few hundred tokens that can be 4 times as fast as the fused kernel's backward pass."""
     if q.device.type != "cpu" or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, h, S_q, S_k)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Discriminator(nn.Module):
-    """The critic's network with a small head on its last tokens, in place of the velocity's: one logit a noised video."""
+    """The critic's network with a small head on its last tokens, in place of the velocity head: one logit per noised video."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__()

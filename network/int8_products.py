@@ -1,7 +1,7 @@
 """Matrix products in 8-bit integers, for generation: every token and every output channel has its own scale.
 
-Dynamic vector-wise quantisation (Dettmers et al. 2022, arXiv 2208.07339, section 3.1, without its treatment of outliers). Processors with
-AVX-512 VNNI add up four products of 8-bit integers where they add up one of float32.
+Dynamic vector-wise quantisation (Dettmers et al. 2022, arXiv 2208.07339, section 3.1, without its treatment of outliers). With AVX-512
+VNNI a processor does four products of 8-bit integers in the time of one in float32.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-LARGEST = 127  # of int8, so that a row and its negative round alike
-SMALLEST_SCALE = 1e-12  # a row of zeros has a scale too
+LARGEST = 127  # not -128, so that the range is symmetric
+SMALLEST_SCALE = 1e-12  # of a row of zeros
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,8 +21,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer (..., K) to (..., N) for inference, made from a trained one with a bias: int8 products, summed exactly in int32, and
-    results in `dtype`. It pays where it is compiled: else finding scales and rounding cost more than the product saves."""
+    """A trained linear layer with a bias, (..., K) to (..., N), for inference: int8 products, summed exactly in int32, results in `dtype`.
+    Faster only if compiled: else finding scales and rounding cost more than the products save."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()
@@ -46,7 +46,7 @@ def quantize_linears(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def require_exact_int8(name: str, device: torch.device) -> None:
-    """Raise ValueError naming the option that needs them where int8 products are not made, off the CPU, or saturate."""
+    """Raise ValueError naming the option if int8 products are not available, off the CPU, or saturate."""
     if device.type != "cpu":
         raise ValueError(f"{name} is for the CPU, and this runs on {device}: leave {name} out")
     largest = torch.full((32, 64), LARGEST, dtype=torch.int8)

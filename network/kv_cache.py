@@ -4,8 +4,8 @@ Dimensions: B batch, h heads, d head size, N tokens a patch row in time; rows ar
 
 One buffer holds the keys of all layers and one the values. The visible past is one range of rows, the sink first, and the current block
 comes right after it: a pass without gradient writes its keys and values in place and attends to a view. A row is a position: with every
-block the range moves to the right, rows on its left are forgotten, the sink is copied right before the remaining rows, and when the
-buffer is full the range moves back to row 0 and its keys are rotated: attention depends on differences of positions only.
+block the range moves right, the rows left of it are forgotten, and the sink is copied right before the remaining ones. When the buffer is
+full, the range moves back to row 0 and its keys are rotated, as attention depends on differences of positions only.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from network.attention import Attend, attention, shifted
 class KVCache:
     """Keys (rotated to their positions) and values of the past that a block may see; only `advance` makes a block part of it.
 
-    window_frames: number of frames a block may see, itself and the sink included; None for all. sink_frames: number of initial frames
-    kept in the cache (attention sink). is_compiled: the passes are compiled by `torch.compile`."""
+    window_frames, sink_frames: see `ContextWindow`. is_compiled: the passes are compiled by `torch.compile`."""
 
     def __init__(
         self, num_layers: int, num_heads: int, tokens_per_row: int, frames_per_row: int, head_size: int, rope_theta: float,
@@ -46,25 +45,18 @@ class KVCache:
         """The position of the next block: the row behind the visible past."""
         return self._end
 
-    def make_room(self, num_frames: int) -> None:
-        """Forget what a block of num_frames no longer sees. Once is enough: repeating it changes nothing."""
+    def make_room(self, num_frames: int, num_next: int = 0) -> bool:
+        """Forget what a block of num_frames no longer sees, and make room for it and for one of num_next after it. Repeating it changes
+        nothing. Returns False, and does nothing, if one pass cannot run both blocks, as the sink would have to be in two places."""
         if self._window_rows is None:
-            return
-        num_rows = num_frames // self._frames_per_row
-        surplus = self._end - self._first + num_rows - self._window_rows
-        if surplus > 0:
-            self.forget_behind_sink(surplus * self._frames_per_row)
-        if self._end + num_rows > 2 * self._window_rows:  # so a row is moved at most twice while it is visible
-            self._move_back()
-
-    def make_room_for_two(self, num_frames: int, num_next: int) -> bool:
-        """`make_room` for a block of num_frames and in the buffers for one of num_next behind it; False where one pass cannot serve
-        both, as the sink would have to be in two places."""
-        num_rows = (num_frames + num_next) // self._frames_per_row
-        if self._sink_rows and self._window_rows is not None and self._end - self._first + num_rows > self._window_rows:
+            return True
+        num_rows, num_both = num_frames // self._frames_per_row, (num_frames + num_next) // self._frames_per_row
+        num_visible = self._end - self._first
+        if num_next and self._sink_rows and num_visible + num_both > self._window_rows:
             return False
-        self.make_room(num_frames)
-        if self._window_rows is not None and self._end + num_rows > 2 * self._window_rows:
+        if num_visible + num_rows > self._window_rows:
+            self.forget_behind_sink((num_visible + num_rows - self._window_rows) * self._frames_per_row)
+        if self._end + num_both > 2 * self._window_rows:  # so a row is moved at most twice while it is visible
             self._move_back()
         return True
 
@@ -74,7 +66,7 @@ class KVCache:
         self._first += max(num_frames // self._frames_per_row - num_forgotten, 0)
 
     def forget_behind_sink(self, num_frames: int) -> None:
-        """Forget the first num_frames frames after the sink: the sink is put before the remaining ones."""
+        """Forget the first num_frames visible frames after the sink, and put the sink right before the remaining ones."""
         if self._sink_rows and self._sink is None:  # nothing has moved yet: it is at the rows 0, 1, ...
             sink = self._tokens(0, self._sink_rows)
             self._sink = self._keys[..., sink, :].clone(), self._values[..., sink, :].clone()
@@ -86,9 +78,9 @@ class KVCache:
     ) -> list[Attend]:
         """Self-attention of every layer for a block of num_frames, which sees the visible past and itself. dtype, device: of the keys.
 
-        num_next (without gradient): the pass writes a finished block of num_frames, and in the same sequence runs the next block of
-        num_next frames (0: none), which sees the finished block too, but nothing outside its window. The last layer needs only the keys
-        and values of a finished block: there only the next block attends.
+        num_next (without gradient): the pass writes a finished block of num_frames and, in the same sequence, runs the next block of
+        num_next frames (0: none), which sees the finished block and its own window. In the last layer only the next block attends, as
+        nothing but keys and values is needed of a finished one.
 
         Without gradient a pass writes its keys and values after the past, in place; with gradient it leaves the buffers unchanged."""
         if torch.is_grad_enabled():
@@ -109,28 +101,28 @@ class KVCache:
         return [*both, partial(_attend, *views[-1], hidden, following)]
 
     def _views(self, first_row: int, end_row: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (B, h, S, d) of each layer in these rows; before the first write none, as (0, 0, 0, 0)."""
+        """Keys and values (B, h, S, d) of each layer in these rows; (0, 0, 0, 0) before the first write."""
         tokens = self._tokens(first_row, end_row)
         return [(keys[:, :, tokens], values[:, :, tokens]) for keys, values in zip(self._keys, self._values, strict=True)]
 
     def advance(self, num_frames: int) -> None:
-        """The block of the last pass, without gradient, is now part of the past."""
+        """Make the block of the last pass, which ran without gradient, part of the past."""
         self._end += num_frames // self._frames_per_row
         self.num_frames += num_frames
 
     def snapshot(self) -> KVCache:
-        """A cache that stays as this one is now, however the buffers are written later."""
+        """A copy that later writes do not change."""
         twin = copy.copy(self)
         twin._keys, twin._values = self._keys.clone(), self._values.clone()
         return twin
 
     def _tokens(self, first_row: int, end_row: int) -> slice:
-        """Where rows stand in the buffers, which have a spare row in front and one behind: no view is then as long as a buffer or as the
-        block at hand, and one compiled graph serves all of them (`attends`)."""
+        """Place of rows in the buffers, which have a spare row at either end: no view is then as long as a buffer or as the current block,
+        so one compiled graph serves every length (`attends`)."""
         return slice((1 + first_row) * self._tokens_per_row, (1 + end_row) * self._tokens_per_row)
 
     def _grow(self, end: int, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """New buffers for so many rows, at least twice as large, up to twice the window; what is stored moves over."""
+        """Move to buffers of at least `end` rows: twice as many as now, but at most twice the window."""
         capacity = max(2 * self._capacity, 4 * (end - self._end), end)
         self._capacity = capacity if self._window_rows is None else min(capacity, 2 * self._window_rows)
         shape = (self._num_layers, batch_size, self._num_heads, (self._capacity + 2) * self._tokens_per_row, self._head_size)
@@ -147,11 +139,11 @@ class KVCache:
             self._values[..., place, :] = self._sink[1]
 
     def _move_back(self) -> None:
-        """The visible past moves to row 0, in place."""
+        """Move the visible past to row 0, in place."""
         old, num_rows = self._tokens(self._first, self._end), self._end - self._first
         new = self._tokens(0, num_rows)
         self._keys[..., new, :] = shifted(self._keys[..., old, :], -self._first, self._rope_theta)
-        self._values[..., new, :] = self._values[..., old, :].clone()  # old and new may overlap where the next block is the larger one
+        self._values[..., new, :] = self._values[..., old, :].clone()  # old and new may overlap if the next block is larger
         self._first, self._end = 0, num_rows
         self._place_sink()
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from machine.runtime import Runtime
 from moving_mnist import DatasetConfig
@@ -41,16 +42,7 @@ def snapshot(module: nn.Module) -> Tensor:
 
 def assert_same(actual: Any, expected: Any, name: str) -> None:
     """Equal bit for bit, through dicts and lists."""
-    assert type(actual) is type(expected), name
-    if isinstance(expected, dict):
-        assert actual.keys() == expected.keys(), name
-        for key in expected:
-            assert_same(actual[key], expected[key], f"{name}.{key}")
-    elif isinstance(expected, (list, tuple)):
-        assert len(actual) == len(expected), name
-        for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
-            assert_same(a, b, f"{name}.{index}")
-    elif isinstance(expected, Tensor):
-        assert torch.equal(actual, expected), name
-    else:
-        assert actual == expected, name
+    (found, shape), (wanted, expected_shape) = tree_flatten_with_path(actual), tree_flatten_with_path(expected)
+    assert shape == expected_shape, name
+    for (path, a), (_, b) in zip(found, wanted, strict=True):
+        assert torch.equal(a, b) if isinstance(b, Tensor) else type(a) is type(b) and a == b, f"{name}{keystr(path)}"

@@ -1,5 +1,7 @@
 """Draws of a batch in parts are those of the whole batch, whoever makes them."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -19,15 +21,12 @@ def draw_all(random: BatchRandom, num_videos: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("sizes", [(4,), (2, 2), (1, 3), (1, 1, 1, 1)])
 def test_parts_draw_what_the_whole_batch_draws_and_leave_the_generator_as_it_does(sizes: tuple[int, ...]):
     whole, random = BatchRandom(torch.Generator().manual_seed(0)), BatchRandom(torch.Generator().manual_seed(0))
-    expected, slices = draw_all(whole, 4), []
-    for size in sizes:
-        first = slices[-1].stop if slices else 0
-        slices.append(slice(first, first + size))
+    expected, slices = draw_all(whole, 4), [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
     drawn = [draw_all(random, part.stop - part.start) for part in random.parts(slices, 4)]
     for parts, wanted in zip(zip(*drawn, strict=True), expected, strict=True):
         assert torch.equal(torch.cat(parts), wanted)
     assert torch.equal(random.generator.get_state(), whole.generator.get_state())
-    assert draw_all(random, 2)[0].shape == (2, 2)  # behind the parts every batch is a whole one again
+    assert draw_all(random, 2)[0].shape == (2, 2)  # after the parts every batch is a whole one again
 
 
 def test_videos_that_are_not_the_part_in_work_are_refused():

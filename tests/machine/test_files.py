@@ -1,4 +1,4 @@
-"""One way to write a file: whole or not at all, and what was there before stays."""
+"""A file is written whole or not at all, and the earlier one stays."""
 
 import os
 from pathlib import Path
