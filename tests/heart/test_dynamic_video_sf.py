@@ -1,6 +1,7 @@
 """Self-Forcing: one rollout, and where gradient flows in it. Its losses: test_dynamic_video_sf_losses.py."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ from helpers.networks import build_engine, load_self_test, random_prompt, random
 from torch import Tensor
 
 from dynamic_video_sf import clamp_to_data, draw_noise, make_noise_streams, rollout_blocks, sample_bidirectional
+from method.flow_matching import projected_guidance
 from method.losses import dmd_gradient
 from method.plans import BidirectionalPlan, RolloutPlan, few_step_plan, many_step_plan, warp_steps
 from network.attention import ContextWindow
-from network.kv_cache import KVCache
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training.config import SelfForcingConfig
 
@@ -95,29 +96,6 @@ def test_exit_step_is_shared_or_drawn_per_block_and_every_one_occurs():
         assert {step for draw in draws for step in draw} == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("exit_step", [0, 1])
-@pytest.mark.parametrize("context_time", [0.0, 0.4])
-def test_the_cache_is_written_from_finished_blocks_at_the_context_time(
-    small_model, plan, monkeypatch, context_time: float, exit_step: int
-):
-    written: dict[str, list[tuple[Tensor, Tensor]]] = {"write_cache": [], "write_and_forward": []}
-
-    def watch(name: str) -> None:
-        method = getattr(small_model, name)
-        monkeypatch.setattr(small_model, name, lambda x, t, *rest: written[name].append((x, t)) or method(x, t, *rest))
-
-    watch("write_cache"), watch("write_and_forward")
-    plan = dataclasses.replace(plan, context_time=context_time)
-    video = run(small_model, random_prompt(small_model, 8), list(range(8)), 3, plan, exit_steps=[exit_step] * 3)
-    (name, passes), (_, none) = sorted(written.items(), key=lambda item: -len(item[1]))
-    assert len(passes) == 2 and not none  # nothing comes after the last block
-    assert name == ("write_cache" if exit_step == 0 else "write_and_forward")  # a first pass that may carry gradient is one of its own
-    for x_0, (x, t) in zip(video.split(BLOCK, dim=1), passes, strict=False):
-        assert torch.equal(t, torch.full((8, BLOCK), context_time))
-        noise = x - (1 - context_time) * x_0
-        assert noise.std().item() == pytest.approx(context_time, rel=0.1, abs=1e-6)
-
-
 # Plans and samplers
 
 
@@ -142,16 +120,14 @@ def test_one_guided_block_is_the_bidirectional_sampler(small_model):
 def test_the_bidirectional_sampler_projects_its_guidance_off_the_ink(small_model):
     prompt, null = random_prompt(small_model, 2), random_prompt(small_model, 2, seed=9)
 
-    def sampled(guidance: float, ink_kept: float) -> Tensor:
+    def x_0_of(guidance: float, ink_kept: float = 1.0) -> Tensor:  # one step from t = 1 ends at the guided x_0
         plan = BidirectionalPlan(1, 3.0, guidance, ink_kept=ink_kept)
         return sample_bidirectional(small_model, prompt, null, make_noise_streams([1, 2]), BLOCK, plan)
 
-    over = (1, 2, 3, 4)
-    cond, plain, projected = sampled(1.0, 1.0), sampled(3.0, 1.0), sampled(3.0, 0.0)  # one step from t = 1 ends at the guided x_0
-    ink = cond + 1
-    assert ((plain - cond) * ink).sum(over).abs().min() > 0.1
-    torch.testing.assert_close(((projected - cond) * ink).sum(over), torch.zeros(2), atol=1e-2, rtol=0)
-    torch.testing.assert_close(sampled(3.0, 0.5), (plain + projected) / 2, atol=1e-3, rtol=1e-3)
+    cond, uncond = x_0_of(1.0), x_0_of(0.0)
+    for kept in (0.0, 0.5, 1.0):
+        expected = projected_guidance(cond, uncond, 3.0, cond + 1, kept)
+        torch.testing.assert_close(x_0_of(3.0, kept), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_guidance_weights_one_and_zero(small_model, plan):
@@ -179,51 +155,46 @@ def reference_rollout(
     plan: RolloutPlan,
 ) -> Tensor:
     """Algorithm 1 spelled out: everything without gradient, then the exit passes alone, each from a new cache."""
-    streams, exits, done = make_noise_streams(seeds), [], []
-    shape, cpu = (BLOCK, 1, 8, 8), torch.device("cpu")
+    streams, window, inputs, past = make_noise_streams(seeds), plan.context, [], []
+    draw = partial(draw_noise, streams, (BLOCK, 1, 8, 8), torch.device("cpu"))
 
-    def kept(x_0: Tensor) -> Tensor:  # clamped if the plan says so, with the gradient of x_0
-        return x_0 + (x_0.clamp(-1, 1) - x_0).detach() if plan.clamp_x_0 else x_0
-
-    def context_of(blocks: list[Tensor], prompt: PromptContext) -> KVCache:
-        cache = model.new_cache()
+    def x_0_of(x_t: Tensor, time: float, blocks: list[Tensor], prompt: PromptContext) -> Tensor:
+        cache, times = model.new_cache(window.window_frames, window.sink_frames), torch.ones(x_t.shape[:2])
         for block in blocks:
-            model.write_cache(block, torch.zeros(block.shape[:2]), prompt, cache)
-        return cache
+            model.write_cache(block, plan.context_time * times, prompt, cache)
+        x_0 = x_t - time * model.forward_cached(x_t, time * times, prompt, cache)
+        return x_0 + (x_0.clamp(-1, 1) - x_0).detach() if plan.clamp_x_0 else x_0  # clamped, with the gradient of x_0
 
     with torch.no_grad():
         prompt = model.encode_prompt(*text)
         for exit_step in exit_steps:
-            cache, x_t = context_of(done, prompt), draw_noise(streams, shape, cpu)
-            for step in range(exit_step):
-                t = torch.full(x_t.shape[:2], plan.times[step])
-                x_0 = kept(x_t - plan.times[step] * model.forward_cached(x_t, t, prompt, cache))
-                later = plan.times[step + 1]
-                x_t = (1 - later) * x_0 + later * draw_noise(streams, shape, cpu)
-            exits.append(x_t)
-            t = torch.full(x_t.shape[:2], plan.times[exit_step])
-            done.append(kept(x_t - plan.times[exit_step] * model.forward_cached(x_t, t, prompt, cache)))
+            x_t = draw()
+            for time, later in zip(plan.times[:exit_step], plan.times[1:], strict=False):
+                x_t = (1 - later) * x_0_of(x_t, time, past, prompt) + later * draw()
+            inputs.append((x_t, plan.times[exit_step]))
+            x_0, noise = x_0_of(*inputs[-1], past, prompt), plan.context_time
+            past = [*past, (1 - noise) * x_0 + noise * draw() if noise else x_0]
     prompt, result = model.encode_prompt(*text), []
-    for block, (x_t, exit_step) in enumerate(zip(exits, exit_steps, strict=True)):
-        cache, t = context_of(done[:block], prompt), torch.full(x_t.shape[:2], plan.times[exit_step])
+    for block, (x_t, time) in enumerate(inputs):
         with torch.set_grad_enabled(block >= first_gradient_block):
-            result.append(kept(x_t - plan.times[exit_step] * model.forward_cached(x_t, t, prompt, cache)))
+            result.append(x_0_of(x_t, time, past[:block], prompt))
     return torch.cat(result, dim=1)
 
 
-@pytest.mark.parametrize(
-    ("exit_steps", "first_gradient_block", "clamp_x_0"), [([2, 2, 2], 0, True), ([3, 0, 2], 1, False), ([1, 1, 1], 2, True)]
-)
-def test_gradient_equals_that_of_the_exit_passes_alone(
-    small_model, plan, exit_steps: list[int], first_gradient_block: int, clamp_x_0: bool
-):
-    plan = dataclasses.replace(plan, clamp_x_0=clamp_x_0)
-    text, weight = random_text(small_model, 2), torch.randn(2, 9, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize(("exit_steps", "first_gradient_block", "changes"), [
+    ([2, 2, 2], 0, {}), ([3, 0, 2], 1, {"clamp_x_0": False}), ([1, 1, 1], 2, {}), ([0, 1, 3], 0, {"context_time": 0.4}),
+    ([2] * 6, 1, {"context": ContextWindow(6)}), ([2] * 6, 1, {"context": ContextWindow(9, 3)}),
+])
+def test_video_and_gradient_equal_those_of_the_algorithm_spelled_out(small_model, plan, exit_steps, first_gradient_block, changes):
+    """With a window later writes in place change no graph."""
+    plan, num_blocks = dataclasses.replace(plan, **changes), len(exit_steps)
+    weight = torch.randn(2, num_blocks * BLOCK, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    text, parameters = random_text(small_model, 2), dict(small_model.named_parameters())
     reference = reference_rollout(small_model, text, [1, 2], exit_steps, first_gradient_block, plan)
-    prompt, blocks = small_model.encode_prompt(*text), range(first_gradient_block, 3)
-    video = run(small_model, prompt, [1, 2], 3, plan, exit_steps=exit_steps, gradient_blocks=blocks)
+    prompt, blocks = small_model.encode_prompt(*text), range(first_gradient_block, num_blocks)
+    video = run(small_model, prompt, [1, 2], num_blocks, plan, exit_steps=exit_steps, gradient_blocks=blocks)
+    assert torch.equal(video, run(small_model, prompt, [1, 2], num_blocks, plan, exit_steps=exit_steps))  # with gradient and without
     torch.testing.assert_close(video, reference, atol=1e-4, rtol=1e-4)
-    parameters = dict(small_model.named_parameters())
     expected = torch.autograd.grad((reference * weight).sum(), list(parameters.values()))
     gradients = torch.autograd.grad((video * weight).sum(), list(parameters.values()))
     for name, gradient, wanted in zip(parameters, gradients, expected, strict=True):

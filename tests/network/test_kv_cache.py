@@ -179,37 +179,6 @@ def test_memory_is_constant_and_rows_move_rarely(small_model, window, sink):
     assert cache._end - cache._first == window  # rows of one frame
 
 
-@pytest.mark.parametrize(("window", "sink"), [(None, 0), (6, 0), (9, 3)])
-def test_gradient_of_a_rollout_whose_window_has_rolled_on(small_model, window, sink):
-    """Against exit passes alone, each from a cache made anew: later writes in place change no graph."""
-    plan = dataclasses.replace(few_step_plan(SelfForcingConfig()), context=ContextWindow(window, sink))
-    text = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3)), torch.ones(2, 5, dtype=torch.bool)
-    weight = torch.randn(2, 18, 1, 8, 8, generator=torch.Generator().manual_seed(4))
-    walks: list[list[Tensor]] = []
-    streams = make_noise_streams([1, 2])
-    rollout = rollout_blocks(
-        small_model, small_model.encode_prompt(*text), streams, 6, plan, exit_steps=[2] * 6, gradient_blocks=range(1, 6), trace=walks
-    )
-    video = torch.cat(list(rollout), dim=1)
-    inference = rollout_blocks(
-        small_model, small_model.encode_prompt(*text), make_noise_streams([1, 2]), 6, dataclasses.replace(plan, times=plan.times[:3])
-    )
-    assert torch.equal(video, torch.cat(list(inference), dim=1))  # the two paths through the cache have the same bits
-    parts, prompt = [], small_model.encode_prompt(*text)
-    for block, (x_0, walk) in enumerate(zip(video.detach().split(3, 1), walks, strict=True)):
-        cache = small_model.new_cache(window, sink)
-        for past in video.detach().split(3, 1)[:block]:
-            small_model.write_cache(past, torch.zeros(2, 3), prompt, cache)
-        t = torch.full((2, 3), plan.times[2])
-        with torch.set_grad_enabled(block >= 1):
-            prediction = walk[2] - plan.times[2] * small_model.forward_cached(walk[2], t, prompt, cache)
-            parts.append(prediction + (x_0 - prediction).detach())  # the clamp, straight through
-    parameters = list(small_model.parameters())
-    expected = torch.autograd.grad((torch.cat(parts, 1) * weight).sum(), parameters)
-    for gradient, wanted in zip(torch.autograd.grad((video * weight).sum(), parameters), expected, strict=True):
-        torch.testing.assert_close(gradient, wanted, atol=1e-4 * wanted.abs().max().item(), rtol=1e-4)
-
-
 @pytest.mark.parametrize(("context", "message"), [
     (ContextWindow(2), r"window_frames is 2: a block counts itself, so expected at least num_frames_per_block=3"),
     (ContextWindow(9, 7), r"sink_frames is 7: expected 0 to 6, window_frames=9 less a block of 3; a sink is part of the window"),
