@@ -34,15 +34,14 @@ from network.attention import (
     WHOLE_PAST,
     Attend,
     ContextWindow,
-    KeyLayout,
     Rope,
     apply_rope,
     attention,
-    block_causal_layout,
+    block_causal_mask,
     rope_angles,
     shifted,
     sinusoidal_embedding,
-    teacher_forcing_layout,
+    teacher_forcing_mask,
 )
 from network.int8_products import quantize_linears
 from network.kv_cache import KVCache
@@ -252,7 +251,7 @@ class TinyCausalWanModel(nn.Module):
         self, x_t: Tensor, t: Tensor, prompt: PromptContext, num_frames_per_block: int, context: ContextWindow = WHOLE_PAST
     ) -> Tensor:
         """v (B, F, C, H, W) where each frame sees its own block and the earlier ones (inside the window)."""
-        attends = self._masked_attention(block_causal_layout, x_t, num_frames_per_block, context)
+        attends = self._masked_attention(block_causal_mask, x_t, num_frames_per_block, context)
         return self._checked_pass(x_t, t, prompt, attends)
 
     def forward_teacher_forced(
@@ -263,7 +262,7 @@ class TinyCausalWanModel(nn.Module):
         doubled sequence [clean | noisy]: what decoding block by block gives if the cache holds x_clean."""
         if x_clean.shape != x_t.shape:
             raise ValueError(f"clean video of shape {tuple(x_clean.shape)}: expected that of the noisy one, {tuple(x_t.shape)}")
-        attends = self._masked_attention(teacher_forcing_layout, x_t, num_frames_per_block, context)
+        attends = self._masked_attention(teacher_forcing_mask, x_t, num_frames_per_block, context)
         doubled, times = torch.cat([x_clean, x_t], dim=1), torch.cat([torch.zeros_like(t), t], dim=1)  # (B, 2 F, C, H, W), (B, 2 F)
         return self._checked_pass(doubled, times, prompt, attends, num_copies=2)[:, x_t.shape[1]:]
 
@@ -312,21 +311,21 @@ class TinyCausalWanModel(nn.Module):
         return self._checked_pass(x_t, t, prompt, attends, cache.next_row)
 
     def _masked_attention(
-        self, make_layout: Callable[..., KeyLayout], x_t: Tensor, num_frames_per_block: int, context: ContextWindow
+        self, make_mask: Callable[..., tuple[Tensor, tuple[int, ...]]], x_t: Tensor, num_frames_per_block: int, context: ContextWindow
     ) -> list[Attend]:
-        """Attention of all layers under a mask, and to copies of the sink if the layout has any."""
+        """Attention of all layers under a mask, and to the copies of the sink that it asks for."""
         self._check_frames(block=num_frames_per_block, window=context.window_frames, sink=context.sink_frames or None)
         context.check(num_frames_per_block)
         patch, tokens = self.config.patch_size[0], self.config.tokens_per_patch_row
-        layout = make_layout(x_t.shape[1], num_frames_per_block, context, patch, tokens, x_t.device)
-        if not layout.copy_rows:
-            return [partial(attention, mask=layout.mask)] * self.config.num_layers
-        num_tokens = layout.sink_rows * tokens
+        mask, copy_rows = make_mask(x_t.shape[1], num_frames_per_block, context, patch, tokens, x_t.device)
+        if not copy_rows:
+            return [partial(attention, mask=mask)] * self.config.num_layers
+        num_tokens = context.sink_frames // patch * tokens
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             sink_k, sink_v = k[:, :, :num_tokens], v[:, :, :num_tokens]  # at the rows 0, 1, ...
-            keys = torch.cat([k, *(shifted(sink_k, row, self.config.rope_theta) for row in layout.copy_rows)], dim=2)
-            return attention(q, keys, torch.cat([v, *[sink_v] * len(layout.copy_rows)], dim=2), layout.mask)
+            keys = torch.cat([k, *(shifted(sink_k, row, self.config.rope_theta) for row in copy_rows)], dim=2)
+            return attention(q, keys, torch.cat([v, *[sink_v] * len(copy_rows)], dim=2), mask)
 
         return [attend] * self.config.num_layers
 

@@ -54,23 +54,16 @@ class ContextWindow:
 WHOLE_PAST = ContextWindow()
 
 
-@dataclass(frozen=True)
-class KeyLayout:
-    """What every query of a masked pass sees."""
-
-    mask: Tensor  # (S_q, S_k + sink copies): True for visible keys
-    sink_rows: int  # the first patch rows, repeated after all other keys once for each of the copy_rows
-    copy_rows: tuple[int, ...]  # where the copies start
-
-
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a kept mask must also serve later training
-def block_causal_layout(
+def block_causal_mask(
     num_frames: int, num_frames_per_block: int, context: ContextWindow, temporal_patch: int, tokens_per_patch_row: int,
     device: torch.device,
-) -> KeyLayout:
-    """Each query sees its own block and the earlier ones inside the window, which ends with that block, as `KVCache` shows them. A block
-    whose window has left frame 0 behind sees a copy of the sink, placed right before the remaining frames."""
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Mask (S, S + copies), True for visible keys, and the patch row at which each copy of the sink starts.
+
+    Each query sees its own block and the earlier ones inside the window, which ends with that block, as `KVCache` shows them. A block
+    whose window has left frame 0 behind sees a copy of the sink, placed right before the remaining frames; all copies follow the keys."""
     sizes = torch.tensor(context.block_sizes(num_frames, num_frames_per_block))
     ends = sizes.cumsum(0)  # (K,) where each block ends
     frame = torch.arange(0, num_frames, temporal_patch)  # (T,) first frame of each patch row
@@ -84,29 +77,27 @@ def block_causal_layout(
         copies = [end for end in ends.tolist() if end > window] if sink else []
     if context.hide_first_block and len(sizes) > 1:
         allowed &= ~((block_end == num_frames)[:, None] & (frame < sizes[0])[None, :])
-    sink_rows = context.sink_frames // temporal_patch
-    seen = [(block_end == end)[:, None].expand(-1, sink_rows) for end in copies]  # (T, sink rows) each
+    seen = [(block_end == end)[:, None].expand(-1, context.sink_frames // temporal_patch) for end in copies]  # (T, sink rows) each
     mask = torch.cat([allowed, *seen], dim=1).repeat_interleave(tokens_per_patch_row, 0).repeat_interleave(tokens_per_patch_row, 1)
-    first_rows = tuple((end - (context.window_frames or 0)) // temporal_patch for end in copies)
-    return KeyLayout(mask.to(device), sink_rows, first_rows)
+    return mask.to(device), tuple((end - (context.window_frames or 0)) // temporal_patch for end in copies)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a kept mask must also serve later training
-def teacher_forcing_layout(
+def teacher_forcing_mask(
     num_frames: int, num_frames_per_block: int, context: ContextWindow, temporal_patch: int, tokens_per_patch_row: int,
     device: torch.device,
-) -> KeyLayout:
-    """The doubled sequence [clean | noisy], then the copies of the clean sink. A clean block sees the clean blocks up to itself; a noisy
-    one sees the clean blocks before it and itself, as it would with the clean blocks in the KV cache."""
-    layout = block_causal_layout(num_frames, num_frames_per_block, context, temporal_patch, tokens_per_patch_row, device)
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The same for the doubled sequence [clean | noisy], then the copies of the clean sink. A clean block sees the clean blocks up to
+    itself; a noisy one sees the clean blocks before it and itself, as it would with the clean blocks in the KV cache."""
+    mask, copy_rows = block_causal_mask(num_frames, num_frames_per_block, context, temporal_patch, tokens_per_patch_row, device)
     sizes = torch.tensor(context.block_sizes(num_frames, num_frames_per_block))
     block = torch.arange(len(sizes)).repeat_interleave(sizes)[::temporal_patch].repeat_interleave(tokens_per_patch_row).to(device)
     own = block[:, None] == block[None, :]  # (S, S) query and key in the same block
-    causal, copies = layout.mask[:, :len(own)], layout.mask[:, len(own):]
+    causal, copies = mask[:, :len(own)], mask[:, len(own):]
     to_clean = torch.cat([causal, causal & ~own])  # (2 S, S)
     to_noisy = torch.cat([torch.zeros_like(own), own])  # (2 S, S)
-    return KeyLayout(torch.cat([to_clean, to_noisy, copies.repeat(2, 1)], dim=1), layout.sink_rows, layout.copy_rows)
+    return torch.cat([to_clean, to_noisy, copies.repeat(2, 1)], dim=1), copy_rows
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.generation import STUDENT, write_networks
-from helpers.networks import SMALL_SIZES, build_small_model, save_untrained
+from helpers.networks import build_small_model, save_untrained
 from helpers.stages import LENGTHS, run_config
 
 import dynamic_video_sf
 from dynamic_video_sf import make_noise_streams
 from network.text_encoder import TextEncoder, TextEncoderConfig
-from tiny_causal_wan import ModelConfig, TinyCausalWanModel
+from tiny_causal_wan import TinyCausalWanModel
 from training.checkpoint import LoadedNetworks, load_networks
 from training.config import PretrainConfig
 
@@ -27,11 +27,6 @@ def pytest_configure(config: pytest.Config) -> None:
         num_threads = max((os.cpu_count() or 1) // num_workers, 1)
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
         torch.set_num_threads(num_threads)
-
-
-@pytest.fixture
-def small_config() -> ModelConfig:
-    return ModelConfig(**SMALL_SIZES)
 
 
 @pytest.fixture

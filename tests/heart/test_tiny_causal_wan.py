@@ -195,8 +195,8 @@ def test_impossible_sizes_are_refused_by_name(sizes, message):
         ModelConfig(**{**SMALL_SIZES, **sizes})
 
 
-def test_a_fresh_network_predicts_a_grey_video(small_config):
-    model = TinyCausalWanModel(small_config)
+def test_a_fresh_network_predicts_a_grey_video():
+    model = TinyCausalWanModel(ModelConfig(**SMALL_SIZES))
     x_t, t = random_video(model, 2, 3)
     v = model.forward_bidirectional(x_t, t, random_prompt(model, 2))
     torch.testing.assert_close(v, velocity_from_x_0(x_t, torch.zeros_like(x_t), t))
@@ -226,21 +226,21 @@ def cached_and_whole(model: TinyCausalWanModel, length: int, dtype: torch.dtype,
         return [model.forward_bidirectional(x_t, t, prompt), torch.cat(parts, 1)]
 
 
-def test_weights_that_are_cast_once_make_the_same_bits(small_config: ModelConfig):
+def test_weights_that_are_cast_once_make_the_same_bits():
     model, cast = build_small_model(), build_small_model()
     cast.cast_products(torch.bfloat16)
     is_cast = [linear.weight.dtype == torch.bfloat16 for linear in cast.modules() if isinstance(linear, torch.nn.Linear)]
-    assert sum(is_cast) == 10 * small_config.num_layers + 3 and len(is_cast) - sum(is_cast) == 3  # those of time stay in float32
+    assert sum(is_cast) == 10 * model.config.num_layers + 3 and len(is_cast) - sum(is_cast) == 3  # those of time stay in float32
     for expected, found in zip(*(cached_and_whole(network, 5, torch.bfloat16) for network in (model, cast)), strict=True):
         assert torch.equal(expected, found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_in_8_bit_integers_stay_near(small_config: ModelConfig, dtype: torch.dtype):
+def test_products_in_8_bit_integers_stay_near(dtype: torch.dtype):
     model, quantized = build_small_model(), build_small_model()
     quantized.quantize_products(dtype)
     quantized.cast_products(dtype)
-    assert sum(isinstance(module, Int8Linear) for module in quantized.modules()) == 10 * small_config.num_layers
+    assert sum(isinstance(module, Int8Linear) for module in quantized.modules()) == 10 * model.config.num_layers
     for expected, found in zip(*(cached_and_whole(network, 5, dtype) for network in (model, quantized)), strict=True):
         error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert 1e-4 < error < 0.05, error

@@ -5,10 +5,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from helpers.stages import run_config
+
 import train
-from moving_mnist import DatasetConfig
-from network.text_encoder import TextEncoderConfig
-from tiny_causal_wan import ModelConfig
 from training.config import Config, PretrainConfig, SelfForcingConfig, WandbConfig
 
 SHARED = {
@@ -25,11 +24,8 @@ TINY = [
 
 
 def tiny_config(log_dir: Path, training: PretrainConfig | SelfForcingConfig) -> Config:
-    return Config(
-        device="cpu", precision="float32", log_dir=str(log_dir), run_name="run", training=training, wandb=WandbConfig(mode="disabled"),
-        model=ModelConfig(frame_size=16, width=24, num_layers=2, num_heads=2, ffn_ratio=2, patch_size=[1, 8, 8], text_width=32),
-        text=TextEncoderConfig(width=32, max_tokens=12), dataset=DatasetConfig(frame_size=16, digit_size=8),
-    )
+    here = {"device": "cpu", "precision": "float32", "log_dir": str(log_dir), "run_name": "run"}
+    return replace(run_config(training), **here, wandb=WandbConfig(mode="disabled"))
 
 
 def pretraining(log_dir: Path, **changes: object) -> Config:
