@@ -1,4 +1,4 @@
-"""Figures of a Self-Forcing run's health, computed from what the generator's loss has computed anyway.
+"""Figures of a Self-Forcing run's health, from what the generator's loss computes anyway.
 
 Dimensions: B batch, F frames, C channels, H height, W width.
 """
@@ -26,9 +26,8 @@ def exit_columns(denoising_steps: list[int]) -> tuple[str, ...]:
 def mean_by_exit_step(terms: Tensor, frame_exits: Tensor, denoising_steps: list[int]) -> dict[str, float]:
     """Mean of a loss's terms over the frames with each exit step; exit steps without a frame are left out.
 
-    terms: (B, F, ...), or (B,) of a loss on whole videos; then the result is empty where the blocks of one video have different
-    exit steps. frame_exits: (B, F), indices into denoising_steps, -1 of frames that were given.
-    """
+    terms: (B, F, ...), or (B,) of a loss on whole videos; then the result is empty if the blocks of a video differ in their exit step.
+    frame_exits: (B, F), indices into denoising_steps, -1 for clean data."""
     frame_exits = frame_exits.to(terms.device)
     if terms.ndim == 1:
         of_videos = frame_exits.amax(dim=1)
@@ -42,21 +41,18 @@ def mean_by_exit_step(terms: Tensor, frame_exits: Tensor, denoising_steps: list[
 def critic_lag(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> float:
     """The share of the generator's push that is the critic's own error: sum (x_0_fake - x_0) d / sum d^2, d = x_0_fake - x_0_real.
 
-    All (B, ...): videos that the generator makes now and the critic has not learned from yet, and what critic and guided teacher make of
-    them, noised. A critic that keeps up knows E[x_0 | x_t], whose error is orthogonal to every function of x_t, d among them: its lag is
-    0. With Gaussians that differ in their mean the lag of a critic that believes in an earlier generator is the share of the way to the
-    teacher that it has missed, 1 once the generator has arrived and more when it goes past.
-    """
+    All (B, ...): new videos of the generator, and what critic and guided teacher predict of them, noised. A critic that keeps up predicts
+    E[x_0 | x_t], whose error is orthogonal to every function of x_t, such as d: its lag is 0. With Gaussians that differ in their mean, the
+    lag of a critic of an earlier generator is the share of the way to the teacher that it has missed: 1 once the generator has arrived, more
+    once it has gone past."""
     push = x_0_fake.float() - x_0_real.float()
     energy = push.square().mean().item()
     return ((x_0_fake.float() - x_0.float()) * push).mean().item() / energy if energy > LEAST_PUSH else 0.0
 
 
 def score_figures(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor, t: Tensor) -> dict[str, float]:
-    """How far critic and guided teacher are apart, over all and by noise level, and the critic's lag.
-
-    x_0, x_0_fake, x_0_real: see `critic_lag`. t (B,): the time to which each video was noised.
-    """
+    """Distance of critic and guided teacher, in all and by noise level, and the critic's lag. x_0, x_0_fake, x_0_real: see `critic_lag`;
+    t (B,): the time to which each video was noised."""
     difference = (x_0_fake - x_0_real).detach().abs()
     by_level = mean_by_noise_level(difference.flatten(1).mean(1), t)
     return {

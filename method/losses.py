@@ -1,5 +1,5 @@
-"""Losses: flow matching's regression on data, and the three between distributions of videos that Self-Forcing was shown with (arXiv
-2506.08009, Table 2): DMD, score identity distillation, and the relativistic GAN. Nothing here draws random numbers.
+"""Losses: flow matching's regression on data, and Self-Forcing's three between distributions of videos (arXiv 2506.08009, Table 2): DMD,
+score identity distillation (SiD) and the relativistic GAN. Nothing here draws random numbers.
 
 Dimensions: B batch, F frames, C channels, H height, W width.
 """
@@ -32,8 +32,8 @@ def x_0_prediction_loss(
 
 
 def dmd_gradient(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> Tensor:
-    """(x_0_fake - x_0_real) / mean |x_0 - x_0_real|, the mean over each sample (DMD, arXiv 2311.18828, Eqs. 7 and 8), all (B, ...): it
-    points away from the teacher's distribution."""
+    """(x_0_fake - x_0_real) / mean |x_0 - x_0_real|, the mean over each sample, all (B, ...): points away from the teacher's distribution.
+    DMD's Eqs. 7 and 8 (arXiv 2311.18828) but for their factor alpha_t = 1 - t, which the public code of DMD2 and Self-Forcing drops."""
     return (x_0_fake - x_0_real) / distance_to_teacher(x_0, x_0_real)
 
 
@@ -50,33 +50,32 @@ def dmd_loss(x_0: Tensor, gradient: Tensor) -> Tensor:
 
 
 def sid_loss(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor, alpha: float) -> Tensor:
-    """[(x_0_real - x_0_fake)(x_0_real - x_0) - alpha (x_0_real - x_0_fake)^2] / mean |x_0 - x_0_real|, all (B, ...); its mean counts.
+    """[(x_0_real - x_0_fake)(x_0_real - x_0) - alpha (x_0_real - x_0_fake)^2] / mean |x_0 - x_0_real|, all (B, ...).
 
-    Score identity distillation in its data-prediction form (SiD, arXiv 2404.04057, section 4: (1 - alpha) |f_real - f_fake|^2 +
-    (f_real - f_fake)(f_fake - x_g), the same after expanding). Unlike DMD it is differentiated through both estimates,
-    which are functions of x_0. The divisor is a constant."""
+    SiD in its data-prediction form (arXiv 2404.04057, section 4: (1 - alpha) |f_real - f_fake|^2 + (f_real - f_fake)(f_fake - x_g), which
+    expands to this). Unlike DMD it is differentiated through both estimates, which are functions of x_0; the divisor is a constant."""
     difference = x_0_real - x_0_fake
     loss = difference * (x_0_real - x_0) - alpha * difference.square()
     return loss / distance_to_teacher(x_0, x_0_real).detach()
 
 
 def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:
-    """softplus(-(better - worse)) of pairs of logits (B,), whose mean counts (RpGAN, as in R3GAN, arXiv 2501.05441, Eq. 2): the
-    discriminator lowers it with real videos as the better ones, the generator with its own."""
+    """softplus(-(better - worse)) of pairs of logits (B,) (RpGAN, as in R3GAN, arXiv 2501.05441, Eq. 2): better are the real videos for
+    the discriminator, the generated ones for the generator."""
     return F.softplus(worse - better)
 
 
 def gradient_penalty(logits: Callable[[Tensor], Tensor], x: Tensor, logits_at_x: Tensor, eps: Tensor, sigma: float) -> Tensor:
-    """mean [(D(x + sigma eps) - D(x)) / sigma]^2: the expected |grad D(x)|^2 for small sigma, without a second derivative. R1 for a real x,
-    R2 for a generated one (arXiv 2501.05441, section 2); the finite difference is arXiv 2501.08316's. eps: standard normal, as x."""
+    """mean [(D(x + sigma eps) - D(x)) / sigma]^2: the expected |grad D(x)|^2 for small sigma, without a second derivative (arXiv
+    2501.08316). R1 for a real x, R2 for a generated one (arXiv 2501.05441, section 2). eps: standard normal, in the shape of x."""
     return ((logits(x + sigma * eps) - logits_at_x) / sigma).square().mean()
 
 
 def discriminator_loss(
     logits: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, eps_real: Tensor, eps_fake: Tensor, sigma: float, penalty_weight: float
 ) -> Tensor:
-    """The relativistic loss, real videos the better ones, plus the weighted R1 and R2 (R3GAN, arXiv 2501.05441, section 2); eps_real,
-    eps_fake, sigma: see `gradient_penalty`."""
+    """The relativistic loss plus the weighted R1 and R2 (R3GAN, arXiv 2501.05441, section 2); eps_real, eps_fake, sigma: see
+    `gradient_penalty`."""
     at_real, at_fake = logits(real), logits(fake)
     r_1 = gradient_penalty(logits, real, at_real, eps_real, sigma)
     r_2 = gradient_penalty(logits, fake, at_fake, eps_fake, sigma)
