@@ -43,8 +43,8 @@ def critic_lag(x_0: Tensor, x_0_fake: Tensor, x_0_real: Tensor) -> float:
 
     All (B, ...): new videos of the generator, and what critic and guided teacher predict of them, noised. A critic that keeps up predicts
     E[x_0 | x_t], whose error is orthogonal to every function of x_t, such as d: its lag is 0. With Gaussians that differ in their mean, the
-    lag of a critic of an earlier generator is the share of the way to the teacher that it has missed: 1 once the generator has arrived, more
-    once it has gone past."""
+    lag of a critic of an earlier generator is the share of the way to the teacher that it has missed: 1 once the generator has arrived,
+    more once it has gone past."""
     push = x_0_fake.float() - x_0_real.float()
     energy = push.square().mean().item()
     return ((x_0_fake.float() - x_0.float()) * push).mean().item() / energy if energy > LEAST_PUSH else 0.0
