@@ -4,6 +4,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_a_window_after_a_switch_is_what_inference_shows_after_one(drawn_seeds):
 
 
 def test_memory_does_not_grow_with_what_is_before(monkeypatch):
-    """Of the blocks before the window only those live that the cache would need to be made anew."""
+    """Of the blocks before the window only those are kept from which the cache could be recomputed."""
     living: list[int] = []
 
     def counting_blocks(*arguments: object, **options: object) -> Iterator[Tensor]:
@@ -155,34 +156,20 @@ def test_scores_of_a_later_window_are_asked_for_the_digit_alone(teacher: Path, m
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_a_switch_comes_from_the_prompt_of_the_next_video_of_which_the_critic_is_told(teacher: Path, monkeypatch, accumulation_steps):
     stage = build_self_forcing(teacher, **(LONG | {"batch_size": 4, "switch_probability": 1.0, "accumulation_steps": accumulation_steps}))
-    made, scored, told = [], [], []
-    make_videos, generator_loss, critic_loss = stage.engine.make_videos, stage.engine.generator_loss, stage.engine.critic_loss
-
-    def recording_videos(text, *arguments):
-        made.append((text[0], arguments[-1][0]))
-        return make_videos(text, *arguments)
-
-    def recording_scores(x_0, text, null_text, x_real, frame_exits, critic_text):
-        scored.append((text[0], critic_text[0]))
-        return generator_loss(x_0, text, null_text, x_real, frame_exits, critic_text)
-
-    def recording_loss(x_0, text, x_real):
-        told.append(text[0])
-        return critic_loss(x_0, text, x_real)
-
-    monkeypatch.setattr(stage.engine, "make_videos", recording_videos)
-    monkeypatch.setattr(stage.engine, "generator_loss", recording_scores)
-    monkeypatch.setattr(stage.engine, "critic_loss", recording_loss)
+    engine = stage.engine
+    for name in ("make_videos", "generator_loss", "critic_loss"):
+        monkeypatch.setattr(engine, name, Mock(wraps=getattr(engine, name)))
     captions = stage.data.captions(0, range(4))
     stage.train_on_window(3, 9, 6, switches=True)
     encoded = stage.text_encoder.encode(captions)[0]
-    asked, earlier = (torch.cat(each) for each in zip(*made, strict=True))
-    for_teacher, for_critic = (torch.cat(each) for each in zip(*scored, strict=True))
-    both = torch.cat([encoded, -encoded.roll(-1, 0)], dim=1)
-    of_generator = ((asked, encoded), (earlier, encoded.roll(-1, 0)))
-    for found, expected in (*of_generator, (for_teacher, encoded), (for_critic, both), (torch.cat(told), both)):
-        torch.testing.assert_close(found, expected)
-    assert len(set(captions)) > 1 and len(made) == accumulation_steps
+    before = encoded.roll(-1, 0)
+    both = torch.cat([encoded, -before], dim=1)
+    for loss, place, expected in (
+        (engine.make_videos, 0, encoded), (engine.make_videos, -1, before), (engine.generator_loss, 1, encoded),
+        (engine.generator_loss, -1, both), (engine.critic_loss, 1, both),
+    ):
+        torch.testing.assert_close(torch.cat([call.args[place][0] for call in loss.call_args_list]), expected)
+    assert len(set(captions)) > 1 and engine.make_videos.call_count == accumulation_steps
 
 
 @pytest.mark.slow

@@ -196,13 +196,3 @@ def test_many_steps_end_at_x_0_through_the_bounded_velocity(path):
     for num_steps in (4, 50, 400):
         sample = euler_sampler(lambda x, t: velocity_from_x_0(x, x_0, t), eps, sampling_times(num_steps, 3.0))
         torch.testing.assert_close(sample, x_0, rtol=0, atol=1e-6)
-
-
-def test_gradient_flows_through_euler():
-    rate = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
-    x = torch.full((1, 2, 1, 1, 1), 2.0, dtype=torch.float64, requires_grad=True)
-    out = euler_sampler(lambda x, t: rate * x, x, torch.linspace(1, 0, 6, dtype=torch.float64))
-    torch.testing.assert_close(out, x * (1 - rate / 5) ** 5)
-    out.sum().backward()
-    torch.testing.assert_close(x.grad, torch.full_like(x, (1 - 0.8 / 5) ** 5))
-    torch.testing.assert_close(rate.grad, torch.tensor(-2 * 2.0 * (1 - 0.8 / 5) ** 4, dtype=torch.float64))
