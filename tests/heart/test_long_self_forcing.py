@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.networks import build_engine, random_prompt
+from helpers.networks import build_engine, random_prompt, random_text
 from helpers.stages import assert_same, build_self_forcing, run_config, self_forcing_config
 from torch import Tensor
 
@@ -81,7 +81,8 @@ def test_frames_before_the_window_are_those_of_inference_and_carry_no_gradient(
 def test_a_window_after_a_switch_is_what_inference_shows_after_one(drawn_seeds):
     """Frames before it under the other prompt, then its own with the cache kept or recomputed: both come up."""
     engine = build_engine(**LONG, finish_blocks=True)
-    prompt, other = random_prompt(engine.generator, 2), random_prompt(engine.generator, 2, seed=1)
+    text, other_text = random_text(engine.generator, 2), random_text(engine.generator, 2, seed=1)
+    prompt, other = (engine.generator.encode_prompt(*each) for each in (text, other_text))
 
     def shown(how: str) -> Tensor:
         blocks = rollout_blocks(engine.generator, other, make_noise_streams(drawn_seeds[-1]), 5, engine.plan)
@@ -90,7 +91,7 @@ def test_a_window_after_a_switch_is_what_inference_shows_after_one(drawn_seeds):
 
     seen = set()
     for _ in range(8):
-        rollout = engine.rollout(prompt, 9, with_gradient=True, first_frame=6, earlier_prompt=other)
+        rollout = engine.make_videos(text, 9, with_gradient=True, first_frame=6, earlier_text=other_text)
         with torch.no_grad():
             found = {how for how in SWITCHES if torch.allclose(rollout.finished, shown(how), atol=1e-5)}
         assert len(found) == 1 and rollout.scored.requires_grad
