@@ -86,7 +86,7 @@ class PromptSwitch:
 
     "recache": recompute it with the new prompt from the frames that are still visible (LongLive, arXiv 2509.22622, section 3.2).
     "keep": keep it as written under the old prompt. "reset": empty it, so that the next block sees no past.
-    null_prompt: the null prompts of guidance."""
+    null_prompt: as many null prompts, for guidance."""
 
     prompt: PromptContext
     how: str = "recache"
