@@ -35,7 +35,6 @@ from machine.interruption import EXIT_INTERRUPTED, RunInterrupted, StopRequest
 from machine.paths import CONFIGS
 from machine.runtime import resolve_runtime
 from machine.seeds import Purpose, seed_global_generators, torch_generator, video_seeds
-from method.settings import SelfForcingConfig
 from sampling.samplers import sample
 from sampling.video_io import comparison_gif, comparison_sheet, to_display
 from training.checkpoint import CheckpointError, checkpoint_config, save_checkpoint
@@ -53,8 +52,8 @@ from training.watchdog import Watchdog
 
 NUM_SHOWN = 6  # prompts in the sample sheets
 EVAL_BATCH = 32
-RATE_LEAP = 1.5  # factor by which a resumed run's rates may rise without a word
-MIN_JUDGED_FRAMES = 3  # a track needs as many
+RATE_LEAP = 1.5  # factor by which a resumed run's rates may rise without a message
+MIN_JUDGED_FRAMES = 3  # of a track
 REPORTED = {
     "frames_right": "frames right", "one_class": "one class throughout", "track_within_1px": "track within 1 px",
     "direction_obeyed": "direction obeyed",
@@ -65,60 +64,62 @@ ALL_DONE = "all steps were done; samples and figures of the finished network are
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss or gradient was no longer finite; the message says where, and which checkpoint is the last good one."""
+    """A loss, gradient or weight is not finite; the message says where, and which checkpoint is the last good one."""
 
 
 class SimplifiedTrainer:
     """The loop of a run: counts steps, logs, samples and saves; the stage defines one training step.
 
     Raises TrainingDiverged, CheckpointError, ValueError and OSError, each with one line that says what to do; RunInterrupted after
-    SIGTERM or Ctrl-C, with everything saved; RunFinished where training.resume=auto finds nothing left to do."""
+    SIGTERM or Ctrl-C, with everything saved; RunFinished if training.resume=auto finds nothing left to do."""
 
     def __init__(self, config: Config, processes: Processes = ONE_PROCESS):
+        # 1. The device, and what the run continues.
         self.config = config = with_vocabulary(config)
-        self.processes = processes
+        training, self.processes = config.training, processes
         runtime = resolve_runtime(config.device, config.precision)
-        self.runtime = replace(runtime, device=processes.own_device(runtime.device))
-        processes.join(self.runtime.device)
+        runtime = replace(runtime, device=processes.own_device(runtime.device))
+        processes.join(runtime.device)
         start = find_common_start(config, processes)
-        dtype = processes.from_first(lambda: choose_format(runtime, start, config.precision))  # auto may read several processors
-        self.runtime = replace(self.runtime, dtype=dtype)
+        dtype = processes.from_first(lambda: choose_format(runtime, start, config.precision))  # auto may differ between processors
+        self.runtime = replace(runtime, dtype=dtype)
         self.claim = RunClaim()
         self._interval_checkpoints = self.claim.add_attempts(start) if start is not None and processes.is_first else []
+        # 2. The networks and their state.
         seed_global_generators(config.seed)  # initial weights; everything later draws from `random`
         random = torch_generator(config.seed, Purpose.TRAINING)
-        self.watchdog = Watchdog()
-        self.stage: Stage = STAGES[config.training.training_type](config, self.runtime, random, processes)
-        self.first_step = 0
+        self.stage: Stage = STAGES[training.training_type](config, self.runtime, random, processes)
+        self.watchdog, self.first_step = Watchdog(), 0
         self.last_checkpoint: Path | None = None
         if start is not None:
             self._resume(start.path, start.checkpoint)
         self.global_random_states = global_random_states()  # of the first step, whatever is built or read before it
-        self.health_interval = config.training.health_interval if isinstance(config.training, SelfForcingConfig) else 0
-        self.samples_here = processes.is_first or config.training.sharding != "none"  # a sharded network runs in all processes or in none
-        self._sample = partial(sample, runtime=self.runtime)
+        # 3. What the run samples, and who judges it.
+        is_self_forcing = isinstance(self.stage, SelfForcingStage)
+        self.health_interval = training.health_interval if is_self_forcing else 0
+        self.samples_here = processes.is_first or training.sharding != "none"  # a sharded network runs in all processes or in none
         self.judge = self._load_judge()
         self.fixed_prompts: FixedPrompts | None = None
-        if self.judge is not None and self.health_interval > 0 and isinstance(self.stage, SelfForcingStage):
-            draw_videos = partial(self._sample, self.stage.live())
-            self.fixed_prompts = FixedPrompts(self.judge, config.dataset, config.training.max_num_frames, draw_videos)
+        if self.judge is not None and self.health_interval > 0:
+            draw_videos = partial(sample, self.stage.live(), runtime=self.runtime)
+            self.fixed_prompts = FixedPrompts(self.judge, config.dataset, training.max_num_frames, draw_videos)
         held_out = open_data(config.dataset, "test", purpose=Purpose.RUN_SAMPLE)
-        self.shown = held_out.sample(0, range(NUM_SHOWN), config.training.max_num_frames)
+        self.shown = held_out.sample(0, range(NUM_SHOWN), training.max_num_frames)
+        # 4. The folder and the log.
         self.folder = processes.from_first(lambda: make_run_folder(Path(config.log_dir), config.run_name))
-        if processes.is_first:
-            self.claim.add(self.folder)
         self.attempts = [*(folder.name for folder in (start.attempts if start else ())), self.folder.name]
         self.facts_of_runtime = {"device": self.runtime.device.type, "precision": self.runtime.precision}  # what auto was resolved to
         self.log: RunLog | SilentLog = SilentLog()
         if processes.is_first:
-            columns = (*self.stage.columns, *(() if self.fixed_prompts is None else JUDGED_COLUMNS))
-            picture = ("health.png", draw_run) if isinstance(self.stage, SelfForcingStage) else ("curves.png", draw_curves)
+            self.claim.add(self.folder)
+            columns = self.stage.columns if self.fixed_prompts is None else (*self.stage.columns, *JUDGED_COLUMNS)
+            picture = ("health.png", draw_run) if is_self_forcing else ("curves.png", draw_curves)
             facts = {**config_to_dict(config), "runtime": self.facts_of_runtime}
             wandb_run_id = start.checkpoint.get("wandb_run_id") if start else None
             self.log = RunLog(self.folder, columns, facts, config.wandb, *picture, wandb_run_id)
 
     def _load_judge(self) -> DigitJudge | None:
-        """The judge that ships, or None, said in one line, where it cannot read this run's videos."""
+        """The judge that ships; None, with a printed line, if it cannot read this run's videos."""
         training, dataset = self.config.training, self.config.dataset
         if not self.samples_here or training.eval_videos == 0 and self.health_interval == 0:
             return None
@@ -134,18 +135,18 @@ class SimplifiedTrainer:
         return None
 
     def _resume(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        training, stored_type = self.config.training, checkpoint["training_type"]
-        if stored_type != training.training_type:
-            raise ValueError(f"training.resume={path} is of training type {stored_type}, this run is {training.training_type}: choose the "
-                             "same training= or another file")
+        training = self.config.training
+        if checkpoint["training_type"] != training.training_type:
+            raise ValueError(f"training.resume={path} is of training type {checkpoint['training_type']}, this run is "
+                             f"{training.training_type}: choose the same training= or another file")
         stored = checkpoint_config(path, checkpoint)
         check_same_networks(path, stored, self.config)
         try:
             self.stage.load_state_dict(checkpoint, str(path))
             self.first_step = int(checkpoint["step"])
             if "watchdog" in checkpoint:  # earlier versions had none
-                self.watchdog.load_state_dict(checkpoint["watchdog"])
-            if "global_random_states" in checkpoint:  # earlier versions stored none, and nothing of theirs hung on them
+                self.watchdog = Watchdog.from_state(checkpoint["watchdog"])
+            if "global_random_states" in checkpoint:  # earlier versions had none
                 by_process = checkpoint.get("random_states_by_process", [])
                 is_same_number = len(by_process) == self.processes.count
                 restore_global_random_states(by_process[self.processes.rank] if is_same_number else checkpoint["global_random_states"])
@@ -153,23 +154,21 @@ class SimplifiedTrainer:
             reason = explain_refusal(error)
             raise CheckpointError(f"{path} does not hold what resuming needs ({reason}): give an untouched checkpoint of a run") from error
         if self.first_step >= training.num_steps:
-            raise ValueError(f"{path} stands at step {self.first_step}: set training.num_steps above it to go on")
+            raise ValueError(f"{path} is already at step {self.first_step}: set training.num_steps above it to continue")
         self.last_checkpoint = path
         # The decay belongs to the end of a run: with more steps than before, rates that had fallen rise again.
         then_steps = stored.training.num_steps
         then, now = (rate_factor(replace(training, num_steps=steps), self.first_step - 1) for steps in (then_steps, training.num_steps))
         if now > RATE_LEAP * then:
-            self._say(
-                f"{path} is of a run of {then_steps} steps, whose rates had fallen to {then:.2g} of training.lr; with "
-                f"training.num_steps={training.num_steps} they go on from {now:.2g} of it: a lower training.lr goes on more gently"
-            )
+            self._say(f"{path} is of a run of {then_steps} steps, whose rates had fallen to {then:.2g} of training.lr; with "
+                      f"training.num_steps={training.num_steps} they continue from {now:.2g} of it: consider a lower training.lr")
 
     def train(self) -> Path:
         """Run all steps. Returns the run's folder."""
         training, start = self.config.training, time.perf_counter()
         several = f" in {self.processes.count} processes" if self.processes.count > 1 else ""
-        place = f"on {self.runtime}{several}, {training.num_steps} steps, run folder {self.folder}"
-        self._say(f"{training.training_type}: {training.summary}; {place}")
+        self._say(f"{training.training_type}: {training.summary}; on {self.runtime}{several}, {training.num_steps} steps, "
+                  f"run folder {self.folder}")
         restore_global_random_states(self.global_random_states)
         try:
             with losses_named(), StopRequest(is_silent=not self.processes.is_first) as stop:
@@ -197,11 +196,11 @@ class SimplifiedTrainer:
 
     @property
     def is_complete(self) -> bool:
-        """Are all steps done and saved?"""
+        """Are all steps done, and is the final checkpoint saved?"""
         return self.last_checkpoint == self.folder / "checkpoint_final.pt"
 
     def _run_steps(self, stop: StopRequest, start: float) -> None:
-        """The steps that are left, with what is due between them. start: when the run began, in seconds of `time.perf_counter`."""
+        """The remaining steps, with what is due between them. start: `time.perf_counter` when the run began."""
         training = self.config.training
         shown: dict[str, float] = {}
         unlogged: dict[str, float] = {}  # the newest of each figure since the last row: some come only every few steps
@@ -222,7 +221,7 @@ class SimplifiedTrainer:
                 self._at_intervals(step + 1, reason)
 
     def _agree(self, figures: dict[str, float], stop: StopRequest) -> tuple[dict[str, float], str | None]:
-        """The mean of the processes' figures, and why to stop, if any of them is asked to: the same in all of them."""
+        """The mean of the processes' figures, and why to stop if any of them is asked to; the same in all of them."""
         answers = self.processes.gather((figures, stop.reason))
         return mean_figures([figures for figures, _ in answers]), next((reason for _, reason in answers if reason is not None), None)
 
@@ -232,7 +231,7 @@ class SimplifiedTrainer:
 
     def _watch(self, step: int, figures: dict[str, float]) -> None:
         """At the start, at intervals and at the end add to the figures what the judge reads in the live generator's videos of the fixed
-        prompts. Say what the watchdog sees, and keep the checkpoint of the best reading but for the last one's."""
+        prompts. Print the watchdog's lines, and save the checkpoint of the best reading unless it is the last."""
         finished, interval, num_steps = step + 1, self.health_interval, self.config.training.num_steps
         is_due = interval > 0 and (finished == 1 or finished % interval == 0 or finished == num_steps)
         if is_due and self.fixed_prompts is not None:
@@ -251,8 +250,8 @@ class SimplifiedTrainer:
         return f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint was due yet"
 
     def _at_intervals(self, step: int, stop_reason: str | None) -> None:
-        """What is due after `step` finished steps but the last, the checkpoint first. Raises RunInterrupted, once that is written, if the
-        run is asked to stop."""
+        """What is due after `step` finished steps, unless all are done: first a checkpoint. Raises RunInterrupted, once that is written, if
+        the run is asked to stop."""
         training = self.config.training
         if step == training.num_steps:
             return
@@ -271,7 +270,7 @@ class SimplifiedTrainer:
             self.log.draw()
 
     def _check_weights(self, step: int) -> None:
-        for name, module in self.stage.networks().items():  # a finite loss can end in an update that is not
+        for name, module in self.stage.networks().items():  # the update of a finite loss can overflow
             if not all(whole(parameter.detach().isfinite().all()) for parameter in module.parameters()):
                 raise self._diverged(f"a weight of the {name} is not finite after {step} steps")
 
@@ -294,7 +293,8 @@ class SimplifiedTrainer:
         """Real videos and each sampler's, for the same held-out prompts: a sheet and an animation."""
         seeds = video_seeds(0, range(NUM_SHOWN), Purpose.RUN_SAMPLE_NOISE)  # the same in every run, so that runs can be compared
         num_frames = self.config.training.max_num_frames
-        samples = {name: self._sample(each, self.shown.captions, seeds, num_frames) for name, each in self.stage.shown().items()}
+        samplers = self.stage.shown()
+        samples = {name: sample(each, self.shown.captions, seeds, num_frames, self.runtime) for name, each in samplers.items()}
         if not self.processes.is_first:
             return
         groups = [("real", to_display(self.shown.video))] + [(name, to_display(video.cpu())) for name, video in samples.items()]
@@ -304,7 +304,7 @@ class SimplifiedTrainer:
         self.log.media(step, "samples", sheet)
 
     def _report_quality(self) -> None:
-        """Let the judge read fresh samples on prompts of held-out digits and print one line per sampler."""
+        """Print one line per sampler: what the judge reads in its videos of held-out prompts."""
         if self.judge is None or self.config.training.eval_videos == 0:
             return
         training, dataset = self.config.training, self.config.dataset
@@ -315,7 +315,7 @@ class SimplifiedTrainer:
         parts = [slice(first, first + EVAL_BATCH) for first in range(0, len(prompts), EVAL_BATCH)]
         self._say(self.judge.describe())
         for name, sampler in self.stage.shown().items():
-            videos = [self._sample(sampler, prompts[part], seeds[part], training.max_num_frames) for part in parts]
+            videos = [sample(sampler, prompts[part], seeds[part], training.max_num_frames, self.runtime) for part in parts]
             summary = summarise(score_videos(self.judge, torch.cat(videos), digits, directions, dataset))
             figures = ", ".join(f"{title} {summary[key]:.3f}" for key, title in REPORTED.items() if key in summary)
             self._say(f"{name:>20}: {figures} ({len(prompts)} videos)")
@@ -354,7 +354,7 @@ def main(composed: DictConfig) -> None:
 
 
 def run_command_line() -> None:
-    """`main`, where what Hydra refuses is one line too."""
+    """`main`, with one line also for what Hydra refuses."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its refusals, instead of printing a page and exiting
     moved = [argument for argument in sys.argv[1:] if argument == "experiment=table2" or argument.lstrip("+").startswith("experiment.")]
     if moved:

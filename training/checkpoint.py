@@ -49,25 +49,25 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint that is whole or not there, whatever stops the save. Raises OSError as `replacing`."""
+    """Write a checkpoint atomically: after a crash the file is whole or absent. Raises OSError as `replacing`."""
     with replacing(path, is_durable=True) as temporary, open(temporary, "wb") as file:
         torch.save(checkpoint, file)
 
 
 def load_checkpoint(path: Path, is_mapped: bool = False) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. is_mapped: leave tensors in the file until they are read, for a look at the rest. Raises
-    CheckpointError for a missing, broken, hostile or foreign file."""
+    """Read a checkpoint onto the CPU. is_mapped: leave tensors in the file until they are read. Raises CheckpointError for a missing,
+    broken, hostile or foreign file."""
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give the path of a .pt file that train.py wrote")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's musings about a foreign file; the refusal below says it all
+            warnings.simplefilter("ignore")  # torch's, about a foreign file that is refused below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, or is no checkpoint at all: refused, since reading it could run code"
         ) from error
-    except Exception as error:  # bytes that are no checkpoint can raise nearly anything, and it all means the same
+    except Exception as error:  # torch.load raises nearly anything for bytes that are no checkpoint
         kind = "truncated, or another kind of file"
         if path.suffix == ".safetensors":
             kind = "a safetensors file holds weights without the settings of their training; expected a .pt file that train.py wrote"
@@ -75,6 +75,15 @@ def load_checkpoint(path: Path, is_mapped: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in REQUIRED_KEYS):
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise CheckpointError(f"{path} is not a checkpoint of this project: found {found}, expected the keys {', '.join(REQUIRED_KEYS)}")
+    _check_values(path, checkpoint)
+    for key, state in checkpoint.items():  # DistributedDataParallel and torch.compile put these into the names of what they wrap
+        if key.endswith("_state_dict") and isinstance(state, dict) and all(isinstance(name, str) for name in state):
+            checkpoint[key] = {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state.items()}
+    return checkpoint
+
+
+def _check_values(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Raise CheckpointError naming the first of the plain values that is not what train.py stores."""
     runtime = checkpoint.get("runtime", {"device": "cpu", "precision": "float32"})
     if not isinstance(runtime, dict) or "device" not in runtime or runtime.get("precision") not in list(PRECISIONS):
         raise CheckpointError(f"{path}: runtime is {runtime!r}: expected a device and a precision of {', '.join(PRECISIONS)}")
@@ -85,14 +94,6 @@ def load_checkpoint(path: Path, is_mapped: bool = False) -> dict[str, Any]:
     seen = checkpoint.get("digits_seen", [])
     if not isinstance(seen, list) or not all(split in SPLITS for split in seen):
         raise CheckpointError(f"{path}: digits_seen is {seen!r}: expected a list of some of {', '.join(SPLITS)}")
-    return {key: _without_wrappers(value) if key.endswith("_state_dict") else value for key, value in checkpoint.items()}
-
-
-def _without_wrappers(state: object) -> object:
-    """A state dict without what DistributedDataParallel and torch.compile put into the names of a network that they wrap."""
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        return state
-    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class LoadedNetworks:
     text_encoder: TextEncoder
     config: Config
     step: int
-    prompts_drawn: dict[int, int]  # seed: n says that training drew the captions (seed, 0..n - 1): these are not held out
-    digits_seen: tuple[str, ...]  # splits of `mnist_digits` that this network, or one that it learned from, has seen digits of
+    prompts_drawn: dict[int, int]  # seed: n means that training drew the captions (seed, 0..n - 1), which are not held out
+    digits_seen: tuple[str, ...]  # splits whose digits this network, or one that it learned from, has seen
 
 
 def checkpoint_config(path: Path, checkpoint: dict[str, Any]) -> Config:
@@ -116,8 +117,8 @@ def checkpoint_config(path: Path, checkpoint: dict[str, Any]) -> Config:
 
 
 def load_networks(path: Path, device: torch.device) -> LoadedNetworks:
-    """Build generator (averaged weights if the file has them) and text encoder from a checkpoint, strictly, in float32. Raises
-    CheckpointError. The stored sizes are compared with the stored tensors before memory is taken for them."""
+    """Build generator (averaged weights if the file has them) and text encoder from a checkpoint, strictly, in float32. Stored sizes are
+    compared with the stored tensors before memory is allocated. Raises CheckpointError."""
     checkpoint = load_checkpoint(path)
     config = checkpoint_config(path, checkpoint)
     weights = "generator_ema_state_dict" if "generator_ema_state_dict" in checkpoint else "generator_state_dict"
@@ -136,7 +137,7 @@ def load_networks(path: Path, device: torch.device) -> LoadedNetworks:
 
 
 def check_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """Raise CheckpointError, saying in one line what differs, unless `state` has exactly the module's tensors."""
+    """Raise CheckpointError naming what differs unless `state` has exactly the module's tensors."""
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{name} is not a dict of this network's tensors")
     own = module.state_dict()
@@ -156,13 +157,13 @@ def load_state(module: torch.nn.Module, state: dict[str, Tensor], name: str) -> 
 
 
 def digits_seen(checkpoint: dict[str, Any]) -> tuple[str, ...]:
-    """The splits that the networks of a checkpoint learned from; files from before digits were set aside for the judges saw these too."""
+    """The splits that the networks of a checkpoint learned from; older files, from before judges had their own digits, saw those too."""
     return tuple(checkpoint["digits_seen"]) if "digits_seen" in checkpoint else ("train", "judge")
 
 
 def splits_learned(dataset: DataConfig) -> tuple[str, ...]:
-    """The splits that a training on these data learns from: the judges' too where none are set aside for them, and with the original
-    files, among whose training digits the bundled ones are, all of those."""
+    """The splits that a training on these data learns from. Without a share for the judges theirs too; with the original files, whose
+    training digits include the bundled ones, all."""
     if isinstance(dataset, VideosConfig):
         return ("train",)
     if dataset.source == "idx":
@@ -181,23 +182,23 @@ def merge_counts(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
 
 
 def same_text_encoder(one: LoadedNetworks, other: LoadedNetworks) -> bool:
-    """Up to rounding: a float16 file equals the float32 one that it was made of."""
+    """Up to rounding: a float16 file equals the float32 one that it was made from."""
     pairs = zip(one.text_encoder.parameters(), other.text_encoder.parameters(), strict=True)
     return all(torch.allclose(own, wanted, rtol=1e-2, atol=1e-3) for own, wanted in pairs)
 
 
 def slim_checkpoint(sources: Sequence[Path], target: Path) -> None:
     """Write the averaged weights of a source in float16, without what only resuming needs; of several, their mean (a model soup, Wortsman
-    et al., arXiv 2203.05482), which only networks with a common past have. Settings are those of the last. Raises CheckpointError for a
-    source that no network can be built from, sources that do not go together and a target that exists, OSError as `save_checkpoint`."""
+    et al., arXiv 2203.05482), which needs networks with a common past. Settings are those of the last. Raises CheckpointError for an unfit
+    source, sources that do not go together and a target that exists, OSError as `save_checkpoint`."""
     if target.exists():
         raise CheckpointError(f"{target} exists already: give the name of a new file, or delete it first")
-    networks = [load_networks(source, torch.device("cpu")) for source in sources]  # refuses what could not be used
+    networks = [load_networks(source, torch.device("cpu")) for source in sources]
     last = networks[-1]
     for path, item in zip(sources, networks, strict=True):
-        for name, own, wanted in (("model", item.config.model, last.config.model), ("text", item.config.text, last.config.text)):
-            if own != wanted:
-                raise CheckpointError(f"{path} has other sizes than {sources[-1]} ({name}: {own}, {wanted}): only equal ones have a mean")
+        own, wanted = ((each.config.model, each.config.text) for each in (item, last))
+        if own != wanted:
+            raise CheckpointError(f"{path} has other sizes than {sources[-1]} ({own}, {wanted}): only equal ones have a mean")
         if not same_text_encoder(item, last):
             raise CheckpointError(f"{path} has another text encoder than {sources[-1]}: only networks of one teacher have a mean")
     checkpoint = load_checkpoint(sources[-1])

@@ -1,9 +1,9 @@
 """Several processes as one: who they are, how they average gradients and agree, and who may write and speak.
 
-`torchrun --nproc_per_node=N train.py` starts N processes, which this room makes a group: gloo for the CPU, nccl for gradients
-on GPUs. Each takes its share of every batch (`machine/batch_random.py`). Gradients are averaged by an explicit all-reduce after the last
-backward pass and before clipping: PyTorch's DistributedDataParallel hooks into a network's `forward`, and this project calls other
-methods of its networks, several of them in one step. All processes must see one file system: the first writes, all read.
+`torchrun --nproc_per_node=N train.py` starts N processes, which form a group: gloo for the CPU, nccl for gradients on GPUs. Each takes its
+part of every batch (`machine/batch_random.py`). Gradients are averaged by an explicit all-reduce after the last backward pass and before
+clipping: DistributedDataParallel hooks into a network's `forward`, and this project calls other methods, several in one step. All processes
+must see one file system: the first writes, all read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -47,12 +48,13 @@ class Processes:
         return self.rank == 0
 
     def join(self, device: torch.device) -> None:
-        """Make the group that `average_gradients`, `gather` and `from_first` need. Raises ProcessLost if the others do not come."""
+        """Make the group that the methods below need. Raises ProcessLost if the others do not join."""
         if self.count > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            _ask(lambda: dist.init_process_group(
-                backend, store=dist.PrefixStore("group", self.store), rank=self.rank, world_size=self.count, timeout=PEER_TIMEOUT,
-            ))
+            with losses_named(is_message=True):
+                dist.init_process_group(
+                    backend, store=dist.PrefixStore("group", self.store), rank=self.rank, world_size=self.count, timeout=PEER_TIMEOUT,
+                )
 
     def leave(self) -> None:
         """End the group, once every process is here."""
@@ -61,7 +63,7 @@ class Processes:
             dist.destroy_process_group()
 
     def own_device(self, device: torch.device) -> torch.device:
-        """The GPU of this process where the device is cuda. Raises ValueError where a machine has fewer than processes."""
+        """The GPU of this process if the device is cuda. Raises ValueError if the machine has fewer GPUs than processes."""
         if self.count == 1 or device.type != "cuda":
             return device
         if self.local_rank >= torch.cuda.device_count():
@@ -72,67 +74,57 @@ class Processes:
         return own
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the processes; the result is the same in all of them, bit for bit. Those of sharded
-        parameters are left: FSDP has averaged them in the backward pass."""
+        """Replace every gradient by its mean over the processes, the same in all of them bit for bit. Those of sharded parameters are
+        skipped: FSDP has averaged them in the backward pass."""
         if self.count == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None and not is_sharded(parameter.grad)]
         flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message
-        _ask(lambda: dist.all_reduce(flat))
+        with losses_named(is_message=True):
+            dist.all_reduce(flat)
         flat /= self.count
         for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
     def gather(self, value: Answer) -> list[Answer]:
-        """What every process hands in, by rank; a small object that can be pickled."""
+        """The values of all processes, by rank; small objects that can be pickled."""
         if self.count == 1:
             return [value]
         answers: list[Any] = [None] * self.count
-        _ask(lambda: dist.all_gather_object(answers, value))
+        with losses_named(is_message=True):
+            dist.all_gather_object(answers, value)
         return answers
 
     def from_first(self, make: Callable[[], Answer]) -> Answer:
-        """What make returns in the first process, in all of them; only that one calls it."""
+        """What make returns in the first process; the others do not call it."""
         return self.gather(make() if self.is_first else None)[0]
 
     def may_speak(self) -> bool:
-        """True in the first process to ask, False in all others: of a failure that reaches all, one tells."""
-        if self.store is None:
-            return True
-        with suppress(RuntimeError):
-            return self.store.add("spoken", 1) == 1
-        return True  # the table is gone with the process that kept it, maybe killed: better told twice than not at all
+        """True in the first process to ask, False in all others: one of them reports a failure that reaches all."""
+        with suppress(RuntimeError):  # the process that keeps the table is gone: better told twice than not at all
+            return self.store is None or self.store.add("spoken", 1) == 1
+        return True
 
 
 ONE_PROCESS = Processes()
 
 
-def _ask(question: Callable[[], Answer]) -> Answer:
-    try:
-        return question()
-    except RuntimeError as error:  # torch's for a peer that is gone, or silent for too long
-        raise _lost(error) from error
-
-
 @contextmanager
-def losses_named() -> Iterator[None]:
-    """Within, a process lost in the middle of a message of FSDP's, which asks for itself, is a ProcessLost too."""
+def losses_named(is_message: bool = False) -> Iterator[None]:
+    """Within, torch's error for a peer that is gone, or silent for too long, becomes a ProcessLost. is_message: every RuntimeError is one;
+    else those of FSDP's own messages are told apart from others."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's are plain RuntimeErrors that name its source files
-            raise _lost(error) from error
-        raise
-
-
-def _lost(error: RuntimeError) -> ProcessLost:
-    reason = str(error).strip().partition("\n")[0][:160]
-    return ProcessLost(f"another process of this run has ended or no longer answers ({reason})")
+        if not (is_message or isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo's errors name its source files
+            raise
+        reason = str(error).strip().partition("\n")[0][:160]
+        raise ProcessLost(f"another process of this run has ended or no longer answers ({reason})") from error
 
 
 def processes_of_environment(environment: Mapping[str, str] = os.environ) -> Processes:
-    """The processes that torchrun started, by its environment variables; a process of its own where there are none. Raises ValueError for
-    an incomplete environment, ProcessLost where the others cannot be reached."""
+    """The processes that torchrun started, by its environment variables; `ONE_PROCESS` without them. Raises ValueError for an incomplete
+    environment, ProcessLost if the others cannot be reached."""
     if int(environment.get("WORLD_SIZE", "1")) == 1:
         return ONE_PROCESS
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
@@ -145,9 +137,10 @@ def processes_of_environment(environment: Mapping[str, str] = os.environ) -> Pro
     return Processes(rank, count, int(environment["LOCAL_RANK"]), dist.PrefixStore(f"attempt {attempt}", store))
 
 
-@cache  # one connection a process, however often it is asked for
+@cache  # one connection a process, also in a sweep
 def _connect(host: str, port: int, count: int, keeps_store: bool) -> dist.Store:
-    return _ask(lambda: dist.TCPStore(host, port, count, keeps_store, STORE_TIMEOUT, wait_for_workers=False))
+    with losses_named(is_message=True):
+        return dist.TCPStore(host, port, count, keeps_store, STORE_TIMEOUT, wait_for_workers=False)
 
 
 class BatchParts:
@@ -166,7 +159,7 @@ class BatchParts:
                              f"processes times training.accumulation_steps={self.accumulation_steps}); nearest valid: {nearest}")
 
     def of(self, batch_size: int, random: BatchRandom) -> Iterator[slice]:
-        """This process's parts of a batch, one after the other; `random` draws for the part in work."""
+        """This process's parts of a batch in turn; `random` draws for the current one."""
         size = batch_size // (self.processes.count * self.accumulation_steps)
         first = self.processes.rank * self.accumulation_steps * size
         return random.parts([slice(first + i * size, first + (i + 1) * size) for i in range(self.accumulation_steps)], batch_size)
@@ -183,9 +176,8 @@ class BatchParts:
 
 
 def mean_figures(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each figure over the parts that have it. One that is not finite anywhere is not finite here."""
+    """The mean of each figure over the parts that have it. One that is not finite in any part is not finite here."""
     if len(parts) == 1:
         return parts[0]
-    names = dict.fromkeys(name for part in parts for name in part)
-    columns = {name: [part[name] for part in parts if name in part] for name in names}
+    columns = {name: [part[name] for part in parts if name in part] for name in dict.fromkeys(chain(*parts))}
     return {name: sum(values) / len(values) for name, values in columns.items()}

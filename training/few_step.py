@@ -15,20 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynamic_video_sf import make_noise_streams, rollout_blocks, sample_bidirectional
+from dynamic_video_sf import Text, make_noise_streams, rollout_blocks, sample_bidirectional
 from machine.batch_random import BatchRandom
 from machine.runtime import Runtime
 from method.flow_matching import add_noise, classifier_free_guidance, expand_time, sampling_times, x_0_from_velocity
-from method.plans import BidirectionalPlan, baseline_plans, few_step_plan, many_step_plan, teacher_plan
+from method.plans import BidirectionalPlan, few_step_plan, many_step_plan
 from method.settings import CausalConsistencyConfig, CausalODEConfig
-from network.attention import WHOLE_PAST, ContextWindow
 from network.text_encoder import NULL_PROMPT
 from network.weights import exponential_decay, update_average
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training.config import Config
 from training.data import draw_num_frames, open_data
 from training.distributed import ONE_PROCESS, Processes, mean_figures
-from training.resumable import Sampler, Stage, set_rate
+from training.resumable import Sampler, Stage, many_step_samplers, set_rate
 from training.sharding import shard_blocks
 from training.stages import rate_factor
 from training.starting_networks import check_is_bidirectional, load_teacher
@@ -47,22 +46,25 @@ class Trajectory:
 @torch.no_grad()
 def ode_trajectory(
     teacher: TinyCausalWanModel, prompt: PromptContext, null_prompt: PromptContext, streams: list[np.random.Generator], num_frames: int,
-    num_frames_per_block: int, num_steps: int, kept_steps: list[int], time_shift: float, guidance: float, is_causal: bool,
-    context: ContextWindow = WHOLE_PAST,
+    config: CausalODEConfig,
 ) -> Trajectory:
-    """Euler trajectories of the guided teacher in num_steps steps, at the steps in kept_steps. is_causal: block by block, each from the
-    clean blocks before it, so that the targets depend on nothing that the student cannot see; otherwise all frames at once."""
-    if is_causal:
-        plan = many_step_plan(num_steps, time_shift, num_frames_per_block, guidance, context)
+    """Euler trajectories of the guided teacher, at the points nearest to the student's times. A causal teacher makes them block by block,
+    each from the clean blocks before it: the targets depend on nothing that the student cannot see. A bidirectional one makes all frames
+    at once."""
+    num_steps, shift, block = config.trajectory_steps, config.time_shift, config.num_frames_per_block
+    trace: list[Tensor] = []
+    if config.trajectory_teacher == "causal":
+        plan = many_step_plan(num_steps, shift, block, config.guidance, config.context)
         walks: list[list[Tensor]] = []
-        num_blocks = len(context.block_sizes(num_frames, num_frames_per_block))
+        num_blocks = len(config.context.block_sizes(num_frames, block))
         x_0 = torch.cat(list(rollout_blocks(teacher, prompt, streams, num_blocks, plan, null_prompt, trace=walks)), dim=1)
         trace = [torch.cat(blocks, dim=1) for blocks in zip(*walks, strict=True)]
     else:
-        trace, plan = [], BidirectionalPlan(num_steps, time_shift, guidance)
-        x_0 = sample_bidirectional(teacher, prompt, null_prompt, streams, num_frames, plan, trace)
-    times, x_t = sampling_times(num_steps, time_shift)[kept_steps], [trace[step] for step in kept_steps]
-    if not is_causal:
+        at_once = BidirectionalPlan(num_steps, shift, config.guidance)
+        x_0 = sample_bidirectional(teacher, prompt, null_prompt, streams, num_frames, at_once, trace)
+    steps = nearest_steps(num_steps, shift, few_step_plan(config).times)
+    times, x_t = sampling_times(num_steps, shift)[steps], [trace[step] for step in steps]
+    if config.trajectory_teacher == "bidirectional":
         times, x_t = torch.cat([times, times.new_zeros(1)]), [*x_t, x_0]
     return Trajectory(torch.stack(x_t), times.to(x_0.device), x_0)
 
@@ -80,58 +82,48 @@ def draw_step_orders(num_steps: int, batch_size: int, num_blocks: int, generator
 
 
 def ode_regression_loss(
-    student: TinyCausalWanModel, trajectory: Trajectory, steps: Tensor, prompt: PromptContext, num_frames_per_block: int, is_causal: bool,
-    context: ContextWindow = WHOLE_PAST,
+    student: TinyCausalWanModel, trajectory: Trajectory, steps: Tensor, prompt: PromptContext, config: CausalODEConfig
 ) -> Tensor:
     """mean |G(x_t, t) - x_0|^2 along the teacher's trajectories (CausVid, arXiv 2412.07772, section 4.3).
 
-    steps (B, K): which of the trajectory's times each block is at. is_causal: the student sees the clean blocks from which the teacher went
-    on; otherwise, as the original, the earlier blocks at their own times. Among these is 0, at which inference writes the cache: there x_0
-    = x_t - t v is the target itself, so such a block is context and adds neither loss nor gradient.
+    steps (B, K): which of the trajectory's times each block is at. With a causal teacher the student sees the clean blocks that the teacher
+    continued; otherwise, as the original, the earlier blocks at their own times. Among these is 0, at which inference writes the cache:
+    there x_0 = x_t - t v is the target itself, so such a block is context and adds neither loss nor gradient.
     """
-    sizes = torch.tensor(context.block_sizes(trajectory.x_0.shape[1], num_frames_per_block))
+    block, context = config.num_frames_per_block, config.context
+    sizes = torch.tensor(context.block_sizes(trajectory.x_0.shape[1], block))
     frame_steps = steps.repeat_interleave(sizes, 1).to(trajectory.times.device)  # (B, F)
     t = trajectory.times[frame_steps]
     x_t = trajectory.x_t.gather(0, expand_time(frame_steps, trajectory.x_0).expand_as(trajectory.x_0)[None])[0]
-    if is_causal:
-        v = student.forward_teacher_forced(x_t, t, trajectory.x_0, prompt, num_frames_per_block, context)
+    if config.trajectory_teacher == "causal":
+        v = student.forward_teacher_forced(x_t, t, trajectory.x_0, prompt, block, context)
     else:
-        v = student.forward_block_causal(x_t, t, prompt, num_frames_per_block, context)
+        v = student.forward_block_causal(x_t, t, prompt, block, context)
     return (x_0_from_velocity(x_t, v, t) - trajectory.x_0).square().mean()
-
-
-@dataclass(frozen=True)
-class TeacherPrompts:
-    """One batch of prompts, and the null prompt, as the teacher encodes them."""
-
-    cond: PromptContext
-    null: PromptContext
 
 
 def consistency_loss(
     student: TinyCausalWanModel, target: TinyCausalWanModel, teacher: TinyCausalWanModel, x_0: Tensor, prompt: PromptContext,
-    target_prompt: PromptContext, teacher_prompts: TeacherPrompts, num_frames_per_block: int, times: Tensor, guidance: float,
-    random: BatchRandom, context: ContextWindow = WHOLE_PAST,
+    target_prompt: PromptContext, teacher_prompts: tuple[PromptContext, PromptContext], config: CausalConsistencyConfig,
+    random: BatchRandom,
 ) -> Tensor:
     """mean |f(x_t, t) - f_target(x_s, s)|^2 with f the prediction of x_0 (consistency distillation, arXiv 2303.01469, Eq. 7).
 
-    s < t are neighbours in `times`, descending from 1 to 0, drawn for each block of the real videos x_0; x_s is one Euler step of the
-    guided teacher from x_t. target is the student's moving average. All three see the clean blocks of x_0 before the block. At s = 0 f is
-    x_s whatever the velocity: the boundary condition holds by itself.
+    s < t are neighbours among `consistency_steps` times from 1 to 0, drawn for each block of the real videos x_0; x_s is one Euler step of
+    the guided teacher from x_t. target is the student's moving average. All three see the clean blocks of x_0 before the block. At s = 0 f
+    is x_s whatever the velocity: the boundary condition holds by itself. teacher_prompts: prompt and null prompt.
     """
-    sizes = torch.tensor(context.block_sizes(x_0.shape[1], num_frames_per_block))
+    times, block, context = sampling_times(config.consistency_steps, config.time_shift), config.num_frames_per_block, config.context
+    sizes = torch.tensor(context.block_sizes(x_0.shape[1], block))
     index = random.draw(len(x_0), lambda total: torch.randint(len(times) - 1, (total, len(sizes)), generator=random.generator))
     index = index.repeat_interleave(sizes, 1)  # (B, F)
     t, s = times[index].to(x_0.device), times[index + 1].to(x_0.device)  # (B, F)
     x_t = add_noise(x_0, random.normal_like(x_0), t)
     with torch.no_grad():  # teacher and target are constants here
-        cond, null = (
-            teacher.forward_teacher_forced(x_t, t, x_0, encoded, num_frames_per_block, context)
-            for encoded in (teacher_prompts.cond, teacher_prompts.null)
-        )
-        x_s = x_t + expand_time(s - t, x_t) * classifier_free_guidance(cond, null, guidance)
-        goal = x_0_from_velocity(x_s, target.forward_teacher_forced(x_s, s, x_0, target_prompt, num_frames_per_block, context), s)
-    v = student.forward_teacher_forced(x_t, t, x_0, prompt, num_frames_per_block, context)
+        cond, null = (teacher.forward_teacher_forced(x_t, t, x_0, encoded, block, context) for encoded in teacher_prompts)
+        x_s = x_t + expand_time(s - t, x_t) * classifier_free_guidance(cond, null, config.guidance)
+        goal = x_0_from_velocity(x_s, target.forward_teacher_forced(x_s, s, x_0, target_prompt, block, context), s)
+    v = student.forward_teacher_forced(x_t, t, x_0, prompt, block, context)
     return (x_0_from_velocity(x_t, v, t) - goal).square().mean()
 
 
@@ -157,7 +149,9 @@ class FewStepStage(Stage):
         if self.config.sharding == "fsdp2":
             shard_blocks((self.student, self.average, self.teacher), processes.count, runtime.device)
         self.plan = few_step_plan(self.config)
-        self.optimizers["adamw"] = torch.optim.AdamW(self.student.parameters(), lr=self.config.lr, **self.optimizer_settings("adamw"))
+        self.optimizers["adamw"] = torch.optim.AdamW(
+            self.student.parameters(), lr=self.config.lr, betas=tuple(self.config.adam_betas), weight_decay=self.config.weight_decay,
+        )
 
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
@@ -181,21 +175,15 @@ class FewStepStage(Stage):
         """Let every block meet every denoising step on one batch of trajectories; leaves the gradient."""
         text, prompts = self._encode(self.data.captions(self.seed, indices))
         random, streams = self.random, make_noise_streams(self.random.seeds(len(indices)))
-        kept = nearest_steps(config.trajectory_steps, config.time_shift, self.plan.times)
         with self.runtime.autocast():
-            trajectory = ode_trajectory(
-                self.teacher, prompts.cond, prompts.null, streams, num_frames, config.num_frames_per_block, config.trajectory_steps,
-                kept, config.time_shift, config.guidance, self.is_causal, config.context,
-            )
+            trajectory = ode_trajectory(self.teacher, *prompts, streams, num_frames, config)
         total, num_times = 0.0, len(trajectory.times)
         num_blocks = len(config.context.block_sizes(num_frames, config.num_frames_per_block))
         orders = random.draw(len(indices), lambda total: draw_step_orders(num_times, total, num_blocks, random.generator), dim=1)
         for steps in orders:
             with self.runtime.autocast():
-                loss = ode_regression_loss(
-                    self.student, trajectory, steps, self.student.encode_prompt(*text), config.num_frames_per_block, self.is_causal,
-                    config.context,
-                ) / len(kept)  # every block counts once at each of them
+                loss = ode_regression_loss(self.student, trajectory, steps, self.student.encode_prompt(*text), config)
+                loss = loss / len(self.plan.times)  # every block counts once at each of them
             self.parts.backward(loss)  # row by row: the memory of one
             total += loss.item()
         return total
@@ -209,28 +197,21 @@ class FewStepStage(Stage):
                 target_prompt = self.average.encode_prompt(*text)
             loss = consistency_loss(
                 self.student, self.average, self.teacher, batch.video.to(self.runtime.device), self.student.encode_prompt(*text),
-                target_prompt, prompts, config.num_frames_per_block, sampling_times(config.consistency_steps, config.time_shift),
-                config.guidance, self.random, config.context,
+                target_prompt, prompts, config, self.random,
             )
         self.parts.backward(loss)
         return loss.item()
 
     @torch.no_grad()  # text encoder and teacher are frozen
-    def _encode(self, captions: list[str]) -> tuple[tuple[Tensor, Tensor], TeacherPrompts]:
-        """The captions' tokens, for the student to read, and what the teacher makes of them and of the null prompt."""
+    def _encode(self, captions: list[str]) -> tuple[Text, tuple[PromptContext, PromptContext]]:
+        """The embedded captions, for the student, and what the teacher makes of them and of the null prompt."""
         with self.runtime.autocast():
-            text, null = self.text_encoder.encode(captions), self.text_encoder.encode([NULL_PROMPT] * len(captions))
-            return text, TeacherPrompts(self.teacher.encode_prompt(*text), self.teacher.encode_prompt(*null))
+            text, null_text = self.text_encoder.encode(captions), self.text_encoder.encode([NULL_PROMPT] * len(captions))
+            return text, (self.teacher.encode_prompt(*text), self.teacher.encode_prompt(*null_text))
 
     def shown(self) -> dict[str, Sampler]:
-        """The averaged student beside its teacher, in many steps and block by block in few (`baseline_plans`)."""
-        config, num_steps = self.config, self.config.teacher_steps
-        if self.is_causal:
-            many = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance, config.context)
-        else:
-            many = teacher_plan(config)
-        plans = {f"teacher, {num_steps} steps": many, **baseline_plans(config)}
-        samplers = {name: Sampler(self.teacher, self.text_encoder, each) for name, each in plans.items()}
+        """The averaged student beside its teacher."""
+        samplers = many_step_samplers("teacher", self.teacher, self.text_encoder, self.config, self.is_causal)
         return samplers | {f"student, {len(self.plan.times)} steps": Sampler(self.average, self.text_encoder, self.plan)}
 
     def networks(self) -> dict[str, nn.Module]:
@@ -241,9 +222,6 @@ class FewStepStage(Stage):
             "generator_state_dict": self.student, "generator_ema_state_dict": self.average, "teacher_state_dict": self.teacher,
             "text_encoder_state_dict": self.text_encoder,
         }
-
-    def optimizer_settings(self, name: str) -> dict[str, Any]:
-        return {"betas": tuple(self.config.adam_betas), "weight_decay": self.config.weight_decay}
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -26,21 +24,11 @@ def build_muon(matrices: list[nn.Parameter], lr: float, weight_decay: float, mom
 
 
 def self_forcing_optimizers(name: str, network: nn.Module, config: SelfForcingConfig) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers of "generator" or "critic", by name: AdamW, and NAME_muon for the matrices if `config.optimizer` asks for it.
-    Their rates are those of the start."""
-    lr, muon = config.lr if name == "generator" else config.critic_lr, f"{name}_muon"
+    """The optimizers of "generator" or "critic", by name: AdamW, and NAME_muon for the matrices if `config.optimizer` asks for it."""
+    lr, momentum = (config.lr, config.muon_momentum) if name == "generator" else (config.critic_lr, config.critic_muon_momentum)
+    adamw = {"lr": lr, "betas": tuple(config.adam_betas), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return {name: torch.optim.AdamW(network.parameters(), lr=lr, **self_forcing_settings(name, config))}
+        return {name: torch.optim.AdamW(network.parameters(), **adamw)}
     matrices, others = split_matrices(network)
-    return {
-        name: torch.optim.AdamW(others, lr=lr, **self_forcing_settings(name, config)),
-        muon: build_muon(matrices, MUON_RATE * lr, **self_forcing_settings(muon, config)),
-    }
-
-
-def self_forcing_settings(optimizer: str, config: SelfForcingConfig) -> dict[str, Any]:
-    """What the optimizer of this name is built with, its rate apart."""
-    if not optimizer.endswith("_muon"):
-        return {"betas": tuple(config.adam_betas), "weight_decay": config.weight_decay}
-    momentum = config.muon_momentum if optimizer == "generator_muon" else config.critic_muon_momentum
-    return {"momentum": momentum, "weight_decay": config.weight_decay / MUON_RATE}  # decay is by rate times weight_decay
+    weight_decay = config.weight_decay / MUON_RATE  # the decay of an update is rate times weight_decay
+    return {name: torch.optim.AdamW(others, **adamw), f"{name}_muon": build_muon(matrices, MUON_RATE * lr, weight_decay, momentum)}

@@ -11,7 +11,8 @@ from torch import nn
 
 from machine.batch_random import BatchRandom
 from machine.runtime import Runtime
-from method.plans import BidirectionalPlan, RolloutPlan
+from method.plans import BidirectionalPlan, RolloutPlan, baseline_plans, many_step_plan, teacher_plan
+from method.settings import TrainingConfig
 from network.text_encoder import TextEncoder
 from tiny_causal_wan import TinyCausalWanModel
 from training.checkpoint import CheckpointError, LoadedNetworks, digits_seen, load_state, merge_counts, merge_splits, splits_learned
@@ -27,6 +28,17 @@ class Sampler:
     network: TinyCausalWanModel
     text_encoder: TextEncoder
     plan: RolloutPlan | BidirectionalPlan
+
+
+def many_step_samplers(
+    name: str, network: TinyCausalWanModel, text_encoder: TextEncoder, config: TrainingConfig, is_causal: bool = False
+) -> dict[str, Sampler]:
+    """A network that takes many steps, in `teacher_steps` of all frames at once or block by block, and in few (`baseline_plans`)."""
+    plan, num_steps = teacher_plan(config), config.teacher_steps
+    if is_causal:
+        plan = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance, config.context)
+    plans = {f"{name}, {num_steps} steps": plan, **baseline_plans(config)}
+    return {name: Sampler(network, text_encoder, plan) for name, plan in plans.items()}
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -65,10 +77,6 @@ class Stage(ABC):
     def modules(self) -> dict[str, nn.Module]:
         """All that a checkpoint holds, by its key there."""
 
-    @abstractmethod
-    def optimizer_settings(self, name: str) -> dict[str, Any]:
-        """What an optimizer is built with, its rate apart."""
-
     def continue_from(self, networks: LoadedNetworks) -> None:
         """Count what the networks of a file have seen as seen."""
         self.earlier_prompts = merge_counts(self.earlier_prompts, networks.prompts_drawn)
@@ -104,5 +112,3 @@ class Stage(ABC):
     def load_optimizers(self, stored: dict[str, Any], name: str) -> None:
         for key, optimizer in self.optimizers.items():
             load_optimizer(optimizer, stored[key])
-            for group in optimizer.param_groups:  # as configured now, not as in the resumed run; rates: train_step
-                group.update(self.optimizer_settings(key))

@@ -1,7 +1,7 @@
 """Continuing a run: its newest readable checkpoint, a lock against other processes, and the state of the global random generators.
 
 `training.resume` is `never`, the PATH of a checkpoint, or `auto`: the newest readable checkpoint of this run. "This run" are the
-folders under log_dir (with run_name: NAME, NAME-2, ... alone) whose stored settings equal those asked for, apart from
+folders under log_dir (with run_name: NAME, NAME-2, ... only) whose stored settings equal those asked for, apart from
 `NO_MATTER`, which change no weight, and training.num_steps, which may grow. Of those folders the one last written to counts.
 """
 
@@ -35,17 +35,17 @@ NO_MATTER = (
     "training.log_interval", "training.sample_interval", "training.eval_videos", "training.health_interval",
 )
 FINAL = "checkpoint_final.pt"
-INTERVAL_NAME = re.compile(r"checkpoint_(\d{7,})\.pt")
+INTERVAL_NAME = re.compile(r"checkpoint_\d{7,}\.pt")
 
 
 class RunFinished(Exception):
-    """There is nothing left to do; the message says of which run and how to go on nevertheless."""
+    """There is nothing left to do; the message says of which run and how to continue it."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run continues. attempts: the folders of this run so far, whose interval checkpoints count towards keep_last; none for a PATH,
-    which may be another run's."""
+    """What a run continues. attempts: the folders of this run so far, whose interval checkpoints count towards keep_last; empty for a
+    PATH, which may be another run's."""
 
     path: Path
     checkpoint: dict[str, Any]
@@ -61,7 +61,7 @@ def settings_without(config: Config, ignored: tuple[str, ...]) -> dict[str, Any]
 
 
 def describe_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Which settings differ, as "KEY A, now B"; empty where none does."""
+    """Which settings differ, as "KEY A, now B"; empty if none does."""
     stored, wanted = flatten(stored), flatten(wanted)
     differing = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
     return ", ".join(f"{key} {stored.get(key)}, now {wanted.get(key)}" for key in differing)
@@ -69,8 +69,8 @@ def describe_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 def interval_checkpoints(folder: Path) -> list[Path]:
     """Those of one folder, the newest last."""
-    numbered = [(int(match.group(1)), path) for path in folder.glob("checkpoint_*.pt") if (match := INTERVAL_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered)]
+    named = [path for path in folder.glob("checkpoint_*.pt") if INTERVAL_NAME.fullmatch(path.name)]
+    return sorted(named, key=lambda path: int(path.stem.removeprefix("checkpoint_")))
 
 
 def newest_readable(paths: list[Path]) -> tuple[Path, dict[str, Any]] | None:
@@ -80,16 +80,15 @@ def newest_readable(paths: list[Path]) -> tuple[Path, dict[str, Any]] | None:
         try:
             checkpoint = load_checkpoint(path, is_mapped=True)
             checkpoint_config(path, checkpoint)
+            return path, checkpoint
         except CheckpointError as error:
             warnings.warn(f"passed over: {error}", stacklevel=2)
-            continue
-        return path, checkpoint
     return None
 
 
 def find_start(config: Config) -> Start | None:
-    """What training.resume asks to go on from, None for a run from the start; `auto` says in one line what it found. Raises CheckpointError
-    for a PATH that cannot be read and RunFinished where `auto` finds a run that is done."""
+    """What training.resume asks to continue, None for a run from the start; `auto` prints what it found. Raises CheckpointError for a PATH
+    that cannot be read and RunFinished if `auto` finds a run that is done."""
     resume = config.training.resume
     if resume == NEVER:
         return None
@@ -108,10 +107,8 @@ def find_start(config: Config) -> Start | None:
             others.append(f"{folder.name} has {difference}")
             continue
         if checkpoint["step"] >= num_steps:
-            raise RunFinished(
-                f"{folder} is finished: {path.name} stands at step {checkpoint['step']} of {num_steps}; a larger training.num_steps "
-                "goes on from it, training.resume=never trains anew"
-            )
+            raise RunFinished(f"{folder} is finished: {path.name} is at step {checkpoint['step']} of {num_steps}; a larger "
+                              "training.num_steps continues it, training.resume=never starts a new run")
         longer = "" if stored.training.num_steps == num_steps else f"; it was to end at {stored.training.num_steps}"
         print(f"training.resume=auto: goes on from {path}, step {checkpoint['step']} of {num_steps}{longer}")
         return Start(path, load_checkpoint(path), _attempts(folder, checkpoint))
@@ -122,23 +119,21 @@ def find_start(config: Config) -> Start | None:
 
 
 def find_common_start(config: Config, processes: Processes) -> Start | None:
-    """What the first process finds to go on from; the others read the same file."""
-    if processes.count == 1:
-        return find_start(config)
-    start, finished = None, None
+    """What the first process finds to continue; the others read the same file."""
+    start = finished = None
     if processes.is_first:
         try:
             start = find_start(config)
-        except RunFinished as message:  # which all must hear
-            finished = str(message)
-    path, finished = processes.from_first(lambda: (None if start is None else start.path, finished))
+        except RunFinished as error:
+            finished = error
+    path, finished = processes.from_first(lambda: (start and start.path, finished))
     if finished is not None:
-        raise RunFinished(finished)
+        raise finished
     return start if processes.is_first or path is None else Start(path, load_checkpoint(path), ())
 
 
 def choose_format(runtime: Runtime, start: Start | None, precision: str) -> torch.dtype:
-    """The number format of a run: with precision=auto that of the run that it continues. Says in one line where the format changes."""
+    """The number format of a run: with precision=auto that of the run that it continues. Prints where the format changes."""
     stored = runtime.precision
     if start is not None and "runtime" in start.checkpoint:  # earlier versions stored none
         stored = start.checkpoint["runtime"]["precision"]
@@ -152,49 +147,46 @@ def choose_format(runtime: Runtime, start: Start | None, precision: str) -> torc
 
 def _checkpoints(folder: Path) -> list[Path]:
     """All of a folder, the newest last."""
-    return interval_checkpoints(folder) + [path for path in (folder / FINAL,) if path.exists()]
+    return [*interval_checkpoints(folder), *folder.glob(FINAL)]
 
 
 def _folders_newest_first(config: Config) -> list[Path]:
     """The folders under log_dir that hold a checkpoint and may be of this run by their name, the one last written to first."""
-    log_dir, name = Path(config.log_dir), config.run_name
-    if not log_dir.is_dir():
-        return []
+    name = config.run_name
     is_own = re.compile(".*" if name is None else rf"{re.escape(name)}(-\d+)?", re.DOTALL)
-    folders = [path for path in log_dir.iterdir() if path.is_dir() and is_own.fullmatch(path.name)]
+    folders = [path for path in Path(config.log_dir).glob("*/") if is_own.fullmatch(path.name)]
     written = [(path.stat().st_mtime_ns, folder) for folder in folders for path in _checkpoints(folder)]
     return list(dict.fromkeys(folder for _, folder in sorted(written, reverse=True)))
 
 
 def _attempts(folder: Path, checkpoint: dict[str, Any]) -> tuple[Path, ...]:
-    """The folders that led to this checkpoint, as it names them itself; files written before it did name their own alone."""
+    """The folders that led to this checkpoint, by the names in it; earlier versions stored none."""
     names = checkpoint["attempts"] if isinstance(checkpoint.get("attempts"), list) else []
-    siblings = {path.name: path for path in folder.parent.iterdir() if path.is_dir()}  # so that no name leads elsewhere
-    earlier = [siblings[name] for name in names if isinstance(name, str) and name in siblings and name != folder.name]
-    return (*dict.fromkeys(earlier), folder)
+    siblings = {path.name: path for path in folder.parent.glob("*/") if path != folder}  # so that no name leads elsewhere
+    earlier = dict.fromkeys(siblings[name] for name in names if isinstance(name, str) and name in siblings)
+    return *earlier, folder
 
 
 class RunClaim:
-    """Holds run folders for this process, so that no other one continues or clears them meanwhile; the kernel lets go when it ends. On a
-    file system without locks nothing is held."""
+    """Locks run folders, so that no other process continues or clears them; the kernel releases them when this one ends. On a file system
+    without locks nothing is held."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
 
     def add(self, folder: Path) -> bool:
-        """Is the folder held now? Raises ValueError naming it where another process holds it."""
+        """Is the folder held now? Raises ValueError naming it if another process holds it."""
         if fcntl is None:
             return False
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except OSError as error:
             os.close(descriptor)
-            raise ValueError(f"another process is still training in {folder}: wait for it or stop it, or give another run_name or "
-                             "training.resume=never") from error
-        except OSError:  # a file system without locks, such as some network ones
-            os.close(descriptor)
-            return False
+            if isinstance(error, BlockingIOError):
+                raise ValueError(f"another process is still training in {folder}: wait for it or stop it, or give another run_name or "
+                                 "training.resume=never") from error
+            return False  # a file system without locks, such as some network ones
         self._descriptors[folder] = descriptor
         return True
 
@@ -204,8 +196,8 @@ class RunClaim:
             if self.add(folder):
                 remove_leftovers(folder)
         kept = [path for folder in start.attempts for path in interval_checkpoints(folder)]
-        reached = [path for path in kept if path.stem <= f"checkpoint_{start.checkpoint['step']:07d}"]
-        return [path for path in kept if path not in reached] + sorted(reached, key=lambda path: path.stem)  # unreadable ones first
+        newest = f"checkpoint_{start.checkpoint['step']:07d}"
+        return sorted(kept, key=lambda path: path.stem if path.stem <= newest else "")  # unreadable ones, which are newer, first
 
     def release(self) -> None:
         while self._descriptors:

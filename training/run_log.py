@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its checkpoints: its folder, scalars as CSV and curves, and an offline wandb run."""
+"""What a run writes beside its checkpoints: its folder, scalars as CSV and curves, and an offline wandb run."""
 
 from __future__ import annotations
 
@@ -23,25 +23,22 @@ WANDB_TIMEOUT_S = 60.0  # for its first answer
 
 
 def make_run_folder(log_dir: Path, run_name: str | None) -> Path:
-    """Create and return a folder of this run alone; a name that is taken gets a number. Raises OSError naming log_dir."""
+    """Create and return a new folder for this run; a name that is taken gets a number. Raises OSError naming log_dir."""
     name = run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1, 10_000):
-            folder = log_dir / (name if attempt == 1 else f"{name}-{attempt}")
-            try:
+        for number in range(1, 10_000):
+            folder = log_dir / (name if number == 1 else f"{name}-{number}")
+            with suppress(FileExistsError):
                 folder.mkdir()
-            except FileExistsError:
-                continue
-            return folder
+                return folder
     except OSError as error:
         raise OSError(f"cannot write to the folder {log_dir} ({error.strerror}): set log_dir to one that can be written") from error
     raise OSError(f"{log_dir} holds 10,000 runs named {name}: set run_name to another name")
 
 
 def point_to_latest(link: Path, target: Path) -> None:
-    """Make `link` lead to `target` (both under the same folder) in one atomic step, replacing an earlier one. A file system without
-    symbolic links gets a copy."""
+    """Make `link` a relative symbolic link to `target`, atomically replacing an earlier one; a copy on a file system without links."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:
@@ -52,8 +49,8 @@ def point_to_latest(link: Path, target: Path) -> None:
 
 
 class RunLog:
-    """Scalars of one run, written as they come: to scalars.csv, and to wandb unless that is disabled or broken. draw: makes the run's
-    picture, of that name, from scalars.csv. wandb_run_id: that of the resumed run; as an attribute, this run's."""
+    """Scalars of one run, written as they come: to scalars.csv, and to wandb unless that is disabled or broken. draw(csv path, picture
+    path) makes the run's picture. wandb_run_id: that of the resumed run; the attribute is this run's."""
 
     def __init__(
         self, folder: Path, columns: tuple[str, ...], config: dict[str, Any], wandb_config: WandbConfig, picture: str,
@@ -66,41 +63,38 @@ class RunLog:
         self._writer = csv.DictWriter(self._file, self.columns)
         self._writer.writeheader()
         self.wandb_run_id = wandb_run_id
-        self._wandb = self._start_wandb(config, wandb_config)
+        self._wandb: Any = None
+        if wandb_config.mode != "disabled":
+            self._wandb = self._unless_broken(lambda: self._start_wandb(config, wandb_config))
 
-    def _start_wandb(self, config: dict[str, Any], wandb_config: WandbConfig) -> Any | None:
-        if wandb_config.mode == "disabled":
-            return None
-        try:
-            import wandb  # here, as training must also run where it is missing or broken
+    def _start_wandb(self, config: dict[str, Any], wandb_config: WandbConfig) -> Any:
+        import wandb  # here, as training must also run where it is missing or broken
 
-            is_resumed = self.wandb_run_id is not None
-            self.wandb_run_id = self.wandb_run_id or secrets.token_hex(4)
-            return wandb.init(
-                project=wandb_config.project, mode=wandb_config.mode, dir=str(self.folder), name=self.folder.name, config=config,
-                id=self.wandb_run_id, resume="allow" if is_resumed or wandb_config.mode == "online" else None,  # offline: for `wandb sync`
-                settings=wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT_S),
-            )
-        except Exception as error:  # as in `_tell_wandb`
-            self._give_up_wandb(error)
-            return None
+        is_resumed = self.wandb_run_id is not None
+        self.wandb_run_id = self.wandb_run_id or secrets.token_hex(4)
+        return wandb.init(
+            project=wandb_config.project, mode=wandb_config.mode, dir=str(self.folder), name=self.folder.name, config=config,
+            id=self.wandb_run_id, resume="allow" if is_resumed or wandb_config.mode == "online" else None,  # offline: for `wandb sync`
+            settings=wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT_S),
+        )
 
     def _tell_wandb(self, tell: Callable[[Any], None]) -> None:
         if self._wandb is not None:
-            try:
-                tell(self._wandb)
-            except Exception as error:  # whatever wandb raises, training continues without it
-                self._give_up_wandb(error)
+            self._unless_broken(lambda: tell(self._wandb))
 
-    def _give_up_wandb(self, error: Exception) -> None:
-        self._wandb = None
-        if isinstance(error, ConnectionError):  # its local process has died: else it would fail again, aloud, when this one exits
-            with suppress(Exception):  # what is torn down is broken, whatever it says; the warning below names the cause
-                import wandb
+    def _unless_broken(self, use_wandb: Callable[[], Any]) -> Any:
+        """What use_wandb returns. Whatever it raises, training continues without wandb."""
+        try:
+            return use_wandb()
+        except Exception as error:
+            self._wandb = None
+            if isinstance(error, ConnectionError):  # its local process has died, and would raise again when this one exits
+                with suppress(Exception):  # the warning below names the cause
+                    import wandb
 
-                wandb.teardown()
-        reason = " ".join(str(error).split())
-        warnings.warn(f"wandb is off for the rest of this run ({reason}); scalars.csv has every figure", stacklevel=4)
+                    wandb.teardown()
+            reason = " ".join(str(error).split())
+            warnings.warn(f"wandb is off for the rest of this run ({reason}); scalars.csv has every figure", stacklevel=4)
 
     def scalars(self, step: int, seconds: float, figures: dict[str, float]) -> None:
         """Write one row; a column without a figure stays empty."""
@@ -120,13 +114,13 @@ class RunLog:
         self._tell_wandb(show)
 
     def verdict(self, words: str) -> None:
-        """Keep what became of the run, if anything is said of it: in verdict.txt, and in wandb's summary of the run."""
+        """Write the watchdog's verdict, unless it is empty, to verdict.txt and to wandb's summary of the run."""
         if words:
             (self.folder / "verdict.txt").write_text(words + "\n", encoding="utf-8")
             self._tell_wandb(lambda run: run.summary.update({"verdict": words}))
 
     def draw(self) -> None:
-        """Draw the run's picture from the rows so far, anew, and show it in wandb."""
+        """Draw the run's picture from the rows so far, and show it in wandb."""
         self._draw(self.folder / "scalars.csv", self._picture)
         if self._picture.exists():
             self.media(self._last_step, self._picture.stem, self._picture)
@@ -142,7 +136,7 @@ class RunLog:
 
 
 class SilentLog:
-    """The log of a process beside the one that writes."""
+    """The log of the processes that do not write."""
 
     wandb_run_id: str | None = None
 
@@ -169,19 +163,19 @@ def draw_curves(csv_path: Path, picture_path: Path) -> None:
 
 
 def read_scalars(csv_path: Path, with_seconds: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Steps and values of every column of a scalars.csv that has any; of the clock only if asked for. Raises ValueError if the file is not
+    """Steps and values of every column of a scalars.csv that has any; "seconds" only if asked for. Raises ValueError if the file is not
     a scalars.csv."""
-    series, others = {}, ("step",) if with_seconds else ("step", "seconds")
     try:
         with open(csv_path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
+        series = {}
         for name in rows[0] if rows else ():
             filled = [row for row in rows if row[name]]
-            if filled and name not in others:
+            if filled and name != "step" and (with_seconds or name != "seconds"):
                 series[name] = (np.array([int(row["step"]) for row in filled]), np.array([float(row[name]) for row in filled]))
+        return series
     except (KeyError, TypeError, ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"{csv_path} is no table of a run's figures by step: give the folder of a run of train.py") from error
-    return series
 
 
 def panel_grid(num: int, width: int, panel_width: float, panel_height: float) -> tuple[Figure, list[Axes]]:
@@ -198,13 +192,13 @@ def panel_grid(num: int, width: int, panel_width: float, panel_height: float) ->
 
 
 def spans_magnitudes(values: np.ndarray) -> bool:
-    """Is a logarithmic axis called for: are all finite values positive, and some far above their median?"""
+    """Does the plot need a logarithmic axis: are all finite values positive, and some far above their median?"""
     finite = values[np.isfinite(values)]
     return len(finite) > 0 and finite.min() > 0 and finite.max() > 20 * np.median(finite)
 
 
 def plot_series(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> None:
-    """The values pale, and their running median over them."""
+    """The values in a pale line, and their running median over it."""
     width = max(len(values) // 40, 1)
     median = [np.median(values[max(i - width, 0): i + width + 1]) for i in range(len(values))]
     axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)

@@ -61,8 +61,11 @@ def placed_like(value: Tensor, own: Tensor) -> Tensor:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restore an optimizer from whole tensors, whether or not its parameters are sharded."""
+    """Restore an optimizer from whole tensors, whether or not its parameters are sharded. Settings other than the rate stay its own."""
+    settings = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
     for parameter, held in optimizer.state.items():
         for name, value in held.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:

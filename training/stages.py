@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from dynamic_video_sf import Rollout, SelfForcingEngine, Text
 from machine.runtime import Runtime, require_compiler
 from method.diagnostics import STEP_COLUMNS, exit_columns
-from method.plans import baseline_plans, many_step_plan, teacher_plan
 from method.settings import PretrainConfig, SelfForcingConfig, TrainingConfig
 from network.text_encoder import NULL_PROMPT, TextEncoder
 from network.weights import exponential_decay, update_average
@@ -24,8 +23,8 @@ from training.config import Config
 from training.data import draw_num_frames, draw_switch, draw_window_start, next_in_batch, open_data
 from training.distributed import ONE_PROCESS, Processes, mean_figures
 from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
-from training.optimizers import MUON_RATE, build_muon, self_forcing_optimizers, self_forcing_settings, split_matrices
-from training.resumable import Sampler, Stage, set_rate
+from training.optimizers import MUON_RATE, build_muon, self_forcing_optimizers, split_matrices
+from training.resumable import Sampler, Stage, many_step_samplers, set_rate
 from training.sharding import shard_blocks, whole
 from training.starting_networks import check_is_bidirectional, check_same_start, load_start, load_teacher
 
@@ -69,8 +68,8 @@ class PretrainStage(Stage):
                 block.compile(dynamic=False)
         matrices, others = split_matrices(self.live)
         self.base_rates = {"muon": self.config.muon_lr, "adamw": self.config.lr}
-        self.optimizers["muon"] = build_muon(matrices, self.config.muon_lr, **self.optimizer_settings("muon"))
-        self.optimizers["adamw"] = torch.optim.AdamW(others, lr=self.config.lr, **self.optimizer_settings("adamw"))
+        self.optimizers["muon"] = build_muon(matrices, self.config.muon_lr, self.config.weight_decay)
+        self.optimizers["adamw"] = torch.optim.AdamW(others, lr=self.config.lr, weight_decay=self.config.weight_decay)
 
     def train_step(self, step: int) -> dict[str, float]:
         config = self.config
@@ -81,7 +80,7 @@ class PretrainStage(Stage):
         losses = []
         for part in self.parts.of(batch_size, self.random):
             batch = self.data.sample(self.seed, indices[part], num_frames)
-            prompts = drop_prompts(batch.captions, config.prompt_dropout, NULL_PROMPT, self.random)
+            prompts = drop_prompts(batch.captions, config.prompt_dropout, self.random)
             x_0 = batch.video.to(self.runtime.device)
             with self.runtime.autocast():
                 prompt = self.model.encode_prompt(*self.text_encoder.encode(prompts))
@@ -99,28 +98,23 @@ class PretrainStage(Stage):
 
     def _loss(self, step: int, x_0: Tensor, prompt: PromptContext, indices: Sequence[int], part: slice) -> tuple[str, Tensor]:
         """The name and value of this step's loss on this part of the videos with these indices."""
-        config, inputs = self.config, (self.model, x_0, prompt)
-        common, block = (config.time_shift, config.loss_time_floor, self.random), config.num_frames_per_block
+        config = self.config
+        inputs = self.model, x_0, prompt, config, self.random
         if config.objective == "teacher_forcing":
-            return "loss_causal", teacher_forcing_loss(*inputs, block, *common, config.context)
+            return "loss_causal", teacher_forcing_loss(*inputs)
         share = config.bidirectional_share  # of the steps, evenly spread: .5 is every even step
         if config.objective == "mixed" and math.ceil((step + 1) * share) > math.ceil(step * share):
-            return "loss_bidirectional", bidirectional_loss(*inputs, *common)
+            return "loss_bidirectional", bidirectional_loss(*inputs)
         x_before = None
         if config.switch_probability > 0:  # a switch may come from the digit of the next video
             x_before = self.data.before(self.seed, indices[part], next_in_batch(indices)[part], x_0.shape[1]).to(x_0.device)
-        switch = (x_before, config.switch_probability)
-        return "loss_causal", block_causal_loss(*inputs, block, config.clean_prefix_probability, *common, config.context, *switch)
+        return "loss_causal", block_causal_loss(*inputs, x_before)
 
     def shown(self) -> dict[str, Sampler]:
-        """The averaged network in many steps, as the teacher or causally, and in few causal steps (`baseline_plans`)."""
-        config, num_steps, networks = self.config, self.config.teacher_steps, (self.average["generator"], self.average["text_encoder"])
-        name, plan = "teacher", teacher_plan(config)
-        if config.objective != "mixed":
-            name = "causal"
-            plan = many_step_plan(num_steps, config.time_shift, config.num_frames_per_block, config.guidance, config.context)
-        plans = {f"{name}, {num_steps} steps": plan, **baseline_plans(config)}
-        return {name: Sampler(*networks, plan) for name, plan in plans.items()}
+        """The averaged network, as the teacher that it becomes or as the causal network that it is."""
+        is_causal = self.config.objective != "mixed"
+        networks = self.average["generator"], self.average["text_encoder"]
+        return many_step_samplers("causal" if is_causal else "teacher", *networks, self.config, is_causal)
 
     def networks(self) -> dict[str, nn.Module]:
         return {"generator": self.model, "text_encoder": self.text_encoder}
@@ -130,9 +124,6 @@ class PretrainStage(Stage):
             "generator_state_dict": self.model, "generator_ema_state_dict": self.average["generator"],
             "text_encoder_state_dict": self.average["text_encoder"], "text_encoder_live_state_dict": self.text_encoder,
         }
-
-    def optimizer_settings(self, name: str) -> dict[str, Any]:
-        return {"weight_decay": self.config.weight_decay}
 
 
 class SelfForcingStage(Stage):
@@ -250,11 +241,10 @@ class SelfForcingStage(Stage):
             set_rate(self.optimizers[f"{name}_muon"], MUON_RATE * rate)
 
     def shown(self) -> dict[str, Sampler]:
-        """The averaged student beside its teacher, in many steps and block by block in few (`baseline_plans`)."""
-        config, plan, teacher = self.config, self.engine.plan, self.engine.real_score
-        plans = {f"teacher, {config.teacher_steps} steps": teacher_plan(config), **baseline_plans(config)}
-        samplers = {name: Sampler(teacher, self.text_encoder, each) for name, each in plans.items()}
-        return samplers | {f"student, {len(plan.times)} steps": Sampler(self.engine.generator_average, self.text_encoder, plan)}
+        """The averaged student beside its teacher."""
+        samplers = many_step_samplers("teacher", self.engine.real_score, self.text_encoder, self.config)
+        student = Sampler(self.engine.generator_average, self.text_encoder, self.engine.plan)
+        return samplers | {f"student, {len(student.plan.times)} steps": student}
 
     def live(self) -> Sampler:
         """The generator itself, not its average: a fault shows here first."""
@@ -269,9 +259,6 @@ class SelfForcingStage(Stage):
             "critic_state_dict": self.engine.critic, "critic_ema_state_dict": self.engine.fake_average,
             "real_score_state_dict": self.engine.real_score, "text_encoder_state_dict": self.text_encoder,
         }
-
-    def optimizer_settings(self, name: str) -> dict[str, Any]:
-        return self_forcing_settings(name, self.config)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"num_generator_updates": self.num_generator_updates}

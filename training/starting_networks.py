@@ -1,4 +1,4 @@
-"""The networks that a training starts from or goes on with: read from files, and refused where they do not fit the run."""
+"""The networks that a training starts from or continues: read from files, and refused where they do not fit the run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from clips.own_videos import VideosConfig
 from machine.paths import REPOSITORY
 from method.settings import FewStepConfig, PretrainConfig, SelfForcingConfig
 from training.checkpoint import CheckpointError, LoadedNetworks, load_networks, same_text_encoder
-from training.config import Config, config_from_dict
+from training.config import Config, config_from_dict, config_to_dict, flatten
 
-DATA_GEOMETRY = ("frame_size", "digit_size", "num_digits", "channels")  # what two stages of one network must share
+DATA_GEOMETRY = {f"dataset.{name}" for name in ("frame_size", "digit_size", "num_digits", "channels")}  # the same in all of its stages
 
 
 def check_is_bidirectional(path: str, stored: Config) -> None:
-    """Raise CheckpointError where a network is no bidirectional teacher, because it was trained causally alone."""
+    """Raise CheckpointError where a network was trained causally only and so is no bidirectional teacher."""
     training = stored.training
     if isinstance(training, PretrainConfig) and training.objective != "mixed":
         raise CheckpointError(
@@ -37,17 +37,12 @@ def check_same_networks(path: Path, stored: Config, wanted: Config) -> None:
         apart = sorted(set(words) ^ set(asked_words))[:8]
         how = f"which do not share the words {', '.join(apart)}" if apart else "which have the same words in another order"
         raise CheckpointError(f"{path} was trained with other captions than those of this run, {how}: give the same ones, or another file")
-    found, asked = [], []
-    groups = {"model": (stored.model, wanted.model), "text": (stored.text, wanted.text), "dataset": (stored.dataset, wanted.dataset)}
-    for group, (theirs, ours) in groups.items():
-        keys = [key for key in vars(ours) if (group != "dataset" or key in DATA_GEOMETRY) and key != "vocabulary"]
-        differing = [key for key in keys if getattr(theirs, key) != getattr(ours, key)]
-        found += [f"{group}.{key}={getattr(theirs, key)}" for key in differing]
-        asked += [f"{group}.{key}={getattr(ours, key)}" for key in differing]
-    if found:
-        raise CheckpointError(
-            f"{path} was trained with {', '.join(found)}, but this run asks for {', '.join(asked)}: give the same sizes or another file"
-        )
+    theirs, ours = (flatten(config_to_dict(each)) for each in (stored, wanted))
+    sizes = [key for key in ours if key in DATA_GEOMETRY or key.startswith(("model.", "text.")) and key != "text.vocabulary"]
+    differing = [key for key in sizes if theirs[key] != ours[key]]
+    if differing:
+        found, asked = (", ".join(f"{key}={each[key]}" for key in differing) for each in (theirs, ours))
+        raise CheckpointError(f"{path} was trained with {found}, but this run asks for {asked}: give the same sizes or another file")
 
 
 def check_same_start(training: SelfForcingConfig, checkpoint: dict[str, Any], name: str, teacher: dict[str, Tensor]) -> None:
@@ -66,8 +61,8 @@ def check_same_start(training: SelfForcingConfig, checkpoint: dict[str, Any], na
 
 
 def load_start(path: Path, config: Config, teacher: LoadedNetworks, device: torch.device) -> LoadedNetworks:
-    """The network that a generator starts from. Raises CheckpointError as `load_teacher` does, and if it was trained with
-    another text encoder than the teacher's, which alone is kept."""
+    """The network that a generator starts from. Raises CheckpointError as `load_fitting` does, and if it was trained with another text
+    encoder than the teacher's, which is the one kept."""
     start = load_fitting(path, config, device)
     if not same_text_encoder(start, teacher):
         raise CheckpointError(f"{path} was trained with another text encoder than the teacher {config.training.pretrained_checkpoint}: "
@@ -87,9 +82,9 @@ def load_teacher(path: Path, config: Config, device: torch.device) -> LoadedNetw
 
 
 def load_fitting(path: Path, config: Config, device: torch.device) -> LoadedNetworks:
-    """The networks of a file, which must have this run's sizes. A relative path that is not here is looked for in the repository. Raises
-    CheckpointError naming both sides if sizes differ."""
-    if not path.is_absolute() and not path.exists() and (REPOSITORY / path).exists():
+    """The networks of a file, which must have this run's sizes. A relative path that does not exist is looked for in the repository.
+    Raises CheckpointError naming both sides if sizes differ."""
+    if not path.exists() and (REPOSITORY / path).exists():  # an absolute path stays itself
         path = REPOSITORY / path
     stored = load_networks(path, device)
     check_same_networks(path, stored.config, config)

@@ -1,12 +1,11 @@
-"""Is a Self-Forcing run going wrong right now? It says so in one line when it happens, and at the end what became of it.
+"""Watches a Self-Forcing run: one line when it goes wrong, and a verdict at the end.
 
-It changes nothing in the training, and looks at figures that a run has anyway: the generator's gradient norm and the critic's loss against
-their running medians, which warn, and what the judge reads in the fixed prompts (`judging.prompts`), which decides.
+It changes nothing in the training. The generator's gradient norm and the critic's loss against their running medians warn; what the judge
+reads in the fixed prompts (`judging.prompts`) decides.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -20,6 +19,7 @@ READABLE = 0.5  # of frames right: from then on a run has something to lose
 WORST_FALL = 0.2  # of frames right below the best reading so far
 HEAVIEST = 1.5  # stroke mass over that of real video; its inverse is as wrong
 QUIET_STEPS = 40  # after a warning, before the next of its kind
+READ = ("frames_right", "one_class", "track_within_1px", "stroke_mass_ratio")  # figures of a reading
 
 
 @dataclass(frozen=True)
@@ -49,30 +49,29 @@ class Reading:
 class Watchdog:
     """Watches one run. `observe` after every step; `verdict` at the end; the state is a plain dict."""
 
-    norms: deque[float] = field(default_factory=lambda: deque(maxlen=MEMORY))
-    critic_losses: deque[float] = field(default_factory=lambda: deque(maxlen=MEMORY))
+    norms: list[float] = field(default_factory=list)  # the last MEMORY
+    critic_losses: list[float] = field(default_factory=list)
     last_warning: dict[str, int] = field(default_factory=dict)  # step, by kind
     best: Reading | None = None
     latest: Reading | None = None
     collapse: Reading | None = None  # the first reading that had lost what was there
 
     def observe(self, step: int, figures: dict[str, float]) -> list[str]:
-        """Take in the figures of this step, 0 the first; returns what is to be said of them, a line each."""
+        """Take in the figures of this step, counted from 0; returns the lines to print."""
         finished, lines = step + 1, []
         if "gradient_norm_generator" in figures:
             norm = figures["gradient_norm_generator"]
             if len(self.norms) >= MIN_HISTORY and norm > NORM_SPIKE * median(self.norms):
                 self._warn(lines, "norm", finished, f"the generator's gradient norm is {norm:.2g}, its median was {median(self.norms):.2g}")
-            self.norms.append(norm)
+            self.norms = [*self.norms, norm][-MEMORY:]
         if "loss_critic" in figures:
-            self.critic_losses.append(figures["loss_critic"])
-            earlier, recent = list(self.critic_losses)[:-RECENT], list(self.critic_losses)[-RECENT:]
+            self.critic_losses = [*self.critic_losses, figures["loss_critic"]][-MEMORY:]
+            earlier, recent = self.critic_losses[:-RECENT], self.critic_losses[-RECENT:]
             if len(earlier) >= MIN_HISTORY and min(recent) > LOSS_SPIKE * median(earlier):
                 found = f"the critic's loss was at least {min(recent):.2g} for {RECENT} steps, its median {median(earlier):.2g}"
                 self._warn(lines, "critic", finished, found)
         if "frames_right" in figures:
-            names = ("frames_right", "one_class", "track_within_1px", "stroke_mass_ratio")
-            lines += self._read(Reading(finished, *(figures[name] for name in names)))
+            lines += self._read(Reading(finished, *(figures[name] for name in READ)))
         return lines
 
     def _read(self, reading: Reading) -> list[str]:
@@ -86,7 +85,7 @@ class Watchdog:
         return [f"COLLAPSE: step {reading.step}: the fixed prompts read {reading}{where}"]
 
     def _is_lost(self, reading: Reading) -> bool:
-        """Is what the best reading so far had lost in this one: the digits, or strokes of a digit's weight?"""
+        """Has this reading lost the digits, or the right weight of their strokes, that the best one so far had?"""
         best = 0.0 if self.best is None else self.best.frames_right
         is_off = not 1 / HEAVIEST <= reading.stroke_mass_ratio <= HEAVIEST
         return best >= READABLE and (reading.frames_right < best - WORST_FALL or is_off)
@@ -114,16 +113,9 @@ class Watchdog:
         return f"verdict: COLLAPSED at step {self.collapse.step} ({self.collapse}){after}; {end}"
 
     def state_dict(self) -> dict[str, Any]:
-        readings = {"best": self.best, "latest": self.latest, "collapse": self.collapse}
-        return {
-            "norms": list(self.norms), "critic_losses": list(self.critic_losses), "last_warning": dict(self.last_warning),
-            **{name: None if reading is None else asdict(reading) for name, reading in readings.items()},
-        }
+        return asdict(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.norms.extend(state["norms"])
-        self.critic_losses.extend(state["critic_losses"])
-        self.last_warning = dict(state["last_warning"])
-        self.best, self.latest, self.collapse = (
-            None if state[name] is None else Reading(**state[name]) for name in ("best", "latest", "collapse")
-        )
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Watchdog:
+        """The inverse of `state_dict`."""
+        return cls(**state | {name: state[name] and Reading(**state[name]) for name in ("best", "latest", "collapse")})

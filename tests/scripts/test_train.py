@@ -106,7 +106,7 @@ def test_resuming_from_what_does_not_fit_is_refused(pretrained, student, self_fo
     pretraining = PretrainConfig(**SHARED)
     with pytest.raises(ValueError, match="training type pretrain, this run is dmd2"):
         resume(self_forcing, pretrained / "checkpoint_0000004.pt")
-    with pytest.raises(ValueError, match="stands at step 6: set training.num_steps above it"):
+    with pytest.raises(ValueError, match="is already at step 6: set training.num_steps above it"):
         resume(pretraining, pretrained / "checkpoint_final.pt")
     whole = load_checkpoint(pretrained / "checkpoint_0000004.pt")
     for changes, words in (

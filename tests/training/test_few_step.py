@@ -10,31 +10,29 @@ from torch import Tensor
 from dynamic_video_sf import make_noise_streams, rollout_blocks, sample_bidirectional
 from method.flow_matching import euler_sampler, sampling_times, shift_time
 from method.plans import BidirectionalPlan, many_step_plan
-from network.attention import ContextWindow
-from training.few_step import (
-    TeacherPrompts,
-    Trajectory,
-    consistency_loss,
-    draw_step_orders,
-    nearest_steps,
-    ode_regression_loss,
-    ode_trajectory,
-)
+from method.settings import CausalConsistencyConfig, CausalODEConfig
+from training.few_step import Trajectory, consistency_loss, draw_step_orders, nearest_steps, ode_regression_loss, ode_trajectory
 
 STEPS, KEPT, SHIFT, GUIDANCE, BLOCK = 4, [0, 1, 3], 3.0, 2.0, 3
+NO_PROMPTS = (None, None, (None, None))
+TEACHERS = pytest.mark.parametrize("kind", ["causal", "bidirectional"])
 
 
-def small_trajectory(is_causal: bool) -> Trajectory:
+def ode_config(kind: str) -> CausalODEConfig:
+    return CausalODEConfig(trajectory_teacher=kind, trajectory_steps=STEPS, denoising_steps=[1000, 750, 250], guidance=GUIDANCE)
+
+
+def small_trajectory(kind: str) -> Trajectory:
     model = build_small_model()
     prompts = random_prompt(model, 2), random_prompt(model, 2, seed=9)
-    return ode_trajectory(model, *prompts, make_noise_streams([1, 2]), 9, BLOCK, STEPS, KEPT, SHIFT, GUIDANCE, is_causal)
+    return ode_trajectory(model, *prompts, make_noise_streams([1, 2]), 9, ode_config(kind))
 
 
-def sampled(is_causal: bool) -> Tensor:
+def sampled(kind: str) -> Tensor:
     """The same video from the samplers themselves."""
     model = build_small_model()
     prompt, null = random_prompt(model, 2), random_prompt(model, 2, seed=9)
-    if is_causal:
+    if kind == "causal":
         plan = many_step_plan(STEPS, SHIFT, BLOCK, GUIDANCE)
         return torch.cat(list(rollout_blocks(model, prompt, make_noise_streams([1, 2]), 3, plan, null)), dim=1)
     return sample_bidirectional(model, prompt, null, make_noise_streams([1, 2]), 9, BidirectionalPlan(STEPS, SHIFT, GUIDANCE))
@@ -48,11 +46,11 @@ def test_a_trajectory_meets_the_denoising_steps_unless_its_steps_are_too_many():
     torch.testing.assert_close(fine, torch.tensor(times), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_trajectories_end_where_the_sampler_ends_and_keep_the_points_between(is_causal):
-    trajectory = small_trajectory(is_causal)
+@TEACHERS
+def test_trajectories_end_where_the_sampler_ends_and_keep_the_points_between(kind):
+    trajectory, is_causal = small_trajectory(kind), kind == "causal"
     with torch.no_grad():
-        assert torch.equal(trajectory.x_0, sampled(is_causal))
+        assert torch.equal(trajectory.x_0, sampled(kind))
     num_ends = 0 if is_causal else 1  # the original is trained at time 0 too, at which inference writes the cache
     assert trajectory.x_t.shape == (3 + num_ends, 2, 9, 1, 8, 8) and not trajectory.x_t.requires_grad
     torch.testing.assert_close(trajectory.times, torch.cat([sampling_times(STEPS, SHIFT)[KEPT], torch.zeros(num_ends)]))
@@ -74,7 +72,7 @@ def test_trajectories_end_where_the_sampler_ends_and_keep_the_points_between(is_
     torch.testing.assert_close(ended, trajectory.x_0, rtol=1e-4, atol=1e-4 * trajectory.x_0.abs().max().item())
 
 
-def test_every_block_meets_every_step_once_in_an_order_of_its_own():
+def test_every_block_meets_every_step_once_in_its_own_order():
     orders = draw_step_orders(4, 3, 5, torch.Generator().manual_seed(0))
     assert orders.shape == (4, 3, 5)
     assert (orders.sort(dim=0).values == torch.arange(4)[:, None, None]).all()
@@ -87,45 +85,40 @@ class Recorder:
 
     answer: Tensor
 
-    def _velocity(self, kind: str, x_t: Tensor, t: Tensor, x_clean: Tensor | None) -> Tensor:
-        self.asked = kind, x_t, t, x_clean
+    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor | None, *rest: object) -> Tensor:
+        self.asked = x_t, t, x_clean
         return (x_t - self.answer) / t[..., None, None, None]
 
-    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, block: int, *rest: ContextWindow) -> Tensor:
-        return self._velocity("teacher_forced", x_t, t, x_clean)
-
-    def forward_block_causal(self, x_t: Tensor, t: Tensor, prompt: None, block: int, *rest: ContextWindow) -> Tensor:
-        return self._velocity("block_causal", x_t, t, None)
+    def forward_block_causal(self, x_t: Tensor, t: Tensor, *rest: object) -> Tensor:
+        return self.forward_teacher_forced(x_t, t, None)
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_regression_stands_each_block_at_its_step_and_asks_for_the_end(is_causal):
-    trajectory, steps = small_trajectory(is_causal), torch.tensor([[0, 1, 2], [2, 2, 0]])
+@TEACHERS
+def test_regression_puts_each_block_at_its_step_and_asks_for_the_end(kind):
+    trajectory, steps, config = small_trajectory(kind), torch.tensor([[0, 1, 2], [2, 2, 0]]), ode_config(kind)
     student = Recorder(trajectory.x_0)
-    assert ode_regression_loss(student, trajectory, steps, None, BLOCK, is_causal).item() < 1e-9
-    kind, x_t, t, x_clean = student.asked
-    assert kind == ("teacher_forced" if is_causal else "block_causal") and (x_clean is trajectory.x_0) == is_causal
+    assert ode_regression_loss(student, trajectory, steps, None, config).item() < 1e-9
+    x_t, t, x_clean = student.asked
+    assert x_clean is (trajectory.x_0 if kind == "causal" else None)
     for video in range(2):
         for block, step in enumerate(steps[video].tolist()):
             frames = slice(BLOCK * block, BLOCK * (block + 1))
             assert torch.equal(x_t[video, frames], trajectory.x_t[step, video, frames])
             assert (t[video, frames] == trajectory.times[step]).all()
-    off = ode_regression_loss(Recorder(trajectory.x_0 + 0.5), trajectory, steps, None, BLOCK, is_causal)
+    off = ode_regression_loss(Recorder(trajectory.x_0 + 0.5), trajectory, steps, None, config)
     assert off.item() == pytest.approx(0.25, rel=1e-3)
 
 
 def test_a_block_at_time_0_is_context_alone():
     """It adds no loss, whatever the network says of it, and what the others learn depends on its content."""
-    trajectory, model = small_trajectory(False), build_small_model()
+    trajectory, model = small_trajectory("bidirectional"), build_small_model()
     prompt = random_prompt(model, 2)
 
-    def loss(first_step: int) -> Tensor:
-        steps = torch.tensor([[first_step, 1, 1]] * 2)
-        return ode_regression_loss(model, trajectory, steps, prompt, BLOCK, False)
+    def loss(*steps: int) -> Tensor:
+        return ode_regression_loss(model, trajectory, torch.tensor([steps] * 2), prompt, ode_config("bidirectional"))
 
     with torch.no_grad():
-        only_context = ode_regression_loss(model, trajectory, torch.full((2, 3), 3), prompt, BLOCK, False)
-        assert only_context == 0 and loss(3) != loss(0)
+        assert loss(3, 3, 3) == 0 and loss(3, 1, 1) != loss(0, 1, 1)
 
 
 class LinearTeacher:
@@ -135,7 +128,7 @@ class LinearTeacher:
         self.rate = rate
         self.clean: list[Tensor] = []
 
-    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, block: int, *rest: ContextWindow) -> Tensor:
+    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, *rest: object) -> Tensor:
         self.clean.append(x_clean)
         return self.rate * x_t
 
@@ -150,7 +143,7 @@ class ConsistentStudent:
         self.error = error
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, block: int, *rest: ContextWindow) -> Tensor:
+    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, *rest: object) -> Tensor:
         self.seen.append((t, x_clean))
         index = (t[..., None] - self.times).abs().argmin(-1)
         factor, time = self.factor[index][..., None, None, None], t[..., None, None, None]
@@ -159,12 +152,12 @@ class ConsistentStudent:
 
 
 def test_consistency_loss_is_zero_for_the_consistency_function_and_for_no_other():
+    config = CausalConsistencyConfig(consistency_steps=6)
     times, x_0 = sampling_times(6, SHIFT), torch.randn(4, 9, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 
     def loss(error: float = 0.0, rate: float = 0.8, seed: int = 0) -> float:
         student, teacher = ConsistentStudent(0.8, times, error), LinearTeacher(rate)
-        random = batch_random(seed)
-        value = consistency_loss(student, student, teacher, x_0, None, None, TeacherPrompts(None, None), BLOCK, times, 2.0, random)
+        value = consistency_loss(student, student, teacher, x_0, *NO_PROMPTS, config, batch_random(seed))
         assert all(clean is x_0 for _, clean in student.seen) and all(clean is x_0 for clean in teacher.clean)
         return value.item()
 
@@ -175,10 +168,9 @@ def test_consistency_loss_is_zero_for_the_consistency_function_and_for_no_other(
 
 
 def test_consistency_draws_neighbours_for_every_block_down_to_time_zero():
-    times, x_0 = sampling_times(3, SHIFT), torch.zeros(64, 9, 1, 1, 1)
+    config, times, x_0 = CausalConsistencyConfig(consistency_steps=3), sampling_times(3, SHIFT), torch.zeros(64, 9, 1, 1, 1)
     student = ConsistentStudent(0.8, times)
-    random = batch_random()
-    consistency_loss(student, student, LinearTeacher(0.8), x_0, None, None, TeacherPrompts(None, None), BLOCK, times, 2.0, random)
+    consistency_loss(student, student, LinearTeacher(0.8), x_0, *NO_PROMPTS, config, batch_random())
     (s, _), (t, _) = student.seen
     pairs = set(zip(t.flatten().tolist(), s.flatten().tolist(), strict=True))
     assert pairs == set(zip(times[:-1].tolist(), times[1:].tolist(), strict=True))
@@ -190,11 +182,8 @@ def test_consistency_gradient_reaches_the_student_alone():
     student, target, teacher = (build_small_model(seed) for seed in range(3))
     for model in (target, teacher):
         model.requires_grad_(True)
-    prompts = TeacherPrompts(random_prompt(teacher, 2), random_prompt(teacher, 2, seed=9))
+    prompts = random_prompt(student, 2), random_prompt(target, 2), (random_prompt(teacher, 2), random_prompt(teacher, 2, seed=9))
     x_0 = torch.randn(2, 6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    consistency_loss(
-        student, target, teacher, x_0, random_prompt(student, 2), random_prompt(target, 2), prompts, BLOCK, sampling_times(4, SHIFT), 2.0,
-        batch_random(),
-    ).backward()
+    consistency_loss(student, target, teacher, x_0, *prompts, CausalConsistencyConfig(consistency_steps=4), batch_random()).backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
     assert all(parameter.grad is None for model in (target, teacher) for parameter in model.parameters())

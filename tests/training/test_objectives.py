@@ -1,7 +1,6 @@
 """Losses that use data: their weights, the times they sample and that they can be lowered."""
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +9,15 @@ from torch import Tensor
 
 from method.flow_matching import add_noise, shift_time
 from method.losses import x_0_prediction_loss
-from network.attention import ContextWindow
+from method.settings import PretrainConfig
+from network.text_encoder import NULL_PROMPT
 from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, sample_block_times, teacher_forcing_loss
 
-TINY_FLOOR = 1e-6
+
+def pretrain_config(**changes: object) -> PretrainConfig:
+    """Blocks of 2 frames, and a loss that weighs all times by 1 / t^2."""
+    lengths = {"num_frames_per_block": 2, "min_num_frames": 6, "max_num_frames": 6}
+    return PretrainConfig(**{**lengths, "time_shift": 3.0, "loss_time_floor": 1e-6, **changes})
 
 
 @dataclass
@@ -30,11 +34,11 @@ class OracleModel:
         time = t[:, :, None, None, None]
         return torch.where(time > 0, (x_t - self.x_0) / time.clamp(min=1e-12) + 1, 100.0)
 
-    def forward_block_causal(self, x_t: Tensor, t: Tensor, prompt: None, block: int, *rest: ContextWindow) -> Tensor:
+    def forward_block_causal(self, x_t: Tensor, t: Tensor, prompt: None, block: int, *rest: object) -> Tensor:
         self.blocks.append(block)
         return self.forward_bidirectional(x_t, t, prompt)
 
-    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, block: int, *rest: ContextWindow) -> Tensor:
+    def forward_teacher_forced(self, x_t: Tensor, t: Tensor, x_clean: Tensor, prompt: None, block: int, *rest: object) -> Tensor:
         self.cleans.append(x_clean)
         return self.forward_block_causal(x_t, t, prompt, block)
 
@@ -82,7 +86,7 @@ def test_frame_weights_choose_the_frames_that_count(videos):
 def test_bidirectional_loss_gives_one_time_to_a_video(videos):
     model = OracleModel(videos[0].float())
     random = batch_random()
-    losses = [bidirectional_loss(model, model.x_0, None, 3.0, TINY_FLOOR, random) for _ in range(4)]
+    losses = [bidirectional_loss(model, model.x_0, None, pretrain_config(), random) for _ in range(4)]
     torch.testing.assert_close(torch.stack(losses), torch.ones(4), rtol=1e-3, atol=1e-3)
     times = torch.cat([t for _, t in model.calls])  # (12, F)
     assert (times == times[:, :1]).all() and times[:, 0].unique().numel() == 12 and model.blocks == []
@@ -91,9 +95,9 @@ def test_bidirectional_loss_gives_one_time_to_a_video(videos):
 @pytest.mark.parametrize(("num_frames_per_block", "probability"), [(1, 0.5), (3, 0.25), (3, 1.0), (3, 0.0)])
 def test_clean_prefixes_have_time_zero_weight_zero_and_their_share(num_frames_per_block, probability):
     count, num_blocks = 8000, 4
-    t, weight = sample_block_times(
-        count, num_blocks * num_frames_per_block, num_frames_per_block, probability, 3.0, torch.Generator().manual_seed(0)
-    )
+    config = PretrainConfig(num_frames_per_block=num_frames_per_block)
+    random = torch.Generator().manual_seed(0)
+    t, weight = sample_block_times(config, count, num_blocks * num_frames_per_block, probability, random)
     assert t.shape == weight.shape == (count, num_blocks * num_frames_per_block)
     of_block = t.unflatten(1, (num_blocks, num_frames_per_block))
     assert (of_block == of_block[..., :1]).all()
@@ -112,7 +116,7 @@ def test_clean_prefixes_have_time_zero_weight_zero_and_their_share(num_frames_pe
 def test_block_causal_loss_shows_a_clean_prefix_and_does_not_count_it(videos):
     x_0 = videos[0].float().repeat(8, 1, 1, 1, 1)
     model = OracleModel(x_0)
-    loss = block_causal_loss(model, x_0, None, 2, 1.0, 3.0, TINY_FLOOR, batch_random())
+    loss = block_causal_loss(model, x_0, None, pretrain_config(clean_prefix_probability=1.0), batch_random())
     (x_t, t), = model.calls
     is_clean = t == 0
     assert 0.1 < is_clean.float().mean() < 0.6 and model.blocks == [2]
@@ -121,45 +125,30 @@ def test_block_causal_loss_shows_a_clean_prefix_and_does_not_count_it(videos):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_a_share_of_the_clean_prefixes_is_what_was_before_and_the_video_begins_behind_it(videos, share):
-    count = 400
-    x_0 = torch.arange(1, 7.0).reshape(1, 6, 1, 1, 1).repeat(count, 1, 1, 1, 1)  # frames 1 to 6, after -5 to 0
-    shown = block_causal_inputs(x_0, x_0 - 6, share)
-    t, first = shown.t, shown.x_t[:, 0, 0, 0, 0]
-    prefix = (t == 0).sum(1)  # frames
-    assert set(prefix.tolist()) == {0, 2, 4}
-    switched = (prefix > 0) & (first < 1)
-    assert abs(switched.float().sum() / (prefix > 0).sum() - share) < 0.1
-    rows = zip(prefix.tolist(), switched.tolist(), shown.x_t.flatten(1), shown.x_0.flatten(1), strict=True)
-    for num_before, is_switched, frames, target in rows:
-        start = 1 - num_before if is_switched else 1
-        assert target.tolist() == list(range(start, start + 6)) and torch.equal(frames[:num_before], target[:num_before])
+def test_a_share_of_the_clean_prefixes_is_what_was_before_and_the_video_begins_behind_it(monkeypatch, share):
+    shown = []  # x_t, x_0, t, as the loss gets them
 
-
-def block_causal_inputs(x_0: Tensor, x_before: Tensor, share: float) -> SimpleNamespace:
-    """What `block_causal_loss` shows the network and measures it against: x_t and t, and the x_0 for which the loss is 0."""
-    model, seen = OracleModel(x_0), []
-
-    def forward(x_t: Tensor, t: Tensor, *rest: object) -> Tensor:
-        seen.append((x_t, t))
-        return torch.zeros_like(x_t)
-
-    def loss(v: Tensor, x_t: Tensor, target: Tensor, *rest: object) -> Tensor:
-        seen.append(target)
+    def record_loss(v: Tensor, *arguments: Tensor) -> Tensor:
+        shown.extend(arguments[:3])
         return v.mean()
 
-    model.forward_block_causal = forward
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.objectives.x_0_prediction_loss", loss)
-        block_causal_loss(model, x_0, None, 2, 1.0, 3.0, TINY_FLOOR, batch_random(), x_before=x_before, switch_probability=share)
-    (x_t, t), target = seen
-    return SimpleNamespace(x_t=x_t, t=t, x_0=target)
+    monkeypatch.setattr("training.objectives.x_0_prediction_loss", record_loss)
+    x_0 = torch.arange(1, 7.0).reshape(1, 6, 1, 1, 1).repeat(400, 1, 1, 1, 1)  # frames 1 to 6, after -5 to 0
+    config = pretrain_config(clean_prefix_probability=1.0, switch_probability=share)
+    block_causal_loss(OracleModel(x_0), x_0, None, config, batch_random(), x_before=x_0 - 6)
+    x_t, target, t = (each.flatten(1) for each in shown)
+    prefix = (t == 0).sum(1)  # frames
+    assert set(prefix.tolist()) == {0, 2, 4}
+    switched = (prefix > 0) & (x_t[:, 0] < 1)
+    assert abs(switched.float().sum() / (prefix > 0).sum() - share) < 0.1
+    torch.testing.assert_close(target, torch.arange(1, 7.0) - (prefix * switched)[:, None])
+    assert torch.equal(x_t[t == 0], target[t == 0])
 
 
 def test_teacher_forcing_noises_every_block_and_shows_the_clean_past(videos):
     x_0 = videos[0].float().repeat(8, 1, 1, 1, 1)
     model = OracleModel(x_0)
-    loss = teacher_forcing_loss(model, x_0, None, 2, 3.0, TINY_FLOOR, batch_random())
+    loss = teacher_forcing_loss(model, x_0, None, pretrain_config(), batch_random())
     (x_t, t), = model.calls
     (x_clean,) = model.cleans
     assert torch.equal(x_clean, x_0) and model.blocks == [2]
@@ -171,9 +160,9 @@ def test_teacher_forcing_noises_every_block_and_shows_the_clean_past(videos):
 
 def test_prompts_are_dropped_with_the_probability():
     prompts = [f"a {i}" for i in range(5000)]
-    kept = drop_prompts(prompts, 0.2, "", batch_random())
-    assert abs(kept.count("") / 5000 - 0.2) < 0.025
-    assert all(now in ("", before) for now, before in zip(kept, prompts, strict=True))
-    assert kept == drop_prompts(prompts, 0.2, "", batch_random())
-    assert drop_prompts(prompts, 0.0, "", batch_random()) == prompts
-    assert set(drop_prompts(prompts, 1.0, "null", batch_random())) == {"null"}
+    kept = drop_prompts(prompts, 0.2, batch_random())
+    assert abs(kept.count(NULL_PROMPT) / 5000 - 0.2) < 0.025
+    assert all(now in (NULL_PROMPT, before) for now, before in zip(kept, prompts, strict=True))
+    assert kept == drop_prompts(prompts, 0.2, batch_random())
+    assert drop_prompts(prompts, 0.0, batch_random()) == prompts
+    assert set(drop_prompts(prompts, 1.0, batch_random())) == {NULL_PROMPT}

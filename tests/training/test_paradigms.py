@@ -111,11 +111,11 @@ def test_what_a_paradigm_ships_starts_a_generator_and_is_sampled_as_it_was_train
 def test_trajectories_meet_the_students_times_and_every_block_meets_each(name, is_causal, teacher, monkeypatch):
     stage, asked = build(name, teacher), []
 
-    def record(student, trajectory, steps, prompt, num_frames_per_block, causal, context):
+    def record(student, trajectory, steps, prompt, config):
         asked.append(steps)
         torch.testing.assert_close(trajectory.times, torch.tensor([*stage.plan.times, *([] if is_causal else [0.0])]))
-        assert student is stage.student and causal == is_causal
-        return ode_regression_loss(student, trajectory, steps, prompt, num_frames_per_block, causal, context)
+        assert student is stage.student and config is stage.config
+        return ode_regression_loss(student, trajectory, steps, prompt, config)
 
     monkeypatch.setattr(few_step, "ode_regression_loss", record)
     stage.train_step(0)

@@ -169,7 +169,7 @@ def test_a_finished_run_says_so_and_grows_with_more_steps(tmp_path, monkeypatch,
     config = pretraining(tmp_path, num_steps=2)
     folder = stopping_after(SimplifiedTrainer(config), 1, []).train()  # asked to stop in its last step, it is finished
     assert "all steps were done" in capsys.readouterr().out
-    with pytest.raises(RunFinished, match="run is finished: checkpoint_final.pt stands at step 2 of 2; a larger training.num_steps"):
+    with pytest.raises(RunFinished, match="run is finished: checkpoint_final.pt is at step 2 of 2; a larger training.num_steps"):
         SimplifiedTrainer(resumed(config))
     longer = find_start(resumed(pretraining(tmp_path, num_steps=4)))
     assert longer.path == folder / "checkpoint_final.pt" and "it was to end at 2" in capsys.readouterr().out

@@ -64,8 +64,7 @@ def test_a_run_that_never_became_readable_is_not_called_collapsed():
 
 
 def test_the_state_passes_through_json_and_goes_on_as_if_nothing_had_happened(watched):
-    other = Watchdog()
-    other.load_state_dict(json.loads(json.dumps(watched.state_dict())))
+    other = Watchdog.from_state(json.loads(json.dumps(watched.state_dict())))
     assert other.state_dict() == watched.state_dict()
     for each in (watched, other):
         run(each, range(420, 440), norm=3, reading=GOOD | {"frames_right": 0.2})
