@@ -27,7 +27,7 @@ from tiny_causal_wan import PromptContext, TinyCausalWanModel
 from training.config import Config
 from training.data import draw_num_frames, open_data
 from training.distributed import ONE_PROCESS, Processes, mean_figures
-from training.resumable import Sampler, Stage, many_step_samplers, set_rate
+from training.resumable import Sampler, Stage, many_step_samplers
 from training.sharding import shard_blocks
 from training.stages import rate_factor
 from training.starting_networks import check_is_bidirectional, load_teacher
@@ -74,11 +74,6 @@ def nearest_steps(num_steps: int, time_shift: float, times: tuple[float, ...]) -
     spreads them otherwise."""
     grid = sampling_times(num_steps, time_shift)[:-1]
     return [int((grid - time).abs().argmin()) for time in times]
-
-
-def draw_step_orders(num_steps: int, batch_size: int, num_blocks: int, generator: torch.Generator) -> Tensor:
-    """(S, B, K): for every block an order of the S steps. Row i is one training input; over all rows each block meets each step once."""
-    return torch.rand((num_steps, batch_size, num_blocks), generator=generator).argsort(0)
 
 
 def ode_regression_loss(
@@ -130,11 +125,11 @@ def consistency_loss(
 class FewStepStage(Stage):
     """A student that starts as a copy of its teacher and learns few steps from it; its average is what is shipped."""
 
+    config: CausalODEConfig | CausalConsistencyConfig
     columns = ("loss_few_step", "gradient_norm", "num_frames")
 
     def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
         super().__init__(config, runtime, random, processes)
-        self.config = config.training
         self.data = open_data(config.dataset)
         loaded = load_teacher(Path(self.config.pretrained_checkpoint), config, runtime.device)
         self.is_causal = not isinstance(self.config, CausalODEConfig) or self.config.trajectory_teacher == "causal"
@@ -164,10 +159,8 @@ class FewStepStage(Stage):
             else:
                 loss = self._make_neighbours_agree(config, indices[part], num_frames)
             losses.append({"loss_few_step": loss})
-        norm = self.parts.clip(self.student.parameters(), config.clip_norm)
-        set_rate(self.optimizers["adamw"], rate_factor(config, step) * config.lr)
-        self.optimizers["adamw"].step()
-        self.optimizers["adamw"].zero_grad(set_to_none=True)
+        self.set_rates({"adamw": rate_factor(config, step) * config.lr})
+        norm = self.step_optimizers(self.student)
         update_average(self.average, self.student, exponential_decay(config.ema_decay, step))
         return {**mean_figures(losses), "gradient_norm": norm, "num_frames": num_frames}
 
@@ -177,9 +170,12 @@ class FewStepStage(Stage):
         random, streams = self.random, make_noise_streams(self.random.seeds(len(indices)))
         with self.runtime.autocast():
             trajectory = ode_trajectory(self.teacher, *prompts, streams, num_frames, config)
-        total, num_times = 0.0, len(trajectory.times)
-        num_blocks = len(config.context.block_sizes(num_frames, config.num_frames_per_block))
-        orders = random.draw(len(indices), lambda total: draw_step_orders(num_times, total, num_blocks, random.generator), dim=1)
+        # Every block has its own order of the S times. A row of the orders (S, B, K) is one input of the student.
+        num_times, num_blocks = len(trajectory.times), len(config.context.block_sizes(num_frames, config.num_frames_per_block))
+        orders = random.draw(
+            len(indices), lambda size: torch.rand((num_times, size, num_blocks), generator=random.generator).argsort(0), dim=1
+        )
+        total = 0.0
         for steps in orders:
             with self.runtime.autocast():
                 loss = ode_regression_loss(self.student, trajectory, steps, self.student.encode_prompt(*text), config)

@@ -1,4 +1,4 @@
-"""What every kind of training shares: how its networks are sampled, which prompts it has drawn, and its state, complete in a checkpoint."""
+"""What every kind of training shares: how its networks are sampled, the update, which prompts it has drawn, and its state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training.sharding import load_optimizer, whole
 
 @dataclass(frozen=True)
 class Sampler:
-    """A network and how videos are made with it; `sampling.samplers.sample` makes them."""
+    """A network and how `sampling.samplers.sample` makes videos with it."""
 
     network: TinyCausalWanModel
     text_encoder: TextEncoder
@@ -41,12 +41,6 @@ def many_step_samplers(
     return {name: Sampler(network, text_encoder, plan) for name, plan in plans.items()}
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 class Stage(ABC):
     """One kind of training: its networks, averages and optimizers. The loop around it (`train.SimplifiedTrainer`) owns the step counter,
     the files and the logs. All randomness comes from one generator and data are numbered: the state is complete in `state_dict`."""
@@ -55,7 +49,7 @@ class Stage(ABC):
     counter = "num_prompts_seen"  # its key in a checkpoint
 
     def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes):
-        self.runtime, self.seed = runtime, config.seed
+        self.config, self.runtime, self.seed = config.training, runtime, config.seed
         self.random, self.parts = BatchRandom(random), BatchParts(processes, config.training.accumulation_steps)
         self.parts.check_divides("training.batch_size", config.training.batch_size)
         self.num_prompts_seen = 0
@@ -86,6 +80,22 @@ class Stage(ABC):
         """The numbers of a batch's prompts, each drawn once."""
         self.num_prompts_seen += batch_size
         return range(self.num_prompts_seen - batch_size, self.num_prompts_seen)
+
+    def set_rates(self, rates: dict[str, float]) -> None:
+        """Set the learning rate of every optimizer, by its name."""
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rates[name]
+
+    def step_optimizers(self, network: nn.Module, prefix: str = "") -> float:
+        """Clip the gradients of a network, step its optimizers, whose names begin with prefix, and clear the gradients. Returns the norm
+        before clipping."""
+        norm = self.parts.clip(network.parameters(), self.config.clip_norm)
+        for name, optimizer in self.optimizers.items():
+            if name.startswith(prefix):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         return whole({

@@ -24,7 +24,7 @@ from training.data import draw_num_frames, draw_switch, draw_window_start, next_
 from training.distributed import ONE_PROCESS, Processes, mean_figures
 from training.objectives import bidirectional_loss, block_causal_loss, drop_prompts, teacher_forcing_loss
 from training.optimizers import MUON_RATE, build_muon, self_forcing_optimizers, split_matrices
-from training.resumable import Sampler, Stage, many_step_samplers, set_rate
+from training.resumable import Sampler, Stage, many_step_samplers
 from training.sharding import shard_blocks, whole
 from training.starting_networks import check_is_bidirectional, check_same_start, load_start, load_teacher
 
@@ -38,13 +38,12 @@ def rate_factor(config: TrainingConfig, step: int, warmup_steps: int = 0) -> flo
 class PretrainStage(Stage):
     """Training on real videos (see `objectives`): a share of the steps bidirectional, the others block-causal, or all causal."""
 
+    config: PretrainConfig
     columns = ("loss_bidirectional", "loss_causal", "gradient_norm", "lr_factor")
     counter = "num_videos_seen"
 
     def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
         super().__init__(config, runtime, random, processes)
-        assert isinstance(config.training, PretrainConfig)
-        self.config = config.training
         if self.config.clip_steps:
             self.parts.check_divides("training.clip_batch_size", self.config.clip_batch_size)
         self.data = open_data(config.dataset, "train", self.config.digit_variation)
@@ -67,7 +66,6 @@ class PretrainStage(Stage):
             for block in self.model.blocks:
                 block.compile(dynamic=False)
         matrices, others = split_matrices(self.live)
-        self.base_rates = {"muon": self.config.muon_lr, "adamw": self.config.lr}
         self.optimizers["muon"] = build_muon(matrices, self.config.muon_lr, self.config.weight_decay)
         self.optimizers["adamw"] = torch.optim.AdamW(others, lr=self.config.lr, weight_decay=self.config.weight_decay)
 
@@ -87,12 +85,9 @@ class PretrainStage(Stage):
                 kind, loss = self._loss(step, x_0, prompt, indices, part)
             self.parts.backward(loss)
             losses.append({kind: loss.item()})
-        norm = self.parts.clip(self.live.parameters(), config.clip_norm)
         factor = rate_factor(config, step, config.warmup_steps)
-        for name, optimizer in self.optimizers.items():
-            set_rate(optimizer, factor * self.base_rates[name])
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.set_rates({"muon": factor * config.muon_lr, "adamw": factor * config.lr})
+        norm = self.step_optimizers(self.live)
         update_average(self.average, self.live, exponential_decay(config.ema_decay, step))
         return {**mean_figures(losses), "gradient_norm": norm, "lr_factor": factor}
 
@@ -129,10 +124,10 @@ class PretrainStage(Stage):
 class SelfForcingStage(Stage):
     """Self-Forcing, or a distillation on real videos: a critic update every step, a generator update every few."""
 
+    config: SelfForcingConfig
+
     def __init__(self, config: Config, runtime: Runtime, random: torch.Generator, processes: Processes = ONE_PROCESS):
         super().__init__(config, runtime, random, processes)
-        assert isinstance(config.training, SelfForcingConfig)
-        self.config = config.training
         self.columns = (
             "loss_generator", "loss_critic", "dmd_gradient_norm", "score_distance", "logit_distance", "gradient_norm_generator",
             "gradient_norm_critic", "exit_step", "num_frames", *(() if self.config.rollout_frames is None else ("first_frame",)),
@@ -166,8 +161,9 @@ class SelfForcingStage(Stage):
         is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
         indices = self.next_indices(config.batch_size)
         figures = {"num_frames": num_frames} | ({} if config.rollout_frames is None else {"first_frame": first_frame})
-        self._set_rate("generator", rate_factor(config, step) * config.lr)
-        self._set_rate("critic", config.critic_lr)  # never slower: the critic must keep up with the generator
+        # The critic's rate does not fall: it must keep up with the generator.
+        rates = {"generator": rate_factor(config, step) * config.lr, "critic": config.critic_lr}
+        self.set_rates(rates | {f"{name}_muon": MUON_RATE * rate for name, rate in rates.items()})
         # 1. The generator makes videos, and on its turn learns from its loss on them.
         made, seen = [], []  # of every part: what the critic will learn from, and the figures of the generator's loss
         for part in self.parts.of(config.batch_size, self.random):
@@ -182,7 +178,7 @@ class SelfForcingStage(Stage):
                 seen.append({"loss_generator": loss.item(), **of_loss})
             made.append((rollout.finished, critic_text, x_real))
         if is_generator_turn:
-            figures |= {"gradient_norm_generator": self._step_optimizer("generator"), **mean_figures(seen)}
+            figures |= {"gradient_norm_generator": self.step_optimizers(engine.generator, "generator"), **mean_figures(seen)}
         # 2. The critic learns from the same videos.
         losses = []
         for _, (finished, text, x_real) in zip(self.parts.of(config.batch_size, self.random), made, strict=True):
@@ -190,7 +186,7 @@ class SelfForcingStage(Stage):
                 loss = engine.critic_loss(finished, text, x_real)
             self.parts.backward(loss)
             losses.append({"loss_critic": loss.item()})
-        figures |= {"gradient_norm_critic": self._step_optimizer("critic"), **mean_figures(losses)}
+        figures |= {"gradient_norm_critic": self.step_optimizers(engine.critic, "critic"), **mean_figures(losses)}
         # 3. The averages follow.
         engine.update_averages(step, self.num_generator_updates if is_generator_turn else None)
         self.num_generator_updates += is_generator_turn
@@ -225,20 +221,6 @@ class SelfForcingStage(Stage):
         """Their embeddings and mask, without gradient: the text encoder is frozen."""
         with torch.no_grad(), self.runtime.autocast():
             return self.text_encoder.encode(prompts)
-
-    def _step_optimizer(self, name: str) -> float:
-        """Clip the gradients of a network and step its optimizers; returns their norm before clipping."""
-        norm = self.parts.clip(self.networks()[name].parameters(), self.config.clip_norm)
-        for optimizer in (self.optimizers[key] for key in (name, f"{name}_muon") if key in self.optimizers):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def _set_rate(self, name: str, rate: float) -> None:
-        """Let a network's weights move by about this rate an update."""
-        set_rate(self.optimizers[name], rate)
-        if self.config.optimizer == "muon":
-            set_rate(self.optimizers[f"{name}_muon"], MUON_RATE * rate)
 
     def shown(self) -> dict[str, Sampler]:
         """The averaged student beside its teacher."""

@@ -1,13 +1,19 @@
 """Configurations of tiny runs of train.py."""
 
 import csv
+import os
+import random
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from helpers.stages import run_config
 
 import train
+from train import SimplifiedTrainer
 from training.config import Config, PretrainConfig, SelfForcingConfig, WandbConfig
 
 SHARED = {
@@ -39,6 +45,24 @@ def self_forcing(log_dir: Path, teacher: Path, **changes: object) -> Config:
 
 def resumed(config: Config, how: str | Path = "auto") -> Config:
     return replace(config, training=replace(config.training, resume=str(how)))
+
+
+def stopping_after(
+    trainer: SimplifiedTrainer, last_step: int | None, draws: list[float], number: int = signal.SIGTERM, num_draws: int = 1
+) -> SimplifiedTrainer:
+    """Let the trainer draw from every global generator in each step, and ask it to stop in the middle of one."""
+    sound_step = trainer.stage.train_step
+
+    def step_and_draw(step: int) -> dict[str, float]:
+        figures = sound_step(step)
+        for _ in range(num_draws):
+            draws.append(float(torch.rand(())) + np.random.rand() + random.random() + random.gauss(0, 1) + np.random.randn())
+        if step == last_step:
+            os.kill(os.getpid(), number)
+        return figures
+
+    trainer.stage.train_step = step_and_draw
+    return trainer
 
 
 def command_line(monkeypatch, *arguments: str) -> None:

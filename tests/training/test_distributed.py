@@ -44,8 +44,7 @@ def run(
     stage: PretrainStage | SelfForcingStage, num_steps: int = NUM_STEPS
 ) -> tuple[list[list[Tensor]], list[dict[str, float]], list[int]]:
     """The gradients that the optimizers got, the figures, and the prompts that were read."""
-    gradients, figures, prompts = [], [], []
-    clip, captions, sample = stage.parts.clip, stage.data.captions, stage.data.sample
+    gradients, prompts, clip = [], [], stage.parts.clip
 
     def recording_clip(parameters, clip_norm):
         parameters = list(parameters)
@@ -53,18 +52,12 @@ def run(
         gradients.append([p.grad.clone() for p in parameters if p.grad is not None])
         return norm
 
-    def recording_captions(seed, indices):
-        prompts.extend(indices)
-        return captions(seed, indices)
+    def recording(read):
+        return lambda seed, indices, *rest: prompts.extend(indices) or read(seed, indices, *rest)
 
-    def recording_sample(seed, indices, num_frames):
-        prompts.extend(indices)
-        return sample(seed, indices, num_frames)
-
-    stage.parts.clip, stage.data.captions, stage.data.sample = recording_clip, recording_captions, recording_sample
-    for step in range(num_steps):
-        figures.append(stage.train_step(step))
-    return gradients, figures, prompts
+    stage.parts.clip = recording_clip
+    stage.data.captions, stage.data.sample = recording(stage.data.captions), recording(stage.data.sample)
+    return gradients, [stage.train_step(step) for step in range(num_steps)], prompts
 
 
 def assert_same_training(actual, expected) -> None:
@@ -88,8 +81,7 @@ def test_micro_batches_equal_the_large_batch(kind, teacher):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_activation_checkpointing_gives_the_same_gradients_from_less_memory(kind, teacher):
-    kept = []
-    results = []
+    kept, results = [], []
     for is_on in (False, True):
         stage, sizes = build(kind, teacher, activation_checkpointing=is_on), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel() * x.element_size()) or x, lambda x: x):

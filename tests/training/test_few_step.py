@@ -11,7 +11,7 @@ from dynamic_video_sf import make_noise_streams, rollout_blocks, sample_bidirect
 from method.flow_matching import euler_sampler, sampling_times, shift_time
 from method.plans import BidirectionalPlan, many_step_plan
 from method.settings import CausalConsistencyConfig, CausalODEConfig
-from training.few_step import Trajectory, consistency_loss, draw_step_orders, nearest_steps, ode_regression_loss, ode_trajectory
+from training.few_step import Trajectory, consistency_loss, nearest_steps, ode_regression_loss, ode_trajectory
 
 STEPS, KEPT, SHIFT, GUIDANCE, BLOCK = 4, [0, 1, 3], 3.0, 2.0, 3
 NO_PROMPTS = (None, None, (None, None))
@@ -70,13 +70,6 @@ def test_trajectories_end_where_the_sampler_ends_and_keep_the_points_between(kin
         cond, uncond = velocity(prompt, x_t), velocity(null, x_t)
     ended = x_t - t[..., None, None, None] * (uncond + GUIDANCE * (cond - uncond))
     torch.testing.assert_close(ended, trajectory.x_0, rtol=1e-4, atol=1e-4 * trajectory.x_0.abs().max().item())
-
-
-def test_every_block_meets_every_step_once_in_its_own_order():
-    orders = draw_step_orders(4, 3, 5, torch.Generator().manual_seed(0))
-    assert orders.shape == (4, 3, 5)
-    assert (orders.sort(dim=0).values == torch.arange(4)[:, None, None]).all()
-    assert len({tuple(order.tolist()) for order in orders.flatten(1).T}) > 8
 
 
 @dataclass

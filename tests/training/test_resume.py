@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from helpers.runs import OF_THE_ATTEMPT, TINY, TRAINING, command_line, pretraining, resumed, self_forcing, tiny_config
+from helpers.networks import save_untrained
+from helpers.runs import OF_THE_ATTEMPT, TINY, command_line, pretraining, resumed, self_forcing, stopping_after
 from helpers.stages import assert_same
 
 import train
@@ -23,7 +24,7 @@ from machine.interruption import EXIT_INTERRUPTED, RunInterrupted
 from machine.paths import REPOSITORY as ROOT
 from train import SimplifiedTrainer
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from training.config import Config, PretrainConfig, WandbConfig
+from training.config import Config, WandbConfig
 from training.resume import RunClaim, RunFinished, find_start
 
 
@@ -37,23 +38,7 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    config = tiny_config(tmp_path_factory.mktemp("teacher"), PretrainConfig(**{**TRAINING, "num_steps": 1}))
-    return SimplifiedTrainer(config).train() / "checkpoint_final.pt"
-
-
-def stopping_after(trainer: SimplifiedTrainer, last_step: int | None, draws: list[float], number: int = 15) -> SimplifiedTrainer:
-    """Let the trainer draw from every global generator in each step, and ask it to stop in the middle of one."""
-    sound_step = trainer.stage.train_step
-
-    def step_and_draw(step: int) -> dict[str, float]:
-        figures = sound_step(step)
-        draws.append(float(torch.rand(())) + np.random.rand() + random.random() + random.gauss(0, 1) + np.random.randn())
-        if step == last_step:
-            os.kill(os.getpid(), number)
-        return figures
-
-    trainer.stage.train_step = step_and_draw
-    return trainer
+    return save_untrained(tmp_path_factory.mktemp("teacher") / "teacher.pt", pretraining(Path("none")))
 
 
 def cut_short(config: Config, after: int) -> Path:

@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -13,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from helpers.networks import save_untrained
 from helpers.processes import environment, free_port, join_one_of_two
-from helpers.runs import OF_THE_ATTEMPT, TINY, TRAINING, pretraining, resumed, self_forcing
+from helpers.runs import OF_THE_ATTEMPT, TINY, TRAINING, pretraining, resumed, self_forcing, stopping_after
 from helpers.stages import assert_same
 from torch.testing import assert_close
 
@@ -38,17 +38,7 @@ def run(config: Config, processes: Processes = ONE_PROCESS, last_step: int | Non
     """
     draws: list[float] = []
     trainer = SimplifiedTrainer(config, processes)
-    sound_step = trainer.stage.train_step
-
-    def step_and_draw(step: int) -> dict[str, float]:
-        figures = sound_step(step)
-        for _ in range(processes.rank + 1):
-            draws.append(float(torch.rand(())) + np.random.rand() + random.random() + random.gauss(0, 1))
-        if step == last_step and processes.rank == processes.count - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return figures
-
-    trainer.stage.train_step = step_and_draw
+    stopping_after(trainer, last_step if processes.rank == processes.count - 1 else None, draws, num_draws=processes.rank + 1)
     try:
         return trainer.train() / "checkpoint_final.pt", draws
     except RunInterrupted as stopped:
@@ -99,8 +89,7 @@ def assert_near(one: dict, other: dict, where: str) -> None:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    config = pretraining(tmp_path_factory.mktemp("teacher"), num_steps=1)
-    return SimplifiedTrainer(config).train() / "checkpoint_final.pt"
+    return save_untrained(tmp_path_factory.mktemp("teacher") / "teacher.pt", pretraining(Path("none")))
 
 
 @pytest.fixture(scope="module", params=[pytest.param(sharding, marks=pytest.mark.slow) for sharding in ("none", "fsdp2")])
