@@ -93,7 +93,7 @@ class SimplifiedTrainer:
         self.last_checkpoint: Path | None = None
         if start is not None:
             self._resume(start.path, start.checkpoint)
-        self.global_random_states = global_random_states()  # of the first step, whatever is built or read before it
+        self.global_random_states = global_random_states()  # of the first step; what is built below may draw from them
         # 3. What the run samples, and who judges it.
         is_self_forcing = isinstance(self.stage, SelfForcingStage)
         self.health_interval = training.health_interval if is_self_forcing else 0

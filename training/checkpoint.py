@@ -2,9 +2,9 @@
 
 A checkpoint is a plain dict of tensors, numbers, strings, lists and dicts: `torch.load(weights_only=True)` reads it, and no file can
 run code. Keys that users rely on: `generator_state_dict`, `optimizer_state_dict`, `step`, `training_type` ("pretrain", "dmd2",
-"causal_ode" or "causal_consistency"), `config` (as a plain dict). Beside them are `text_encoder_state_dict`, `prompts_drawn` (seed:
-number of training captions drawn), `digits_seen` (the splits whose digits the network or its teacher learned from), `runtime` (device
-and number format), and in the checkpoint of a run `generator_ema_state_dict` and all that resuming needs.
+"causal_ode" or "causal_consistency"), `config` (a plain dict). Others: `text_encoder_state_dict`, `prompts_drawn` (seed: number of training
+captions drawn), `digits_seen` (splits whose digits the network or its teacher learned from), `runtime` (device, number format), and in the
+checkpoint of a run `generator_ema_state_dict` and all that resuming needs.
 
     python -m training.checkpoint IN OUT           strip IN to its averaged weights in float16, which is what `pretrained/` ships
     python -m training.checkpoint IN IN ... OUT    the mean of several students of one teacher, stripped likewise

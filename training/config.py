@@ -100,15 +100,13 @@ def register_schemas() -> None:
     store("schema", ModelConfig, "model")
     store("schema", DatasetConfig, "dataset")
     store("videos_schema", VideosConfig, "dataset")
-    store("pretrain_schema", PretrainConfig, "training")
-    store("self_forcing_schema", SelfForcingConfig, "training")
-    for kind in ("causal_ode", "causal_consistency"):
-        store(f"{kind}_schema", TRAINING_KINDS[kind], "training")
+    for name, kind in TRAINING_KINDS.items():
+        store(f"{'self_forcing' if name == 'dmd2' else name}_schema", kind, "training")
 
 
 def build_config(composed: DictConfig) -> Config:
-    """The typed configuration of what Hydra composed; every check has run when it returns. Raises ValueError naming the key for an
-    impossible value and for a key that was forced in with `+key=value`."""
+    """The typed, checked configuration of what Hydra composed. Raises ValueError naming the key for an impossible value and for an unknown
+    key that `+key=value` added."""
     for key in PATH_KEYS:
         path = OmegaConf.select(composed, key, default=None)
         if isinstance(path, str):
@@ -141,8 +139,8 @@ def _unknown_key(key: str, kinds: list[TrainingConfig], dataset: DataConfig) -> 
 
 
 def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> str:
-    """One line that says which key or choice was refused, and what would do; Hydra's own messages take a page. known_keys: those of
-    another configuration than a training run's."""
+    """One line that names the refused key or choice and what is expected; Hydra's own messages take a page. known_keys: of another
+    configuration than a training run's."""
     if isinstance(error, OverrideParseException):
         return f"{_shortened(error.override)} cannot be read{_quoting_advice(error.override) or f' ({_shortened(str(error))})'}"
     root: BaseException = error
@@ -171,7 +169,7 @@ def explain_refusal(error: Exception, known_keys: list[str] | None = None) -> st
 
 
 def _quoting_advice(override: str) -> str:
-    """How to type an override whose value has characters that Hydra's grammar keeps for itself; empty where quoting is no help."""
+    """How to type an override whose value has characters that are special in Hydra's grammar; empty if quoting does not help."""
     key, _, value = override.partition("=")
     quoted = '{}="{}"'.format(key, value.replace("\\", "\\\\").replace('"', '\\"'))
     try:
@@ -183,7 +181,7 @@ def _quoting_advice(override: str) -> str:
 
 
 def explain_command_line(error: Exception, overrides: list[str]) -> str:
-    """`explain_refusal`, and the override at fault where Hydra's error does not know it."""
+    """`explain_refusal`, with the override at fault if Hydra's error does not name it."""
     if isinstance(error, OverflowError):  # of an integer where a float belongs
         longest = max(overrides, key=lambda override: max(map(len, re.findall(r"\d+", override)), default=0))
         return f"{_shortened(longest)}: the number is too large"
@@ -196,7 +194,7 @@ def explain_command_line(error: Exception, overrides: list[str]) -> str:
 
 
 def check_choices(overrides: list[str]) -> None:
-    """Raise ValueError for a choice of a group that Hydra would fail on: an interpolation, or a list of something else than names."""
+    """Raise ValueError for a group's choice that Hydra fails on: an interpolation, or a list that is not of names."""
     name = r"(?!(?:null|true|false)\b)[a-z_][\w./-]*"
     for override in overrides:
         group, _, value = override.partition("=")
@@ -207,7 +205,7 @@ def check_choices(overrides: list[str]) -> None:
 
 
 def _shortened(text: str) -> str:
-    """Its first line, at most 200 characters of it."""
+    """At most 200 characters of its first line."""
     return text.partition("\n")[0][:200]
 
 
@@ -219,9 +217,8 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def config_from_dict(plain: dict[str, Any]) -> Config:
     """The inverse of `config_to_dict`, with every type checked as on the command line. Raises ValueError naming a key in one line.
 
-    Of earlier versions: without dataset.judge_fraction no digits were set aside for the judges; a run could be a comparison and held an
-    empty `experiment`; noise_draws was called critic_draws; clamp_scores was clamp_real_score and clamped the teacher's alone;
-    continuation_probability let rollouts go on from real videos.
+    In earlier versions no digits were set aside for the judges (no dataset.judge_fraction); a run that was no comparison held an empty
+    `experiment`; noise_draws was critic_draws; clamp_scores was clamp_real_score; continuation_probability continued real videos.
     """
     plain = {key: plain[key] for key in dict(plain) if key != "experiment" or plain[key] is not None}
     is_own = "root" in plain.get("dataset", {})

@@ -1,4 +1,4 @@
-"""The data of a run: Moving MNIST or one's own clips, behind the same few calls; and what a training step draws of them."""
+"""The data of a run, Moving MNIST or one's own clips behind one interface, and what a training step draws."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clips.own_videos import OwnVideos, VideosConfig
 from machine.seeds import Purpose
 from method.choices import require
 from method.settings import DataConfig, PretrainConfig, SelfForcingConfig, TrainingConfig
-from moving_mnist import DatasetConfig, MovingMNISTGenerator
+from moving_mnist import MovingMNISTGenerator
 from network.text_encoder import split_words, vocabulary_with
 from training.config import Config
 
@@ -19,7 +19,7 @@ from training.config import Config
 def open_data(
     config: DataConfig, split: str = "train", digit_variation: float = 0.0, purpose: Purpose | None = None
 ) -> MovingMNISTGenerator | OwnVideos:
-    """The videos of a split: `captions(seed, indices)`, and `sample(seed, indices, num_frames)` with their `video`. Raises as these."""
+    """The videos of a split, with `captions(seed, indices)` and `sample(seed, indices, num_frames)`. Raises as these."""
     if isinstance(config, VideosConfig):
         require(digit_variation == 0, "training.digit_variation", digit_variation, "0 with dataset=videos, which show no digits to deform")
         return OwnVideos(config, split, purpose)
@@ -27,19 +27,19 @@ def open_data(
 
 
 def with_vocabulary(config: Config) -> Config:
-    """The configuration of a run with the vocabulary that its data need, unless text.vocabulary is given: the grammar's words with those of
-    class names, or those of the clips' captions. Raises ValueError as `check_clips_fit` does."""
+    """The configuration with the vocabulary of its data, unless text.vocabulary is given: that of class names, or of the clips' captions.
+    Raises ValueError as `check_clips_fit` does."""
     words, dataset = None, config.dataset
     if isinstance(dataset, VideosConfig):
         check_clips_fit(config)
         words = OwnVideos(dataset).vocabulary()
-    elif isinstance(dataset, DatasetConfig) and dataset.class_names is not None:
+    elif dataset.class_names is not None:
         words = vocabulary_with(dataset.class_names)
     return config if config.text.vocabulary is not None else replace(config, text=replace(config.text, vocabulary=words))
 
 
 def check_clips_fit(config: Config) -> None:
-    """Raise ValueError naming a clip that is too short for the training, or whose caption is too long for the text encoder; and a setting
+    """Raise ValueError naming a clip that is too short for the training, a caption that is too long for the text encoder, or a setting
     that clips cannot serve."""
     training = config.training
     if isinstance(training, PretrainConfig):
@@ -65,13 +65,13 @@ def draw_num_frames(config: TrainingConfig, random: torch.Generator) -> int:
 
 
 def window_starts(config: SelfForcingConfig, num_frames: int) -> range:
-    """The frames of a rollout at which a scored window of num_frames may start: 0 alone without `training.rollout_frames`."""
+    """The frames of a rollout at which a scored window of num_frames may start: only 0 without `training.rollout_frames`."""
     longest = num_frames if config.rollout_frames is None else config.rollout_frames
     return range(0, longest - num_frames + 1, config.num_frames_per_block)
 
 
 def draw_window_start(config: SelfForcingConfig, num_frames: int, random: torch.Generator) -> int:
-    """One of `window_starts`, uniform, one for the whole batch; draws nothing if there is no choice."""
+    """One of `window_starts`, uniform, for the whole batch; draws nothing if there is no choice."""
     starts = window_starts(config, num_frames)
     return starts[int(torch.randint(len(starts), (1,), generator=random))] if len(starts) > 1 else 0
 
@@ -82,5 +82,5 @@ def draw_switch(config: SelfForcingConfig, random: torch.Generator) -> bool:
 
 
 def next_in_batch(indices: Sequence[int]) -> list[int]:
-    """Of every video of a batch the one after it, whose prompt a switch comes from."""
+    """For every video of a batch the next one, whose prompt a switch comes from."""
     return [*indices[1:], indices[0]]

@@ -35,7 +35,7 @@ class ProcessLost(ConnectionError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of a run. rank: 0..count - 1, that of its own machine local_rank. store: a small table that all share."""
+    """This process among those of a run. rank: 0..count - 1; local_rank: among those of its machine. store: a table that all share."""
 
     rank: int = 0
     count: int = 1

@@ -70,8 +70,7 @@ def ode_trajectory(
 
 
 def nearest_steps(num_steps: int, time_shift: float, times: tuple[float, ...]) -> list[int]:
-    """Which of a trajectory's num_steps steps start nearest to these times: at them, unless the steps are so many that `sampling_times`
-    spreads them otherwise."""
+    """The steps of a trajectory that start nearest to these times: exactly at them, unless `sampling_times` spreads many steps otherwise."""
     grid = sampling_times(num_steps, time_shift)[:-1]
     return [int((grid - time).abs().argmin()) for time in times]
 

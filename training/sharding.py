@@ -1,9 +1,9 @@
 """Networks too large for one GPU: the transformer blocks of each split over the processes (FSDP2, Zhao et al., arXiv 2304.11277).
 
-Each block is a unit of `torch.distributed.fsdp.fully_shard`: it is gathered just before it runs and let go right after; its gradients
-leave the backward pass averaged over the processes. What is outside the blocks stays whole everywhere, as does each block's
-`modulation`, which the network reads without running the block: `distributed` averages these gradients. Checkpoints hold whole tensors.
-Whatever runs a sharded network, sampling and saving included, must be done by all processes at once.
+Each block is a unit of `torch.distributed.fsdp.fully_shard`: gathered before it runs and freed after, its gradients averaged over the
+processes by the backward pass. All else stays whole, including each block's `modulation`, which the network reads without running the
+block; `distributed` averages these gradients. Checkpoints hold whole tensors. All processes must run a sharded network, sample it and save
+it at once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tiny_causal_wan import TinyCausalWanModel
 
 
 def shard_blocks(networks: Iterable[TinyCausalWanModel], num_processes: int, device: torch.device) -> None:
-    """Split the blocks of each network over all processes, which must have joined. Comes after every copy of a network and before its
-    optimizer, which must see the parameters that this makes. Raises ValueError where there is but one process."""
+    """Split the blocks of each network over all processes, which must have joined. Call it after every copy of a network and before its
+    optimizer is built from the new parameters. Raises ValueError in a single process."""
     if num_processes == 1:
         raise ValueError("training.sharding is fsdp2 in a single process: start several with torchrun --nproc_per_node=N, or choose none")
     from torch.distributed.device_mesh import init_device_mesh  # here: loading them takes a second
@@ -37,13 +37,13 @@ def shard_blocks(networks: Iterable[TinyCausalWanModel], num_processes: int, dev
 
 
 def is_sharded(value: Any) -> bool:
-    """Is it a tensor of which every process holds a part? None is where `shard_blocks` has not loaded that kind of tensor."""
+    """Is it a tensor of which every process holds a part? Never before `shard_blocks` has loaded that kind of tensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def whole(value: Any) -> Any:
-    """The same with every sharded tensor gathered, through dicts and lists; all processes must ask at once."""
+    """The value with every sharded tensor gathered, through dicts and lists; all processes must call it at once."""
     if is_sharded(value):
         return value.full_tensor()
     if isinstance(value, Mapping):

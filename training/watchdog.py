@@ -24,7 +24,7 @@ READ = ("frames_right", "one_class", "track_within_1px", "stroke_mass_ratio")  #
 
 @dataclass(frozen=True)
 class Reading:
-    """What the judge read in the fixed prompts after so many finished steps: `health.JUDGED_COLUMNS`."""
+    """What the judge read in the videos of the fixed prompts after `step` finished steps."""
 
     step: int
     frames_right: float

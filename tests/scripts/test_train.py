@@ -1,38 +1,28 @@
 """Training end to end on tiny networks: both stages, exact resuming, and every refusal as one line with nothing lost."""
 
-import copy
 from dataclasses import replace
 from math import nan
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import SHARED, TINY, command_line, rows_of, tiny_config
+from helpers.runs import SHARED, TINY, command_line, pretraining, resumed, rows_of, self_forcing
 
 import train
 from train import SimplifiedTrainer, TrainingDiverged
 from training.checkpoint import CheckpointError, load_checkpoint, load_networks, save_checkpoint
-from training.config import Config, PretrainConfig, SelfForcingConfig, config_from_dict
+from training.config import Config, config_from_dict
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> Path:
     """The run folder of a tiny teacher."""
-    training = PretrainConfig(**SHARED, warmup_steps=2)
-    return SimplifiedTrainer(tiny_config(tmp_path_factory.mktemp("pretrain"), training)).train()
+    return SimplifiedTrainer(pretraining(tmp_path_factory.mktemp("pretrain"), **SHARED, warmup_steps=2)).train()
 
 
 @pytest.fixture(scope="module")
-def self_forcing(pretrained) -> SelfForcingConfig:
-    return SelfForcingConfig(
-        **SHARED, pretrained_checkpoint=str(pretrained / "checkpoint_final.pt"), denoising_steps=[1000, 500], gradient_frames=6,
-        dfake_gen_update_ratio=2, critic_warmup_steps=1,
-    )
-
-
-@pytest.fixture(scope="module")
-def student(self_forcing, tmp_path_factory) -> Path:
-    return SimplifiedTrainer(tiny_config(tmp_path_factory.mktemp("self_forcing"), self_forcing)).train()
+def student(pretrained, tmp_path_factory) -> Path:
+    return SimplifiedTrainer(self_forcing(tmp_path_factory.mktemp("student"), pretrained / "checkpoint_final.pt", **SHARED)).train()
 
 
 @pytest.mark.parametrize("stage, training_type, picture", [("pretrained", "pretrain", "curves.png"), ("student", "dmd2", "health.png")])
@@ -56,7 +46,7 @@ def test_a_resumed_run_keeps_its_number_format_and_says_where_it_changes(pretrai
     half = load_checkpoint(pretrained / "checkpoint_0000004.pt")
     assert half["runtime"] == {"device": "cpu", "precision": "float32"}
     monkeypatch.setattr("machine.runtime._bfloat16_pays", lambda device: True)
-    config = tiny_config(tmp_path, PretrainConfig(**SHARED, warmup_steps=2, resume=str(pretrained / "checkpoint_0000004.pt")))
+    config = resumed(pretraining(tmp_path, **SHARED, warmup_steps=2), pretrained / "checkpoint_0000004.pt")
     kept = SimplifiedTrainer(replace(config, precision="auto"))
     assert kept.runtime.precision == "float32"
     assert "resumes in float32, the format of " in capsys.readouterr().out
@@ -66,8 +56,7 @@ def test_a_resumed_run_keeps_its_number_format_and_says_where_it_changes(pretrai
     assert SimplifiedTrainer(config).runtime.precision == "float32" and "resumes in" not in capsys.readouterr().out
     del half["runtime"]  # as earlier versions stored it
     save_checkpoint(tmp_path / "old.pt", half)
-    config.training.resume = str(tmp_path / "old.pt")
-    assert SimplifiedTrainer(replace(config, precision="auto")).runtime.precision == "bfloat16"
+    assert SimplifiedTrainer(resumed(replace(config, precision="auto"), tmp_path / "old.pt")).runtime.precision == "bfloat16"
     half["runtime"] = {"device": "cpu", "precision": "float8"}
     save_checkpoint(tmp_path / "odd.pt", half)
     with pytest.raises(CheckpointError, match="runtime is .*float8.*expected a device and a precision of float32, bfloat16"):
@@ -75,7 +64,7 @@ def test_a_resumed_run_keeps_its_number_format_and_says_where_it_changes(pretrai
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    trainer = SimplifiedTrainer(tiny_config(tmp_path, PretrainConfig(**SHARED)))
+    trainer = SimplifiedTrainer(pretraining(tmp_path, checkpoint_interval=4))
     sound_step = trainer.stage.train_step
 
     def break_weights_silently(step: int) -> dict[str, float]:
@@ -92,31 +81,28 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 
 def test_a_resumed_run_that_diverges_names_the_checkpoint_it_came_from(pretrained, tmp_path):
-    source = str(pretrained / "checkpoint_0000004.pt")
-    trainer = SimplifiedTrainer(tiny_config(tmp_path, PretrainConfig(**SHARED, resume=source)))
+    trainer = SimplifiedTrainer(resumed(pretraining(tmp_path), pretrained / "checkpoint_0000004.pt"))
     trainer.stage.train_step = lambda step: {"loss_causal": nan}
     with pytest.raises(TrainingDiverged, match="at step 4: stopped; the last good checkpoint is .*checkpoint_0000004.pt"):
         trainer.train()
 
 
-def test_resuming_from_what_does_not_fit_is_refused(pretrained, student, self_forcing, tmp_path):
-    def resume(training: PretrainConfig | SelfForcingConfig, path: Path) -> SimplifiedTrainer:
-        return SimplifiedTrainer(tiny_config(tmp_path / "logs", replace(training, resume=str(path))))
-
-    pretraining = PretrainConfig(**SHARED)
+def test_resuming_from_what_does_not_fit_is_refused(pretrained, tmp_path):
+    config = pretraining(tmp_path / "logs")
     with pytest.raises(ValueError, match="training type pretrain, this run is dmd2"):
-        resume(self_forcing, pretrained / "checkpoint_0000004.pt")
+        other = self_forcing(tmp_path / "logs", pretrained / "checkpoint_final.pt")
+        SimplifiedTrainer(resumed(other, pretrained / "checkpoint_0000004.pt"))
     with pytest.raises(ValueError, match="is already at step 6: set training.num_steps above it"):
-        resume(pretraining, pretrained / "checkpoint_final.pt")
+        SimplifiedTrainer(resumed(config, pretrained / "checkpoint_final.pt"))
     whole = load_checkpoint(pretrained / "checkpoint_0000004.pt")
     for changes, words in (
         ({"optimizer_state_dict": {}}, "does not hold what resuming needs"), ({"random_state": 3}, "does not hold what resuming needs"),
         ({"global_random_states": {}}, "does not hold what resuming needs"), ({"step": "four"}, "expected whole numbers"),
         ({"generator_state_dict": {}}, "missing"),
     ):
-        save_checkpoint(tmp_path / "bad.pt", {**copy.copy(whole), **changes})
+        save_checkpoint(tmp_path / "bad.pt", {**whole, **changes})
         with pytest.raises(ValueError, match=words) as caught:
-            resume(pretraining, tmp_path / "bad.pt")
+            SimplifiedTrainer(resumed(config, tmp_path / "bad.pt"))
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "logs").exists()
 

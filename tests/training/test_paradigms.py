@@ -14,14 +14,15 @@ from machine.paths import CONFIGS
 from method.plans import BidirectionalPlan, few_step_plan, many_step_plan, warp_steps
 from method.settings import PretrainConfig
 from network.attention import ContextWindow
-from sampling.samplers import SamplerSettings, sample, sample_few_step, sample_many_step
+from sampling.samplers import SamplerSettings, sample
 from tiny_causal_wan import TinyCausalWanModel
 from train import STAGES, SimplifiedTrainer
 from training import few_step
 from training.checkpoint import CheckpointError, load_checkpoint, load_networks, save_checkpoint
 from training.config import Config, config_to_dict
 from training.few_step import FewStepStage, consistency_loss, ode_regression_loss
-from training.stages import SelfForcingStage, Stage
+from training.resumable import Sampler, Stage
+from training.stages import SelfForcingStage
 
 TINY = [
     "device=cpu", "precision=float32", "wandb.mode=disabled", "model.frame_size=16", "model.width=24", "model.num_layers=2",
@@ -102,8 +103,8 @@ def test_what_a_paradigm_ships_starts_a_generator_and_is_sampled_as_it_was_train
         assert plan == few_step_plan(training, context=ContextWindow(6))
     assert SamplerSettings(denoising_steps=(1000, 400)).make_plan(training).times == warp_steps([1000, 400], training.time_shift)
     samples = {name: sample(each, ["a 3", "a 4 moving up"], [1, 2], 6, stage.runtime) for name, each in stage.shown().items()}
-    first = {"causal_ode": "teacher, 2 steps", "bidirectional_ode": "teacher, 2 steps", "causal_consistency": "teacher, 2 steps"}
-    assert list(samples)[:4] == [first.get(name, "causal, 2 steps"), "no guidance, 4 steps", "guided, 4 steps", "guided, 2 steps"]
+    first = "causal, 2 steps" if name == "teacher_forcing" else "teacher, 2 steps"
+    assert list(samples)[:4] == [first, "no guidance, 4 steps", "guided, 4 steps", "guided, 2 steps"]
     assert all(video.shape == (2, 6, 1, 16, 16) for video in samples.values())
 
 
@@ -160,14 +161,10 @@ def test_training_covers_every_time_at_which_inference_asks_the_network(name, te
     with times_asked(live) as trained:
         for step in range(16):
             stage.train_step(step)
-    training = stage.config
-    plan = SamplerSettings(num_steps=4, guidance=1.0).make_plan(training) if isinstance(training, PretrainConfig) else (
-        SamplerSettings().make_plan(training))
+    wishes = {"num_steps": 4, "guidance": 1.0} if isinstance(stage.config, PretrainConfig) else {}
+    plan = SamplerSettings(**wishes).make_plan(stage.config)
     with times_asked(live) as asked:
-        if isinstance(plan, BidirectionalPlan):
-            sample_many_step(live, stage.text_encoder, ["a 3"], [1], 6, plan, CPU)
-        else:
-            sample_few_step(live, stage.text_encoder, ["a 3"], [1], 6, plan, CPU)
+        sample(Sampler(live, stage.text_encoder, plan), ["a 3"], [1], 6, CPU)
     assert len(asked) >= 4 and (isinstance(plan, BidirectionalPlan) or plan.context_time in {round(time, 6) for time in asked})
     gaps = {time: min(abs(time - other) for other in trained) for time in asked}
     assert max(gaps.values()) <= (CONTINUOUS[name] if name in CONTINUOUS else 1e-6), gaps
