@@ -100,8 +100,10 @@ def register_schemas() -> None:
     store("schema", ModelConfig, "model")
     store("schema", DatasetConfig, "dataset")
     store("videos_schema", VideosConfig, "dataset")
-    for name, kind in TRAINING_KINDS.items():
-        store(f"{'self_forcing' if name == 'dmd2' else name}_schema", kind, "training")
+    store("pretrain_schema", PretrainConfig, "training")
+    store("self_forcing_schema", SelfForcingConfig, "training")
+    for kind in ("causal_ode", "causal_consistency"):
+        store(f"{kind}_schema", TRAINING_KINDS[kind], "training")
 
 
 def build_config(composed: DictConfig) -> Config:

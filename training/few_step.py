@@ -70,7 +70,7 @@ def ode_trajectory(
 
 
 def nearest_steps(num_steps: int, time_shift: float, times: tuple[float, ...]) -> list[int]:
-    """The steps of a trajectory that start nearest to these times: exactly at them, unless `sampling_times` spreads many steps otherwise."""
+    """The steps of a trajectory that start nearest to these times: at them, unless `sampling_times` spreads many steps otherwise."""
     grid = sampling_times(num_steps, time_shift)[:-1]
     return [int((grid - time).abs().argmin()) for time in times]
 
