@@ -194,11 +194,6 @@ class SimplifiedTrainer:
                 self._say(verdict)
         return self.folder
 
-    @property
-    def is_complete(self) -> bool:
-        """Are all steps done, and is the final checkpoint saved?"""
-        return self.last_checkpoint == self.folder / "checkpoint_final.pt"
-
     def _run_steps(self, stop: StopRequest, start: float) -> None:
         """The remaining steps, with what is due between them. start: `time.perf_counter` when the run began."""
         training = self.config.training
@@ -345,7 +340,7 @@ def main(composed: DictConfig) -> None:
         reason = explain_command_line(error, sys.argv[1:]) if isinstance(error, OmegaConfBaseException) else error
         sys.exit(f"error: {reason}" if processes.may_speak() else 1)
     except KeyboardInterrupt:
-        if trainer is not None and trainer.is_complete:
+        if trainer is not None and trainer.last_checkpoint == trainer.folder / "checkpoint_final.pt":
             if processes.may_speak():
                 print(f"Ctrl-C: {ALL_DONE}")
             return

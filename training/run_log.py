@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,13 @@ def make_run_folder(log_dir: Path, run_name: str | None) -> Path:
     name = run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        for number in range(1, 10_000):
+        for number in count(1):
             folder = log_dir / (name if number == 1 else f"{name}-{number}")
             with suppress(FileExistsError):
                 folder.mkdir()
                 return folder
     except OSError as error:
         raise OSError(f"cannot write to the folder {log_dir} ({error.strerror}): set log_dir to one that can be written") from error
-    raise OSError(f"{log_dir} holds 10,000 runs named {name}: set run_name to another name")
 
 
 def point_to_latest(link: Path, target: Path) -> None:

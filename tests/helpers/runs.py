@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from helpers.stages import run_config
 
 import train
+from machine.paths import REPOSITORY
 from train import SimplifiedTrainer
 from training.config import Config, PretrainConfig, SelfForcingConfig, WandbConfig
 
@@ -69,6 +71,14 @@ def command_line(monkeypatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     train.run_command_line()
+
+
+def start_training(log_dir: Path, *overrides: str, env: dict[str, str] | None = None) -> subprocess.Popen:
+    """A process of train.py on a tiny pretraining, as a user starts it."""
+    common = ["training=pretrain", *TINY, "training.checkpoint_interval=20", "training.eval_videos=0", "training.sample_interval=0",
+              f"log_dir={log_dir}", "run_name=run"]
+    command = [sys.executable, str(REPOSITORY / "train.py"), *common, *overrides]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:

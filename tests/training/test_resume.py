@@ -15,7 +15,7 @@ import pytest
 import torch
 import wandb
 from helpers.networks import save_untrained
-from helpers.runs import OF_THE_ATTEMPT, TINY, command_line, pretraining, resumed, self_forcing, stopping_after
+from helpers.runs import OF_THE_ATTEMPT, TINY, command_line, pretraining, resumed, self_forcing, start_training, stopping_after
 from helpers.stages import assert_same
 
 import train
@@ -279,23 +279,18 @@ def test_a_second_ctrl_c_leaves_at_once_and_repeated_sigterms_do_not(numbers, co
 def test_a_process_that_is_stopped_or_killed_goes_on_to_the_same_bits(number, tmp_path):
     """Real processes, as the comparison starts and stops them: one unbroken, one stopped mid-run and started again with `auto`."""
 
-    def start(log_dir: Path, *more: str) -> subprocess.Popen:
-        arguments = ["training=pretrain", *TINY, "training.num_steps=150", "training.checkpoint_interval=20", "training.eval_videos=0",
-                     "training.sample_interval=0", f"log_dir={log_dir}", "run_name=run", *more]
-        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    whole, parts = start(tmp_path / "whole"), start(tmp_path / "parts")
+    whole, parts = (start_training(tmp_path / name, "training.num_steps=150") for name in ("whole", "parts"))
     while not list(tmp_path.glob("parts/run/checkpoint_*.pt")):
         assert parts.poll() is None, parts.stderr.read()
     if number == signal.SIGTERM:
         stop_processes([parts])
     else:
         parts.send_signal(number)
-    errors = parts.communicate()[1].decode()
+    errors = parts.communicate()[1]
     assert parts.returncode == (-9 if number == signal.SIGKILL else EXIT_INTERRUPTED), errors
-    again = start(tmp_path / "parts", "training.resume=auto")
+    again = start_training(tmp_path / "parts", "training.num_steps=150", "training.resume=auto")
     output, errors = again.communicate()
-    assert again.returncode == 0 and b"goes on from" in output, errors
+    assert again.returncode == 0 and "goes on from" in output, errors
     assert whole.wait() == 0
     one, other = (load_checkpoint(tmp_path / name / "checkpoint_final.pt") for name in ("whole", "parts"))
     for key in one.keys() - OF_THE_ATTEMPT:

@@ -3,7 +3,6 @@
 import os
 import random
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,12 @@ import torch
 import torch.multiprocessing as multiprocessing
 from helpers.networks import save_untrained
 from helpers.processes import environment, free_port, join_one_of_two
-from helpers.runs import OF_THE_ATTEMPT, TINY, TRAINING, pretraining, resumed, self_forcing, stopping_after
+from helpers.runs import OF_THE_ATTEMPT, TRAINING, pretraining, resumed, self_forcing, start_training, stopping_after
 from helpers.stages import assert_same
 from torch.testing import assert_close
 
 import train
 from machine.interruption import RunInterrupted
-from machine.paths import REPOSITORY as ROOT
 from train import SimplifiedTrainer
 from training.checkpoint import load_checkpoint
 from training.config import Config
@@ -145,14 +143,11 @@ def test_sharding_is_refused_in_one_process(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("killed, sharding", [(0, "none"), (1, "none"), (1, "fsdp2")])
 def test_a_process_killed_in_mid_step_ends_the_other_in_one_line_and_auto_goes_on(killed, sharding, tmp_path):
-    port, clean = free_port(), {**os.environ, "OMP_NUM_THREADS": "1"}
-
     def start(rank: int, port: int, *more: str) -> subprocess.Popen:
-        arguments = ["training=pretrain", *TINY, "training.checkpoint_interval=20", "training.eval_videos=0", "training.sample_interval=0",
-                     f"training.sharding={sharding}", f"log_dir={tmp_path}", "run_name=run", *more]
-        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-                                env={**clean, **environment(rank, port)}, text=True)
+        clean = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return start_training(tmp_path, f"training.sharding={sharding}", *more, env={**clean, **environment(rank, port)})
 
+    port = free_port()
     pair = [start(rank, port, "training.num_steps=100000") for rank in range(2)]
     while not list(tmp_path.glob("run/checkpoint_*.pt")):
         assert all(process.poll() is None for process in pair), [process.communicate() for process in pair]
