@@ -92,7 +92,7 @@ class PretrainStage(Stage):
         return {**mean_figures(losses), "gradient_norm": norm, "lr_factor": factor}
 
     def _loss(self, step: int, x_0: Tensor, prompt: PromptContext, indices: Sequence[int], part: slice) -> tuple[str, Tensor]:
-        """The name and value of this step's loss on this part of the videos with these indices."""
+        """Name and value of the loss on one part of the batch with these indices."""
         config = self.config
         inputs = self.model, x_0, prompt, config, self.random
         if config.objective == "teacher_forcing":
@@ -156,7 +156,7 @@ class SelfForcingStage(Stage):
         return self.train_on_window(step, num_frames, first_frame, switches=first_frame > 0 and draw_switch(config, random))
 
     def train_on_window(self, step: int, num_frames: int, first_frame: int, switches: bool = False) -> dict[str, float]:
-        """A step on num_frames generated frames, from frame first_frame of the rollouts on; switches: the prompt does so there."""
+        """A step on num_frames frames of the rollouts, from frame first_frame on; switches: there the prompt changes."""
         config, engine = self.config, self.engine
         is_generator_turn = step >= config.critic_warmup_steps and (step + 1) % config.dfake_gen_update_ratio == 0
         indices = self.next_indices(config.batch_size)
@@ -165,7 +165,7 @@ class SelfForcingStage(Stage):
         rates = {"generator": rate_factor(config, step) * config.lr, "critic": config.critic_lr}
         self.set_rates(rates | {f"{name}_muon": MUON_RATE * rate for name, rate in rates.items()})
         # 1. The generator makes videos, and on its turn learns from its loss on them.
-        made, seen = [], []  # of every part: what the critic will learn from, and the figures of the generator's loss
+        made, seen = [], []  # by part: what the critic learns from, and the figures of the generator's loss
         for part in self.parts.of(config.batch_size, self.random):
             earlier = next_in_batch(indices)[part] if switches else None
             rollout, text, critic_text, x_real = self._make_videos(indices[part], num_frames, first_frame, is_generator_turn, earlier)
@@ -195,11 +195,9 @@ class SelfForcingStage(Stage):
     def _make_videos(
         self, indices: Sequence[int], num_frames: int, first_frame: int, with_gradient: bool, earlier: Sequence[int] | None = None
     ) -> tuple[Rollout, Text, Text, Tensor | None]:
-        """The generator's videos of these prompts, the text for which the teacher scores them and what the critic is told, and the real
-        videos if the training uses any. earlier: the prompts under which the rollouts start, if others.
-
-        After a switch the critic is told both prompts, the earlier one's embeddings with the opposite sign: it expects every trace of the
-        earlier one, the teacher none."""
+        """The generator's videos of these prompts, the texts that teacher and critic get with them, and the real videos if the training
+        uses any. earlier: the prompts before a switch, if there is one. After it the critic gets both prompts, the earlier embeddings with
+        the opposite sign: it expects every trace of the earlier prompt, the teacher none."""
         x_real = None
         if self.config.uses_videos:
             x_real = self.data.sample(self.seed, indices, num_frames).video.to(self.runtime.device)
@@ -218,7 +216,7 @@ class SelfForcingStage(Stage):
         return rollout, text, text, x_real
 
     def _encode(self, prompts: list[str]) -> Text:
-        """Their embeddings and mask, without gradient: the text encoder is frozen."""
+        """Embeddings and mask, without gradient: the text encoder is frozen."""
         with torch.no_grad(), self.runtime.autocast():
             return self.text_encoder.encode(prompts)
 

@@ -63,6 +63,11 @@ def test_a_resumed_run_keeps_its_number_format_and_says_where_it_changes(pretrai
         load_checkpoint(tmp_path / "odd.pt")
 
 
+def test_a_finished_run_with_more_steps_says_that_its_rates_rise_again(pretrained, tmp_path, capsys):
+    SimplifiedTrainer(resumed(pretraining(tmp_path, num_steps=12), pretrained / "checkpoint_final.pt"))
+    assert "whose rates had fallen to 0.56 of training.lr" in capsys.readouterr().out
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     trainer = SimplifiedTrainer(pretraining(tmp_path, checkpoint_interval=4))
     sound_step = trainer.stage.train_step
