@@ -20,7 +20,6 @@ from machine import threads  # noqa: F401  before torch, which reads its setting
 
 # isort: split
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +30,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from machine.interruption import EXIT_CTRL_C
+from machine.interruption import refusals_in_one_line
 from machine.paths import CONFIGS, PRETRAINED, at_home
 from method.choices import DEVICES, MAX_SEED, PRECISIONS, require
 from training.command_line import answer_help, run_in_one_line
@@ -257,17 +256,12 @@ ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="evaluate")
 def main(composed: DictConfig) -> None:
-    try:
+    with refusals_in_one_line():
         config = OmegaConf.to_object(composed)
         if config.sanity:
             check_sanity(Path(config.output_dir), config.num_videos, config.num_frames, config.seed)
         else:
             evaluate(config)
-    except (ValueError, OSError, ImportError) as error:  # CheckpointError is a ValueError
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(EXIT_CTRL_C)
 
 
 if __name__ == "__main__":

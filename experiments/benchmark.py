@@ -34,7 +34,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--patch_sizes", type=int, nargs="+", default=[4, 8], help="of --parts public: pixels a side")
     parser.add_argument("--num_frames", type=int, default=21, help="of every video, in training too")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16], help="of generation")
-    parser.add_argument("--training_batch_size", type=int, help="default: that of training=self_forcing")
+    parser.add_argument("--training_batch_size", type=int, help="default: that of `python train.py`")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that is not")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
@@ -54,16 +54,13 @@ from experiments.speed import PUBLIC, make_samplers, measure_generation, measure
 from machine.files import require_writable  # noqa: E402
 from machine.interruption import refusals_in_one_line  # noqa: E402
 from machine.runtime import Runtime, describe_machine, resolve_runtime  # noqa: E402
-from method.settings import SelfForcingConfig  # noqa: E402
 from training.checkpoint import load_networks  # noqa: E402
-from training.config import check_parts_fit  # noqa: E402
+from training.config import check_parts_fit, compose_run  # noqa: E402
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise ValueError or OSError for what can be refused before a checkpoint is read."""
-    for name, value in (
-        ("repeats", arguments.repeats), ("batch_sizes", min(arguments.batch_sizes)), ("training_batch_size", arguments.training_batch_size)
-    ):
+    for name, value in (("repeats", arguments.repeats), ("batch_sizes", min(arguments.batch_sizes))):
         require(value >= 1, f"--{name}", value, "at least 1")
     if "public" in arguments.parts:
         check_clone(arguments.public_code)
@@ -130,8 +127,6 @@ def print_side_by_side(row: dict[str, Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, write. Raises CheckpointError, ValueError and OSError, each with one line."""
-    if arguments.training_batch_size is None:
-        arguments.training_batch_size = SelfForcingConfig().batch_size
     check_arguments(arguments)
     parts, num_frames, repeats = arguments.parts, arguments.num_frames, arguments.repeats
     runtimes: dict[str, Runtime] = {precision: resolve_runtime(arguments.device, precision) for precision in arguments.precisions}
@@ -140,9 +135,10 @@ def run(arguments: argparse.Namespace) -> None:
     variants = ("student", *(["compiled"] if arguments.compile else []), *(["int8"] if arguments.int8 else []))
     compared = (student, teacher if "teacher" in parts else None, variants, "generation" in parts, num_frames)
     samplers = {precision: make_samplers(*compared, runtime) for precision, runtime in runtimes.items()}
-    training = SelfForcingConfig(
-        pretrained_checkpoint=str(arguments.teacher), batch_size=arguments.training_batch_size, min_num_frames=num_frames,
-        max_num_frames=num_frames,
+    sizes = {} if arguments.training_batch_size is None else {"batch_size": arguments.training_batch_size}
+    teacher_path = str(arguments.teacher)
+    training = replace(
+        compose_run([]).training, pretrained_checkpoint=teacher_path, min_num_frames=num_frames, max_num_frames=num_frames, **sizes
     )
     training_run = replace(teacher.config, training=training)
     check_parts_fit(training_run)

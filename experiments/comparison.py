@@ -16,16 +16,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import hydra
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.comparison_settings import PARADIGMS, REAL, ROWS, YARDSTICK, ComparisonConfig
@@ -43,7 +40,7 @@ from machine.interruption import EXIT_INTERRUPTED  # noqa: E402
 from machine.runtime import code_digest, describe_machine, file_digest, resolve_runtime  # noqa: E402
 from sampling.samplers import SamplerSettings  # noqa: E402
 from training.checkpoint import checkpoint_config, load_checkpoint  # noqa: E402
-from training.config import Config, build_config, register_schemas  # noqa: E402
+from training.config import compose_run, register_schemas  # noqa: E402
 from training.resume import describe_difference, settings_without  # noqa: E402
 
 SCRIPTS = REPOSITORY  # where train.py and evaluate.py are
@@ -335,13 +332,6 @@ def sampler_options(sampler: str, config: ComparisonConfig) -> dict[str, Any]:
     num_steps = {"few": num_few, "half": max(num_few // 2, 1)}.get(sampler, config.many_steps)
     guidance = {} if config.guidance is None else {"guidance": config.guidance}
     return {"num_steps": num_steps, **guidance, **({} if sampler == "bidirectional" else {"causal": True})}
-
-
-def compose_run(overrides: list[str]) -> Config:
-    """The configuration that train.py would have with these overrides; inside its own main, Hydra is set up already."""
-    is_set_up = GlobalHydra.instance().is_initialized()
-    with nullcontext() if is_set_up else initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return build_config(compose("train", overrides))
 
 
 ConfigStore.instance().store(name="comparison_schema", node=ComparisonConfig)

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -253,56 +252,37 @@ def train_in_phases(stage: SelfForcingStage, step: int, gauge: Gauge) -> tuple[d
     return figures, calls
 
 
-def train_seeded(stage: SelfForcingStage, step: int, seed: int, gauge: Gauge) -> tuple[int, list[Call]]:
-    """A watched step with the random numbers of `seed`: its exit step and its calls."""
-    stage.random.generator.set_state(torch_generator(seed, Purpose.TRAINING).get_state())
-    figures, calls = train_in_phases(stage, step, gauge)
-    return int(figures["exit_step"]), calls
-
-
-def count_training(config: Config, runtime: Runtime) -> dict[tuple[str, int], tuple[int, dict[str, float]]]:
-    """By kind of turn and exit step: a seed that draws this exit step, and the FLOPs of one video's step by phase."""
-    kinds = turns(config.training)
-    stage = SelfForcingStage(replace(config, training=replace(config.training, batch_size=1)), runtime, torch.Generator())
-    found: dict[tuple[str, int], tuple[int, dict[str, float]]] = {}
-    for seed in count():
-        for kind, (step, _) in kinds.items():
-            with flop_counter() as counter:
-                exit_step, calls = train_seeded(stage, step, seed, counter.get_total_flops)
-            found.setdefault((kind, exit_step), (seed, phase_totals(calls)))
-        if len(found) == len(config.training.denoising_steps) * len(kinds):
-            return found
-
-
 def measure_training(config: Config, runtimes: dict[str, Runtime], repeats: int) -> list[dict[str, Any]]:
-    """Mean step of Self-Forcing over whole cycles of generator and critic turns and uniform exit steps, a row a precision: medians of each
-    kind of turn with every exit step, in turns with the limit. critic_turn_seconds: of a turn that updates the critic alone."""
+    """Mean step of Self-Forcing over whole cycles of generator and critic turns, a row a precision: medians of each kind of turn, in turns
+    with the limit. Blocks are finished (`finish_blocks`), so every exit step costs the same. critic_turn_seconds: of a turn that updates
+    the critic alone."""
     training, kinds = config.training, turns(config.training)
-    found = count_training(config, next(iter(runtimes.values())))
-    watched: dict[tuple[str, str, int], list[list[Call]]] = {(precision, *turn): [] for precision in runtimes for turn in found}
+    counted: dict[str, dict[str, float]] = {}
+    watched: dict[tuple[str, str], list[list[Call]]] = {(precision, kind): [] for precision in runtimes for kind in kinds}
 
-    def watch_turn(stage: SelfForcingStage, precision: str, kind: str, exit_step: int) -> None:
-        seed, step = found[kind, exit_step][0], kinds[kind][0]
-        watched[precision, kind, exit_step].append(train_seeded(stage, step, seed, clock(stage.runtime.device))[1])
+    def watch_turn(stage: SelfForcingStage, precision: str, kind: str) -> None:
+        watched[precision, kind].append(train_in_phases(stage, kinds[kind][0], clock(stage.runtime.device))[1])
 
     contestants: dict[tuple[str, Any], Callable[[], object]] = {}
     for precision, runtime in runtimes.items():
-        stage = SelfForcingStage(config, runtime, torch.Generator())
-        contestants |= {(precision, turn): partial(watch_turn, stage, precision, *turn) for turn in found}
+        stage = SelfForcingStage(config, runtime, torch_generator(0, Purpose.TRAINING))
+        contestants |= {(precision, kind): partial(watch_turn, stage, precision, kind) for kind in kinds}
+    for kind, (step, _) in kinds.items():
+        with flop_counter() as counter:
+            counted[kind] = phase_totals(train_in_phases(stage, step, counter.get_total_flops)[1])
     seconds, limits = time_beside_products(contestants, runtimes, repeats)
     rows = []
     for precision, limit in limits.items():
-        split, flops, whole = {}, {}, {"generator": 0.0, "critic": 0.0}
-        for (kind, exit_step), (_, counted) in found.items():
-            weight = kinds[kind][1] / len(training.denoising_steps)
-            for phase, value in median_totals(watched[precision, kind, exit_step][1:]).items():
-                split[phase] = split.get(phase, 0.0) + weight * value
-                flops[phase] = flops.get(phase, 0.0) + weight * training.batch_size * counted[phase]
-            whole[kind] += seconds[precision, (kind, exit_step)] / len(training.denoising_steps)
-        mean = sum(share * whole[kind] for kind, (_, share) in kinds.items())
+        split, flops = {}, {}
+        for kind, (_, share) in kinds.items():
+            for phase, value in median_totals(watched[precision, kind][1:]).items():  # without the warm-up
+                split[phase] = split.get(phase, 0.0) + share * value
+                flops[phase] = flops.get(phase, 0.0) + share * counted[kind][phase]
+        mean = sum(share * seconds[precision, kind] for kind, (_, share) in kinds.items())
         rows.append({
             "precision": precision, "batch_size": training.batch_size, "num_frames": training.max_num_frames, "limit": limit,
-            "whole": cost(mean, sum(flops.values()), limit), "generator_turn_seconds": whole["generator"],
-            "critic_turn_seconds": whole["critic"], "split": {phase: cost(value, flops[phase], limit) for phase, value in split.items()},
+            "whole": cost(mean, sum(flops.values()), limit),
+            "generator_turn_seconds": seconds[precision, "generator"], "critic_turn_seconds": seconds[precision, "critic"],
+            "split": {phase: cost(value, flops[phase], limit) for phase, value in split.items()},
         })
     return rows

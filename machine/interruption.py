@@ -17,10 +17,11 @@ EXIT_CTRL_C = 130  # of everything else: 128 + SIGINT, as in shells
 
 @contextmanager
 def refusals_in_one_line(if_interrupted: str = "nothing was written") -> Iterator[None]:
-    """Within, a ValueError or OSError ends the process with its message in one line and status 1; Ctrl-C with status 130."""
+    """Within, a ValueError, OSError or ImportError (a package that is missing) ends the process with its message in one line and status 1;
+    Ctrl-C with status 130."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         print(f"interrupted: {if_interrupted}", file=sys.stderr)

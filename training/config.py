@@ -7,18 +7,21 @@ import difflib
 import math
 import re
 import shlex
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from clips.own_videos import VideosConfig
-from machine.paths import at_home
+from machine.paths import CONFIGS, at_home
 from method.choices import DEVICES, PRECISIONS, require
 from method.settings import TRAINING_KINDS, DataConfig, PretrainConfig, SelfForcingConfig, TrainingConfig
 from moving_mnist import DatasetConfig
@@ -104,6 +107,14 @@ def register_schemas() -> None:
     store("self_forcing_schema", SelfForcingConfig, "training")
     for kind in ("causal_ode", "causal_consistency"):
         store(f"{kind}_schema", TRAINING_KINDS[kind], "training")
+
+
+def compose_run(overrides: list[str]) -> Config:
+    """The configuration of `python train.py OVERRIDES`. Raises as `build_config` and Hydra do."""
+    register_schemas()
+    is_set_up = GlobalHydra.instance().is_initialized()  # inside a main of Hydra
+    with nullcontext() if is_set_up else initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return build_config(compose("train", overrides))
 
 
 def build_config(composed: DictConfig) -> Config:

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from experiments import benchmark, speed
 from experiments.benchmark import main
-from experiments.compute import flops_per_step, turns
+from experiments.compute import flops_per_step
 from experiments.public_code import build_public_network, sample_public
 from experiments.speed import CACHE, DENOISING, TEXT, block_ends, generate_in_phases, steady_block, train_in_phases
 from experiments.timing import REST, WHOLE, Gauge, flop_counter, phase_totals, time_in_turns, watch
@@ -59,7 +59,7 @@ def test_the_compiled_student_is_charged_the_plain_ones_flops(sampler: Sampler, 
 def training(files: dict[str, Path]) -> Config:
     return run_config(SelfForcingConfig(
         pretrained_checkpoint=str(files["teacher"]), batch_size=2, min_num_frames=6, max_num_frames=6, denoising_steps=[1000, 750, 500],
-        dfake_gen_update_ratio=3, critic_warmup_steps=2,
+        dfake_gen_update_ratio=3, critic_warmup_steps=2, finish_blocks=True,
     ))
 
 
@@ -166,23 +166,22 @@ def test_watching_a_training_step_changes_no_bit_and_finds_every_phase(training)
     assert phases[1:] == [["rollout", *critic, WHOLE], ["rollout", *generator, *critic, WHOLE]]
 
 
-def test_training_flops_over_a_cycle_are_those_that_compute_counts(training):
-    """Every turn with every exit step, against the line through two of them."""
-    found, kinds, num_exits = speed.count_training(training, CPU), turns(training.training), 3
-    assert kinds == {"generator": (2, pytest.approx(1 / 3)), "critic": (3, pytest.approx(2 / 3))}
-    assert set(found) == {(kind, exit_step) for kind in kinds for exit_step in range(num_exits)}
-    mean = sum(kinds[kind][1] / num_exits * sum(flops.values()) for (kind, _), (_, flops) in found.items())
-    assert 2 * mean == pytest.approx(flops_per_step(training), rel=1e-12)
-    for kind in kinds:  # a later exit costs more rollout and nothing else
-        first, _, last = (found[kind, exit_step][1] for exit_step in range(num_exits))
-        assert last["rollout"] > first["rollout"] and {**last, "rollout": 0} == {**first, "rollout": 0}
+def test_training_flops_over_a_cycle_are_those_that_compute_counts(training, small_products):
+    row, = speed.measure_training(training, {"float32": CPU}, 1)
+    assert sum(part["flops"] for part in row["split"].values()) == row["whole"]["flops"]
+    assert row["whole"]["flops"] == pytest.approx(flops_per_step(training), rel=1e-12)
 
 
 @pytest.fixture
-def measure(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs the command on the small checkpoints; returns the content of its file and what it printed."""
+def small_products(monkeypatch: pytest.MonkeyPatch):
+    """The machine's limit, measured in no time."""
     monkeypatch.setattr("experiments.timing.MATRIX_SIZES", (64,))
     monkeypatch.setattr("experiments.timing.PRODUCT_FLOPS", 2 * 64**3)
+
+
+@pytest.fixture
+def measure(files: dict[str, Path], tmp_path: Path, small_products, capsys: pytest.CaptureFixture[str]):
+    """Runs the command on the small checkpoints; returns the content of its file and what it printed."""
 
     def run(*options: str) -> tuple[dict, str]:
         output = tmp_path / "speed.json"
@@ -193,9 +192,8 @@ def measure(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return run
 
 
-def test_every_part_reaches_the_terminal_and_the_file(measure, monkeypatch):
+def test_every_part_reaches_the_terminal_and_the_file(measure):
     assert speed.cost(2.0, 100.0, 200.0)["share_of_limit"] == 0.25 and speed.cost(0.0, 0.0, 200.0)["share_of_limit"] == 0
-    monkeypatch.setattr(benchmark, "SelfForcingConfig", lambda **wishes: SelfForcingConfig(denoising_steps=[1000, 500], **wishes))
     results, shown = measure("--batch_sizes", "1", "2", "--training_batch_size", "1")
     rows = results["generation"]
     assert [(row["batch_size"], row["precision"], row["sampler"]) for row in rows] == [
@@ -209,7 +207,7 @@ def test_every_part_reaches_the_terminal_and_the_file(measure, monkeypatch):
     assert rows[0]["whole"]["flops"] < rows[1]["whole"]["flops"], "without the cache the past is computed again"
     assert [row["precision"] for row in results["training"]] == ["float32", "bfloat16"]
     for row in results["training"]:
-        assert row["whole"]["seconds"] == pytest.approx((row["generator_turn_seconds"] + 3 * row["critic_turn_seconds"]) / 4)
+        assert row["whole"]["seconds"] == pytest.approx((row["generator_turn_seconds"] + row["critic_turn_seconds"]) / 2)
         assert sum(part["flops"] for part in row["split"].values()) == pytest.approx(row["whole"]["flops"])
         assert {"rollout", "scores", "generator: backward", "critic: loss", "critic: backward", REST} < set(row["split"])
     assert all(text in shown for text in ("first block", "cache pass", "limit:", "rollout", "critic: backward", "writing them"))

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments import comparison, comparison_report
-from experiments.comparison import Comparison, compare, compose_run
+from experiments.comparison import Comparison, compare
 from experiments.comparison_jobs import Training, quote, row_difference
 from experiments.comparison_report import COLUMNS, as_markdown
 from experiments.comparison_settings import ComparisonConfig
@@ -24,7 +24,7 @@ from machine.paths import CONFIGS
 from tiny_causal_wan import ModelConfig
 from train import run_command_line
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.config import Config, PretrainConfig, register_schemas
+from training.config import Config, PretrainConfig, compose_run, register_schemas
 from training.stages import PretrainStage, SelfForcingStage
 
 TINY = ["model.width=24", "model.num_layers=1", "model.num_heads=2", "training.batch_size=2"]
