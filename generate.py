@@ -5,13 +5,13 @@ Dimensions: B batch, F frames, C channels, H height, W width.
 A student (training type "dmd2", "causal_ode" or "causal_consistency") makes a video block by block in its few denoising steps; a
 teacher ("pretrain") denoises all frames at once in many steps with guidance, or block by block if it was trained causally.
 
-    --num_steps N             on a student: Euler's method, N steps a block, still block by block
-    --causal --num_steps 4    on a teacher: Euler's method block by block with guidance, what a student must beat
+    --num_steps N             on a student: N Euler steps for each block
+    --causal --num_steps 4    on a teacher: Euler steps with guidance, block by block: the baseline of a student
     --denoising_steps ...     on a teacher: block by block with fresh noise and without guidance, which it was not trained for
 
 A JSON beside every video says how it was made; the same call writes the same files, byte for byte. Sample k of every prompt uses seed
-`--seed` + k, so a video is a function of (prompt, seed, checkpoint, settings): other prompts, other samples and the batch size change it
-by rounding at most, of floats or, with --int8, of 8-bit integers.
+`--seed` + k, so a video is a function of (prompt, seed, checkpoint, settings); the rest of its batch changes it by rounding only, of
+floats or, with --int8, of 8-bit integers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DEFAULT_PROMPTS = {  # by the number of digits that the checkpoint's data show
     ),
 }
 FORMATS = ("gif", "mp4", "png", "npz")
-VERSIONED = ("torch", "numpy", "imageio", "imageio-ffmpeg", "pillow")  # packages that a file's bytes hang on
+VERSIONED = ("torch", "numpy", "imageio", "imageio-ffmpeg", "pillow")  # packages that determine a file's bytes
 DEFAULT_SWITCH = "recache"
 MAX_SLUG_LENGTH = 60  # characters of the prompt in a file name
 MAX_LABEL_LENGTH = 160  # characters of the prompt in the contact sheet
@@ -54,7 +54,7 @@ MAX_SHEET_ROWS = 64  # videos in the contact sheet
 
 
 def _path(text: str) -> Path | None:
-    """None for an empty one, which is refused: `Path("")` would be the current folder."""
+    """None for an empty text, refused later: `Path("")` would be the current folder."""
     return user_path(text) if text else None
 
 
@@ -70,8 +70,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--switch", choices=SWITCHES, help=f"the cache, when --schedule changes the prompt; default: {DEFAULT_SWITCH}")
     parser.add_argument("--init", type=user_path, metavar="PATH", help="continue this picture or clip: PNG (a strip too), GIF, MP4 or npz")
-    parser.add_argument("--window_frames", type=int, help="a block sees so many frames, itself included; default: as trained")
-    parser.add_argument("--sink_frames", type=int, help="of these so many first ones for ever; default: as trained")
+    parser.add_argument("--window_frames", type=int, help="frames that a block sees, itself included; default: as trained")
+    parser.add_argument("--sink_frames", type=int, help="initial frames kept in the cache; default: as trained")
     parser.add_argument("--samples_per_prompt", type=int, default=1)
     parser.add_argument("--num_frames", type=int, help="a multiple of the block; default: the longest video of the training")
     parser.add_argument("--output_dir", type=_path, default=Path("outputs"))
@@ -103,7 +103,7 @@ from torch import Tensor  # noqa: E402
 from clips.own_videos import VideosConfig  # noqa: E402
 from clips.video_files import load_frames  # noqa: E402
 from machine.files import free_paths, require_writable  # noqa: E402
-from machine.interruption import EXIT_CTRL_C  # noqa: E402
+from machine.interruption import refusals_in_one_line  # noqa: E402
 from machine.runtime import code_digest, file_digest, resolve_runtime  # noqa: E402
 from method.plans import BidirectionalPlan  # noqa: E402
 from method.settings import TrainingConfig  # noqa: E402
@@ -114,14 +114,14 @@ from training.checkpoint import LoadedNetworks, load_networks  # noqa: E402
 
 
 def slug(prompt: str) -> str:
-    """A part of a file name, valid everywhere: a-z, 0-9 and single hyphens, at most `MAX_SLUG_LENGTH`, never empty."""
+    """The prompt as a part of a file name: a-z, 0-9 and single hyphens, at most `MAX_SLUG_LENGTH`, never empty."""
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain)[:MAX_SLUG_LENGTH].strip("-") or "untitled"
 
 
 def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[int], suffix: str, facts: dict[str, Any]) -> list[Path]:
-    """Write a file and a JSON beside it for every video, `contact_sheet.png` and `generation.json`, overwriting nothing; returns all
-    their paths, these two last. videos: (B, F, C, H, W) in model range, clamped here. suffix: one of `FORMATS`. facts: of all videos."""
+    """Write every video with a JSON beside it, `contact_sheet.png` and `generation.json`, overwriting nothing; returns their paths, these
+    two last. videos: (B, F, C, H, W), clamped to [-1, 1] here. suffix: one of `FORMATS`. facts: what holds for all videos."""
     stems = [f"{index:03d}_{slug(prompt)}_seed{seed}" for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
     names = [f"{stem}.{kind}" for kind in (suffix, "json") for stem in stems]
     *paths, sheet_path, facts_path = free_paths(folder, [*names, "contact_sheet.png", "generation.json"])
@@ -133,19 +133,21 @@ def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[i
             save_video(path, to_display(video))
         listed.append({"file": path.name, "prompt": prompt, "seed": seed})
         _write_json(sidecar, {**listed[-1], **facts})
-    shortened = [prompt if len(prompt) <= MAX_LABEL_LENGTH else prompt[:MAX_LABEL_LENGTH] + "..." for prompt in prompts]
-    labels = [f"{prompt} (seed {seed})" for prompt, seed in zip(shortened, seeds, strict=True)]
+    labels = [
+        f"{prompt[:MAX_LABEL_LENGTH]}{'...' if len(prompt) > MAX_LABEL_LENGTH else ''} (seed {seed})"
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
     contact_sheet(sheet_path, to_display(videos[:MAX_SHEET_ROWS]), labels[:MAX_SHEET_ROWS])
     _write_json(facts_path, {**facts, "contact_sheet": sheet_path.name, "videos": listed})
     return [*paths, sheet_path, facts_path]
 
 
 def _write_json(path: Path, facts: dict[str, Any]) -> None:
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")  # ASCII: whatever the prompt is escaped
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")  # ASCII: other characters are escaped
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for what can be refused before the checkpoint is read."""
+    """Raise ValueError for what is wrong whatever the checkpoint."""
     require(arguments.samples_per_prompt >= 1, "--samples_per_prompt", arguments.samples_per_prompt, "at least 1")
     require(arguments.batch_size >= 1, "--batch_size", arguments.batch_size, "at least 1")
     for name, path in (("checkpoint", arguments.checkpoint), ("output_dir", arguments.output_dir)):
@@ -164,7 +166,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def default_prompts(networks: LoadedNetworks) -> tuple[str, ...]:
-    """Prompts that show what the network knows; the empty one if it learned videos without captions. Raises ValueError for own captions."""
+    """Prompts that the network knows; the empty one if it learned videos without captions. Raises ValueError for captions of own videos."""
     dataset, words = networks.config.dataset, networks.text_encoder.vocabulary
     if isinstance(dataset, VideosConfig):
         if words:
@@ -175,7 +177,7 @@ def default_prompts(networks: LoadedNetworks) -> tuple[str, ...]:
 
 
 def default_length(training: TrainingConfig, first_frames: Tensor | None) -> int:
-    """The longest video of the training; with a given clip, that and whole blocks, at least one, up to about that many frames."""
+    """The longest video of the training; with a given clip, that clip and as many whole blocks as fit, at least one."""
     if first_frames is None:
         return training.max_num_frames
     given, block = len(first_frames), training.num_frames_per_block
@@ -184,23 +186,22 @@ def default_length(training: TrainingConfig, first_frames: Tensor | None) -> int
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, sample, write, report. Raises CheckpointError, ValueError and OSError, each with one line."""
+    # 1. Check the request, before anything is computed or written.
     check_arguments(arguments)
     steps = arguments.denoising_steps
     wishes = ("num_steps", "guidance", "eta", "ink_kept", "window_frames", "sink_frames", "causal")
     settings = SamplerSettings(None if steps is None else tuple(steps), **{name: getattr(arguments, name) for name in wishes})
-    schedule = None if arguments.schedule is None else PromptSchedule.parse(arguments.schedule)
-    switch = arguments.switch or DEFAULT_SWITCH
+    schedule = None if arguments.schedule is None else PromptSchedule.parse(arguments.schedule, arguments.switch or DEFAULT_SWITCH)
     runtime = resolve_runtime(arguments.device, arguments.precision)
     options = ("--compile" if arguments.compile else None, "--int8" if arguments.int8 else None)
     networks = prepared(load_networks(arguments.checkpoint, runtime.device), runtime, *options)
-    training = networks.config.training
+    training, model = networks.config.training, networks.config.model
     plan = settings.make_plan(training)
-    model = networks.config.model
     first_frames = None if arguments.init is None else load_frames(arguments.init, model.frame_size, model.channels)
     num_frames = default_length(training, first_frames) if arguments.num_frames is None else arguments.num_frames
     check_length(num_frames, plan, training, schedule, first_frames)
     require_writable(arguments.output_dir)
-    facts = {  # what makes the videos of one call reproducible: no time, no path, nothing of the machine but what its numbers depend on
+    facts = {  # what makes the videos reproducible: no time, no path, and of the machine only what the numbers depend on
         "checkpoint": {
             "name": arguments.checkpoint.name, "sha256": file_digest(arguments.checkpoint), "training_type": training.training_type,
             "step": networks.step,
@@ -213,9 +214,10 @@ def run(arguments: argparse.Namespace) -> None:
         "num_frames": num_frames, "batch_size": arguments.batch_size, "device": runtime.device.type, "precision": runtime.precision,
         "versions": {**{name: version(name) for name in VERSIONED}, "code_sha256": code_digest()},
         "compiled": arguments.compile, "int8": arguments.int8,
-        "schedule": None if schedule is None else {"entries": schedule.entries, "switch": switch},
+        "schedule": None if schedule is None else asdict(schedule),
         "init": None if arguments.init is None else {"name": arguments.init.name, "num_frames": len(first_frames)},
     }
+    # 2. Sample.
     asked = arguments.prompts or (schedule and [schedule.entries[0][1]]) or default_prompts(networks)
     prompts = [prompt for prompt in asked for _ in range(arguments.samples_per_prompt)]
     seeds = [arguments.seed + sample for _ in asked for sample in range(arguments.samples_per_prompt)]
@@ -224,9 +226,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.checkpoint.name}: {training.training_type}, step {networks.step}, {kind}, {cost}, on {runtime}")
     start = time.perf_counter()
     videos = generate(networks, prompts, seeds, num_frames, settings, runtime, arguments.batch_size, show_progress=True,
-                      schedule=schedule, switch=switch, first_frames=first_frames)
+                      schedule=schedule, first_frames=first_frames)
     seconds = time.perf_counter() - start
-
+    # 3. Write and report.
     titles = prompts if schedule is None else [str(schedule)] * len(prompts)
     paths = write_videos(arguments.output_dir, videos, titles, seeds, arguments.format, facts)
     if paths[-1].name != "generation.json":
@@ -239,20 +241,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exits with status 1 and one line where something does not fit, 2 where the command line cannot be read, 130 on Ctrl-C."""
+    """Exits with status 1 and one line for bad input, 2 for an unreadable command line, 130 on Ctrl-C."""
     arguments = parse_arguments(argv)
-    with warnings.catch_warnings():
+    unwritten = "videos are written once all are sampled, so some or all of this call's are missing"
+    with warnings.catch_warnings(), refusals_in_one_line(unwritten):
         # One line without source code; put back by catch_warnings.
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
         try:
             run(arguments)
         except (torch.OutOfMemoryError, MemoryError):
             sys.exit("error: out of memory: choose a smaller --batch_size")
-        except (ValueError, OSError, ImportError) as error:  # CheckpointError is a ValueError
+        except ImportError as error:
             sys.exit(f"error: {' '.join(str(error).split())}")
-        except KeyboardInterrupt:
-            print("interrupted: videos are written once all are sampled, so some or all of this call's are missing", file=sys.stderr)
-            sys.exit(EXIT_CTRL_C)
 
 
 if __name__ == "__main__":

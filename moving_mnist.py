@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from digits.deformation import MAX_VARIATION, deform, draw_deformations
 from digits.mnist import MNIST_SIDE, SPLITS, DigitSet, load_bundled_split, load_idx_split, unit_ink
-from digits.mnist import NUM_CLASSES as NUM_CLASSES  # for those who know digits only from videos
+from digits.mnist import NUM_CLASSES as NUM_CLASSES  # re-exported
 from machine.files import free_paths, require_writable
 from machine.paths import REPOSITORY, user_path
 from machine.seeds import Purpose, stream
@@ -34,16 +34,16 @@ from method.choices import require
 from method.settings import DataConfig
 from network.text_encoder import SPEEDS, MotionFacts, caption_of_any_stretch, compose_caption, name_classes, split_words
 
-NUM_OCTANTS = 8
-PURPOSES = {"train": Purpose.TRAINING_VIDEO, "judge": Purpose.JUDGE_VIDEO, "test": Purpose.HELD_OUT_VIDEO}  # of the videos of a split
+NUM_OCTANTS = 8  # directions: 0 is right, 2 up, counter-clockwise on the screen
+PURPOSES = {"train": Purpose.TRAINING_VIDEO, "judge": Purpose.JUDGE_VIDEO, "test": Purpose.HELD_OUT_VIDEO}  # default of each split
+MAX_COLUMNS = 7  # frames of each video in the grid of --visualize
 
 
 @dataclass
 class DatasetConfig(DataConfig):
-    """What the videos show and where the digits come from. frame_size: side of the square frame, pixels. channels: 1 or 3 (the grey value
-    repeated)."""
+    """What the videos show and where the digits come from. frame_size: pixels. channels: 1, or 3 equal ones."""
 
-    digit_size: int = 14  # side of a digit, pixels, up to 28: the 28 x 28 digits are area-averaged to it
+    digit_size: int = 14  # side of a digit, pixels, up to 28: the 28 x 28 images are area-averaged
     num_digits: int = 1  # or 2
     min_speed: float = 1.2  # pixels a frame
     max_speed: float = 2.2
@@ -52,8 +52,8 @@ class DatasetConfig(DataConfig):
     mnist_root: str | None = None  # folder of the four IDX files; setting it means "idx"
     download: bool = False  # fetch the files that are missing there
     test_fraction: float = 0.1  # share of every bundled class that is held out
-    judge_fraction: float = 0.2  # share of every class that the judges learn from and no network sees
-    class_names: list[str] | None = None  # what captions call 0 to 9 where the images are no digits (Fashion-MNIST, KMNIST)
+    judge_fraction: float = 0.2  # share of every class for training the judges, which no network sees
+    class_names: list[str] | None = None  # names of the classes 0 to 9 in captions, for Fashion-MNIST or KMNIST
 
     def __post_init__(self) -> None:
         if self.mnist_root is not None:
@@ -86,7 +86,7 @@ class DatasetConfig(DataConfig):
 
 @dataclass(frozen=True)
 class MovingMNISTBatch:
-    """B videos with everything that is known of them."""
+    """B videos and their ground truth."""
 
     video: Tensor  # (B, F, C, H, W) float32 in [-1, 1]
     captions: list[str]  # B prompts
@@ -100,8 +100,8 @@ class MovingMNISTBatch:
 
 
 def load_digits(config: DatasetConfig, split: str) -> DigitSet:
-    """The digits of one split, "train", "judge" or "test"; no two of them share a digit. Raises ValueError for another split name, an empty
-    split or a corrupt file, FileNotFoundError if IDX files are missing, OSError if they cannot be downloaded."""
+    """The digits of a split, "train", "judge" or "test", which share no digit. Raises ValueError for another name, an empty split or a
+    corrupt file, FileNotFoundError if IDX files are missing, OSError if they cannot be downloaded."""
     require(split in SPLITS, "split", repr(split), f"one of {', '.join(SPLITS)}")
     if config.source == "idx":
         return load_idx_split(Path(config.mnist_root).expanduser(), split, config.judge_fraction, config.download)
@@ -112,13 +112,13 @@ def load_digits(config: DatasetConfig, split: str) -> DigitSet:
 
 
 def bounce(position: Tensor, span: float) -> Tensor:
-    """Reflect free positions off walls at 0 and `span`: the triangle wave of period 2 * span, exact at any time."""
+    """Reflect positions of free motion off walls at 0 and `span`: the triangle wave of period 2 * span."""
     return span - (span - torch.remainder(position, 2 * span)).abs()
 
 
 def bilinear_weights(offset: Tensor, num_pixels: int, digit_size: int) -> Tensor:
-    """Weights (..., num_pixels, digit_size) that draw digit row r at the real-valued position offset + r: max(0, 1 - |i - (offset + r)|)
-    for pixel i. Drawing neither gains nor loses ink and moves its centre of mass by exactly the offset."""
+    """Weights (..., num_pixels, digit_size) of pixel i for row r of a digit, drawn at position offset + r: max(0, 1 - |i - (offset + r)|).
+    This keeps the amount of ink and moves its centre of mass by exactly the offset."""
     pixel = torch.arange(num_pixels, dtype=offset.dtype, device=offset.device).unsqueeze(1)
     row = torch.arange(digit_size, dtype=offset.dtype, device=offset.device)
     return (1 - (pixel - row - offset[..., None, None]).abs()).clamp_min(0)
@@ -126,9 +126,9 @@ def bilinear_weights(offset: Tensor, num_pixels: int, digit_size: int) -> Tensor
 
 @dataclass
 class _Draw:
-    """The random numbers behind one video, as Python scalars; lists of N digits."""
+    """What is random in one video; lists of N digits."""
 
-    rows: list[int]
+    rows: list[int]  # in the digit set
     start: list[tuple[float, float]]
     velocity: list[tuple[float, float]]
     facts: list[MotionFacts]
@@ -138,9 +138,9 @@ class _Draw:
 class MovingMNISTGenerator:
     """Makes videos: (seed, index) names one video of the split, whatever else is in the batch.
 
-    purpose: what the videos are for; the same seed shows other videos to every purpose. That of the split if not given.
-    digit_variation, 0 to 0.4: every video deforms its digits by linear maps of its own (`digits.deformation`); captions and tracks are
-    those of the undeformed video. Raises the errors of `load_digits`, and ValueError for a variation out of range."""
+    digit_variation, 0 to 0.4: random linear maps deform the digits of each video (`digits.deformation`), not its caption or track.
+    purpose: each purpose has its own videos; the default depends on the split. Raises ValueError for a variation out of range, and the
+    errors of `load_digits`."""
 
     def __init__(self, config: DatasetConfig, split: str = "train", digit_variation: float = 0.0, purpose: Purpose | None = None):
         require(0 <= digit_variation <= MAX_VARIATION, "digit_variation", digit_variation, f"0 (none) to {MAX_VARIATION}")
@@ -148,20 +148,19 @@ class MovingMNISTGenerator:
         self.digit_set = load_digits(config, split)
         self.purpose = PURPOSES[split] if purpose is None else purpose
         side = (config.digit_size, config.digit_size)
-        # In parts, as float copies of all 60,000 original digits would fill memory.
-        resized = [functional.interpolate(unit_ink(part).unsqueeze(1), size=side, mode="area").squeeze(1)
-                   for part in self.digit_set.images.split(4096)]
-        self.sprites = torch.cat(resized)  # (M, D, D) float32 in [0, 1]
+        parts = self.digit_set.images.unsqueeze(1).split(4096)  # float copies of all 60,000 original digits would fill memory
+        resized = [functional.interpolate(unit_ink(part), size=side, mode="area") for part in parts]
+        self.sprites = torch.cat(resized).squeeze(1)  # (M, D, D) float32 in [0, 1]
         self._labels = self.digit_set.labels.tolist()
 
     @property
     def span(self) -> int:
-        """Pixels that a digit's box can travel from wall to wall."""
+        """Distance that a digit's box can travel between opposite walls."""
         return self.config.frame_size - self.config.digit_size
 
     def sample(self, seed: int, indices: Sequence[int], num_frames: int) -> MovingMNISTBatch:
-        """The videos (seed, index) for every index, `num_frames` long; a longer video continues a shorter one. seed and indices: 0 to
-        2**64 - 1. Raises ValueError for no index, a number out of range or no frame."""
+        """The videos (seed, index) for every index; the first frames do not depend on num_frames. seed and indices: 0 to 2**64 - 1. Raises
+        ValueError for no index, a number out of range or no frame."""
         if len(indices) == 0:
             raise ValueError("no indices to sample: expected at least one")
         require(num_frames >= 1, "num_frames", num_frames, "at least 1")
@@ -181,13 +180,13 @@ class MovingMNISTGenerator:
         )
 
     def before(self, seed: int, indices: Sequence[int], others: Sequence[int], num_frames: int) -> Tensor:
-        """What a switch of the prompt may follow: videos (B, F, C, H, W) of the digits of the videos (seed, other), at their speeds, which
-        arrive one frame later where the videos (seed, index) begin."""
-        draws, others_drawn = ([self._draw(seed, int(index)) for index in each] for each in (indices, others))
+        """A past for a switch of the prompt: videos (B, F, C, H, W) of the digits of the videos (seed, other), with their velocities, that
+        would arrive one frame later where the videos (seed, index) start."""
+        draws, other_draws = ([self._draw(seed, int(index)) for index in each] for each in (indices, others))
         start = torch.tensor([draw.start for draw in draws], dtype=torch.float32)
-        velocity = torch.tensor([draw.velocity for draw in others_drawn], dtype=torch.float32)
-        track = self.motion_track(start, -velocity, num_frames + 1)[:, 1:].flip(1)  # back in time: a path with bounces is one both ways
-        digit_index = torch.tensor([draw.rows for draw in others_drawn])
+        velocity = torch.tensor([draw.velocity for draw in other_draws], dtype=torch.float32)
+        track = self.motion_track(start, -velocity, num_frames + 1)[:, 1:].flip(1)  # backwards in time from the start
+        digit_index = torch.tensor([draw.rows for draw in other_draws])
         return self.render(self._sprites(seed, others, digit_index), track)
 
     def captions(self, seed: int, indices: Sequence[int]) -> list[str]:
@@ -195,29 +194,29 @@ class MovingMNISTGenerator:
         return [self._draw(seed, int(index)).caption for index in indices]
 
     def captions_of_any_stretch(self, seed: int, indices: Sequence[int]) -> list[str]:
-        """What of these captions holds for every stretch of their videos (`text_encoder.caption_of_any_stretch`)."""
+        """The parts of these captions that hold for any stretch of their videos (`text_encoder.caption_of_any_stretch`)."""
         names = self.config.class_names
         if names is None:
             return [caption_of_any_stretch(caption) for caption in self.captions(seed, indices)]
         return [name_classes([names[fact.digit] for fact in self._draw(seed, int(index)).facts]) for index in indices]
 
     def _sprites(self, seed: int, indices: Sequence[int], digit_index: Tensor) -> Tensor:
-        """The digits (B, N, D, D) of these videos, ink in [0, 1], deformed as each video deforms them."""
+        """The digits (B, N, D, D) of these videos, ink in [0, 1], deformed if there is variation."""
         if self.digit_variation == 0:
             return self.sprites[digit_index]
         deformations = draw_deformations(seed, indices, self.config.num_digits, self.digit_variation)
         return deform(unit_ink(self.digit_set.images[digit_index]), deformations, self.config.digit_size)
 
     def motion_track(self, start: Tensor, velocity: Tensor, num_frames: int) -> Tensor:
-        """Centres (B, F, N, 2) of digits that start at centres (B, N, 2) with velocity (B, N, 2) and bounce."""
+        """Centres (B, F, N, 2) of digits that bounce off the walls, from their start (B, N, 2) and velocity (B, N, 2)."""
         half = (self.config.digit_size - 1) / 2
         time = torch.arange(num_frames, dtype=torch.float64, device=start.device).view(1, num_frames, 1, 1)
         corner = start.double().unsqueeze(1) - half + time * velocity.double().unsqueeze(1)  # (B, F, N, 2)
         return (bounce(corner, self.span) + half).to(start.dtype)
 
     def render(self, sprites: Tensor, track: Tensor) -> Tensor:
-        """Draw sprites (B, N, D, D), ink in [0, 1], along a track (B, F, N, 2): a video (B, F, C, H, W) in [-1, 1]. The brighter of two
-        digits that overlap shows."""
+        """Draw sprites (B, N, D, D), ink in [0, 1], along a track (B, F, N, 2): a video (B, F, C, H, W) in [-1, 1]. Where digits overlap,
+        the brighter one shows."""
         size, digit_size = self.config.frame_size, self.config.digit_size
         corner = track - (digit_size - 1) / 2
         columns = bilinear_weights(corner[..., 0], size, digit_size)  # (B, F, N, W, D)
@@ -227,7 +226,7 @@ class MovingMNISTGenerator:
         return frames.repeat(1, 1, self.config.channels, 1, 1)  # (B, F, C, H, W)
 
     def _draw(self, seed: int, index: int) -> _Draw:
-        """Everything random of one video, from its own counter-based stream, in a fixed order."""
+        """Draw one video from its counter-based stream, in a fixed order."""
         rng = stream(seed, index, self.purpose)
         config, half = self.config, (self.config.digit_size - 1) / 2
         draw = _Draw([], [], [], [], "")
@@ -239,7 +238,7 @@ class MovingMNISTGenerator:
             word = SPEEDS[int(pace * len(SPEEDS))] if config.min_speed < config.max_speed else "medium"
             draw.rows.append(row)
             draw.start.append((half + x * self.span, half + y * self.span))
-            draw.velocity.append((speed * cos(angle), -speed * sin(angle)))  # octants turn upwards, y points down
+            draw.velocity.append((speed * cos(angle), -speed * sin(angle)))  # y points down
             draw.facts.append(MotionFacts(self._labels[row], octant, word))
         draw.caption = compose_caption(draw.facts, rng, config.class_names)
         return draw
@@ -267,9 +266,9 @@ class MovingMNISTDataset(Dataset):
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def visualize(batch: MovingMNISTBatch, output_dir: Path, max_columns: int = 7) -> list[Path]:
-    """Write a GIF of every video and grid.png with some frames of each under its caption; returns the paths. Overwrites nothing."""
-    import imageio.v3 as imageio  # both imported here: training needs neither
+def visualize(batch: MovingMNISTBatch, output_dir: Path) -> list[Path]:
+    """Write a GIF of every video, and grid.png with frames and caption of each; returns the paths. Overwrites nothing."""
+    import imageio.v3 as imageio  # imported here, as matplotlib: training needs neither
     from matplotlib.figure import Figure
 
     require_writable(output_dir, "--output_dir")
@@ -280,7 +279,7 @@ def visualize(batch: MovingMNISTBatch, output_dir: Path, max_columns: int = 7) -
         enlarged = video.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
         imageio.imwrite(path, enlarged.numpy(), duration=125, loop=0)  # milliseconds a frame
 
-    columns = np.unique(np.linspace(0, num_frames - 1, min(max_columns, num_frames)).round().astype(int))
+    columns = np.unique(np.linspace(0, num_frames - 1, min(MAX_COLUMNS, num_frames)).round().astype(int))
     figure = Figure(figsize=(1.2 * len(columns) + 0.5, 1.6 * num_videos + 0.3), layout="constrained")
     for axis, video, caption in zip(figure.subplots(num_videos, squeeze=False)[:, 0], pixels, batch.captions, strict=True):
         framed = functional.pad(video[columns], (0, 0, 0, 2), value=255)  # a white gap between frames
@@ -307,9 +306,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--download", action="store_true", help="fetch the files that --mnist_root lacks")
     parser.add_argument("--output_dir", type=user_path, default=Path("outputs/moving_mnist"))
     options = parser.parse_args(arguments)
-    if options.num_viz < 1:
-        parser.error(f"--num_viz is {options.num_viz}: expected at least 1")
     try:
+        require(options.num_viz >= 1, "--num_viz", options.num_viz, "at least 1")
         asked = ("frame_size", "digit_size", "num_digits", "mnist_root", "download")
         config = DatasetConfig(**{name: getattr(options, name) for name in asked})
         if not options.visualize:

@@ -1,5 +1,5 @@
-"""Videos from prompts with networks that are already trained: a caller's settings and a checkpoint's configuration become a plan, prompts
-become embeddings, and `dynamic_video_sf` samples.
+"""Videos from prompts with trained networks: settings and the checkpoint's configuration become a plan, prompts become embeddings, and
+`dynamic_video_sf` samples.
 
 Dimensions: B batch, F frames, C channels, H height, W width.
 """
@@ -34,27 +34,24 @@ MAX_GRAPHS = 256  # of one compiled function: all networks, sizes and formats of
 
 def sample_few_step(
     model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], num_frames: int, plan: RolloutPlan,
-    runtime: Runtime, schedule: PromptSchedule | None = None, switch: str = "recache", first_frames: Tensor | None = None,
+    runtime: Runtime, schedule: PromptSchedule | None = None, first_frames: Tensor | None = None,
 ) -> Tensor:
-    """Videos (B, F, C, H, W), float32, from the one rollout; under the plan's guidance where it is not 1. schedule: prompts that take over
-    later, of all videos alike; switch: see `PromptSwitch`. first_frames (B, F, C, H, W) come first and count among num_frames."""
+    """Videos (B, F, C, H, W), float32, from the one rollout. schedule: later prompts, the same for all videos; their frames must pass
+    `schedule.check`. first_frames (B, F, C, H, W) start the videos and count among num_frames. Raises ValueError as `block_starts`."""
     starts = block_starts(num_frames, plan, first_frames)
-    changes: dict[int, str] = {}
-    if schedule is not None:
-        schedule.check(starts)
-        changes = schedule.changes()
+    changes, switch = ({}, "recache") if schedule is None else (dict(schedule.entries[1:]), schedule.switch)
     stream = stream_video(model, text_encoder, prompts, seeds, plan, runtime, len(starts), switch, first_frames)
     blocks = [stream.send([changes[start]] * len(prompts) if start in changes else None) for start in starts]
     return torch.cat(blocks if first_frames is None else [first_frames.float(), *blocks], dim=1)
 
 
 def block_starts(num_frames: int, plan: RolloutPlan, first_frames: Tensor | None) -> list[int]:
-    """The frames at which the blocks of a video of num_frames start, behind given first frames. Raises ValueError."""
+    """First frame of every generated block of a video of num_frames. Raises ValueError if the lengths do not fit the blocks."""
     if first_frames is None:
         check_num_frames("num_frames", num_frames, plan.num_frames_per_block, plan.context.independent_first_frame)
         sizes = plan.context.block_sizes(num_frames, plan.num_frames_per_block)
         return [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
-    split_first_frames(first_frames, plan)  # refuses a number that does not fit
+    split_first_frames(first_frames, plan)  # raises if their number does not fit
     given, block = first_frames.shape[1], plan.num_frames_per_block
     if num_frames <= given or (num_frames - given) % block:
         raise ValueError(
@@ -78,26 +75,25 @@ def sample_many_step(
 
 def sample(
     sampler: Sampler, prompts: list[str], seeds: list[int], num_frames: int, runtime: Runtime, schedule: PromptSchedule | None = None,
-    switch: str = "recache", first_frames: Tensor | None = None,
+    first_frames: Tensor | None = None,
 ) -> Tensor:
-    """Videos (B, F, C, H, W), float32: by the rollout or by the bidirectional sampler, as the plan says. schedule, switch and first_frames
-    are for a rollout alone, see `sample_few_step`."""
+    """Videos (B, F, C, H, W), float32, sampled as the plan says. schedule and first_frames, see `sample_few_step`, are for a rollout."""
     common = (sampler.network, sampler.text_encoder, prompts, seeds, num_frames, sampler.plan, runtime)
     if isinstance(sampler.plan, BidirectionalPlan):
         return sample_many_step(*common)
-    return sample_few_step(*common, schedule, switch, first_frames)
+    return sample_few_step(*common, schedule, first_frames)
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """What a caller asks of the sampler; None leaves it to the checkpoint (see `make_plan`).
+    """What a caller asks of the sampler; None leaves a setting to the checkpoint (see `make_plan`).
 
-    denoising_steps: timesteps 1..1000, descending from 1000: a causal rollout in few steps, with fresh noise. num_steps: steps of
-    Euler's method block by block or, all frames at once, with fresh noise. At most one of the two. causal: block by block also where
-    the network is a bidirectional teacher too; not with denoising_steps, which always are. guidance: weight of classifier-free
-    guidance, 1 for none. eta: fresh noise in the steps of the bidirectional teacher, 0 (Euler) to 1 (ancestral). ink_kept: of what
-    its guidance adds along the predicted ink, 0 to 1 (classifier-free guidance). window_frames: how many frames a block of a rollout
-    sees, itself and the sink included. sink_frames: of these, so many first ones for ever. Raises ValueError.
+    denoising_steps: timesteps 1..1000, descending from 1000, of a causal rollout with fresh noise. num_steps: number of Euler steps, for
+    each block or for all frames at once. At most one of the two. causal: roll out a bidirectional teacher too; not with denoising_steps,
+    which always roll out. guidance: weight of classifier-free guidance, 1 for none. eta: fresh noise in the steps of the bidirectional
+    teacher, 0 (Euler) to 1 (ancestral). ink_kept: share kept of what its guidance adds along the predicted ink, 0 to 1 (classifier-free
+    guidance). window_frames: frames that a block of a rollout sees, itself and the sink included. sink_frames: number of initial frames
+    kept in the cache (attention sink). Raises ValueError.
     """
 
     denoising_steps: tuple[int, ...] | None = None
@@ -110,27 +106,26 @@ class SamplerSettings:
     causal: bool = False
 
     def __post_init__(self) -> None:
-        require(self.eta is None or 0 <= self.eta <= 1, "--eta", self.eta, "0 (Euler's method) to 1 (ancestral sampling)")
-        require(self.ink_kept is None or 0 <= self.ink_kept <= 1, "--ink_kept", self.ink_kept,
-                "0 (guidance off the ink) to 1 (classifier-free guidance)")
-        if self.denoising_steps is not None and self.num_steps is not None:
-            raise ValueError("--denoising_steps (few steps) and --num_steps (many steps) exclude each other: give one of them")
-        if self.denoising_steps is not None and self.causal:
-            raise ValueError("--denoising_steps (fresh noise) and --causal (Euler's method) exclude each other: both are block by block, "
-                             "give one of them")
         if self.denoising_steps is not None:
+            if self.num_steps is not None:
+                raise ValueError("--denoising_steps (few steps) and --num_steps (many steps) exclude each other: give one of them")
+            if self.causal:
+                raise ValueError("--denoising_steps (fresh noise) and --causal (Euler's method) exclude each other: both are block by "
+                                 "block, give one of them")
             check_denoising_steps("--denoising_steps", list(self.denoising_steps))
-        if self.num_steps is not None:
-            require(self.num_steps >= 1, "--num_steps", self.num_steps, "at least 1")
+        require(self.num_steps is None or self.num_steps >= 1, "--num_steps", self.num_steps, "at least 1")
         require(self.guidance is None or 0 <= self.guidance < math.inf, "--guidance", self.guidance, "0 or more (1 is no guidance)")
+        require(self.eta is None or 0 <= self.eta <= 1, "--eta", self.eta, "0 (Euler's method) to 1 (ancestral sampling)")
+        expected = "0 (guidance off the ink) to 1 (classifier-free guidance)"
+        require(self.ink_kept is None or 0 <= self.ink_kept <= 1, "--ink_kept", self.ink_kept, expected)
 
     def make_plan(self, training: TrainingConfig) -> RolloutPlan | BidirectionalPlan:
-        """The plan for a network trained with `training`, whose kind says whether it is a student or a teacher.
+        """The plan for a network trained with `training`. Raises ValueError for settings that do not fit its kind.
 
-        Left open, a few-step student takes its own denoising steps and a teacher `teacher_steps` steps: all frames at once as
-        `teacher_plan` says, or Euler's block by block where it is asked for (`causal`) or teacher or diffusion forcing made it causal.
-        Guidance left open is the checkpoint's for a teacher's steps and none otherwise. The window of a causal rollout left open is
-        that of the training, and where that had none the length of its videos, so it can go on for any length.
+        By default a few-step student takes its own denoising steps and a teacher `teacher_steps` steps: of `teacher_plan`, or of Euler's
+        method block by block with `causal` or after a training that made it causal. The default guidance is none for a student or
+        denoising steps, else the checkpoint's. The default window is that of the training, or the length of its videos, so that a rollout
+        can be of any length.
         """
         window = training.max_num_frames if training.window_frames is None else training.window_frames
         context = ContextWindow(
@@ -138,38 +133,37 @@ class SamplerSettings:
             training.sink_frames if self.sink_frames is None else self.sink_frames,
             independent_first_frame=training.independent_first_frame,
         )
-        context.check(training.num_frames_per_block, "--")
-        of_teacher = {"eta": self.eta, "ink_kept": self.ink_kept}
+        block = training.num_frames_per_block
+        context.check(block, "--")
         is_teacher = isinstance(training, PretrainConfig) and training.objective == "mixed"
         if is_teacher and not self.causal and self.denoising_steps is None:
             if self.window_frames is not None or self.sink_frames is not None:
                 raise ValueError("--window_frames and --sink_frames are for a rollout block by block: leave them out, or give --causal")
-            wishes = {"num_steps": self.num_steps, "guidance": self.guidance, **of_teacher}
+            wishes = {name: getattr(self, name) for name in ("num_steps", "guidance", "eta", "ink_kept")}
             return replace(teacher_plan(training), **{name: wish for name, wish in wishes.items() if wish is not None})
-        for name, wish in of_teacher.items():
-            if wish is not None:
+        for name in ("eta", "ink_kept"):
+            if getattr(self, name) is not None:
                 raise ValueError(
                     f"--{name} is for a bidirectional teacher in many steps, and this is a rollout block by block: leave it out"
                 )
         is_student = isinstance(training, FewStepConfig)
+        own_guidance = 1.0 if is_student or self.denoising_steps is not None else training.guidance
+        guidance = own_guidance if self.guidance is None else self.guidance
         if self.num_steps is not None or (not is_student and self.denoising_steps is None):
             num_steps = training.teacher_steps if self.num_steps is None else self.num_steps
-            own_guidance = 1.0 if is_student else training.guidance
-            guidance = own_guidance if self.guidance is None else self.guidance
             context_time = training.context_time if is_student else 0.0
-            return many_step_plan(num_steps, training.time_shift, training.num_frames_per_block, guidance, context, context_time)
-        block = training.num_frames_per_block
+            return many_step_plan(num_steps, training.time_shift, block, guidance, context, context_time)
         plan = few_step_plan(training, context) if is_student else RolloutPlan((1.0,), block, context=context)
         if self.denoising_steps is not None:
             plan = replace(plan, times=warp_steps(list(self.denoising_steps), training.time_shift))
-        return replace(plan, guidance=1.0 if self.guidance is None else self.guidance)
+        return replace(plan, guidance=guidance)
 
 
 def check_length(
     num_frames: int, plan: RolloutPlan | BidirectionalPlan, training: TrainingConfig, schedule: PromptSchedule | None = None,
     first_frames: Tensor | None = None,
 ) -> None:
-    """Raise ValueError where a network trained with `training` cannot make such a video under the plan."""
+    """Raise ValueError if a network trained with `training` cannot make such a video under the plan. first_frames: (F, C, H, W)."""
     if isinstance(plan, RolloutPlan):
         starts = block_starts(num_frames, plan, None if first_frames is None else first_frames[None])
         if schedule is not None:
@@ -189,17 +183,15 @@ def check_length(
 def prepared(
     networks: LoadedNetworks, runtime: Runtime, compile_option: str | None = None, int8_option: str | None = None
 ) -> LoadedNetworks:
-    """A copy of the networks for generation alone, whose weights no pass has to cast; compiled, and with products in 8-bit integers, where
-    the name of an option asks for it. Raises ValueError naming the option where there is no compiler, or where such products are not
-    made."""
+    """A copy of the networks for generation only, with the weights of matrix products cast in advance. Given the name of an option,
+    its passes are compiled or its products made in 8-bit integers. Raises ValueError naming the option if the machine cannot do that."""
     generator = copy.deepcopy(networks.generator)
     if int8_option is not None:
         require_exact_int8(int8_option, runtime.device)
-        if gain_over_float32(torch.int8) < 1:  # processors without instructions for them are several times slower
-            warnings.warn(
-                f"a product of 8-bit integers takes {1 / gain_over_float32(torch.int8):.1f} times as long as one of float32 on this "
-                f"processor: leave {int8_option} out", stacklevel=2,
-            )
+        gain = gain_over_float32(torch.int8)
+        if gain < 1:  # processors without instructions for them are several times slower
+            warnings.warn(f"a product of 8-bit integers takes {1 / gain:.1f} times as long as one of float32 on this processor: "
+                          f"leave {int8_option} out", stacklevel=2)
         generator.quantize_products(runtime.dtype)
     generator.cast_products(runtime.dtype)
     if compile_option is not None:
@@ -211,35 +203,33 @@ def prepared(
 
 def generate(
     networks: LoadedNetworks, prompts: list[str], seeds: list[int], num_frames: int, settings: SamplerSettings, runtime: Runtime,
-    batch_size: int, show_progress: bool = False, schedule: PromptSchedule | None = None, switch: str = "recache",
-    first_frames: Tensor | None = None,
+    batch_size: int, show_progress: bool = False, schedule: PromptSchedule | None = None, first_frames: Tensor | None = None,
 ) -> Tensor:
-    """One video per (prompt, seed): (B, F, C, H, W), float32, on the CPU, in model range but not clamped to [-1, 1].
+    """One video for each (prompt, seed): (B, F, C, H, W), float32, on the CPU, not clamped to [-1, 1].
 
-    batch_size: videos a forward pass; compiled networks make batches of one size, at most that, as each size is compiled. schedule, switch:
-    see `sample_few_step`. first_frames (F, C, H, W) in [-1, 1]: every video begins with them. Words that the grammar lacks are named in one
-    warning for the whole call. Raises ValueError where prompts, seeds, length or settings do not fit each other or the checkpoint.
+    batch_size: videos in a forward pass. schedule: see `sample_few_step`. first_frames (F, C, H, W) in [-1, 1]: every video begins with
+    them. Unknown words are named in one warning for the whole call. Raises ValueError if prompts, seeds, length, settings and checkpoint
+    do not fit each other.
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds: expected one seed for each of at least one prompt")
     require(batch_size >= 1, "batch_size", batch_size, "at least 1")
     sampler = Sampler(networks.generator, networks.text_encoder, settings.make_plan(networks.config.training))
     check_length(num_frames, sampler.plan, networks.config.training, schedule, first_frames)
-    later = [] if schedule is None else list(schedule.changes().values())
+    later = [] if schedule is None else [prompt for _, prompt in schedule.entries[1:]]
     networks.text_encoder.tokenize(list(dict.fromkeys(prompts + later)))  # warns once, of all prompts together
-    size, extra = batch_size, 0
-    if networks.generator.is_compiled:
-        num_batches = math.ceil(len(prompts) / batch_size)
-        size = math.ceil(len(prompts) / num_batches)
-        extra = num_batches * size - len(prompts)
-    filled = [*prompts, *prompts[-1:] * extra], [*seeds, *seeds[-1:] * extra]
+    size, padding = batch_size, 0
+    if networks.generator.is_compiled:  # each size is compiled, so all batches get one size
+        size = math.ceil(len(prompts) / math.ceil(len(prompts) / batch_size))
+        padding = -len(prompts) % size
+    filled = [*prompts, *prompts[-1:] * padding], [*seeds, *seeds[-1:] * padding]
     videos = []
     with warnings.catch_warnings(), tqdm(total=len(prompts), unit="video", disable=not show_progress, dynamic_ncols=True) as bar:
         warnings.filterwarnings("ignore", category=UserWarning, module="network.text_encoder")  # the same again, batch by batch
         for first in range(0, len(filled[0]), size):
             texts, batch_seeds = (values[first : first + size] for values in filled)
             given = None if first_frames is None else first_frames.to(runtime.device).expand(len(texts), -1, -1, -1, -1)
-            video = sample(sampler, texts, batch_seeds, num_frames, runtime, schedule, switch, given)
+            video = sample(sampler, texts, batch_seeds, num_frames, runtime, schedule, given)
             videos.append(video[: len(prompts) - first].cpu())
             bar.update(len(videos[-1]))
     return torch.cat(videos)

@@ -1,4 +1,4 @@
-"""Streams: a trained causal network that makes video for ever, one block at a time, and takes a new prompt between blocks.
+"""Streams: a trained causal network makes video without end, one block at a time, and takes a new prompt between blocks.
 
 Dimensions: B batch, F frames, C channels, H height, W width.
 
@@ -6,7 +6,7 @@ Dimensions: B batch, F frames, C channels, H height, W width.
     block = next(stream)                         # (1, 3, 1, 32, 32)
     block = stream.send(["a 7 moving left"])     # the next block, under another prompt
 
-Memory and time of a block stay the same for ever where the plan has a window.
+If the plan has a window, memory and time of a block stay constant.
 """
 
 from __future__ import annotations
@@ -25,14 +25,6 @@ from network.text_encoder import NULL_PROMPT, TextEncoder
 from tiny_causal_wan import TinyCausalWanModel
 
 
-def encode_switch(
-    model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], plan: RolloutPlan, switch: str = "recache"
-) -> PromptSwitch:
-    """The prompts, one for each video, as a rollout under the plan takes them; switch: see `PromptSwitch`."""
-    null = None if plan.guidance == 1 else model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(prompts)))
-    return PromptSwitch(model.encode_prompt(*text_encoder.encode(prompts)), switch, null)
-
-
 def stream_video(
     model: TinyCausalWanModel, text_encoder: TextEncoder, prompts: list[str], seeds: list[int], plan: RolloutPlan, runtime: Runtime,
     num_blocks: int | None = None, switch: str = "recache", first_frames: Tensor | None = None,
@@ -42,10 +34,15 @@ def stream_video(
     prompts, seeds: one for each video. Send B new prompts to change them from the next block on, which `send` returns; switch: what
     happens to the cache then, see `PromptSwitch`. first_frames (B, F, C, H, W): frames before the first block.
     """
-    plan = replace(plan, context=replace(plan.context, hide_first_block=False))  # which is for training alone
-    # The contexts are closed before each yield: they must not hold for whoever consumes the stream.
+    plan = replace(plan, context=replace(plan.context, hide_first_block=False))  # which is for training only
+
+    def encode(texts: list[str]) -> PromptSwitch:
+        null = None if plan.guidance == 1 else model.encode_prompt(*text_encoder.encode([NULL_PROMPT] * len(texts)))
+        return PromptSwitch(model.encode_prompt(*text_encoder.encode(texts)), switch, null)
+
+    # The contexts are closed before each yield: they must not hold for the consumer of the stream.
     with torch.no_grad(), runtime.autocast():
-        first = encode_switch(model, text_encoder, prompts, plan)
+        first = encode(prompts)
         blocks = rollout_blocks(
             model, first.prompt, make_noise_streams(seeds), num_blocks, plan, first.null_prompt, first_frames=first_frames
         )
@@ -53,7 +50,7 @@ def stream_video(
     while True:
         try:
             with torch.no_grad(), runtime.autocast():
-                block = blocks.send(None if sent is None else encode_switch(model, text_encoder, sent, plan, switch))
+                block = blocks.send(None if sent is None else encode(sent))
         except StopIteration:
             return
         sent = yield block.float()
@@ -63,9 +60,10 @@ def stream_video(
 
 @dataclass(frozen=True)
 class PromptSchedule:
-    """Which prompt holds from which frame on: at least (0, prompt), frames ascending."""
+    """The prompts of a video by their first frame, as (frame, prompt): frames ascend from 0. switch: see `PromptSwitch`."""
 
     entries: tuple[tuple[int, str], ...]
+    switch: str = "recache"
 
     def __post_init__(self) -> None:
         frames = [frame for frame, _ in self.entries]
@@ -73,20 +71,20 @@ class PromptSchedule:
             raise ValueError(f"--schedule changes the prompt at the frames {frames}: expected ascending frames, the first one 0")
 
     @classmethod
-    def parse(cls, texts: list[str]) -> PromptSchedule:
-        """Of texts such as "42: a 7 moving left". Raises ValueError."""
+    def parse(cls, texts: list[str], switch: str = "recache") -> PromptSchedule:
+        """From texts such as "42: a 7 moving left". Raises ValueError."""
         entries = []
         for text in texts:
             match = re.fullmatch(r"\s*(\d+)\s*:\s?(.*)", text, flags=re.DOTALL)
             if match is None:
                 raise ValueError(f"--schedule has {text!r}: expected a frame and a prompt, such as \"42: a 7 moving left\"")
             entries.append((int(match.group(1)), match.group(2)))
-        return cls(tuple(entries))
+        return cls(tuple(entries), switch)
 
     def check(self, starts: list[int]) -> None:
-        """Raise ValueError unless every change falls on one of the frames at which the blocks of a video start."""
+        """Raise ValueError unless every change is at one of `starts`, the first frames of the generated blocks."""
         for frame, prompt in self.entries[1:]:
-            if frame <= starts[0]:  # behind given frames
+            if frame <= starts[0]:  # within given frames
                 raise ValueError(f"--schedule changes the prompt at frame {frame}, but the first frame that is made is {starts[0]}: give "
                                  f"{prompt!r} as the first prompt, or change it at a later block")
             if frame > starts[-1]:
@@ -95,10 +93,6 @@ class PromptSchedule:
             if frame not in starts:
                 nearest = [max(start for start in starts if start < frame), min(start for start in starts if start > frame)]
                 raise ValueError(f"--schedule changes the prompt at frame {frame}: expected the start of a block, such as {nearest}")
-
-    def changes(self) -> dict[int, str]:
-        """The later prompts by frame."""
-        return dict(self.entries[1:])
 
     def __str__(self) -> str:
         return " | ".join(prompt if frame == 0 else f"{frame}: {prompt}" for frame, prompt in self.entries)

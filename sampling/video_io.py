@@ -2,11 +2,9 @@
 
 Dimensions: B batch, F frames, C channels (1 grey or 3 RGB), H height, W width; all sizes on paper are in pixels.
 
-A video is a floating-point tensor `(F, C, H, W)` on any device. Pictures are made from values in [0, 1] ("display range"): anything
-outside is clamped, NaN is refused. Networks work in [-1, 1] ("model range"), which `to_display` maps to [0, 1]; only `save_array`
-speaks the model range. Frames are enlarged by whole factors with nearest-neighbour, so a pixel of the video stays a crisp square.
-
-Every writer creates the parent folder and replaces the file in one step: an interrupted or failed write leaves whatever was there.
+A video is a floating-point tensor `(F, C, H, W)` on any device. Pictures are made from values in [0, 1] ("display range"), clamped; only
+`save_array` takes the networks' [-1, 1] ("model range"). Frames are enlarged by whole factors, nearest neighbour. All writers raise
+ValueError for an unusable video (see `_checked`) and OSError for an unwritable folder; a failed write leaves the earlier file as it was.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from clips.video_files import GAP
 from machine.files import replacing
 
 VIDEO_SUFFIXES = (".gif", ".mp4", ".png")
-FPS = 8  # frames a second; a GIF rounds the delay to 1/100 s
+FPS = 8  # a GIF rounds the delay to 1/100 s
 MP4_QUALITY = 8  # imageio's scale, 0 worst to 10 best
 GREY_LEVELS_OF_ANIMATED_SHEET = 32  # rounding a network's faint background noise away keeps the GIF small
 
@@ -37,18 +35,20 @@ SMALLEST_FONT = 13
 FONT_PER_FRAME_HEIGHT = 0.17  # text grows with the frames, so it stays readable when a large sheet is shown small
 LETTER_WIDTH = 0.52  # of the font size, on average
 PANELS_ACROSS = 2  # of a comparison sheet
+SHEET_SCALE = 3  # enlargement of the frames in a sheet
+NUM_SHOWN = 7  # evenly spaced frames of each video in a sheet; all where there are fewer
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
 def to_display(video: Tensor) -> Tensor:
-    """Map model range to display range: (..., ) in [-1, 1] -> the same shape in [0, 1], clamped. NaN stays NaN."""
+    """Map [-1, 1] to [0, 1], any shape, clamped. NaN stays NaN."""
     return ((video + 1) / 2).clamp(0, 1)
 
 
 def to_uint8(video: Tensor, scale: int = 1) -> np.ndarray:
-    """RGB bytes (F, H * scale, W * scale, 3) of a video (F, C, H, W) in [0, 1]. Raises ValueError as `_checked` does."""
+    """RGB bytes (F, H * scale, W * scale, 3) of a video (F, C, H, W) in [0, 1]. Raises ValueError as `_checked`."""
     pixels = (_checked(video, 4).clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)  # grey becomes RGB
     return repeat(pixels.numpy(), "f c h w -> f (h sh) (w sw) c", sh=scale, sw=scale)
 
@@ -77,25 +77,17 @@ def _checked_groups(groups: list[tuple[str, Tensor]], labels: list[str]) -> list
 
 def _join(pieces: list[np.ndarray], axis: int) -> np.ndarray:
     """Concatenate along `axis` with a white gap between neighbours."""
-    gap_shape = list(pieces[0].shape)
-    gap_shape[axis] = GAP
-    gap = np.full(gap_shape, BACKGROUND[0], dtype=np.uint8)
-    with_gaps = [part for piece in pieces for part in (gap, piece)]
-    return np.concatenate(with_gaps[1:], axis=axis)
+    widths = [(0, GAP if each == axis else 0) for each in range(pieces[0].ndim)]
+    padded = [np.pad(piece, widths, constant_values=BACKGROUND[0]) for piece in pieces[:-1]]
+    return np.concatenate([*padded, pieces[-1]], axis=axis)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def save_video(path: Path, video: Tensor, scale: int = 4) -> None:
-    """Write a video (F, C, H, W) in [0, 1], enlarged, in the format its suffix names.
-
-    .gif and .mp4 are animations at `FPS` (grey levels are exact in a grey GIF; an MP4 is H.264 yuv420p, its last row or column repeated
-    where a side is odd). .png is one strip, frames side by side.
-
-    Raises ValueError for an unknown suffix or an unusable video; OSError for an unwritable folder.
-    """
-    path = Path(path)
+    """Write a video (F, C, H, W) in [0, 1], enlarged, as an animation at `FPS` (.gif, .mp4) or a strip of frames (.png). A grey GIF keeps
+    its grey levels exactly. Raises ValueError for another suffix too."""
     suffix = path.suffix.lower()
     if suffix not in VIDEO_SUFFIXES:
         raise ValueError(f"unknown video format '{suffix}' in {path.name}; use one of {', '.join(VIDEO_SUFFIXES)}, or save_array for .npz")
@@ -114,11 +106,10 @@ def _write_png(path: Path, picture: np.ndarray) -> None:
 
 
 def _write_gif(path: Path, frames: np.ndarray) -> None:
-    """Write (F, H, W, 3) bytes as an endless loop; grey frames keep their exact levels. Frames are encoded one at a time, because Pillow's
-    `save_all` merges equal neighbours and so loses frames of a still video."""
+    """Write (F, H, W, 3) bytes as an endless loop, frame by frame: Pillow's `save_all` merges equal neighbours."""
     is_grey = bool((frames == frames[..., :1]).all())
     images = [Image.fromarray(frame[..., 0]) if is_grey else Image.fromarray(frame).quantize() for frame in frames]
-    timing = {"duration": round(1000 / FPS), "loop": 0}  # milliseconds; loop 0 repeats for ever
+    timing = {"duration": round(1000 / FPS), "loop": 0}  # milliseconds; loop 0: no end
     header, _ = GifImagePlugin.getheader(images[0].copy(), info=dict(timing))
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.writelines(header)
@@ -129,22 +120,19 @@ def _write_gif(path: Path, frames: np.ndarray) -> None:
 
 def _write_mp4(path: Path, frames: np.ndarray) -> None:
     """Write (F, H, W, 3) bytes as H.264; yuv420p needs even sides, so an odd side repeats its last row or column."""
-    odd_rows, odd_columns = frames.shape[1] % 2, frames.shape[2] % 2
-    frames = np.pad(frames, ((0, 0), (0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
-    with replacing(path) as temporary, imageio.get_writer(
-        temporary, format="FFMPEG", fps=FPS, codec="libx264", quality=MP4_QUALITY, pixelformat="yuv420p", ffmpeg_log_level="error",
-        macro_block_size=1,  # sides are even already: imageio must not rescale
-        output_params=["-movflags", "+faststart"],  # the index first, so browsers start at once
-    ) as writer:
-        for frame in frames:
-            writer.append_data(frame)
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    with replacing(path) as temporary:
+        imageio.mimwrite(
+            temporary, frames, format="FFMPEG", fps=FPS, codec="libx264", quality=MP4_QUALITY, pixelformat="yuv420p",
+            macro_block_size=1,  # sides are even already: imageio must not rescale
+            ffmpeg_log_level="error", output_params=["-movflags", "+faststart"],  # the index first, so browsers start at once
+        )
 
 
 def save_array(path: Path, video_model_range: Tensor, prompt: str) -> None:
-    """Write one video and its prompt as an .npz: `video` float32 (F, C, H, W), clamped to [-1, 1], and `prompt`, a string array. Raises
-    ValueError for an unusable video; OSError for an unwritable folder."""
+    """Write one video and its prompt as an .npz: `video` float32 (F, C, H, W), clamped to [-1, 1], and `prompt`, a string array."""
     video = _checked(video_model_range, 4)
-    with replacing(Path(path)) as temporary, temporary.open("wb") as file:  # given a name, numpy may add a suffix to it
+    with replacing(path) as temporary, temporary.open("wb") as file:  # given a name, numpy may add a suffix to it
         np.savez_compressed(file, video=video.clamp(-1, 1).numpy(), prompt=np.array(prompt))
 
 
@@ -158,8 +146,8 @@ def _wrapped(text: str, width: int, font_size: int) -> str:
 def _labelled(
     rows: list[np.ndarray], row_labels: list[str], column_labels: list[str], font_size: int, row_gap: int = GAP, title: str = ""
 ) -> np.ndarray:
-    """Pictures (height, width, 3) of one size under each other on white, with a label at the left of each, labels over their equally wide
-    columns and a title over all, whose height hangs on its number of lines alone."""
+    """Pictures (height, width, 3) of one size below each other on white: labels to their left and over their equally wide columns, and a
+    title, whose height depends on its number of lines only."""
     font = ImageFont.load_default(font_size)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox
     label_boxes, column_boxes = ([measure((0, 0), label, font) for label in labels] for labels in (row_labels, column_labels))
@@ -180,35 +168,34 @@ def _labelled(
     return np.asarray(canvas)
 
 
-def _chosen_frames(videos: Tensor, num_shown: int, scale: int) -> tuple[list[np.ndarray], list[str], int]:
-    """Of videos (B, F, C, H, W) `num_shown` evenly spaced frames, the first and the last included, or all where there are fewer: a strip
-    (height, width, 3) for each video, a label for each column, and the size of the font beside frames of that height."""
-    font_size = max(SMALLEST_FONT, round(videos.shape[-2] * scale * FONT_PER_FRAME_HEIGHT))
-    num_frames = videos.shape[1]
-    shown = np.linspace(0, num_frames - 1, min(num_frames, num_shown)).round().astype(int).tolist()
-    labels = [_wrapped(f"frame {frame}", videos.shape[-1] * scale, font_size) for frame in shown]
-    return [_join(list(to_uint8(video, scale)), axis=1) for video in videos[:, shown]], labels, font_size
+def _chosen_frames(videos: Tensor) -> tuple[list[np.ndarray], list[str], int]:
+    """`NUM_SHOWN` frames of videos (B, F, C, H, W), the first and the last included: a strip (height, width, 3) for each video, a label for
+    each column, and the font size for frames of that height."""
+    num_frames, (height, width) = videos.shape[1], videos.shape[-2:]
+    font_size = max(SMALLEST_FONT, round(height * SHEET_SCALE * FONT_PER_FRAME_HEIGHT))
+    shown = np.linspace(0, num_frames - 1, min(num_frames, NUM_SHOWN)).round().astype(int).tolist()
+    labels = [_wrapped(f"frame {frame}", width * SHEET_SCALE, font_size) for frame in shown]
+    return [_join(list(to_uint8(video, SHEET_SCALE)), axis=1) for video in videos[:, shown]], labels, font_size
 
 
-def contact_sheet(path: Path, videos: Tensor, labels: list[str], num_shown: int = 7, scale: int = 3) -> None:
-    """Write a PNG with one row a video: its label at the left, `num_shown` evenly spaced frames at the right, frame numbers on top. videos:
-    (B, F, C, H, W) in [0, 1]. labels: B texts, wrapped where long. Raises ValueError where labels and videos differ in number or a video is
-    unusable; OSError for an unwritable folder."""
+def contact_sheet(path: Path, videos: Tensor, labels: list[str]) -> None:
+    """Write a PNG with one row for each video: its label, wrapped if long, and some of its frames. videos: (B, F, C, H, W) in [0, 1].
+    labels: B texts. Raises ValueError for another number of labels too."""
     ((_, videos),) = _checked_groups([("videos", videos)], labels)
-    rows, columns, size = _chosen_frames(videos, num_shown, scale)
+    rows, columns, size = _chosen_frames(videos)
     wrapped = [_wrapped(label, max(rows[0].shape[1] // 2, 12 * size), size) for label in labels]
-    _write_png(Path(path), _labelled(rows, wrapped, columns, size, MARGIN))
+    _write_png(path, _labelled(rows, wrapped, columns, size, MARGIN))
 
 
-def comparison_sheet(path: Path, groups: list[tuple[str, Tensor]], labels: list[str], num_shown: int = 7, scale: int = 3) -> None:
-    """Write a PNG that compares sources: a panel a prompt, in it one row a source, evenly spaced frames along the row.
+def comparison_sheet(path: Path, groups: list[tuple[str, Tensor]], labels: list[str]) -> None:
+    """Write a PNG that compares sources: one panel for each prompt, in it one row of frames for each source.
 
-    groups: (source name, videos (B, F, C, H, W) in [0, 1]), all of the same B, F, H, W. labels: the B prompts, which
-    title the panels. Raises ValueError where shapes or counts disagree or a video is unusable; OSError for an unwritable folder.
+    groups: (source name, videos (B, F, C, H, W) in [0, 1]), all of the same B, F, H, W. labels: the B prompts, which title the panels.
+    Raises ValueError if shapes or counts differ too.
     """
-    chosen = [_chosen_frames(videos, num_shown, scale) for _, videos in _checked_groups(groups, labels)]
+    chosen = [_chosen_frames(videos) for _, videos in _checked_groups(groups, labels)]
     strips, columns, size = [strips for strips, _, _ in chosen], *chosen[0][1:]
-    titles = [_wrapped(label, len(columns) * groups[0][1].shape[-1] * scale, size) for label in labels]
+    titles = [_wrapped(label, len(columns) * groups[0][1].shape[-1] * SHEET_SCALE, size) for label in labels]
     most = max(title.count("\n") for title in titles)
     panels = [
         _labelled(list(rows), [name for name, _ in groups], columns, size, title="\n" * (most - title.count("\n")) + title)
@@ -216,19 +203,18 @@ def comparison_sheet(path: Path, groups: list[tuple[str, Tensor]], labels: list[
     ]
     across = min(PANELS_ACROSS, len(panels))
     panels += [np.full_like(panels[0], BACKGROUND)] * (-len(panels) % across)
-    _write_png(Path(path), rearrange(np.stack(panels), "(down across) h w c -> (down h) (across w) c", across=across))
+    _write_png(path, rearrange(np.stack(panels), "(down across) h w c -> (down h) (across w) c", across=across))
 
 
-def comparison_gif(path: Path, groups: list[tuple[str, Tensor]], labels: list[str], scale: int = 3) -> None:
-    """Write the animated comparison: a column a prompt, a row a source, all playing together, in `GREY_LEVELS_OF_ANIMATED_SHEET` levels a
-    channel to keep the file small. groups, labels, errors: as of `comparison_sheet`; the labels title the columns."""
+def comparison_gif(path: Path, groups: list[tuple[str, Tensor]], labels: list[str]) -> None:
+    """Write the animated comparison: a column for each prompt, a row for each source, all playing together. Arguments as those of
+    `comparison_sheet`; the labels title the columns."""
     groups = _checked_groups(groups, labels)
     steps = GREY_LEVELS_OF_ANIMATED_SHEET - 1
     rows = []
     for _, videos in groups:
         rounded = (videos.clamp(0, 1) * steps).round() / steps
-        rows.append(_join([to_uint8(video, scale) for video in rounded], axis=2))  # (F, H * scale, grid width, 3)
-    titles = [_wrapped(label, groups[0][1].shape[-1] * scale, SMALLEST_FONT) for label in labels]
+        rows.append(_join([to_uint8(video, SHEET_SCALE) for video in rounded], axis=2))  # (F, H * scale, grid width, 3)
+    titles = [_wrapped(label, groups[0][1].shape[-1] * SHEET_SCALE, SMALLEST_FONT) for label in labels]
     names = [name for name, _ in groups]
-    frames = [_labelled(list(frame), names, titles, SMALLEST_FONT) for frame in zip(*rows, strict=True)]
-    _write_gif(Path(path), np.stack(frames))
+    _write_gif(path, np.stack([_labelled(list(frame), names, titles, SMALLEST_FONT) for frame in zip(*rows, strict=True)]))

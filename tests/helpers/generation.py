@@ -21,6 +21,11 @@ def write_networks(path: Path, training: TrainingConfig) -> Path:
     return save_untrained(path, Config(model=ModelConfig(**SMALL_SIZES), text=text, dataset=dataset, training=training))
 
 
+def generate_files(checkpoint: Path, folder: Path, *arguments: str) -> None:
+    """A call of generate.py that writes into the folder."""
+    main(["--checkpoint", str(checkpoint), "--output_dir", str(folder), *COMMON, *arguments])
+
+
 def refusal(*arguments: str) -> str:
     """The one line with which the command line ends on bad input."""
     with pytest.raises(SystemExit) as stop:

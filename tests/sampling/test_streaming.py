@@ -1,19 +1,19 @@
-"""Streams for ever, prompts that change on the way, given first frames, and who shares a batch."""
+"""Endless streams, switches of the prompt, given first frames, and independence of the batch."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.generation import COMMON, refusal
+from helpers.generation import generate_files, refusal
 from helpers.networks import build_engine, build_small_model, random_prompt, random_video
 from helpers.stages import CPU
 from torch import Tensor
 
 from clips.video_files import load_array
 from dynamic_video_sf import draw_noise, make_noise_streams, split_first_frames
-from generate import main
-from method.plans import few_step_plan, many_step_plan
+from method.plans import RolloutPlan, few_step_plan, many_step_plan
 from network.attention import ContextWindow
 from network.text_encoder import NULL_PROMPT
 from sampling.samplers import SamplerSettings, sample_few_step
@@ -22,8 +22,10 @@ from sampling.video_io import save_array, save_video
 from training.checkpoint import LoadedNetworks
 from training.config import SelfForcingConfig
 
-PLAN = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500]), ContextWindow(9, 3))
+TWO_STEPS = SelfForcingConfig(denoising_steps=[1000, 500])
+PLAN = few_step_plan(TWO_STEPS, ContextWindow(9, 3))
 OLD, NEW = "a 7 drifting up", "the digit 3 moving left quickly"
+NOISE_SHAPE = (3, 1, 8, 8)  # of a block
 
 
 def take(model, text_encoder, sends: list[list[str] | None], prompts=(OLD,), seeds=(0,), plan=PLAN, **options) -> list[Tensor]:
@@ -32,7 +34,28 @@ def take(model, text_encoder, sends: list[list[str] | None], prompts=(OLD,), see
     return [stream.send(sent) for sent in sends]
 
 
-def test_a_stream_begins_as_the_video_of_its_prompt_and_goes_on(small_model, small_text_encoder):
+def denoised(model, plan: RolloutPlan, streams, prompts, caches) -> Tensor:
+    """The oracle: one block, denoised behind the caches of a prompt and, under guidance, of the null prompt."""
+    x = draw_noise(streams, NOISE_SHAPE, CPU.device)
+    for time, later in zip(plan.times, (*plan.times[1:], 0.0), strict=True):
+        t = torch.full((1, 3), time)
+        v, *uncond = (model.forward_cached(x, t, prompt, cache) for prompt, cache in zip(prompts, caches, strict=True))
+        if uncond:
+            v = uncond[0] + plan.guidance * (v - uncond[0])
+        if plan.fresh_noise:
+            x_0 = (x - time * v).clamp(-1, 1)
+            x = x_0 if later == 0 else (1 - later) * x_0 + later * draw_noise(streams, NOISE_SHAPE, CPU.device)
+        else:
+            x = x + (later - time) * v
+    return x
+
+
+def write(model, x: Tensor, prompts, caches) -> None:
+    for prompt, cache in zip(prompts, caches, strict=True):
+        model.write_cache(x, torch.zeros(x.shape[:2]), prompt, cache)
+
+
+def test_a_stream_begins_as_the_video_of_its_prompt_and_continues(small_model, small_text_encoder):
     video = sample_few_step(small_model, small_text_encoder, [OLD], [0], 21, PLAN, CPU)
     blocks = take(small_model, small_text_encoder, [None] * 12)
     assert torch.equal(torch.cat(blocks[:7], dim=1), video)
@@ -42,7 +65,7 @@ def test_a_stream_begins_as_the_video_of_its_prompt_and_goes_on(small_model, sma
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("how", ["recache", "keep", "reset"])
 def test_what_becomes_of_the_cache_at_a_switch(small_model, small_text_encoder, how, guidance):
-    """Under guidance against two rollouts' caches, of the prompt and of the null prompt, that each are treated as without it."""
+    """Under guidance the caches of the prompt and of the null prompt are each treated as without it."""
     plan = many_step_plan(2, 3.0, 3, guidance, ContextWindow(9, 3))
     blocks = take(small_model, small_text_encoder, [None] * 5 + [[NEW], None], plan=plan, switch=how)
     plain = take(small_model, small_text_encoder, [None] * 6, plan=plan)
@@ -50,21 +73,15 @@ def test_what_becomes_of_the_cache_at_a_switch(small_model, small_text_encoder, 
     old, new, null = (small_model.encode_prompt(*small_text_encoder.encode([text])) for text in (OLD, NEW, NULL_PROMPT))
     caches = [small_model.new_cache(9, 3) for _ in range(2)]
     streams = make_noise_streams([0])
-    for _ in range(5):  # one noise a block
-        draw_noise(streams, (3, 1, 8, 8), CPU.device)
+    for _ in range(5):  # one noise for each block
+        draw_noise(streams, NOISE_SHAPE, CPU.device)
     with torch.no_grad():
         for block in {"recache": [0, 4], "keep": range(5), "reset": []}[how]:  # the sink, and what the next block sees
-            for prompt, cache in zip((new if how == "recache" else old, null), caches, strict=True):
-                small_model.write_cache(blocks[block], torch.zeros(1, 3), prompt, cache)
+            write(small_model, blocks[block], (new if how == "recache" else old, null), caches)
         for block in (5, 6):
-            x = draw_noise(streams, (3, 1, 8, 8), CPU.device)
-            for time, later in zip(plan.times, (*plan.times[1:], 0.0), strict=True):
-                t = torch.full((1, 3), time)
-                cond, uncond = (small_model.forward_cached(x, t, prompt, cache) for prompt, cache in zip((new, null), caches, strict=True))
-                x = x + (later - time) * (uncond + guidance * (cond - uncond))
-            torch.testing.assert_close(blocks[block], x, rtol=1e-3, atol=1e-3)
-            for prompt, cache in zip((new, null), caches, strict=True):
-                small_model.write_cache(x, torch.zeros(1, 3), prompt, cache)
+            x_0 = denoised(small_model, plan, streams, (new, null), caches)
+            torch.testing.assert_close(blocks[block], x_0, rtol=1e-3, atol=1e-3)
+            write(small_model, x_0, (new, null), caches)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
@@ -74,7 +91,7 @@ def test_what_becomes_of_the_cache_at_a_switch(small_model, small_text_encoder, 
 def test_recaching_the_same_prompt_changes_nothing_before_a_frame_has_left(
     small_model, small_text_encoder, sink, window, first_picture, guidance
 ):
-    """Also where the sink ends inside a block, whose frames must go on seeing each other."""
+    """Also where the sink ends inside a block, whose frames must still see each other."""
     context = ContextWindow(window, sink, independent_first_frame=first_picture)
     plan = many_step_plan(2, 3.0, 3, guidance, context)
     plain = take(small_model, small_text_encoder, [None] * 4, plan=plan)
@@ -84,26 +101,22 @@ def test_recaching_the_same_prompt_changes_nothing_before_a_frame_has_left(
 
 def test_frames_of_the_sinks_last_block_that_have_left_are_not_seen_when_the_cache_is_made_again(small_model, small_text_encoder):
     """Blocks of 3, a sink of 1, a window of 7: the sixth block sees frame 0 and the frames 12 to 14."""
-    plan = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500]), ContextWindow(7, 1))
+    plan = few_step_plan(TWO_STEPS, ContextWindow(7, 1))
     blocks = take(small_model, small_text_encoder, [None] * 5 + [[NEW]], plan=plan)
     prompt = small_model.encode_prompt(*small_text_encoder.encode([NEW]))
     cache, streams = small_model.new_cache(7, 1), make_noise_streams([0])
-    for _ in range(10):  # two passes a block
-        draw_noise(streams, (3, 1, 8, 8), CPU.device)
+    for _ in range(10):  # two passes for each block
+        draw_noise(streams, NOISE_SHAPE, CPU.device)
     with torch.no_grad():
-        small_model.write_cache(blocks[0], torch.zeros(1, 3), prompt, cache)
+        write(small_model, blocks[0], [prompt], [cache])
         cache.forget_behind_sink(2)
-        small_model.write_cache(blocks[4], torch.zeros(1, 3), prompt, cache)
-        x_t = draw_noise(streams, (3, 1, 8, 8), CPU.device)
-        x_0 = (x_t - small_model.forward_cached(x_t, torch.ones(1, 3), prompt, cache)).clamp(-1, 1)
-        time = plan.times[1]
-        x_t = (1 - time) * x_0 + time * draw_noise(streams, (3, 1, 8, 8), CPU.device)
-        x_0 = (x_t - time * small_model.forward_cached(x_t, torch.full((1, 3), time), prompt, cache)).clamp(-1, 1)
+        write(small_model, blocks[4], [prompt], [cache])
+        x_0 = denoised(small_model, plan, streams, [prompt], [cache])
     torch.testing.assert_close(blocks[5], x_0, rtol=0, atol=1e-5)
 
 
 def test_a_video_does_not_depend_on_who_shares_its_batch(small_model, small_text_encoder):
-    """Prompts of other lengths, seeds of their own, a switch on the way, and a window that has rolled on."""
+    """Prompts of different lengths, different seeds, a switch, and a window that has rolled."""
     prompts, new, seeds = [OLD, "a 7", NEW + " and the number two slowly"], ["a 3", NEW, OLD], [5, 9, 5]
     sends = [None] * 5 + [new] + [None] * 2
     together = torch.cat(take(small_model, small_text_encoder, sends, prompts, seeds), dim=1)
@@ -121,7 +134,7 @@ def test_a_video_does_not_depend_on_who_shares_its_batch(small_model, small_text
     (3, ContextWindow(9, 3)), (6, ContextWindow(None)), (1, ContextWindow(9)), (12, ContextWindow(9, 1)),
 ])
 def test_a_continuation_is_the_rollout_behind_the_given_frames(small_model, small_text_encoder, num_given, context):
-    plan = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500]), context)
+    plan = few_step_plan(TWO_STEPS, context)
     given = random_video(small_model, 1, num_given)[0].clamp(-1, 1)
     video = sample_few_step(small_model, small_text_encoder, [OLD], [0], num_given + 6, plan, CPU, first_frames=given)
     assert video.shape[1] == num_given + 6 and torch.equal(video[:, :num_given], given)
@@ -131,17 +144,12 @@ def test_a_continuation_is_the_rollout_behind_the_given_frames(small_model, smal
     prompt = small_model.encode_prompt(*small_text_encoder.encode([OLD]))
     with torch.no_grad():
         for block in split_first_frames(given, plan):
-            small_model.write_cache(block, torch.zeros(block.shape[:2]), prompt, cache)
-        streams, x_0 = make_noise_streams([0]), torch.zeros(())
-        x_t = draw_noise(streams, (3, 1, 8, 8), CPU.device)
-        for time in plan.times:
-            x_0 = (x_t - time * small_model.forward_cached(x_t, torch.full((1, 3), time), prompt, cache)).clamp(-1, 1)
-            later = plan.times[-1]
-            x_t = (1 - later) * x_0 + later * draw_noise(streams, (3, 1, 8, 8), CPU.device)
+            write(small_model, block, [prompt], [cache])
+        x_0 = denoised(small_model, plan, make_noise_streams([0]), [prompt], [cache])
     torch.testing.assert_close(video[:, num_given : num_given + 3], x_0, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_with_a_first_frame_of_its_own_makes_and_trains_on_such_videos():
+def test_a_model_with_an_independent_first_frame_makes_and_trains_on_such_videos():
     lengths = {"min_num_frames": 7, "max_num_frames": 7, "gradient_frames": 3, "window_frames": 6, "sink_frames": 1}
     engine = build_engine(independent_first_frame=True, **lengths)
     rollout = engine.rollout(random_prompt(engine.generator, 2), 7, with_gradient=True)
@@ -152,22 +160,20 @@ def test_a_model_with_a_first_frame_of_its_own_makes_and_trains_on_such_videos()
         SelfForcingConfig(independent_first_frame=True)
 
 
-def test_generation_goes_on_from_a_file_and_changes_its_prompt(student_path: Path, tmp_path: Path):
+def test_generation_continues_a_file_and_changes_its_prompt(student_path: Path, tmp_path: Path):
     clip = random_video(build_small_model(), 1, 3)[0][0].clamp(-1, 1)
     save_array(tmp_path / "clip.npz", clip, "")
-    main(["--checkpoint", str(student_path), "--schedule", "0: a 7", "6: a 3", "--switch", "keep", "--init", str(tmp_path / "clip.npz"),
-          "--num_frames", "9", "--format", "npz", "--window_frames", "6", "--sink_frames", "3",
-          "--output_dir", str(tmp_path / "out"), *COMMON])
+    generate_files(student_path, tmp_path / "out", "--schedule", "0: a 7", "6: a 3", "--switch", "keep", "--init",
+                   str(tmp_path / "clip.npz"), "--num_frames", "9", "--format", "npz", "--window_frames", "6", "--sink_frames", "3")
     (path,) = (tmp_path / "out").glob("*.npz")
     video, prompt = load_array(path)
     assert torch.equal(video[:3], clip) and len(video) == 9 and prompt == "a 7 | 6: a 3"
     assert '"switch": "keep"' in (tmp_path / "out" / "generation.json").read_text()
 
 
-def test_a_schedule_makes_the_cache_anew_unless_told_otherwise(student_path: Path, tmp_path: Path):
+def test_a_schedule_recaches_unless_told_otherwise(student_path: Path, tmp_path: Path):
     for name, wish in (("default", []), ("recache", ["--switch", "recache"]), ("keep", ["--switch", "keep"])):
-        main(["--checkpoint", str(student_path), "--schedule", "0: a 7", "3: a 3", *wish, "--num_frames", "6", "--format", "npz",
-              "--output_dir", str(tmp_path / name), *COMMON])
+        generate_files(student_path, tmp_path / name, "--schedule", "0: a 7", "3: a 3", *wish, "--num_frames", "6", "--format", "npz")
     files = {name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("default", "recache", "keep")}
     assert files["default"] == files["recache"] and '"switch": "recache"' in files["default"]["generation.json"].decode()
     assert any(files["keep"][name] != content for name, content in files["recache"].items() if name.endswith(".npz"))
@@ -182,6 +188,7 @@ def test_a_schedule_makes_the_cache_anew_unless_told_otherwise(student_path: Pat
     (["--schedule", "0: a 7", "4: a 3", "--num_frames", "9"], r"at frame 4: expected the start of a block, such as \[3, 6\]"),
     (["--schedule", "3: a 7"], r"at the frames \[3\]: expected ascending frames, the first one 0"),
     (["--schedule", "0: a 7", "--prompts", "a 3"], r"--prompts and --schedule exclude each other"),
+    (["--schedule", "a 7"], r"--schedule has 'a 7': expected a frame and a prompt"),
     (["--init", "nowhere.gif"], r"no file at nowhere.gif"),
 ])
 def test_what_does_not_fit_is_refused_in_one_line(student_path: Path, arguments: list[str], message: str):
@@ -199,8 +206,7 @@ def test_given_frames_of_another_count_or_size_are_refused(student_path: Path, t
 
 def test_what_training_hides_generation_shows(small_model, small_text_encoder):
     """The last block of a video is made as that block of a longer one, whatever the training hid from it."""
-    hiding = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500], hide_first_chunk=True))
-    plain = few_step_plan(SelfForcingConfig(denoising_steps=[1000, 500]))
+    hiding, plain = few_step_plan(replace(TWO_STEPS, hide_first_chunk=True)), few_step_plan(TWO_STEPS)
     video, wanted = (sample_few_step(small_model, small_text_encoder, [OLD], [0], 9, plan, CPU) for plan in (hiding, plain))
     assert torch.equal(video, wanted)
     longer = sample_few_step(small_model, small_text_encoder, [OLD], [0], 12, hiding, CPU)
@@ -209,7 +215,7 @@ def test_what_training_hides_generation_shows(small_model, small_text_encoder):
 
 def test_schedules_say_what_holds_when():
     schedule = PromptSchedule.parse(["0: a 3: slowly", " 42 :a 7", "45:"])
-    assert schedule.entries == ((0, "a 3: slowly"), (42, "a 7"), (45, "")) and schedule.changes() == {42: "a 7", 45: ""}
+    assert schedule.entries == ((0, "a 3: slowly"), (42, "a 7"), (45, ""))
     for frame in (1, 3):
         with pytest.raises(ValueError, match=f"at frame {frame}, but the first frame that is made is 3: give 'a 3' as the first prompt"):
             PromptSchedule.parse(["0: a 7", f"{frame}: a 3"]).check([3, 6, 9])

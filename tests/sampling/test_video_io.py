@@ -10,7 +10,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor
 
 from sampling import video_io
@@ -27,23 +27,18 @@ def moving_square(num_frames: int = 5, side: int = 16, channels: int = 1) -> Ten
     return video
 
 
-def batch() -> Tensor:
-    return torch.stack([moving_square(7), moving_square(7).flip(-1)])  # (2, F, C, H, W)
+def batch(num_frames: int = 7) -> Tensor:
+    video = moving_square(num_frames, side=24)
+    return torch.stack([video, video.flip(-1)])  # (2, F, C, H, W)
 
 
 def gif_frames(path: Path) -> np.ndarray:
     with Image.open(path) as image:
-        frames = []
-        for index in range(image.n_frames):
-            image.seek(index)
-            frames.append(np.asarray(image.convert("RGB")))
-    return np.stack(frames)
+        return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
 
 
 WRITERS = {
-    "clip.gif": lambda path, video: video_io.save_video(path, video),
-    "clip.mp4": lambda path, video: video_io.save_video(path, video),
-    "clip.png": lambda path, video: video_io.save_video(path, video),
+    **dict.fromkeys(("clip.gif", "clip.mp4", "clip.png"), video_io.save_video),
     "clip.npz": lambda path, video: video_io.save_array(path, video, "a two"),
     "contact.png": lambda path, video: video_io.contact_sheet(path, video[None], ["a two"]),
     "sheet.png": lambda path, video: video_io.comparison_sheet(path, [("real", video[None])], ["a two"]),
@@ -72,9 +67,8 @@ def test_any_float_type_and_gradients_are_accepted(dtype):
 
 
 def test_grey_gif_reads_back_exactly(tmp_path):
-    video = moving_square(6)
-    video_io.save_video(tmp_path / "clip.gif", video, scale=3)
-    np.testing.assert_array_equal(gif_frames(tmp_path / "clip.gif"), video_io.to_uint8(video, scale=3))
+    video_io.save_video(tmp_path / "clip.gif", moving_square(6), scale=3)
+    np.testing.assert_array_equal(gif_frames(tmp_path / "clip.gif"), video_io.to_uint8(moving_square(6), scale=3))
     with Image.open(tmp_path / "clip.gif") as image:
         assert image.info["duration"] == 120 and image.info["loop"] == 0  # 125 ms in whole hundredths of a second
 
@@ -123,26 +117,24 @@ def contains(picture: np.ndarray, patch: np.ndarray) -> bool:
 
 
 def test_contact_sheet_shows_the_chosen_frames_and_its_labels(tmp_path):
-    videos = batch()
-    video_io.contact_sheet(tmp_path / "sheet.png", videos, LABELS, num_shown=3, scale=2)
-    picture = np.asarray(Image.open(tmp_path / "sheet.png"))
+    videos = batch(13)
+    video_io.contact_sheet(tmp_path / "sheet.png", videos, LABELS)
+    picture, margin = np.asarray(Image.open(tmp_path / "sheet.png")), video_io.MARGIN
     for video in videos:
-        frames = video_io.to_uint8(video, scale=2)
-        assert [contains(picture, frame) for frame in frames] == [True, False, False, True, False, False, True]
-    video_io.contact_sheet(tmp_path / "blank.png", videos, ["", LABELS[1]], num_shown=3, scale=2)
+        frames = video_io.to_uint8(video, video_io.SHEET_SCALE)
+        assert [contains(picture, frame) for frame in frames] == 6 * [True, False] + [True]
+    video_io.contact_sheet(tmp_path / "blank.png", videos, ["", LABELS[1]])
     assert not np.array_equal(picture, np.asarray(Image.open(tmp_path / "blank.png")))
-    margin = video_io.MARGIN
-    assert (picture[:margin] == 255).all() and (picture[-margin:] == 255).all()
-    assert (picture[:, :margin] == 255).all() and (picture[:, -margin:] == 255).all()
+    for edge in (picture[:margin], picture[-margin:], picture[:, :margin], picture[:, -margin:]):
+        assert (edge == 255).all()
 
 
 def test_comparison_gif_plays_every_source_of_every_prompt_and_stays_small(tmp_path):
     generator = torch.Generator().manual_seed(0)
     square = moving_square(21, side=32).expand(6, -1, -1, -1, -1)
     noisy = [square + level * torch.randn(square.shape, generator=generator) for level in (0, 0.02, 0.15, 0.03)]
-    groups = list(zip(("Real", "Teacher", "Naive", "Student"), noisy, strict=True))
     path = tmp_path / "sheet.gif"
-    video_io.comparison_gif(path, groups, LABELS * 3)
+    video_io.comparison_gif(path, list(zip(("Real", "Teacher", "Naive", "Student"), noisy, strict=True)), LABELS * 3)
     assert path.stat().st_size < 1_500_000
     frames = gif_frames(path)
     assert len(frames) == 21
@@ -183,7 +175,7 @@ def test_sheets_refuse_disagreeing_shapes(tmp_path):
     path = tmp_path / "sheet.png"
     with pytest.raises(ValueError, match="of 1 videos, one a label"):
         video_io.contact_sheet(path, batch(), ["one label"])
-    with pytest.raises(ValueError, match="'Student': .2, 3, 16, 16.*the same for all"):
+    with pytest.raises(ValueError, match="'Student': .2, 3, 24, 24.*the same for all"):
         video_io.comparison_gif(path, [("Real", batch()), ("Student", batch()[:, :3])], LABELS)
 
 
