@@ -1,8 +1,7 @@
-"""The page that streams, served from this clone: `python demo.py` opens it in a browser.
+"""The page that streams: `python demo.py` serves it on this machine and opens it in a browser.
 
-The page is built by node, once: `python -m web.export`, then `npm ci && npm run build` in the folder web. `--page FILE.zip` serves, without
-node, an archive that `python -m web.archive` wrote. This is the standard library's server with the two headers without which a browser
-gives a page no threads.
+Node builds the page, once: `python -m web.export`, then `npm ci && npm run build` in the folder web. `--page FILE.zip` serves an archive that
+`python -m web.archive` wrote, without node. The server is the standard library's, with the two headers that a page needs for threads.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from machine.paths import REPOSITORY, user_path
 
 BUILT = REPOSITORY / "web" / "dist"
 ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}  # give SharedArrayBuffer
-TYPES = {".wasm": "application/wasm", ".mjs": "text/javascript", ".js": "text/javascript"}  # a system's own table may lack or misname them
+TYPES = {".wasm": "application/wasm", ".mjs": "text/javascript", ".js": "text/javascript"}  # the system's table may lack or misname them
 
 
 class PageHandler(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder; where a compressed copy lies beside one, that goes to a browser that takes it."""
+    """Files of a folder, sent as their compressed copies (FILE.gz) to a browser that accepts these."""
 
     protocol_version = "HTTP/1.1"
     extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, **TYPES}
@@ -64,11 +63,11 @@ class PageHandler(http.server.SimpleHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Say nothing of single files."""
+        """Silent."""
 
 
 def require_page(page: Path) -> None:
-    """Raise FileNotFoundError, in one line, for a folder without a built page."""
+    """Raise FileNotFoundError for a folder without a built page."""
     if not (page / "index.html").is_file():
         raise FileNotFoundError(
             f"no page in {page}: build it with `pip install -r web/requirements.txt && python -m web.export && cd web && npm ci && "
@@ -78,14 +77,14 @@ def require_page(page: Path) -> None:
 
 @contextmanager
 def unpacked(page: Path) -> Iterator[Path]:
-    """The folder of a built page; an archive is unpacked for the time of the body. Raises FileNotFoundError where no page is, OSError for a
-    file that is no whole archive."""
+    """The folder of a built page; an archive is unpacked for the time of the body. Raises OSError if there is no page, or for a damaged
+    archive."""
     with tempfile.TemporaryDirectory(prefix="page-") as folder:
         if page.is_file():
             try:
                 with zipfile.ZipFile(page) as archive:
                     archive.extractall(folder)
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted, or packed in another way
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted, or of an unknown compression
                 raise OSError(f"{page} is no whole zip archive ({error}): expected one that `python -m web.archive` wrote") from error
             page = Path(folder)
         require_page(page)
@@ -93,8 +92,8 @@ def unpacked(page: Path) -> Iterator[Path]:
 
 
 def make_server(folder: Path, port: int, is_isolated: bool = True) -> http.server.ThreadingHTTPServer:
-    """A server of a built page on this machine alone; port 0 for any free one. is_isolated: with the headers for threads. Raises OSError
-    where the port is taken, OverflowError where it is none."""
+    """A server of a built page, for this machine only; port 0 for any free one. is_isolated: with the headers for threads. Raises OSError if
+    the port is taken, OverflowError if it is not a port."""
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), partial(PageHandler, directory=str(folder), is_isolated=is_isolated))
 
 
@@ -115,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def serve(folder: Path, port: int, is_isolated: bool, opens_browser: bool) -> None:
-    """Serve a built page until Ctrl-C. Raises OSError where the port cannot be had."""
+    """Serve a built page until Ctrl-C. Raises OSError if the port cannot be used."""
     try:
         server = make_server(folder, port, is_isolated)
     except (OSError, OverflowError) as error:

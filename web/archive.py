@@ -1,30 +1,29 @@
 """The built page as one file, for machines without node: `python -m web.archive` writes web/page.zip from web/dist, for `python demo.py
---page web/page.zip`. Without the compressed copies for servers; entries are sorted and their dates fixed, so equal pages make equal
-archives."""
+--page web/page.zip`. Equal pages make equal archives."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 import zipfile
 from pathlib import Path
 
 from demo import BUILT, require_page
 from machine.files import replacing
+from machine.interruption import refusals_in_one_line
 from machine.paths import REPOSITORY, user_path
 
 ARCHIVE = REPOSITORY / "web" / "page.zip"
 
 
 def write_archive(folder: Path, path: Path) -> None:
-    """Write a built page into a zip file. Raises FileNotFoundError where no page is built, OSError where the file cannot be written."""
+    """Write a built page, without its compressed copies, into a zip file. Raises OSError if there is no page or the file cannot be written."""
     require_page(folder)
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file() and file.suffix != ".gz"}
     files["LICENSE.txt"] = REPOSITORY / "LICENSE"
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(files):
-            archive.writestr(zipfile.ZipInfo(name), files[name].read_bytes(), zipfile.ZIP_DEFLATED)
+            archive.writestr(zipfile.ZipInfo(name), files[name].read_bytes(), zipfile.ZIP_DEFLATED)  # no date of the file
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,10 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page", type=user_path, default=BUILT, help="folder of a built page; default: web/dist")
     parser.add_argument("--output", type=user_path, default=ARCHIVE, help="default: web/page.zip")
     arguments = parser.parse_args(argv)
-    try:
+    with refusals_in_one_line():
         write_archive(arguments.page, arguments.output)
-    except OSError as error:
-        sys.exit(f"error: {error}")
     content = arguments.output.read_bytes()
     print(f"{arguments.output}: {len(content) / 1e6:.1f} MB, SHA-256 {hashlib.sha256(content).hexdigest()}")
 

@@ -3,10 +3,9 @@
     python -m web.export                                   pretrained/streaming.pt and pretrained/teacher.pt
     python -m web.export --student logs/training/checkpoint_final.pt --start pretrained/teacher.pt
 
-A folder a network: `denoise.onnx`, `cache.onnx` and `text.onnx` (see `passes`), whose weights are all in one file, `weights.bin`, each once
-and in float16, and `network.json`, which says how to use them (see `describe`). Passes compute in float32: a graph casts its weights when
-it is loaded. A tensor that float16 cannot hold exactly, such as a table of rotations, stays in float32, so rounding the weights is the only
-loss, and checkpoints that are stored in float16 lose nothing.
+One folder for each network: `denoise.onnx`, `cache.onnx` and `text.onnx` (see `passes`), which share `weights.bin`, and `network.json`,
+which says how to use them (see `describe`). Weights are stored once, in float16, and cast to float32 on loading; a tensor that float16
+cannot hold exactly, such as a table of rotations, stays in float32. So rounding the weights is the only loss.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import hashlib
 import json
 import logging
 import shutil
-import sys
 import tempfile
 import warnings
 from dataclasses import asdict
@@ -32,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from machine.files import require_writable
+from machine.interruption import refusals_in_one_line
 from machine.paths import PRETRAINED, REPOSITORY, user_path
 from machine.runtime import file_digest
 from method.plans import NAIVE_STEPS, RolloutPlan
@@ -58,16 +57,13 @@ def plans_of(networks: LoadedNetworks) -> dict[str, RolloutPlan]:
     """How the page samples a network, by name: a student as it was trained, any other in as many steps, with and without guidance."""
     training = networks.config.training
     if isinstance(training, FewStepConfig):
-        wishes = {"student": SamplerSettings()}
-    else:
-        wishes = {
-            "guided": SamplerSettings(num_steps=len(NAIVE_STEPS), causal=True), "no guidance": SamplerSettings(tuple(NAIVE_STEPS)),
-        }
-    return {name: wish.make_plan(training) for name, wish in wishes.items()}
+        return {"student": SamplerSettings().make_plan(training)}
+    guided, unguided = SamplerSettings(num_steps=len(NAIVE_STEPS), causal=True), SamplerSettings(tuple(NAIVE_STEPS))
+    return {"guided": guided.make_plan(training), "no guidance": unguided.make_plan(training)}
 
 
 def check_exportable(networks: LoadedNetworks, plan: RolloutPlan, path: Path) -> None:
-    """Raise CheckpointError, in one line, for a network whose blocks or window do not fit graphs of a fixed size."""
+    """Raise CheckpointError for a network whose blocks or window do not fit graphs of a fixed size."""
     block, window, patch = plan.num_frames_per_block, plan.context.window_frames, networks.config.model.patch_size[0]
     if plan.context.independent_first_frame:
         raise CheckpointError(f"{path} cannot be exported: its first block is a single frame (training.independent_first_frame), and the "
@@ -78,12 +74,12 @@ def check_exportable(networks: LoadedNetworks, plan: RolloutPlan, path: Path) ->
 
 
 def round_weights(networks: LoadedNetworks) -> LoadedNetworks:
-    """The networks with all parameters rounded to float16, in place: what the graphs hold. Raises OverflowError."""
+    """The networks with all parameters rounded to float16, in place, as in the graphs. Raises ValueError if one does not fit."""
     for module in (networks.generator, networks.text_encoder):
         for name, parameter in module.named_parameters():
             rounded = parameter.half()
             if not rounded.isfinite().all():
-                raise OverflowError(f"{name} does not fit float16: its largest entry is {parameter.abs().max():.3g}")
+                raise ValueError(f"{name} does not fit float16: its largest entry is {parameter.abs().max():.3g}")
             parameter.data = rounded.float()
     return networks
 
@@ -101,8 +97,8 @@ def example_inputs(networks: LoadedNetworks, cache_rows: int, block_frames: int)
 
 
 def check_values(modules: dict[str, nn.Module], inputs: dict[str, tuple[Tensor, ...]]) -> list[float]:
-    """Some pixels of x_0 that all three graphs have a part in: the page compares them before it trusts a GPU. The noisy block is
-    sin(0), sin(1), ...; it is denoised, written into the empty cache and denoised again behind it, without a prompt."""
+    """Some pixels of x_0 that depend on all three graphs; the page compares them before it trusts a GPU. The noisy block sin(0), sin(1), ...
+    is denoised, written into the empty cache and denoised again behind it, without a prompt."""
     x_t, t, keys, values, visible = inputs["denoise"][:5]
     rows, block = len(inputs["cache"][5]), modules["cache"].block_rows
     tokens = torch.zeros_like(inputs["text"][0])
@@ -119,7 +115,7 @@ def check_values(modules: dict[str, nn.Module], inputs: dict[str, tuple[Tensor, 
 def build_graph(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> onnx.ModelProto:
     """One pass as an ONNX model with its weights inside."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operator of torch's own, which ONNX has not
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator of torch's own, which ONNX lacks
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -132,37 +128,35 @@ def build_graph(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> onn
         logging.disable(logging.NOTSET)
     graph = program.model_proto
     for holder in (graph, graph.graph, *graph.graph.node, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
-        del holder.metadata_props[:]  # where in the source a node comes from: more bytes than the graph itself
+        del holder.metadata_props[:]  # places in the source: more bytes than the graph itself
         holder.doc_string = ""
     return graph
 
 
 class WeightFile:
-    """All weights of a network, one behind the other, each once."""
+    """All weights of a network, each stored once."""
 
     def __init__(self) -> None:
         self.content = bytearray()
         self._places: dict[tuple[str, tuple[int, ...], bytes], int] = {}
 
     def move_out(self, graph: onnx.ModelProto, file_name: str) -> None:
-        """Move the graph's large tensors here, in float16 with a cast behind where that loses nothing."""
+        """Move the graph's large tensors here: in float16, followed by a cast, if that loses nothing."""
         casts: list[onnx.NodeProto] = []
         for tensor in graph.graph.initializer:
             values = onnx.numpy_helper.to_array(tensor)
             if values.nbytes <= INLINE_BYTES:
                 continue
-            name = tensor.name
             with np.errstate(over="ignore"):
-                half = values.astype(np.float16) if values.dtype == np.float32 else None
-            if half is not None and np.array_equal(half.astype(np.float32), values):
+                half = values.astype(np.float16)
+            if values.dtype == np.float32 and np.array_equal(half.astype(np.float32), values):
+                name, half_name = tensor.name, f"{tensor.name}.float16"
+                casts.append(onnx.helper.make_node("Cast", [half_name], [name], f"{name}.cast", to=onnx.TensorProto.FLOAT))
+                tensor.CopyFrom(onnx.numpy_helper.from_array(half, half_name))
                 values = half
-                casts.append(onnx.helper.make_node("Cast", [f"{name}.float16"], [name], f"{name}.cast", to=onnx.TensorProto.FLOAT))
-                name = f"{name}.float16"
-            place, size = self._place(values), values.nbytes
-            dtype = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-            tensor.CopyFrom(onnx.TensorProto(name=name, data_type=dtype, dims=values.shape, data_location=onnx.TensorProto.EXTERNAL))
-            for key, value in (("location", file_name), ("offset", str(place)), ("length", str(size))):
-                tensor.external_data.add(key=key, value=value)
+            onnx.external_data_helper.set_external_data(tensor, file_name, self._place(values), values.nbytes)
+            tensor.ClearField("raw_data")
+            tensor.ClearField("doc_string")
         nodes = [*casts, *graph.graph.node]
         del graph.graph.node[:], graph.graph.value_info[:]
         graph.graph.node.extend(nodes)
@@ -180,7 +174,7 @@ class WeightFile:
 def describe(
     networks: LoadedNetworks, plans: dict[str, RolloutPlan], path: Path, cache_rows: int, files: dict[str, Path]
 ) -> dict[str, Any]:
-    """What the page must know beside the graphs: sizes, plans, words, files; plain values."""
+    """What the page must know beside the graphs: sizes, plans, words and files."""
     config, text, first = networks.config.model, networks.config.text, next(iter(plans.values()))
     return {
         "format": FORMAT,
@@ -208,8 +202,8 @@ def describe(
 
 
 def export_network(path: Path, folder: Path) -> dict[str, Any]:
-    """Write the network of a checkpoint into a folder, which is replaced once everything is there; returns what `describe` says. Raises
-    CheckpointError for a file that is no checkpoint or that cannot be exported, OverflowError, OSError."""
+    """Write the network of a checkpoint into a folder, replaced in one step; returns what `describe` says. Raises ValueError (of which
+    CheckpointError is one) for a file that cannot be exported, OSError for an unwritable folder."""
     networks = round_weights(load_networks(path, torch.device("cpu")))
     plans = plans_of(networks)
     plan = next(iter(plans.values()))
@@ -246,13 +240,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output_dir", type=user_path, default=FOLDER, help="default: web/public/networks, from which the page is built")
     arguments = parser.parse_args(argv)
-    try:
+    with refusals_in_one_line("networks that are not named above are as they were"):
         for name, path in (("student", arguments.student), ("start", arguments.start)):
             facts = export_network(path, arguments.output_dir / name)
             size = sum(file["bytes"] for file in facts["files"].values())
             print(f"{arguments.output_dir / name}: {path.name}, {size / 1e6:.2f} MB, plans {', '.join(facts['plans'])}", flush=True)
-    except (CheckpointError, OverflowError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""How fast the page is beside torch on the same machine: `python -m web.measure` writes results/web.json. Page (headless Chromium, WASM)
-and torch (float32, batch 1) take turns; processor time hangs far less on what else the machine does than wall time does."""
+"""Speed of the page and of torch on the same machine: `python -m web.measure` writes results/web.json. Page (headless Chromium, WASM) and
+torch (float32, batch 1) take turns; processor time depends far less on the load of the machine than wall time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WARM_UP = 8  # blocks, until the window is full
 
 
 def measure_torch(num_blocks: int, num_threads: int) -> dict[str, float]:
-    """Frames/s, processor seconds a frame and milliseconds to the first block, of the student in float32."""
+    """Frames/s, processor seconds per frame and milliseconds to the first block, of the student in float32."""
     torch.set_num_threads(num_threads)
     networks = load_networks(PRETRAINED / "streaming.pt", torch.device("cpu"))
     plan = SamplerSettings().make_plan(networks.config.training)
@@ -42,16 +42,14 @@ def measure_torch(num_blocks: int, num_threads: int) -> dict[str, float]:
     first = time.perf_counter() - start
     for _ in range(WARM_UP - 1):
         next(stream)
-    num_frames = num_blocks * plan.num_frames_per_block
     start, cpu = time.perf_counter(), time.process_time()
-    for _ in stream:
-        pass
+    num_frames = sum(block.shape[1] for block in stream)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     return {"frames_per_second": num_frames / seconds, "cpu_seconds_a_frame": cpu_seconds / num_frames, "first_block_ms": 1000 * first}
 
 
 def measure_page(num_blocks: int, num_threads: int, timeout: float) -> dict[str, float]:
-    """The same of the page, drawing included, and the bytes of its first load and how long that takes, warm-up included."""
+    """The same for the page, drawing included, and the bytes and the milliseconds of its first load, warm-up included."""
     num_frames = 3 * num_blocks
     orders = [
         ["ready"], ["slide", "#speed", 63], ["frames", 3 * WARM_UP],
@@ -74,28 +72,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num_blocks", type=int, default=40)
     parser.add_argument("--num_threads", type=int, default=min(os.cpu_count() or 1, 2))
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for any one thing in the browser to happen")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for each order to the browser")
     parser.add_argument("--output", type=user_path, default=REPOSITORY / "results" / "web.json")
     arguments = parser.parse_args(argv)
     if (missing := what_is_missing()) is not None:
         sys.exit(f"error: {missing}")
     found: dict[str, list[dict[str, Any]]] = {"page": [], "torch": []}
-    load = []
+    load: list[float] = []
     for _ in range(arguments.repeats):
         load.append(os.getloadavg()[0])
         found["page"].append(measure_page(arguments.num_blocks, arguments.num_threads, arguments.timeout))
         found["torch"].append(measure_torch(arguments.num_blocks, arguments.num_threads))
         print(found["page"][-1], found["torch"][-1], flush=True)
     medians = {
-        name: {key: statistics.median(one[key] for one in runs) for key in ("frames_per_second", "cpu_seconds_a_frame", "first_block_ms")}
+        name: {key: statistics.median(one[key] for one in runs) for key in runs[0] if key not in ("bytes", "device")}
         for name, runs in found.items()
     }
-    medians["page"]["load_ms"] = statistics.median(one["load_ms"] for one in found["page"])
     facts = {
         "machine": describe_machine(arguments.num_threads), "load_before_each_turn": load, "num_blocks": arguments.num_blocks,
         "bytes_of_first_load": found["page"][0]["bytes"], "medians": medians, "runs": found,
     }
-    Path(arguments.output).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    arguments.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(f"{arguments.output}: {json.dumps(medians)}")
 
 

@@ -1,12 +1,12 @@
-"""What becomes an ONNX graph: the network's passes as functions of tensors alone, over a cache of fixed size.
+"""What becomes an ONNX graph: the network's passes as functions of tensors, over a cache of fixed size.
 
 Dimensions: R patch rows that the cache holds, K patch rows of a block, N tokens a row, h heads, d head size, L prompt tokens, D model
 width. The batch is 1.
 
-The cache is two tensors, keys and values (layers, 1, h, R N, d). Row r of it stands at position r, the block behind it at R to R + K - 1,
-and the visible past fills the last rows: `visible` counts them, and the rows before are masked. A finished block enters by the cache pass,
-which takes R of the R + K rows in a new order and turns their keys by as many positions as each has moved (`network.attention.shifted`).
-The caller says which rows stay, and so makes window and sink: `src/past.ts` on the page, `tests/helpers/onnx_stream.py` beside it.
+The cache is two tensors, keys and values (layers, 1, h, R N, d). Its row r has position r, the block after it R to R + K - 1. The last
+`visible` rows are the visible past, the rows before are masked. The cache pass adds a finished block: it takes R of the R + K rows in a new
+order and rotates each key by as many positions as its row has moved (`network.attention.shifted`). The caller chooses the rows that stay,
+which makes window and sink: `src/past.ts` on the page, `tests/helpers/onnx_stream.py` in the tests.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from network.attention import Attend, Rope, apply_rope, rope_angles
 from network.text_encoder import TextEncoder
 from tiny_causal_wan import PromptContext, TinyCausalWanModel
 
-HIDDEN = -1e9  # added to the score of a key that nobody may see
+HIDDEN = -1e9  # added to the score of a masked key
 
 
 class Pass(nn.Module):
-    """What the denoising and the cache pass share. cache_rows: R; block_frames: frames of a block."""
+    """Base of the denoising and the cache pass. cache_rows: R; block_frames: frames of a block."""
 
     def __init__(self, model: TinyCausalWanModel, cache_rows: int, block_frames: int):
         super().__init__()
@@ -45,7 +45,7 @@ class Pass(nn.Module):
         return self.model._pass(x_t, t.reshape(1, 1).expand(1, self.block_frames), context, rope, attends)
 
     def hidden_bias(self, visible: Tensor) -> Tensor:
-        """(R N + K N,): `HIDDEN` where a cached row is not among the last `visible` (1,) ones, else 0."""
+        """(R N + K N,): 0 for the last `visible` (1,) cached rows and the block, else `HIDDEN`."""
         tokens = self.model.config.tokens_per_patch_row
         row = torch.arange(self.cache_rows + self.block_rows).repeat_interleave(tokens)
         return (row < self.cache_rows - visible).float() * HIDDEN
@@ -54,7 +54,7 @@ class Pass(nn.Module):
 def attend_behind(
     past: tuple[Tensor, Tensor], bias: Tensor, keep: Callable[[Tensor, Tensor], None], q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """Attention of a block to the cached past and itself; `keep` gets the block's keys, at their positions, and values."""
+    """Attention of a block to the cached past and itself; `keep` is called with the block's rotated keys and its values."""
     keep(k, v)
     keys, values = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))  # (1, h, (R + K) N, d)
     return torch.softmax((q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2) + bias, dim=-1) @ values
@@ -81,11 +81,11 @@ class CachePass(Pass):
         self, x: Tensor, t: Tensor, keys: Tensor, values: Tensor, visible: Tensor, order: Tensor, prompt_keys: Tensor,
         prompt_values: Tensor, prompt_mask: Tensor, pooled: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """x (1, F, C, H, W) at t (1,). order (R,) int64: of the R + K rows, cached and new, the one that each row of the new cache holds.
-        Returns the new keys and values."""
+        """x (1, F, C, H, W) at t (1,). order (R,) int64: for each row of the new cache, its row among the R + K cached and new ones. Returns
+        the new keys and values."""
         written: list[tuple[Tensor, Tensor]] = []
         bias = self.hidden_bias(visible)
-        keep = lambda k, v: written.append((k, v))  # noqa: E731  the last layer's attention is not used, and falls out of the graph
+        keep = lambda k, v: written.append((k, v))  # noqa: E731  the last layer's attention is unused, and not in the graph
         attends = [partial(attend_behind, past, bias, keep) for past in zip(keys.unbind(0), values.unbind(0), strict=True)]
         self.run(x, t, (prompt_keys, prompt_values, prompt_mask, pooled), attends)
         new_keys, new_values = (torch.stack(tensors) for tensors in zip(*written, strict=True))  # (layers, 1, h, K N, d)
@@ -97,7 +97,7 @@ class CachePass(Pass):
         return rows.index_select(3, order).flatten(3, 4)
 
     def _turned(self, keys: Tensor, order: Tensor) -> Tensor:
-        """Keys as at the rows where they now are: as `network.attention.shifted`, each row by its own distance."""
+        """Keys rotated to their new rows: as `network.attention.shifted`, each row by its own distance."""
         config = self.model.config
         half = config.head_size // 2
         num_times = half - 2 * (half // 3)  # angles of time, before those of height and width: see `rope_angles`
@@ -110,7 +110,7 @@ class CachePass(Pass):
 
 
 class TextPass(nn.Module):
-    """What the other passes need of a prompt."""
+    """A prompt as the other passes take it."""
 
     def __init__(self, model: TinyCausalWanModel, text_encoder: TextEncoder):
         super().__init__()

@@ -1,10 +1,9 @@
-"""`python demo.py`: the headers that threads need, compressed copies, archives of the page, and one line where there is no page."""
+"""`python demo.py`: the headers that threads need, compressed copies, archives of the page, and bad input in one line."""
 
 from __future__ import annotations
 
 import gzip
 import http.client
-import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from demo import ISOLATION, main, make_server, unpacked
 from web.archive import main as archive_main
 from web.archive import write_archive
+from web.browse import served
 
 
 @pytest.fixture
@@ -25,42 +25,40 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(params=[True, False], ids=["isolated", "plain"])
-def served(folder: Path, request: pytest.FixtureRequest) -> Iterator[tuple[http.client.HTTPConnection, bool]]:
-    server = make_server(folder, 0, request.param)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10), request.param
-    server.shutdown()
-    server.server_close()
+def get(port: int, path: str, accepted: str = "identity") -> tuple[int, http.client.HTTPMessage, bytes]:
+    """Status, headers and body of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", path, headers={"Accept-Encoding": accepted})
+    answer = connection.getresponse()
+    return answer.status, answer.headers, answer.read()
 
 
-def test_every_answer_isolates_the_page(served: tuple[http.client.HTTPConnection, bool]):
-    connection, is_isolated = served
-    for path in ("/", "/runtime.wasm", "/weights.bin", "/nothing"):
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        answer.read()
-        assert {name: answer.headers[name] for name in ISOLATION} == (ISOLATION if is_isolated else dict.fromkeys(ISOLATION)), path
-        assert answer.status == (404 if path == "/nothing" else 200)
+@pytest.fixture
+def port(folder: Path) -> Iterator[int]:
+    with served(folder) as port:
+        yield port
+
+
+@pytest.mark.parametrize("is_isolated", [True, False])
+def test_every_answer_isolates_the_page(folder: Path, is_isolated: bool):
+    with served(folder, is_isolated) as port:
+        for path, expected in (("/", 200), ("/runtime.wasm", 200), ("/weights.bin", 200), ("/nothing", 404)):
+            status, headers, _ = get(port, path)
+            assert {name: headers[name] for name in ISOLATION} == (ISOLATION if is_isolated else dict.fromkeys(ISOLATION)), path
+            assert status == expected
 
 
 @pytest.mark.parametrize("path", ["/", "/index.html"])
-def test_a_compressed_copy_goes_to_who_takes_it(served: tuple[http.client.HTTPConnection, bool], path: str):
-    connection, _ = served
-    bodies = {}
-    for accepted in ("gzip, br", "identity"):
-        connection.request("GET", path, headers={"Accept-Encoding": accepted})
-        answer = connection.getresponse()
-        bodies[answer.headers["Content-Encoding"]] = answer.read()
-        assert answer.headers["Content-Type"] == "text/html"
-    assert gzip.decompress(bodies["gzip"]) == bodies[None] == b"<p>page</p>"
+def test_a_compressed_copy_goes_to_who_takes_it(port: int, path: str):
+    (_, zipped_headers, zipped), (_, headers, plain) = (get(port, path, accepted) for accepted in ("gzip, br", "identity"))
+    assert (zipped_headers["Content-Encoding"], headers["Content-Encoding"]) == ("gzip", None)
+    assert zipped_headers["Content-Type"] == headers["Content-Type"] == "text/html"
+    assert gzip.decompress(zipped) == plain == b"<p>page</p>"
 
 
-def test_wasm_is_named_as_such_whatever_the_system_knows(served: tuple[http.client.HTTPConnection, bool]):
-    connection, _ = served
-    connection.request("GET", "/runtime.wasm")
-    answer = connection.getresponse()
-    assert answer.headers["Content-Type"] == "application/wasm" and answer.read() == b"\0asm"
+def test_wasm_is_named_as_such_whatever_the_system_knows(port: int):
+    _, headers, body = get(port, "/runtime.wasm")
+    assert headers["Content-Type"] == "application/wasm" and body == b"\0asm"
 
 
 def test_an_archive_holds_the_page_and_is_served_without_node(folder: Path, tmp_path_factory: pytest.TempPathFactory):
@@ -72,13 +70,8 @@ def test_an_archive_holds_the_page_and_is_served_without_node(folder: Path, tmp_
     assert first.read_bytes() == second.read_bytes()
     with zipfile.ZipFile(first) as archive:
         assert archive.namelist() == ["LICENSE.txt", "index.html", "networks/weights.bin", "runtime.wasm", "weights.bin"]
-    with unpacked(first) as page, make_server(page, 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
-        for path, content in (("/", b"<p>page</p>"), ("/networks/weights.bin", bytes(range(256)))):
-            connection.request("GET", path, headers={"Accept-Encoding": "gzip"})
-            assert connection.getresponse().read() == content
-        server.shutdown()
+    with unpacked(first) as page, served(page) as port:
+        assert get(port, "/", "gzip")[2] == b"<p>page</p>" and get(port, "/networks/weights.bin", "gzip")[2] == bytes(range(256))
     assert not page.exists()
 
 
@@ -106,8 +99,7 @@ def test_no_page_ends_in_one_line_that_says_how_to_build_it(tmp_path: Path):
 
 
 def test_a_taken_port_ends_in_one_line(folder: Path):
-    server = make_server(folder, 0)
-    port = server.server_address[1]
-    with pytest.raises(SystemExit, match=f"error: cannot serve on port {port} \\(in use\\)"):
-        main(["--page", str(folder), "--no_browser", "--port", str(port)])
-    server.server_close()
+    with make_server(folder, 0) as server:
+        port = server.server_address[1]
+        with pytest.raises(SystemExit, match=f"error: cannot serve on port {port} \\(in use\\)"):
+            main(["--page", str(folder), "--no_browser", "--port", str(port)])
