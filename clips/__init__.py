@@ -1,4 +1,4 @@
 """Videos from files: pictures, animations, films and arrays as frames, and a folder of clips with captions as a data set.
 
-Nothing is written here: that is `sampling.video_io`. Imports `machine`, `network` and `method`; may be imported from `training` up.
+Files are written by `sampling.video_io`. Imports `machine`, `network` and `method`; may be imported from `training` up.
 """

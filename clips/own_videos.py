@@ -1,7 +1,6 @@
-"""A folder of one's own clips as a data set, with or without captions. docs/own_videos.md trains on one.
+"""A folder of the user's clips as a data set, with or without captions; docs/own_videos.md has the file formats.
 
-A clip is a GIF, a film, an npz as `save_array` writes it, a strip of frames in one picture, or a folder of pictures, a frame each; an
-npy of the shape of `mnist_test_seq.npy` holds many. Its name is its path below the folder, without the ending.
+The name of a clip is its path below the folder, without the ending.
 
 Dimensions: B batch, F frames, C channels, H = W frame side.
 """
@@ -32,14 +31,14 @@ from network.text_encoder import split_words
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 CLIP_SUFFIXES = (*PICTURE_SUFFIXES, ".gif", ".webp", ".mp4", ".webm", ".mov", ".avi", ".mkv", ".npz", ".npy")
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
-PURPOSES = {"train": Purpose.TRAINING_VIDEO, "test": Purpose.HELD_OUT_VIDEO}  # of the videos of a split
+PURPOSES = {"train": Purpose.TRAINING_VIDEO, "test": Purpose.HELD_OUT_VIDEO}  # default of each split
 
 
 @dataclass
 class VideosConfig(DataConfig):
-    """One's own clips. root: their folder. frame_size: side of the square frames, pixels; larger ones are cropped to their middle and
-    resized. channels: 1 (grey) or 3. test_fraction: share of the clips that is held out, by the hash of a clip's name. random_start: show
-    a clip from any of its frames on, not from its first."""
+    """The user's clips. root: their folder. frame_size: pixels; frames are cropped to their middle square and resized. channels: 1 (grey)
+    or 3. test_fraction: share of the clips that is held out, by the hash of the name. random_start: a video starts at a random frame of
+    its clip, not at the first."""
 
     channels: int = 3
     root: str = ""
@@ -59,7 +58,7 @@ class VideosConfig(DataConfig):
 
 @dataclass(frozen=True)
 class Clip:
-    """path: where it was read from. frames: (F, C, H, W) uint8. caption: empty where the folder has none."""
+    """path: its source. frames: (F, C, H, W) uint8. caption: empty if the folder has no captions."""
 
     name: str
     path: Path
@@ -76,8 +75,8 @@ class ClipBatch:
 
 
 class OwnVideos:
-    """The clips of one split, "train" or "test": (seed, index) names one of them, whatever else is in the batch. purpose: what they are
-    shown for; that of the split if not given. Raises the errors of `read_clips`, and ValueError for another split."""
+    """The clips of a split, "train" or "test": (seed, index) names one video, whatever else is in the batch. purpose: each purpose has its
+    own order of clips; the default depends on the split. Raises the errors of `read_clips`, and ValueError for another or empty split."""
 
     def __init__(self, config: VideosConfig, split: str = "train", purpose: Purpose | None = None):
         require(split in PURPOSES, "split", split, f"one of {', '.join(PURPOSES)}")
@@ -104,38 +103,38 @@ class OwnVideos:
         return [self._draw(seed, int(index))[0].caption for index in indices]
 
     def captions_of_any_stretch(self, seed: int, indices: Sequence[int]) -> list[str]:
-        """The same: a caption is taken to hold for the whole clip."""
+        """The same: a caption is assumed to hold for the whole clip."""
         return self.captions(seed, indices)
 
     def vocabulary(self) -> list[str]:
-        """The words of the captions, in order of the alphabet."""
+        """The words of the captions, sorted."""
         return sorted({word for clip in self.clips for word in split_words(clip.caption)})
 
     def _draw(self, seed: int, index: int) -> tuple[Clip, float]:
-        """Everything random of one video: its clip, and where in it the video starts, in [0, 1)."""
+        """Draw one video: its clip, and where it starts in the clip, in [0, 1)."""
         rng = stream(seed, index, self.purpose)
         return self.clips[int(rng.integers(len(self.clips)))], rng.random()
 
 
 def held_out_names(names: Sequence[str], fraction: float) -> set[str]:
-    """The names whose hash, as a number in [0, 1), is below the fraction; that of the lowest hash where none is. A clip that is added
-    moves no other from one side to the other, but for that one."""
+    """The names whose hash, as a number in [0, 1), is below the fraction, or the one with the lowest hash. So an added clip does not move
+    others between the splits, except in the latter case."""
     place = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names}
     return {name for name in names if place[name] < fraction} or {min(names, key=place.__getitem__)}
 
 
 @lru_cache(maxsize=2)
 def read_clips(root: str, frame_size: int, channels: int) -> tuple[Clip, ...]:
-    """All clips of a folder, in the order of their names, with their captions; the same call again reads nothing.
-
-    Raises OSError for a folder that is not there, and ValueError in one line that names the file for one that cannot be read, frames of
-    several sizes, two clips of one name, a clip without a caption where others have one, and a folder without clips.
-    """
+    """All clips of a folder, sorted by name, with their captions; cached. Raises OSError for a missing folder, and ValueError naming the
+    file if one cannot be read, for frames of several sizes, two clips of one name, a missing caption, and fewer than two clips."""
     folder = Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}: set dataset.root to the folder of your clips")
+    # 1. Captions, then the clips, with frames of one size.
     file = _caption_file(folder)
-    captions, clips, sizes = None if file is None else _read_captions(file), {}, {}
+    captions = None if file is None else _read_captions(file)
+    clips: dict[str, Clip] = {}
+    sizes: dict[tuple[int, int], Path] = {}  # (height, width) to the first clip of that size
     for source, name in _find_sources(folder).items():
         for each, pictures in _open_source(source, name):
             if each in clips:
@@ -151,6 +150,7 @@ def read_clips(root: str, frame_size: int, channels: int) -> tuple[Clip, ...]:
             if captions is not None and each not in captions:
                 raise ValueError(f"{source} has no caption: expected an entry for the clip {each} in {file}, or no such file")
             clips[each] = Clip(each, source, torch.from_numpy(np.stack(frames)), "" if captions is None else captions[each])
+    # 2. What does not fit, and what the user should know.
     expected = f"at least 2, as {', '.join(CLIP_SUFFIXES)} or folders of pictures"
     require(len(clips) > 1, f"{folder}: the number of clips", len(clips), expected)
     unused = [] if captions is None else [name for name in captions if name not in clips]
@@ -164,7 +164,7 @@ def read_clips(root: str, frame_size: int, channels: int) -> tuple[Clip, ...]:
 
 
 def _find_sources(folder: Path) -> dict[Path, str]:
-    """The files and folders of pictures that hold clips, each with its name."""
+    """The files, and folders of pictures, that hold clips, with the clips' names."""
     sources: dict[Path, str] = {}
     for path in sorted(folder.rglob("*")):
         below = path.relative_to(folder)
@@ -177,13 +177,13 @@ def _find_sources(folder: Path) -> dict[Path, str]:
 
 
 def _name(path: str) -> str:
-    """The name of a clip: its path without the ending of a file that can be one."""
+    """The name of a clip: its path without the ending."""
     ending = Path(path).suffix
     return path.removesuffix(ending) if ending.lower() in CLIP_SUFFIXES else path
 
 
 def _open_source(source: Path, name: str) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
-    """Every clip of a file or folder of pictures: its name and its frames, float32 (H, W, 3) in [0, 1] each."""
+    """The clips of a file or folder of pictures: name and frames, float32 (H, W, 3) in [0, 1]."""
     if source.is_dir():
         pictures = [path for path in source.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")]
         ordered = sorted(pictures, key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
@@ -206,10 +206,10 @@ def _open_source(source: Path, name: str) -> Iterator[tuple[str, Iterable[np.nda
 
 
 def _fit(picture: np.ndarray, frame_size: int, channels: int) -> np.ndarray:
-    """A picture (H, W, 3) in [0, 1] as uint8 (C, S, S), cropped to its middle and resized."""
+    """A picture (H, W, 3) in [0, 1] as uint8 (C, S, S), cropped to its middle square and resized."""
     image = Image.fromarray((picture * 255).round().astype(np.uint8)).convert("L" if channels == 1 else "RGB")
     if image.size != (frame_size, frame_size):
-        kernel = Image.Resampling.BOX if min(image.size) >= frame_size else Image.Resampling.BICUBIC  # box undoes a whole enlargement
+        kernel = Image.Resampling.BOX if min(image.size) >= frame_size else Image.Resampling.BICUBIC  # box undoes enlargement by a whole factor
         image = ImageOps.fit(image, (frame_size, frame_size), kernel)
     return np.asarray(image).reshape(frame_size, frame_size, channels).transpose(2, 0, 1)
 
@@ -222,19 +222,19 @@ def _caption_file(folder: Path) -> Path | None:
 
 
 def _read_captions(path: Path) -> dict[str, str]:
-    """Captions by the clip's name, of a CSV file with the columns clip and caption or of JSON lines with these keys."""
+    """Captions by clip, from a CSV file with the columns clip and caption or JSON lines with these keys."""
     captions: dict[str, str] = {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, strict=True) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
             for number, row in enumerate(rows, 1):
-                values = [row.get(key) for key in ("clip", "caption")] if isinstance(row, dict) else [None]
-                if not all(isinstance(value, str) and value.strip() for value in values):
+                clip, caption = (row.get("clip"), row.get("caption")) if isinstance(row, dict) else (None, None)
+                if not all(isinstance(value, str) and value.strip() for value in (clip, caption)):
                     raise ValueError(f"entry {number} is {row}")
-                name = _name(Path(values[0].strip()).as_posix())
+                name = _name(Path(clip.strip()).as_posix())
                 if name in captions:
-                    raise ValueError(f"entry {number} is a second one for {values[0]}")
-                captions[name] = values[1].strip()
-    except (ValueError, csv.Error) as error:  # of JSON and of the encoding too
+                    raise ValueError(f"entry {number} is a second one for {clip}")
+                captions[name] = caption.strip()
+    except (ValueError, csv.Error) as error:  # JSON and encoding errors are ValueErrors
         raise ValueError(f"{path}: {error}; expected one entry a clip, with its name as 'clip' and its text as 'caption'") from error
     return captions

@@ -1,4 +1,4 @@
-"""Pictures and clips from files, as a model reads them: what `sampling.video_io` writes, and what others do.
+"""Pictures and clips from files as tensors: the files of `sampling.video_io` and of other programs.
 
 Dimensions: F frames, C channels, H height, W width.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 import zipfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -18,21 +19,19 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 GAP = 2  # pixels between the frames of a strip, as `save_video` leaves them
-LARGEST_STORED = 2.0  # of a value in an array: a network may overshoot 1, bytes or display range never look like this
+LARGEST_STORED = 2.0  # absolute value in an array: a network may overshoot 1; bytes are larger
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 DELAY_TOLERANCE = 0.1  # of a frame: how far a picture's delay may be from a whole number of frames
-MAX_FRAMES_OF_A_PICTURE = 1000  # that one delay may stand for: more is no video but a pause
+MAX_FRAMES_OF_A_PICTURE = 1000  # a longer delay is a pause, not repeated frames
 
 
 def load_frames(path: Path, frame_size: int, channels: int) -> Tensor:
-    """The frames (F, C, H, W) in [-1, 1] of an npz as `save_array` writes it, of a picture (one frame, or a strip of them side by side),
-    of an animation such as a GIF, or of a film such as an MP4. The kind is told by the file's content, not by its name.
+    """The frames (F, C, H, W) in [-1, 1] of an npz from `save_array`, a picture (one frame or a strip), an animation such as a GIF, or a film
+    such as an MP4, told by content, not by name.
 
-    Pictures may be enlarged by a whole factor, as `save_video` does, which is undone. Colour becomes grey for a grey model. A picture of
-    an animation that is shown k times as long as the shortest one is k frames. Raises OSError for a file that is not there, and
-    ValueError for one that is no video of square frames of frame_size.
+    Enlargement by a whole factor, as by `save_video`, is undone. Colour becomes grey for one channel. Raises OSError for a missing file,
+    and ValueError for one that is not a video of square frames of frame_size.
     """
-    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}: give the path of a picture or a clip")
     if zipfile.is_zipfile(path):
@@ -56,10 +55,10 @@ def load_frames(path: Path, frame_size: int, channels: int) -> Tensor:
 
 
 def load_array(path: Path) -> tuple[Tensor, str]:
-    """Read what `save_array` wrote: video float32 (F, C, H, W), about [-1, 1], and its prompt, empty where the file has none. Runs no code
-    from the file (no pickle). Raises FileNotFoundError, or ValueError where the file is no such archive."""
+    """Video float32 (F, C, H, W), about [-1, 1], and prompt from an npz of `save_array`; the prompt is empty if the file has none. Loads no
+    pickles. Raises FileNotFoundError, or ValueError for another kind of file."""
     wanted = "expected an .npz file with the array 'video', floating-point numbers (F, C, H, W) in [-1, 1]"
-    if not zipfile.is_zipfile(path) and Path(path).exists():
+    if not zipfile.is_zipfile(path) and path.exists():
         raise ValueError(f"{path} is not an .npz archive: {wanted}")
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -67,7 +66,7 @@ def load_array(path: Path) -> tuple[Tensor, str]:
             names = sorted(arrays.files)
     except FileNotFoundError:
         raise
-    except Exception as error:  # of a checksum, a compression, a header, objects that would need pickle: numpy has one for each
+    except Exception as error:  # numpy raises many kinds: for a checksum, a compression, a header, pickles
         raise ValueError(f"{path} cannot be read, it is damaged or holds objects: {wanted}") from error
     if "video" not in found:
         raise ValueError(f"{path} holds the arrays {names}: {wanted}")
@@ -80,8 +79,9 @@ def load_array(path: Path) -> tuple[Tensor, str]:
 
 
 def read_pictures(path: Path, is_strip: bool = True) -> Iterator[np.ndarray]:
-    """The frames of a picture, animation or film, float32 (H, W, 3) in [0, 1] each, one at a time; at least one. is_strip: cut a single
-    wide picture into square frames. Raises ValueError naming a file that is none of these."""
+    """Yield the frames of a picture, animation or film, at least one, float32 (H, W, 3) in [0, 1]. A picture of an animation that is shown k
+    times as long as the shortest one gives k frames. is_strip: cut a single wide picture into square frames. Raises ValueError naming the
+    file if it cannot be read."""
     unreadable = f"{path} cannot be read as a picture or clip: truncated, or another kind of file; expected PNG, GIF, MP4 or npz"
     try:
         with Image.open(path) as image:
@@ -93,25 +93,22 @@ def read_pictures(path: Path, is_strip: bool = True) -> Iterator[np.ndarray]:
     except UnidentifiedImageError:
         try:
             yield from _read_film(path)
-        except Exception as error:  # so has ffmpeg's reader
+        except Exception as error:
             raise ValueError(unreadable) from error
-    except Exception as error:  # every format of pictures has errors of its own
+    except Exception as error:  # each picture format raises its own kinds
         raise ValueError(unreadable) from error
 
 
 def _read_film(path: Path) -> Iterator[np.ndarray]:
-    """What ffmpeg decodes, float32 (H, W, 3) in [0, 1] each. Raises where that is nothing."""
-    frames = imageio_ffmpeg.read_frames(str(path))  # not by imageio, which goes by the name's ending
+    """Yield what ffmpeg decodes, float32 (H, W, 3) in [0, 1]. Raises if that is nothing."""
+    frames = imageio_ffmpeg.read_frames(str(path))  # not by imageio, which goes by the file's ending
     width, height = next(frames)["size"]
-    num_frames = 0
-    for num_frames, frame in enumerate(frames, 1):  # noqa: B007
+    for frame in chain([next(frames)], frames):  # raises here if there is none
         yield np.frombuffer(frame, np.uint8).reshape(height, width, 3).astype(np.float32) / 255
-    if num_frames == 0:
-        raise ValueError("no frames")
 
 
 def _as_rgb(image: Image.Image) -> np.ndarray:
-    """float32 (H, W, 3) in [0, 1]; a picture of 16 bits keeps them."""
+    """float32 (H, W, 3) in [0, 1]; 16-bit grey keeps its levels."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow reads 16-bit colour as 8-bit
         grey = np.asarray(image, dtype=np.float32) / 65535
         return np.broadcast_to(grey[..., None], (*grey.shape, 3)).clip(0, 1)
@@ -132,7 +129,7 @@ def _frames_of_each(delays: list[float], path: Path) -> list[int]:
 
 
 def _cut_strip(picture: np.ndarray) -> list[np.ndarray]:
-    """The square frames of a strip, with the gaps of `save_video` or without; the picture itself where it is none."""
+    """The square frames of a strip, with or without the gaps of `save_video`; or else the picture itself."""
     height, width = picture.shape[:2]
     for gap in (GAP, 0):
         if width > height and (width + gap) % (height + gap) == 0:

