@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from digits import mnist as mnist_digits
-from digits.mnist import download_mnist
+from digits.mnist import SPLITS, download_mnist
 from moving_mnist import DatasetConfig, MovingMNISTGenerator, load_digits
 
 
@@ -25,35 +25,32 @@ def private_cache(tmp_path_factory):
         yield
 
 
+def images_of(config: DatasetConfig, split: str) -> set[bytes]:
+    return {image.numpy().tobytes() for image in load_digits(config, split).images}
+
+
 # ------------------------------------------------------------------------------------------------- bundled digits
 
 
 def test_the_splits_share_no_digit_and_lose_none():
-    train, judge, test = (load_digits(DatasetConfig(), split) for split in ("train", "judge", "test"))
-    images = [{image.numpy().tobytes() for image in digits.images} for digits in (train, judge, test)]
-    assert [len(found) for found in images] == [3500, 1000, 500]
-    assert len(set.union(*images)) == 5000
-    for digits, count in ((train, 350), (judge, 100), (test, 50)):
-        assert torch.bincount(digits.labels).tolist() == [count] * 10
+    images = [images_of(DatasetConfig(), split) for split in SPLITS]
+    assert [len(found) for found in images] == [3500, 1000, 500] and len(set.union(*images)) == 5000
+    for split, count in zip(SPLITS, (350, 100, 50), strict=True):
+        assert torch.bincount(load_digits(DatasetConfig(), split).labels).tolist() == [count] * 10
 
 
 def test_networks_from_before_the_judges_digits_saw_these_too_and_the_test_digits_never_moved():
     before = DatasetConfig(judge_fraction=0.0)
-    images = {image.numpy().tobytes() for image in load_digits(before, "train").images}
-    assert len(images) == 4500
-    assert {image.numpy().tobytes() for image in load_digits(DatasetConfig(), "judge").images} < images
+    images = images_of(before, "train")
+    assert len(images) == 4500 and images_of(DatasetConfig(), "judge") < images
     assert torch.equal(load_digits(before, "test").images, load_digits(DatasetConfig(), "test").images)
-    none_left = "leave none for split 'judge' .*judge_fraction=0.0"
-    for split, words in (("judge", none_left), ("val", "split is 'val': expected one of train, ")):
+    for split, words in (("judge", "leave none for split 'judge' .*judge_fraction=0.0"), ("val", "split is 'val': expected one of train, ")):
         with pytest.raises(ValueError, match=words):
             load_digits(before, split)
 
 
 def test_a_larger_test_set_contains_the_smaller_one():
-    small, large = (
-        {image.numpy().tobytes() for image in load_digits(DatasetConfig(test_fraction=share), "test").images}
-        for share in (0.02, 0.2)
-    )
+    small, large = (images_of(DatasetConfig(test_fraction=share), "test") for share in (0.02, 0.2))
     assert len(small) == 100 and len(large) == 1000 and small < large
 
 
@@ -89,8 +86,12 @@ def test_an_unwritable_cache_is_no_error(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ IDX files
 
 
+def lengths(*values: int) -> bytes:
+    return np.array(values, ">u4").tobytes()
+
+
 def idx_bytes(array: np.ndarray) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+    return bytes([0, 0, 8, array.ndim]) + lengths(*array.shape) + array.tobytes()
 
 
 @pytest.fixture
@@ -99,9 +100,8 @@ def mnist_files() -> dict[str, bytes]:
     rng = np.random.default_rng(0)
     files = {}
     for prefix, count in (("train", 30), ("t10k", 12)):
-        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        images, labels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8) % 10
         files[f"{prefix}-images-idx3-ubyte.gz"] = gzip.compress(idx_bytes(images), mtime=0)
-        labels = np.arange(count, dtype=np.uint8) % 10
         files[f"{prefix}-labels-idx1-ubyte.gz"] = gzip.compress(idx_bytes(labels), mtime=0)
     return files
 
@@ -113,10 +113,10 @@ def write_files(root: Path, files: dict[str, bytes], is_plain: bool = False) -> 
     return DatasetConfig(mnist_root=str(root), judge_fraction=0.0)
 
 
-def test_of_idx_files_too_the_judges_have_digits_of_their_own(tmp_path, mnist_files):
+def test_the_splits_of_idx_files_share_no_digit(tmp_path, mnist_files):
     write_files(tmp_path, mnist_files)
     config = DatasetConfig(mnist_root=str(tmp_path), judge_fraction=0.4)
-    images = [{image.numpy().tobytes() for image in load_digits(config, split).images} for split in ("train", "judge", "test")]
+    images = [images_of(config, split) for split in SPLITS]
     assert [len(found) for found in images] == [20, 10, 12] and len(set.union(*images)) == 42
 
 
@@ -149,33 +149,18 @@ def test_test_images_among_the_training_images_are_counted(tmp_path, mnist_files
         assert len(load_digits(config, "test").labels) == 12
 
 
-def damage(content: bytes, kind: str) -> bytes:
-    plain = bytearray(gzip.decompress(content))
-    if kind == "cut archive":
-        return content[:-20]
-    if kind == "cut pixels":
-        plain = plain[:-1]
-    elif kind == "magic":
-        plain[2] = 9
-    elif kind == "header only":
-        plain = plain[:6]
-    elif kind == "not square":
-        plain[8:16] = np.array([14, 56], ">u4").tobytes()
-    elif kind == "one image fewer":
-        plain[4:8] = np.array([29], ">u4").tobytes()
-        plain = plain[:-784]
-    return gzip.compress(bytes(plain))
-
-
-@pytest.mark.parametrize("kind, words", [
-    ("cut archive", "broken compression"), ("cut pixels", "found 23519 bytes after the header, expected 23520"),
-    ("magic", "found a start of 0x00000903 and 23536 bytes, expected 0x00000803"),
-    ("header only", "and 6 bytes, expected 0x00000803 and at least 16 bytes"),
-    ("not square", r"\(30, 14, 56\), expected \(30, 28, 28\)"), ("one image fewer", r"\(29, 28, 28\), expected \(30"),
-])
-def test_a_corrupt_idx_file_is_refused_by_name(tmp_path, mnist_files, kind, words):
+@pytest.mark.parametrize("damage, words", [
+    (lambda plain: plain[:-1], "found 23519 bytes after the header, expected 23520"),
+    (lambda plain: plain[:2] + b"\t" + plain[3:], "found a start of 0x00000903 and 23536 bytes, expected 0x00000803"),
+    (lambda plain: plain[:6], "and 6 bytes, expected 0x00000803 and at least 16 bytes"),
+    (lambda plain: plain[:8] + lengths(14, 56) + plain[16:], r"\(30, 14, 56\), expected \(30, 28, 28\)"),
+    (lambda plain: plain[:4] + lengths(29) + plain[8:-784], r"\(29, 28, 28\), expected \(30"), (None, "broken compression"),
+], ids=["cut pixels", "magic", "header only", "not square", "one image fewer", "cut archive"])
+def test_a_corrupt_idx_file_is_refused_by_name(tmp_path, mnist_files, damage, words):
     name = "train-images-idx3-ubyte.gz"
-    config = write_files(tmp_path, {**mnist_files, name: damage(mnist_files[name], kind)})
+    whole = mnist_files[name]
+    mnist_files[name] = whole[:-20] if damage is None else gzip.compress(damage(gzip.decompress(whole)))
+    config = write_files(tmp_path, mnist_files)
     with pytest.raises(ValueError, match=words) as caught:
         load_digits(config, "train")
     message = str(caught.value)
@@ -239,8 +224,9 @@ def mirror(mnist_files):
         server.shutdown()
 
 
-def digests(files: dict[str, bytes]) -> dict[str, str]:
-    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+def digests(files: dict[str, bytes], *names: str) -> dict[str, str]:
+    """Of the named files, or of all."""
+    return {name: hashlib.sha256(files[name]).hexdigest() for name in names or files}
 
 
 def folder(root: Path) -> dict[str, bytes]:
@@ -250,8 +236,7 @@ def folder(root: Path) -> dict[str, bytes]:
 def test_download_fetches_only_what_is_missing(tmp_path, mirror, mnist_files):
     root = tmp_path / "new" / "folder"
     download_mnist(root, [mirror.url], digests(mnist_files))
-    assert folder(root) == mnist_files
-    assert len(load_digits(DatasetConfig(mnist_root=str(root)), "test").labels) == 12
+    assert folder(root) == mnist_files and len(load_digits(DatasetConfig(mnist_root=str(root)), "test").labels) == 12
     plain = root / "t10k-labels-idx1-ubyte"
     plain.write_bytes(gzip.decompress((root / f"{plain.name}.gz").read_bytes()))
     (root / f"{plain.name}.gz").unlink()
@@ -269,7 +254,7 @@ def test_download_only_where_the_configuration_asks_for_it(tmp_path, mnist_files
 
 def test_a_broken_off_download_leaves_nothing_and_is_tried_again(tmp_path, mirror, mnist_files):
     name = "train-images-idx3-ubyte.gz"
-    wanted = {name: digests(mnist_files)[name]}
+    wanted = digests(mnist_files, name)
     mirror.break_at = [1000, 3000, 1000]
     with pytest.raises(OSError, match=f"cannot download {name}.*IncompleteRead") as caught:
         download_mnist(tmp_path, [mirror.url], wanted)
@@ -280,14 +265,14 @@ def test_a_broken_off_download_leaves_nothing_and_is_tried_again(tmp_path, mirro
 
 def test_a_wrong_checksum_leaves_nothing_behind(tmp_path, mirror, mnist_files):
     name = "t10k-labels-idx1-ubyte.gz"
-    mirror.files[name] = mnist_files[name] + b"!"
-    with pytest.raises(OSError, match=f"cannot download {name}.*SHA-256 is .* expected {digests(mnist_files)[name]}"):
-        download_mnist(tmp_path, [mirror.url], {name: digests(mnist_files)[name]})
+    wanted = digests(mnist_files, name)
+    mirror.files[name] += b"!"
+    with pytest.raises(OSError, match=f"cannot download {name}.*SHA-256 is .* expected {wanted[name]}"):
+        download_mnist(tmp_path, [mirror.url], wanted)
     assert folder(tmp_path) == {}
 
 
-def test_a_second_mirror_stands_in_for_the_first(tmp_path, mirror, mnist_files):
+def test_a_second_mirror_replaces_the_first(tmp_path, mirror, mnist_files):
     name = "t10k-labels-idx1-ubyte.gz"
-    download_mnist(tmp_path, [mirror.url + "gone/", mirror.url], {name: digests(mnist_files)[name]})
-    assert mirror.requests == [f"gone/{name}", name]
-    assert folder(tmp_path) == {name: mnist_files[name]}
+    download_mnist(tmp_path, [mirror.url + "gone/", mirror.url], digests(mnist_files, name))
+    assert mirror.requests == [f"gone/{name}", name] and folder(tmp_path) == {name: mnist_files[name]}
