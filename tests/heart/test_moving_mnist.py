@@ -14,20 +14,13 @@ TENSORS = ("digits", "directions", "start", "velocity", "track")
 ink_centre = load_self_test("moving_mnist")["ink_centre"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def private_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
-def generator(private_cache) -> MovingMNISTGenerator:
+def generator() -> MovingMNISTGenerator:
     return MovingMNISTGenerator(DatasetConfig())
 
 
 @pytest.fixture(scope="module")
-def pair_generator(private_cache) -> MovingMNISTGenerator:
+def pair_generator() -> MovingMNISTGenerator:
     return MovingMNISTGenerator(DatasetConfig(frame_size=64, digit_size=28, num_digits=2))
 
 
@@ -35,7 +28,7 @@ def pair_generator(private_cache) -> MovingMNISTGenerator:
 
 
 @pytest.mark.parametrize("variation", [0.0, 0.15])
-def test_a_video_does_not_depend_on_its_batch_or_on_earlier_draws(variation, private_cache):
+def test_a_video_does_not_depend_on_its_batch_or_on_earlier_draws(variation):
     generator = MovingMNISTGenerator(DatasetConfig(frame_size=64, digit_size=28, num_digits=2), digit_variation=variation)
     batch, alone = (generator.sample(5, indices, 9) for indices in ([3, 900, 7, 3], [7]))
     for name in (*TENSORS, "video", "digit_index"):

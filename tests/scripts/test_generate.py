@@ -1,7 +1,6 @@
 """Tests of `generate`: a video is a function of (prompt, seed, checkpoint, settings), and bad input ends in one line.
 
-The networks are tiny and untrained, with their zero-initialised parts filled by noise, so that everything they are given
-matters.
+The networks are tiny and untrained, their zero-initialised parts filled with noise, so that every input matters.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from helpers.generation import COMMON, STUDENT, TEACHER, refusal, write_networks
+from helpers.generation import COMMON, STUDENT, TEACHER, generate_files, refusal, write_networks
 from omegaconf import OmegaConf
 
 import generate as entry
@@ -79,7 +79,6 @@ def test_the_batch_size_changes_a_video_by_rounding_at_most(kind: str, request: 
 def test_the_student_generates_exactly_what_training_rolls_out(student: LoadedNetworks):
     """The engine draws an exit step and seeds; with the last exit step its video is the generated one, bit for bit."""
     training = student.config.training
-    assert isinstance(training, SelfForcingConfig)
     last = len(training.denoising_steps) - 1
     with torch.no_grad():
         prompt = student.generator.encode_prompt(*student.text_encoder.encode(PROMPTS))
@@ -106,11 +105,9 @@ def test_a_short_video_is_the_start_of_a_long_one(student: LoadedNetworks):
 def test_a_student_takes_its_own_steps_context_noise_and_block():
     plan = SamplerSettings().make_plan(STUDENT)
     assert isinstance(plan, RolloutPlan)
-    expected = [3 * t / (1 + 2 * t) for t in (1.0, 0.6, 0.3)]
-    torch.testing.assert_close(list(plan.times), expected)
+    torch.testing.assert_close(list(plan.times), [3 * t / (1 + 2 * t) for t in (1.0, 0.6, 0.3)])
     assert (plan.fresh_noise, plan.context_time, plan.num_frames_per_block, plan.guidance) == (True, 0.1, 3, 1.0)
     other = SamplerSettings(denoising_steps=(1000, 500), guidance=1.5).make_plan(STUDENT)
-    assert isinstance(other, RolloutPlan)
     assert (len(other.times), other.guidance, other.context_time) == (2, 1.5, 0.1)
     plan = SamplerSettings(num_steps=5, guidance=2.0).make_plan(STUDENT)
     assert (len(plan.times), plan.fresh_noise, plan.guidance, plan.context_time, plan.context.window_frames) == (5, False, 2.0, 0.1, 21)
@@ -128,7 +125,6 @@ def test_a_teacher_is_sampled_bidirectionally_and_naively_on_request():
         with pytest.raises(ValueError, match=f"^--{name} is 1.5: expected 0"):
             SamplerSettings(**{name: 1.5})
     naive = SamplerSettings(denoising_steps=(1000, 500)).make_plan(TEACHER)
-    assert isinstance(naive, RolloutPlan)
     assert (len(naive.times), naive.fresh_noise, naive.guidance, naive.context.window_frames) == (2, True, 1.0, 21)
 
 
@@ -194,20 +190,21 @@ def test_the_teacher_gives_the_video_of_its_own_sampler(teacher: LoadedNetworks)
 def test_the_teacher_goes_past_its_length_only_block_by_block(teacher: LoadedNetworks):
     with pytest.raises(ValueError, match="at most the 21 frames.*--causal"):
         sample(teacher, PROMPTS[:1], num_frames=24)
-    causal = sample(teacher, PROMPTS[:1], num_frames=24, settings=SamplerSettings(denoising_steps=(1000,)))
-    assert causal.shape == (1, 24, 1, 8, 8)
-    assert sample(teacher, PROMPTS[:1], num_frames=24, settings=SamplerSettings(num_steps=2, causal=True)).shape == (1, 24, 1, 8, 8)
-    for prompts, seeds, words in ((PROMPTS[:1], [0, 1], "1 prompts and 2 seeds"), ([], [], "0 prompts")):
-        with pytest.raises(ValueError, match=words):
-            sample(teacher, prompts, seeds=seeds)
+    for settings in (SamplerSettings(denoising_steps=(1000,)), SamplerSettings(num_steps=2, causal=True)):
+        assert sample(teacher, PROMPTS[:1], num_frames=24, settings=settings).shape == (1, 24, 1, 8, 8)
+
+
+@pytest.mark.parametrize(("prompts", "seeds", "words"), [(PROMPTS[:1], [0, 1], "1 prompts and 2 seeds"), ([], [], "0 prompts")])
+def test_every_prompt_needs_one_seed(student: LoadedNetworks, prompts: list[str], seeds: list[int], words: str):
+    with pytest.raises(ValueError, match=words):
+        sample(student, prompts, seeds=seeds)
 
 
 def test_unknown_words_are_named_in_one_line_for_all_batches(student_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    main(["--checkpoint", str(student_path), "--prompts", "a purple 7", "a 3 above the sea", "a purple 2", "--num_frames", "3",
-          "--samples_per_prompt", "2", "--batch_size", "1", "--output_dir", str(tmp_path), *COMMON])
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "unknown words" in line]
-    assert len(lines) == 1
-    assert lines[0].startswith("warning: unknown words") and "purple, above, sea." in lines[0]
+    generate_files(student_path, tmp_path, "--prompts", "a purple 7", "a 3 above the sea", "a purple 2", "--num_frames", "3",
+                   "--samples_per_prompt", "2", "--batch_size", "1")
+    (line,) = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "unknown words" in line]
+    assert line.startswith("warning: unknown words") and "purple, above, sea." in line
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -216,10 +213,10 @@ def test_unknown_words_are_named_in_one_line_for_all_batches(student_path: Path,
 def test_the_same_call_writes_the_same_files_in_every_format(student_path: Path, tmp_path: Path):
     for folder in ("first", "second"):
         for suffix in entry.FORMATS:
-            main(["--checkpoint", str(student_path), "--prompts", *PROMPTS[:2], "--samples_per_prompt", "2", "--num_frames", "6", "--seed",
-                  "42", "--format", suffix, "--output_dir", str(tmp_path / folder / suffix), *COMMON])
+            generate_files(student_path, tmp_path / folder / suffix, "--prompts", *PROMPTS[:2], "--samples_per_prompt", "2",
+                           "--num_frames", "6", "--seed", "42", "--format", suffix)
         if folder == "first":
-            time.sleep(1.1)  # a second that went into a file would show; of an archive's two-second steps see below
+            time.sleep(1.1)  # a time in a file would show; for an archive's two-second steps see below
     stems = [
         "000_a-handwritten-7-drifting-up_seed42", "001_a-handwritten-7-drifting-up_seed43",
         "002_the-digit-3-moving-left-quickly_seed42", "003_the-digit-3-moving-left-quickly_seed43",
@@ -245,18 +242,16 @@ def test_what_is_prepared_for_generation_is_a_copy_that_makes_the_same_bits(stud
 def test_products_in_8_bit_integers_stay_near_and_are_told(student_path: Path, tmp_path: Path):
     videos = {}
     for name, options in (("plain", []), ("int8", ["--int8"])):
-        folder = tmp_path / name
-        main(["--checkpoint", str(student_path), "--prompts", "a 7", "--num_frames", "6", "--format", "npz", *COMMON, *options,
-              "--output_dir", str(folder)])
-        assert json.loads((folder / "generation.json").read_text())["int8"] == bool(options)
-        videos[name] = np.load(folder / "000_a-7_seed0.npz")["video"]
+        generate_files(student_path, tmp_path / name, "--prompts", "a 7", "--num_frames", "6", "--format", "npz", *options)
+        assert json.loads((tmp_path / name / "generation.json").read_text())["int8"] == bool(options)
+        videos[name] = np.load(tmp_path / name / "000_a-7_seed0.npz")["video"]
     error = np.abs(videos["int8"] - videos["plain"])
     assert 0 < error.mean() < 0.05, error.mean()
 
 
 def test_int8_where_it_is_slower_is_said(student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr("sampling.samplers.gain_over_float32", lambda dtype: 0.2)
-    main(["--checkpoint", str(student_path), *COMMON, "--prompts", "a 7", "--int8", "--output_dir", str(tmp_path)])
+    generate_files(student_path, tmp_path, "--prompts", "a 7", "--int8")
     assert "8-bit integers takes 5.0 times as long as one of float32 on this processor: leave --int8 out" in capsys.readouterr().err
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: torch.zeros(len(a), b.shape[1], dtype=torch.int32))
     assert "--int8 needs exact products of 8-bit integers" in refusal(
@@ -290,7 +285,7 @@ def test_a_missing_compiler_ends_in_one_line(command: str, student_path: Path, t
     monkeypatch.setenv("CXX", "no-such-compiler")
     if command == "generate":
         with pytest.raises(SystemExit, match="^error: --compile needs a C.. compiler, and no-such-compiler is not there"):
-            main(["--checkpoint", str(student_path), *COMMON, "--compile", "--output_dir", str(tmp_path)])
+            generate_files(student_path, tmp_path, "--compile")
     else:
         config = Config(training=PretrainConfig(compile=True))
         with pytest.raises(ValueError, match="^training.compile needs a C.. compiler, and no-such-compiler is not there"):
@@ -303,11 +298,8 @@ def test_a_missing_compiler_ends_in_one_line(command: str, student_path: Path, t
     ("evaluate", "evaluate", OmegaConf.structured(EvaluateConfig)),
 ])
 def test_ctrl_c_ends_in_one_line_and_130(module: str, work: str, arguments: Any, monkeypatch: pytest.MonkeyPatch, capsys):
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
     program = importlib.import_module(module)
-    monkeypatch.setattr(program, work, interrupted)
+    monkeypatch.setattr(program, work, Mock(side_effect=KeyboardInterrupt))
     with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:  # the latter would end the whole suite
         program.main(arguments)
     errors = capsys.readouterr().err
@@ -316,8 +308,7 @@ def test_ctrl_c_ends_in_one_line_and_130(module: str, work: str, arguments: Any,
 
 
 def test_npz_holds_the_clamped_video_and_its_prompt(teacher_path: Path, teacher: LoadedNetworks, tmp_path: Path):
-    main(["--checkpoint", str(teacher_path), "--prompts", "a/b ü 7", "--num_frames", "6", "--seed", "3", "--format", "npz",
-          "--output_dir", str(tmp_path), *COMMON])
+    generate_files(teacher_path, tmp_path, "--prompts", "a/b ü 7", "--num_frames", "6", "--seed", "3", "--format", "npz")
     video, prompt = load_array(tmp_path / "000_a-b-u-7_seed3.npz")
     assert prompt == "a/b ü 7" and video.dtype == torch.float32
     with pytest.warns(UserWarning, match="unknown words"):
@@ -327,17 +318,14 @@ def test_npz_holds_the_clamped_video_and_its_prompt(teacher_path: Path, teacher:
 
 
 def test_existing_files_are_never_overwritten(student_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """One file in the way numbers all files of the call alike, so they stay together."""
+    """If one name is taken, all files of the call get the same number, so they stay together."""
     (tmp_path / "contact_sheet.png").write_text("mine")
-    call = ["--checkpoint", str(student_path), "--prompts", "a 7", "--num_frames", "3", "--output_dir", str(tmp_path), *COMMON]
-    main(call)
-    assert "names end in _2" in capsys.readouterr().out
-    main(call)
+    for number in (2, 3):
+        generate_files(student_path, tmp_path, "--prompts", "a 7", "--num_frames", "3")
+        assert f"names end in _{number}" in capsys.readouterr().out
     assert (tmp_path / "contact_sheet.png").read_text() == "mine"
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "contact_sheet.png", "000_a-7_seed0_2.gif", "000_a-7_seed0_2.json", "contact_sheet_2.png", "generation_2.json",
-        "contact_sheet_3.png", "generation_3.json", "000_a-7_seed0_3.gif", "000_a-7_seed0_3.json",
-    }
+    kinds = ("000_a-7_seed0{}.gif", "000_a-7_seed0{}.json", "contact_sheet{}.png", "generation{}.json")
+    assert {path.name for path in tmp_path.iterdir()} == {"contact_sheet.png", *(kind.format(tag) for kind in kinds for tag in ("_2", "_3"))}
     listed = json.loads((tmp_path / "generation_3.json").read_text())
     assert listed["videos"][0]["file"] == "000_a-7_seed0_3.gif" and listed["contact_sheet"] == "contact_sheet_3.png"
 
@@ -346,7 +334,7 @@ def test_the_wishes_of_the_command_line_reach_the_sampler(teacher_path: Path, tm
     samplers = []
     for wishes in (["--num_steps", "2", "--guidance", "1.5", "--eta", "0.25", "--ink_kept", "0.75"], ["--causal", "--num_steps", "4"]):
         folder = tmp_path / wishes[0]
-        main(["--checkpoint", str(teacher_path), "--prompts", "a 7", "--num_frames", "6", *wishes, "--output_dir", str(folder), *COMMON])
+        generate_files(teacher_path, folder, "--prompts", "a 7", "--num_frames", "6", *wishes)
         samplers.append(json.loads((folder / "generation.json").read_text())["sampler"])
     assert [samplers[0]["plan"][name] for name in ("num_steps", "guidance", "eta", "ink_kept")] == [2, 1.5, 0.25, 0.75]
     assert samplers[1]["kind"] == "causal" and samplers[1]["plan"]["guidance"] == TEACHER.guidance
@@ -355,8 +343,8 @@ def test_the_wishes_of_the_command_line_reach_the_sampler(teacher_path: Path, tm
 
 
 def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: Path):
-    main(["--checkpoint", str(student_path), "--prompts", "a 7", "a 7", "--num_frames", "3", "--denoising_steps", "1000", "500",
-          "--guidance", "1.5", "--output_dir", str(tmp_path), *COMMON])
+    generate_files(student_path, tmp_path, "--prompts", "a 7", "a 7", "--num_frames", "3", "--denoising_steps", "1000", "500",
+                   "--guidance", "1.5")
     facts = json.loads((tmp_path / "generation.json").read_text())
     digest = hashlib.sha256(student_path.read_bytes()).hexdigest()
     assert facts["checkpoint"] == {"name": "student.pt", "sha256": digest, "training_type": "dmd2", "step": 1}
@@ -373,7 +361,7 @@ def test_the_sidecar_says_how_each_video_was_made(student_path: Path, tmp_path: 
     ]
 
 
-def test_the_default_checkpoint_stands_in_the_repository_and_default_prompts_speak_the_grammar(
+def test_the_default_checkpoint_is_there_and_the_default_prompts_are_of_the_grammar(
     student: LoadedNetworks, student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for num_digits, prompts in entry.DEFAULT_PROMPTS.items():
@@ -407,10 +395,7 @@ def test_bad_arguments_end_in_one_line(student_path: Path, tmp_path: Path, argum
 
 
 def test_the_output_folder_is_checked_before_sampling(student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def too_late(*_: object, **__: object) -> torch.Tensor:
-        raise AssertionError("sampled before the folder was checked")
-
-    monkeypatch.setattr(entry, "generate", too_late)
+    monkeypatch.setattr(entry, "generate", Mock(side_effect=AssertionError("sampled before the folder was checked")))
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         message = refusal("--checkpoint", str(student_path), "--output_dir", str(folder))
