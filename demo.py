@@ -1,7 +1,7 @@
 """The page that streams: `python demo.py` serves it on this machine and opens it in a browser.
 
-Node builds the page, once: `python -m web.export`, then `npm ci && npm run build` in the folder web. `--page FILE.zip` serves an archive that
-`python -m web.archive` wrote, without node. The server is the standard library's, with the two headers that a page needs for threads.
+Node builds the page, once: `python -m web.export`, then `npm ci && npm run build` in the folder web. `--page FILE.zip` serves an archive of
+`python -m web.archive`, without node. The server is the standard library's, with the two headers that a page needs for threads.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def unpacked(page: Path) -> Iterator[Path]:
 
 
 def make_server(folder: Path, port: int, is_isolated: bool = True) -> http.server.ThreadingHTTPServer:
-    """A server of a built page, for this machine only; port 0 for any free one. is_isolated: with the headers for threads. Raises OSError if
-    the port is taken, OverflowError if it is not a port."""
+    """A server of a built page, for this machine only; port 0 for any free one. is_isolated: with the headers for threads. Raises OSError or
+    OverflowError for a port that is taken or not a port."""
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), partial(PageHandler, directory=str(folder), is_isolated=is_isolated))
 
 

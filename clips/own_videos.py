@@ -209,7 +209,7 @@ def _fit(picture: np.ndarray, frame_size: int, channels: int) -> np.ndarray:
     """A picture (H, W, 3) in [0, 1] as uint8 (C, S, S), cropped to its middle square and resized."""
     image = Image.fromarray((picture * 255).round().astype(np.uint8)).convert("L" if channels == 1 else "RGB")
     if image.size != (frame_size, frame_size):
-        kernel = Image.Resampling.BOX if min(image.size) >= frame_size else Image.Resampling.BICUBIC  # box undoes enlargement by a whole factor
+        kernel = Image.Resampling.BOX if min(image.size) >= frame_size else Image.Resampling.BICUBIC  # box undoes a whole enlargement
         image = ImageOps.fit(image, (frame_size, frame_size), kernel)
     return np.asarray(image).reshape(frame_size, frame_size, channels).transpose(2, 0, 1)
 

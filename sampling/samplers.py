@@ -10,7 +10,6 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -47,12 +46,12 @@ def sample_few_step(
 
 def block_starts(num_frames: int, plan: RolloutPlan, first_frames: Tensor | None) -> list[int]:
     """First frame of every generated block of a video of num_frames. Raises ValueError if the lengths do not fit the blocks."""
+    block, has_first = plan.num_frames_per_block, plan.context.independent_first_frame
     if first_frames is None:
-        check_num_frames("num_frames", num_frames, plan.num_frames_per_block, plan.context.independent_first_frame)
-        sizes = plan.context.block_sizes(num_frames, plan.num_frames_per_block)
-        return [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        check_num_frames("num_frames", num_frames, block, has_first)
+        return [0, *range(1, num_frames, block)] if has_first else list(range(0, num_frames, block))
     split_first_frames(first_frames, plan)  # raises if their number does not fit
-    given, block = first_frames.shape[1], plan.num_frames_per_block
+    given = first_frames.shape[1]
     if num_frames <= given or (num_frames - given) % block:
         raise ValueError(
             f"num_frames is {num_frames}: expected the {given} given and a positive multiple of num_frames_per_block={block} more, "

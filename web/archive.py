@@ -17,7 +17,7 @@ ARCHIVE = REPOSITORY / "web" / "page.zip"
 
 
 def write_archive(folder: Path, path: Path) -> None:
-    """Write a built page, without its compressed copies, into a zip file. Raises OSError if there is no page or the file cannot be written."""
+    """Write a built page, without its compressed copies, into a zip file. Raises OSError without a page or for an unwritable file."""
     require_page(folder)
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file() and file.suffix != ".gz"}
     files["LICENSE.txt"] = REPOSITORY / "LICENSE"

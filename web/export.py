@@ -15,6 +15,7 @@ from machine import threads  # noqa: F401  before torch, which reads its setting
 # isort: split
 import argparse
 import hashlib
+import inspect
 import json
 import logging
 import shutil
@@ -45,11 +46,6 @@ FOLDER = REPOSITORY / "web" / "public" / "networks"
 OPSET = 20
 INLINE_BYTES = 256  # tensors up to this size stay in the graphs
 NUM_CHECKED = 32
-INPUTS = {
-    "text": ["tokens"],
-    "denoise": ["x_t", "t", "keys", "values", "visible", "prompt_keys", "prompt_values", "prompt_mask", "pooled"],
-    "cache": ["x", "t", "keys", "values", "visible", "order", "prompt_keys", "prompt_values", "prompt_mask", "pooled"],
-}
 OUTPUTS = {"text": ["prompt_keys", "prompt_values", "prompt_mask", "pooled"], "denoise": ["x_0"], "cache": ["new_keys", "new_values"]}
 
 
@@ -85,7 +81,7 @@ def round_weights(networks: LoadedNetworks) -> LoadedNetworks:
 
 
 def example_inputs(networks: LoadedNetworks, cache_rows: int, block_frames: int) -> dict[str, tuple[Tensor, ...]]:
-    """Inputs of every graph, in the order of `INPUTS`."""
+    """Inputs of every graph, in the order of its `forward`."""
     config, num_tokens = networks.config.model, networks.config.text.max_tokens
     video = torch.zeros(1, block_frames, config.channels, config.frame_size, config.frame_size)
     cache = torch.zeros(config.num_layers, 1, config.num_heads, cache_rows * config.tokens_per_patch_row, config.head_size)
@@ -97,8 +93,8 @@ def example_inputs(networks: LoadedNetworks, cache_rows: int, block_frames: int)
 
 
 def check_values(modules: dict[str, nn.Module], inputs: dict[str, tuple[Tensor, ...]]) -> list[float]:
-    """Some pixels of x_0 that depend on all three graphs; the page compares them before it trusts a GPU. The noisy block sin(0), sin(1), ...
-    is denoised, written into the empty cache and denoised again behind it, without a prompt."""
+    """Some pixels of x_0 that depend on all three graphs; the page compares them before it trusts a GPU. The noisy block sin(0), sin(1),
+    ... is denoised, written into the empty cache and denoised again behind it, without a prompt."""
     x_t, t, keys, values, visible = inputs["denoise"][:5]
     rows, block = len(inputs["cache"][5]), modules["cache"].block_rows
     tokens = torch.zeros_like(inputs["text"][0])
@@ -120,8 +116,9 @@ def build_graph(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> onn
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            input_names = list(inspect.signature(module.forward).parameters)
             program = torch.onnx.export(
-                module.eval(), inputs, dynamo=True, opset_version=OPSET, input_names=INPUTS[name], output_names=OUTPUTS[name], verbose=False
+                module.eval(), inputs, dynamo=True, opset_version=OPSET, input_names=input_names, output_names=OUTPUTS[name], verbose=False
             )
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -81,8 +81,8 @@ class CachePass(Pass):
         self, x: Tensor, t: Tensor, keys: Tensor, values: Tensor, visible: Tensor, order: Tensor, prompt_keys: Tensor,
         prompt_values: Tensor, prompt_mask: Tensor, pooled: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """x (1, F, C, H, W) at t (1,). order (R,) int64: for each row of the new cache, its row among the R + K cached and new ones. Returns
-        the new keys and values."""
+        """x (1, F, C, H, W) at t (1,). order (R,) int64: for each row of the new cache, its row among the R + K old and new ones.
+        Returns the new keys and values."""
         written: list[tuple[Tensor, Tensor]] = []
         bias = self.hidden_bias(visible)
         keep = lambda k, v: written.append((k, v))  # noqa: E731  the last layer's attention is unused, and not in the graph

@@ -44,7 +44,7 @@ def test_networks_from_before_the_judges_digits_saw_these_too_and_the_test_digit
     images = images_of(before, "train")
     assert len(images) == 4500 and images_of(DatasetConfig(), "judge") < images
     assert torch.equal(load_digits(before, "test").images, load_digits(DatasetConfig(), "test").images)
-    for split, words in (("judge", "leave none for split 'judge' .*judge_fraction=0.0"), ("val", "split is 'val': expected one of train, ")):
+    for split, words in (("judge", "none for split 'judge' .*judge_fraction=0.0"), ("val", "split is 'val': expected one of train, ")):
         with pytest.raises(ValueError, match=words):
             load_digits(before, split)
 

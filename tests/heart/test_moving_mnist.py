@@ -9,7 +9,6 @@ import moving_mnist
 from moving_mnist import DatasetConfig, MovingMNISTDataset, MovingMNISTGenerator, bounce
 from network.text_encoder import SPEEDS, parse_caption
 
-
 TENSORS = ("digits", "directions", "start", "velocity", "track")
 ink_centre = load_self_test("moving_mnist")["ink_centre"]
 

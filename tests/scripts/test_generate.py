@@ -324,8 +324,8 @@ def test_existing_files_are_never_overwritten(student_path: Path, tmp_path: Path
         generate_files(student_path, tmp_path, "--prompts", "a 7", "--num_frames", "3")
         assert f"names end in _{number}" in capsys.readouterr().out
     assert (tmp_path / "contact_sheet.png").read_text() == "mine"
-    kinds = ("000_a-7_seed0{}.gif", "000_a-7_seed0{}.json", "contact_sheet{}.png", "generation{}.json")
-    assert {path.name for path in tmp_path.iterdir()} == {"contact_sheet.png", *(kind.format(tag) for kind in kinds for tag in ("_2", "_3"))}
+    names = ("000_a-7_seed0_{}.gif", "000_a-7_seed0_{}.json", "contact_sheet_{}.png", "generation_{}.json")
+    assert {path.name for path in tmp_path.iterdir()} == {"contact_sheet.png", *(name.format(n) for name in names for n in (2, 3))}
     listed = json.loads((tmp_path / "generation_3.json").read_text())
     assert listed["videos"][0]["file"] == "000_a-7_seed0_3.gif" and listed["contact_sheet"] == "contact_sheet_3.png"
 

@@ -35,6 +35,10 @@ if (missing := what_is_missing()) is not None:
 
 TIMEOUT = float(os.environ.get("PAGE_TEST_TIMEOUT", "120"))  # seconds for any one thing to happen
 PLAY, PAUSED = "", "?paused"
+STEP = ["step", "video"]
+DEVICE, MESSAGE = (f"document.querySelector('#{name}')" for name in ("device", "message"))
+FIRST_BLOCK = [["ready"], ["waitFor", "window.recorded.length >= 3"], ["recorded", "first"], ["blur"]]
+READ_MESSAGE = [["waitFor", f"!{MESSAGE}.hidden"], ["read", "message", f"{MESSAGE}.textContent"]]
 
 
 def on_page(folder: Path, orders: list[list[Any]], query: str = PLAY, **options: Any) -> dict[str, Any]:
@@ -71,7 +75,7 @@ def _mixed(word: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def small_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The built page with tiny untrained networks: what does not hang on what is drawn is tested with them, in little time."""
+    """The built page with tiny untrained networks, for tests of all but the pictures' content."""
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install -r web/requirements.txt")
     from web.export import export_network
@@ -86,11 +90,9 @@ def small_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_the_page_shows_the_networks_own_video():
     """Pixels of blocks that are stepped through, with a prompt switch by a key, equal those of the rollout in torch from the same noise."""
-    step = ["step", "video"]
-    orders = [
-        ["ready"], ["waitFor", "window.recorded.length >= 3"], ["recorded", "first"], ["blur"], step, step, ["press", "7"], step, step,
-    ]
-    seen = on_page(BUILT, [*orders, ["read", "prompt", "document.querySelector('#prompt').value"]], f"{PAUSED}&seed=5&backend=wasm")
+    read = ["read", "prompt", "document.querySelector('#prompt').value"]
+    orders = [*FIRST_BLOCK, STEP, STEP, ["press", "7"], STEP, STEP, read]
+    seen = on_page(BUILT, orders, f"{PAUSED}&seed=5&backend=wasm")
     assert not seen["errors"]
     shown = videos_of(seen["values"]["first"] + seen["values"]["video"])
     networks = load_networks(PRETRAINED / "streaming.pt", torch.device("cpu"))
@@ -130,8 +132,7 @@ def test_memory_stays_flat_over_2000_frames(small_page: Path):
 
 @pytest.mark.parametrize("is_isolated", [True, False])
 def test_without_webgpu_the_page_runs_in_wasm_and_without_the_headers_in_one_thread(small_page: Path, is_isolated: bool):
-    device = "document.querySelector('#device').textContent"
-    orders = [["ready"], ["frames", 12], ["read", "device", device], ["read", "has", "crossOriginIsolated"]]
+    orders = [["ready"], ["frames", 12], ["read", "device", f"{DEVICE}.textContent"], ["read", "has", "crossOriginIsolated"]]
     seen = on_page(small_page, orders, is_isolated=is_isolated)
     assert not seen["errors"] and seen["values"]["has"] is is_isolated
     threads = min(os.cpu_count() or 1, 4) if is_isolated else 1
@@ -140,11 +141,9 @@ def test_without_webgpu_the_page_runs_in_wasm_and_without_the_headers_in_one_thr
 
 def test_webgpu_draws_what_wasm_draws(small_page: Path):
     """On Chromium's GPU in software (SwiftShader): the same kernels as on a real one, slowly. With a switch, a window and a sink."""
-    step = ["step", "video"]
     orders = [
-        ["ready"], ["read", "device", "document.querySelector('#device').textContent"], ["waitFor", "window.recorded.length >= 3"],
-        ["recorded", "first"], ["blur"], step, step, step,
-        ["slide", "#window", 9], ["slide", "#sink", 3], ["press", "7"], step, step,
+        *FIRST_BLOCK, ["read", "device", f"{DEVICE}.textContent"], STEP, STEP, STEP, ["slide", "#window", 9], ["slide", "#sink", 3],
+        ["press", "7"], STEP, STEP,
     ]
     seen = {name: on_page(small_page, orders, f"{PAUSED}&seed=5&backend={name}", gpu=name == "webgpu") for name in ("webgpu", "wasm")}
     assert not seen["webgpu"]["errors"] and seen["webgpu"]["values"]["device"] == "WebGPU"
@@ -155,11 +154,10 @@ def test_webgpu_draws_what_wasm_draws(small_page: Path):
 def test_windows_sinks_and_switches_show_in_the_strip(small_page: Path):
     frames, prompts = (f"document.querySelector('#cache').dataset.{name}" for name in ("frames", "prompts"))
     cache = f"[{frames}, {prompts}]"
-    step = ["step", "video"]
     orders = [
-        ["ready"], ["blur"], step, step, step, step, ["read", "whole", cache],
+        ["ready"], ["blur"], STEP, STEP, STEP, STEP, ["read", "whole", cache],
         ["slide", "#window", 9], ["slide", "#sink", 3], ["waitFor", f"{frames} === '0,1,2,12,13,14'"], ["read", "sunk", cache],
-        ["check", "input[value=keep]"], ["blur"], ["press", "8"], step, ["read", "kept", cache],
+        ["check", "input[value=keep]"], ["blur"], ["press", "8"], STEP, ["read", "kept", cache],
         ["check", "input[value=reset]"], ["blur"], ["press", "1"], ["waitFor", f"{frames} === ''"], ["read", "reset", cache],
         ["read", "words", "document.querySelector('#cache-words').textContent"],
     ]
@@ -235,9 +233,7 @@ def test_everything_has_a_name_and_fits_the_width(small_page: Path, width: int, 
     ({"glob": "**/network.json", "length": 40, "type": "application/json"}, "network.json cannot be read"),
 ])
 def test_what_goes_wrong_is_one_clear_line(small_page: Path, route: dict[str, Any], words: str):
-    message = "document.querySelector('#message')"
-    orders = [["waitFor", f"!{message}.hidden"], ["read", "message", f"{message}.textContent"]]
-    seen = on_page(small_page, orders, route=route)
+    seen = on_page(small_page, READ_MESSAGE, route=route)
     assert words in seen["values"]["message"] and "\n" not in seen["values"]["message"]
 
 
@@ -246,9 +242,7 @@ def test_pixels_that_differ_from_the_exports_are_found_before_the_page_is_ready(
     shutil.copytree(small_page, page, ignore=shutil.ignore_patterns("start"))
     facts["check"][7] += 0.1
     (page / "networks" / "student" / "network.json").write_text(json.dumps(facts))
-    message = "document.querySelector('#message')"
-    orders = [["waitFor", f"!{message}.hidden"], ["read", "message", f"{message}.textContent"]]
-    seen = on_page(page, [*orders, ["read", "data", "({...document.body.dataset})"]])
+    seen = on_page(page, [*READ_MESSAGE, ["read", "data", "({...document.body.dataset})"]])
     told, found = re.search(r"pixels differ by (\S+) from those of the export", seen["values"]["message"]), seen["values"]["data"]
     assert told and float(told[1]) == pytest.approx(0.1, abs=1e-3) and "ready" not in found
 

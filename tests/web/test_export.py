@@ -1,4 +1,4 @@
-"""Exported graphs against the network itself: whole streams in onnxruntime equal torch's in every pixel."""
+"""Exported graphs against the network: whole streams in onnxruntime equal those in torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.generation import STUDENT, TEACHER, write_networks
+from helpers.stages import CPU
 
 from dynamic_video_sf import Past, PromptSwitch, make_noise_streams
 from machine.paths import PRETRAINED
-from machine.runtime import Runtime
+from method.plans import RolloutPlan
 from sampling.streaming import stream_video
-from training.checkpoint import CheckpointError, load_networks
-from training.config import TrainingConfig
+from training.checkpoint import CheckpointError, LoadedNetworks, load_networks
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -r web/requirements.txt")
@@ -25,29 +25,26 @@ from helpers.onnx_stream import OnnxNetwork, OnnxStream, RollingCache  # noqa: E
 
 from web.export import export_network, main, plans_of, round_weights  # noqa: E402  needs the packages
 
-CPU = Runtime(torch.device("cpu"), torch.float32)
 TOLERANCE = 1e-3  # of a pixel, whose range is [-1, 1]
 FIRST, CHANGES = "a handwritten 3 moving up", {3: "the digit seven drifting left slowly", 6: "a 0"}
+Exported = tuple[LoadedNetworks, OnnxNetwork]  # a network in torch and in onnxruntime
 
 
-Exported = tuple[Path, Path]  # a checkpoint, and the folder it is exported to
-
-
-def exported(folder: Path, training: TrainingConfig) -> Exported:
-    """A tiny untrained network."""
-    path = write_networks(folder / "network.pt", training)
-    export_network(path, folder / "exported")
-    return path, folder / "exported"
+def exported(checkpoint: Path, folder: Path) -> Exported:
+    export_network(checkpoint, folder)
+    return round_weights(load_networks(checkpoint, CPU.device)), OnnxNetwork(folder)
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return exported(tmp_path_factory.mktemp("student"), STUDENT)  # its blocks enter the cache with noise
+    folder = tmp_path_factory.mktemp("student")
+    return exported(write_networks(folder / "network.pt", STUDENT), folder / "exported")  # its blocks enter the cache with noise
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return exported(tmp_path_factory.mktemp("teacher"), TEACHER)
+    folder = tmp_path_factory.mktemp("teacher")
+    return exported(write_networks(folder / "network.pt", TEACHER), folder / "exported")
 
 
 def numpy_noise(seed: int):
@@ -56,21 +53,24 @@ def numpy_noise(seed: int):
     return lambda shape: stream.standard_normal(shape[1:], dtype=np.float32)[None]
 
 
-def worst_difference(checkpoint: Path, exported: Path, plan_name: str, window: int, sink: int, how: str, num_blocks: int) -> float:
-    """Of any pixel of a stream with two prompt switches, torch beside onnxruntime."""
-    networks, network = round_weights(load_networks(checkpoint, CPU.device)), OnnxNetwork(exported)
-    plan = plans_of(networks)[plan_name]
-    plan = replace(plan, context=replace(plan.context, window_frames=window, sink_frames=sink))
-    expected = stream_video(networks.generator, networks.text_encoder, [FIRST], [7], plan, CPU, num_blocks, how)
-    found = OnnxStream(network, FIRST, numpy_noise(7), network.facts["plans"][plan_name], window, sink)
+def plan_with(networks: LoadedNetworks, name: str, window: int, sink: int) -> RolloutPlan:
+    plan = plans_of(networks)[name]
+    return replace(plan, context=replace(plan.context, window_frames=window, sink_frames=sink))
+
+
+def worst_difference(networks: LoadedNetworks, network: OnnxNetwork, name: str, window: int, sink: int, how: str, blocks: int) -> float:
+    """Of any pixel of a stream with two prompt switches, between torch and onnxruntime."""
+    plan = plan_with(networks, name, window, sink)
+    expected = stream_video(networks.generator, networks.text_encoder, [FIRST], [7], plan, CPU, blocks, how)
+    found = OnnxStream(network, FIRST, numpy_noise(7), network.facts["plans"][name], window, sink)
     differences = []
-    for block in range(num_blocks):
+    for block in range(blocks):
         if block in CHANGES:
             found.switch(CHANGES[block], how)
         reference = expected.send([CHANGES[block]] if block in CHANGES else None).numpy()
         differences.append(np.abs(reference - found.next_block()).max())
     assert np.abs(reference).max() > 0.1  # a stream of nothing would agree with anything
-    print(f"{plan_name}, window {window}, sink {sink}, {how}: differs by {max(differences):.1e}")
+    print(f"{name}, window {window}, sink {sink}, {how}: differs by {max(differences):.1e}")
     return max(differences)
 
 
@@ -88,16 +88,15 @@ def test_the_start_equals_torchs_with_and_without_guidance(teacher: Exported, pl
 @pytest.mark.slow
 @pytest.mark.parametrize(("window", "sink", "how"), [(21, 0, "recache"), (12, 3, "recache"), (12, 4, "keep")])
 def test_the_shipped_student_equals_torchs(tmp_path: Path, window: int, sink: int, how: str):
-    facts = export_network(PRETRAINED / "streaming.pt", tmp_path / "student")
-    assert sum(file["bytes"] for file in facts["files"].values()) < 9e6
-    assert worst_difference(PRETRAINED / "streaming.pt", tmp_path / "student", "student", window, sink, how, 14) < TOLERANCE
+    networks, network = exported(PRETRAINED / "streaming.pt", tmp_path / "student")
+    assert sum(file["bytes"] for file in network.facts["files"].values()) < 9e6
+    assert worst_difference(networks, network, "student", window, sink, how, 14) < TOLERANCE
 
 
 @pytest.mark.parametrize(("window", "sink"), [(9, 0), (12, 4), (21, 3), (15, 5)])
-def test_another_window_on_the_way_is_a_cache_made_again(teacher: Exported, window: int, sink: int):
-    networks, network = round_weights(load_networks(teacher[0], CPU.device)), OnnxNetwork(teacher[1])
-    plan = plans_of(networks)["no guidance"]
-    plan = replace(plan, context=replace(plan.context, window_frames=window, sink_frames=sink))
+def test_changing_the_window_recaches(teacher: Exported, window: int, sink: int):
+    networks, network = teacher
+    plan = plan_with(networks, "no guidance", window, sink)
     stream = OnnxStream(network, FIRST, numpy_noise(7), network.facts["plans"]["no guidance"], 21, 0)
     blocks = [torch.from_numpy(stream.next_block()) for _ in range(10)]
     stream.change_context(window, sink)
@@ -113,7 +112,7 @@ def test_another_window_on_the_way_is_a_cache_made_again(teacher: Exported, wind
 
 
 def test_prompts_are_read_as_the_text_encoder_reads_them(student: Exported):
-    networks, network = round_weights(load_networks(student[0], CPU.device)), OnnxNetwork(student[1])
+    networks, network = student
     for prompt in ("A handwritten 7, drifting UP and to the left!", "", "the Zürich 3 moving left_handed ²", "12 up " * 20):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unknown words
@@ -125,7 +124,7 @@ def test_prompts_are_read_as_the_text_encoder_reads_them(student: Exported):
 
 
 def test_the_pixels_that_a_gpu_is_checked_by_are_those_of_the_graphs(student: Exported):
-    network = OnnxNetwork(student[1])
+    _, network = student
     facts, cache = network.facts, RollingCache(network, network.encode(""))
     shape = (1, facts["block_frames"], facts["channels"], facts["frame_size"], facts["frame_size"])
     x_t = np.sin(np.arange(np.prod(shape))).astype(np.float32).reshape(shape)
