@@ -92,7 +92,7 @@ def unpacked(page: Path) -> Iterator[Path]:
 
 
 def make_server(folder: Path, port: int, is_isolated: bool = True) -> http.server.ThreadingHTTPServer:
-    """A server of a built page, for this machine only; port 0 for any free one. is_isolated: with the headers for threads. Raises OSError or
+    """A server of a built page, for this machine; port 0 for any free one. is_isolated: with the headers for threads. Raises OSError or
     OverflowError for a port that is taken or not a port."""
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), partial(PageHandler, directory=str(folder), is_isolated=is_isolated))
 
