@@ -132,7 +132,7 @@ def read_clips(root: str, frame_size: int, channels: int) -> tuple[Clip, ...]:
         raise FileNotFoundError(f"no folder at {folder}: set dataset.root to the folder of your clips")
     # 1. Captions, then the clips, with frames of one size.
     file = _caption_file(folder)
-    captions = None if file is None else _read_captions(file)
+    captions = {} if file is None else _read_captions(file)
     clips: dict[str, Clip] = {}
     sizes: dict[tuple[int, int], Path] = {}  # (height, width) to the first clip of that size
     for source, name in _find_sources(folder).items():
@@ -147,16 +147,16 @@ def read_clips(root: str, frame_size: int, channels: int) -> tuple[Clip, ...]:
                     raise ValueError(f"{other} has frames of {other_size} pixels, {one} of {size}: expected clips of one size")
                 frames.append(_fit(picture, frame_size, channels))
             require(bool(frames), f"{source}: the number of frames", 0, "at least 1")
-            if captions is not None and each not in captions:
+            if file is not None and each not in captions:
                 raise ValueError(f"{source} has no caption: expected an entry for the clip {each} in {file}, or no such file")
-            clips[each] = Clip(each, source, torch.from_numpy(np.stack(frames)), "" if captions is None else captions[each])
+            clips[each] = Clip(each, source, torch.from_numpy(np.stack(frames)), captions.get(each, ""))
     # 2. What does not fit, and what the user should know.
     expected = f"at least 2, as {', '.join(CLIP_SUFFIXES)} or folders of pictures"
     require(len(clips) > 1, f"{folder}: the number of clips", len(clips), expected)
-    unused = [] if captions is None else [name for name in captions if name not in clips]
-    if unused:
+    if unused := [name for name in captions if name not in clips]:
         warnings.warn(f"{len(unused)} captions in {file} belong to no clip, such as that of {unused[0]}", stacklevel=2)
-    (height, width), side = next(iter(sizes)), min(next(iter(sizes)))
+    ((height, width),) = sizes
+    side = min(height, width)
     if (height, width) != (frame_size, frame_size):
         crop = "" if height == width else f"cropped to their middle {side} x {side} and "
         print(f"{folder}: frames of {width} x {height} pixels are {crop}resized to {frame_size} x {frame_size} (Pillow, ImageOps.fit)")

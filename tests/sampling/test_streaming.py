@@ -16,10 +16,9 @@ from dynamic_video_sf import draw_noise, make_noise_streams, split_first_frames
 from method.plans import RolloutPlan, few_step_plan, many_step_plan
 from network.attention import ContextWindow
 from network.text_encoder import NULL_PROMPT
-from sampling.samplers import SamplerSettings, sample_few_step
+from sampling.samplers import sample_few_step
 from sampling.streaming import PromptSchedule, stream_video
 from sampling.video_io import save_array, save_video
-from training.checkpoint import LoadedNetworks
 from training.config import SelfForcingConfig
 
 TWO_STEPS = SelfForcingConfig(denoising_steps=[1000, 500])
@@ -182,19 +181,6 @@ def test_a_schedule_recaches_unless_told_otherwise(student_path: Path, tmp_path:
 # Bad input
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--window_frames", "9", "--sink_frames", "9"], r"--sink_frames is 9: expected 0 to 6"),
-    (["--schedule", "0: a 7", "9: a 3", "--num_frames", "9"], r"asks for 'a 3' from frame 9 on, but the last block starts at frame 6"),
-    (["--schedule", "0: a 7", "4: a 3", "--num_frames", "9"], r"at frame 4: expected the start of a block, such as \[3, 6\]"),
-    (["--schedule", "3: a 7"], r"at the frames \[3\]: expected ascending frames, the first one 0"),
-    (["--schedule", "0: a 7", "--prompts", "a 3"], r"--prompts and --schedule exclude each other"),
-    (["--schedule", "a 7"], r"--schedule has 'a 7': expected a frame and a prompt"),
-    (["--init", "nowhere.gif"], r"no file at nowhere.gif"),
-])
-def test_what_does_not_fit_is_refused_in_one_line(student_path: Path, arguments: list[str], message: str):
-    assert re.search(message, refusal("--checkpoint", str(student_path), *arguments))
-
-
 @pytest.mark.parametrize(("num_frames", "side", "message"), [
     (2, 8, r"2 frames to go on from: expected 1, or as many as blocks of 3 make up, such as 3, 6, 9"),
     (3, 12, r"frames of 12 x 12 pixels: expected 8 x 8, or a whole multiple"),
@@ -219,10 +205,3 @@ def test_schedules_say_what_holds_when():
     for frame in (1, 3):
         with pytest.raises(ValueError, match=f"at frame {frame}, but the first frame that is made is 3: give 'a 3' as the first prompt"):
             PromptSchedule.parse(["0: a 7", f"{frame}: a 3"]).check([3, 6, 9])
-
-
-def test_settings_leave_the_window_to_the_checkpoint(student: LoadedNetworks):
-    assert SamplerSettings().make_plan(student.config.training).context == ContextWindow(21)
-    trained = SelfForcingConfig(window_frames=9, sink_frames=3, hide_first_chunk=False)
-    assert SamplerSettings().make_plan(trained).context == ContextWindow(9, 3)
-    assert SamplerSettings(window_frames=12, sink_frames=0).make_plan(trained).context == ContextWindow(12)

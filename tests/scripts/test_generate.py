@@ -36,7 +36,7 @@ from network.text_encoder import parse_caption
 from sampling.samplers import prepared, sample_many_step
 from tiny_causal_wan import TinyCausalWanModel
 from training.checkpoint import LoadedNetworks, load_networks
-from training.config import Config, PretrainConfig, SelfForcingConfig
+from training.config import Config, PretrainConfig, SelfForcingConfig, TrainingConfig
 from training.stages import PretrainStage
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -102,47 +102,52 @@ def test_a_short_video_is_the_start_of_a_long_one(student: LoadedNetworks):
 # --- student or teacher -----------------------------------------------------------------------------------------------
 
 
-def test_a_student_takes_its_own_steps_context_noise_and_block():
-    plan = SamplerSettings().make_plan(STUDENT)
-    assert isinstance(plan, RolloutPlan)
-    torch.testing.assert_close(list(plan.times), [3 * t / (1 + 2 * t) for t in (1.0, 0.6, 0.3)])
-    assert (plan.fresh_noise, plan.context_time, plan.num_frames_per_block, plan.guidance) == (True, 0.1, 3, 1.0)
-    other = SamplerSettings(denoising_steps=(1000, 500), guidance=1.5).make_plan(STUDENT)
-    assert (len(other.times), other.guidance, other.context_time) == (2, 1.5, 0.1)
-    plan = SamplerSettings(num_steps=5, guidance=2.0).make_plan(STUDENT)
-    assert (len(plan.times), plan.fresh_noise, plan.guidance, plan.context_time, plan.context.window_frames) == (5, False, 2.0, 0.1, 21)
+STUDENT_PLAN = RolloutPlan(warp_steps([1000, 600, 300], 3.0), 3, context_time=0.1, context=ContextWindow(21), clamp_x_0=True)
+WINDOWED = SelfForcingConfig(window_frames=9, sink_frames=3, hide_first_chunk=False)
 
 
-def test_a_teacher_is_sampled_bidirectionally_and_naively_on_request():
-    assert SamplerSettings().make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0, 0.4, 0.3)
-    assert SamplerSettings(num_steps=7, guidance=1.0).make_plan(TEACHER) == BidirectionalPlan(7, 3.0, 1.0, 0.4, 0.3)
-    assert SamplerSettings(eta=0.0).make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0, 0.0, 0.3)
-    assert SamplerSettings(ink_kept=1.0).make_plan(TEACHER) == BidirectionalPlan(3, 3.0, 2.0, 0.4, 1.0)
-    for name in ("eta", "ink_kept"):
-        for settings, training in (({}, STUDENT), ({"num_steps": 5}, STUDENT), ({"denoising_steps": (1000,)}, TEACHER)):
-            with pytest.raises(ValueError, match=f"^--{name} is for a bidirectional teacher"):
-                SamplerSettings(**settings, **{name: 0.5}).make_plan(training)
-        with pytest.raises(ValueError, match=f"^--{name} is 1.5: expected 0"):
-            SamplerSettings(**{name: 1.5})
-    naive = SamplerSettings(denoising_steps=(1000, 500)).make_plan(TEACHER)
-    assert (len(naive.times), naive.fresh_noise, naive.guidance, naive.context.window_frames) == (2, True, 1.0, 21)
+@pytest.mark.parametrize(("training", "settings", "expected"), [
+    (STUDENT, {}, STUDENT_PLAN), (STUDENT, {"causal": True}, STUDENT_PLAN),
+    (STUDENT, {"denoising_steps": (1000, 500), "guidance": 1.5}, replace(STUDENT_PLAN, times=warp_steps([1000, 500], 3.0), guidance=1.5)),
+    (STUDENT, {"num_steps": 5, "guidance": 2.0}, many_step_plan(5, 3.0, 3, 2.0, ContextWindow(21), 0.1)),
+    (WINDOWED, {}, few_step_plan(WINDOWED, ContextWindow(9, 3))),
+    (WINDOWED, {"window_frames": 12, "sink_frames": 0}, few_step_plan(WINDOWED, ContextWindow(12))),
+    (TEACHER, {}, BidirectionalPlan(3, 3.0, 2.0, 0.4, 0.3)),
+    (TEACHER, {"num_steps": 7, "guidance": 1.0}, BidirectionalPlan(7, 3.0, 1.0, 0.4, 0.3)),
+    (TEACHER, {"eta": 0.0}, BidirectionalPlan(3, 3.0, 2.0, 0.0, 0.3)),
+    (TEACHER, {"ink_kept": 1.0}, BidirectionalPlan(3, 3.0, 2.0, 0.4, 1.0)),
+    (TEACHER, {"denoising_steps": (1000, 500)}, RolloutPlan(warp_steps([1000, 500], 3.0), 3, context=ContextWindow(21))),
+    (TEACHER, {"num_steps": 4, "causal": True}, many_step_plan(4, 3.0, 3, TEACHER.guidance, ContextWindow(21))),
+    (TEACHER, {"causal": True}, many_step_plan(TEACHER.teacher_steps, 3.0, 3, TEACHER.guidance, ContextWindow(21))),
+    (TEACHER, {"num_steps": 2, "causal": True, "guidance": 1.0, "window_frames": 9, "sink_frames": 3},
+     many_step_plan(2, 3.0, 3, 1.0, ContextWindow(9, 3))),
+])
+def test_a_plan_is_as_asked_and_otherwise_the_checkpoints(training: TrainingConfig, settings: dict, expected: object):
+    assert SamplerSettings(**settings).make_plan(training) == expected
 
 
-def test_a_teacher_is_rolled_out_by_guided_euler_steps_on_request():
+def test_times_are_warped_and_euler_steps_are_those_of_the_naive_rollout():
+    torch.testing.assert_close(list(STUDENT_PLAN.times), [3 * t / (1 + 2 * t) for t in (1.0, 0.6, 0.3)])
     plan = SamplerSettings(num_steps=4, causal=True).make_plan(TEACHER)
-    assert plan == many_step_plan(4, 3.0, 3, TEACHER.guidance, ContextWindow(21))
     assert plan.times == warp_steps(NAIVE_STEPS, 3.0) and not plan.fresh_noise
-    assert len(SamplerSettings(causal=True).make_plan(TEACHER).times) == TEACHER.teacher_steps
-    other = SamplerSettings(num_steps=2, causal=True, guidance=1.0, window_frames=9, sink_frames=3).make_plan(TEACHER)
-    assert other == many_step_plan(2, 3.0, 3, 1.0, ContextWindow(9, 3))
-    for training in (STUDENT, PretrainConfig(objective="teacher_forcing"), PretrainConfig(objective="diffusion_forcing")):
-        for wishes in ({}, {"num_steps": 4}):
-            assert SamplerSettings(**wishes, causal=True).make_plan(training) == SamplerSettings(**wishes).make_plan(training)
-    for name in ("eta", "ink_kept"):
+
+
+@pytest.mark.parametrize("objective", ["teacher_forcing", "diffusion_forcing"])
+@pytest.mark.parametrize("settings", [{}, {"num_steps": 4}])
+def test_a_network_that_was_trained_causally_rolls_out_unasked(objective: str, settings: dict):
+    plan = SamplerSettings(**settings).make_plan(PretrainConfig(objective=objective))
+    assert isinstance(plan, RolloutPlan) and plan == SamplerSettings(**settings, causal=True).make_plan(PretrainConfig(objective=objective))
+
+
+@pytest.mark.parametrize("name", ["eta", "ink_kept"])
+def test_settings_of_the_bidirectional_teacher_are_refused_for_a_rollout(name: str):
+    for settings, training in (
+        ({}, STUDENT), ({"num_steps": 5}, STUDENT), ({"denoising_steps": (1000,)}, TEACHER), ({"num_steps": 4, "causal": True}, TEACHER),
+    ):
         with pytest.raises(ValueError, match=f"^--{name} is for a bidirectional teacher"):
-            SamplerSettings(num_steps=4, causal=True, **{name: 0.5}).make_plan(TEACHER)
-    with pytest.raises(ValueError, match="^--denoising_steps .* and --causal .* exclude each other"):
-        SamplerSettings(denoising_steps=(1000,), causal=True)
+            SamplerSettings(**settings, **{name: 0.5}).make_plan(training)
+    with pytest.raises(ValueError, match=f"^--{name} is 1.5: expected 0"):
+        SamplerSettings(**{name: 1.5})
 
 
 def test_the_baselines_are_the_start_of_a_student_in_its_steps_and_in_half_of_them():
@@ -384,6 +389,14 @@ def test_the_default_checkpoint_is_there_and_the_default_prompts_are_of_the_gram
     (["--samples_per_prompt", "0"], "--samples_per_prompt is 0: expected at least 1"), (["--seed", str(2**63)], "--seed is 92233720368547"),
     (["--denoising_steps", "750", "500"], r"--denoising_steps is \[750, 500\]: expected strictly descending"),
     (["--denoising_steps", "1000", "--num_steps", "4"], "--denoising_steps .* and --num_steps .* exclude each other"),
+    (["--denoising_steps", "1000", "--causal"], "--denoising_steps .* and --causal .* exclude each other"),
+    (["--window_frames", "9", "--sink_frames", "9"], "--sink_frames is 9: expected 0 to 6"),
+    (["--schedule", "0: a 7", "9: a 3", "--num_frames", "9"], "asks for 'a 3' from frame 9 on, but the last block starts at frame 6"),
+    (["--schedule", "0: a 7", "4: a 3", "--num_frames", "9"], r"at frame 4: expected the start of a block, such as \[3, 6\]"),
+    (["--schedule", "3: a 7"], r"at the frames \[3\]: expected ascending frames, the first one 0"),
+    (["--schedule", "a 7"], "--schedule has 'a 7': expected a frame and a prompt"),
+    (["--schedule", "0: a 7", "--prompts", "a 3"], "--prompts and --schedule exclude each other"),
+    (["--init", "nowhere.gif"], "no file at nowhere.gif"),
     (["--prompts", "\udcff"], "is not valid text"), (["--output_dir", ""], "--output_dir is empty: expected a path"),
     (["--switch", "keep"], "--switch is keep, but no prompt changes without --schedule"),
     (["--checkpoint", "missing.pt"], "no checkpoint at missing.pt"), (["--checkpoint", __file__], "test_generate.py"),
