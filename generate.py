@@ -119,27 +119,27 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain)[:MAX_SLUG_LENGTH].strip("-") or "untitled"
 
 
-def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[int], suffix: str, facts: dict[str, Any]) -> list[Path]:
-    """Write every video with a JSON beside it, `contact_sheet.png` and `generation.json`, overwriting nothing; returns their paths, these
-    two last. videos: (B, F, C, H, W), clamped to [-1, 1] here. suffix: one of `FORMATS`. facts: what holds for all videos."""
+def write_videos(folder: Path, videos: Tensor, prompts: list[str], seeds: list[int], suffix: str, facts: dict[str, Any]) -> Path:
+    """Write every video with a JSON beside it, contact_sheet.png and generation.json, overwriting nothing; returns the path of the sheet.
+    videos: (B, F, C, H, W), clamped to [-1, 1] here. suffix: one of `FORMATS`. facts: what holds for all videos."""
     stems = [f"{index:03d}_{slug(prompt)}_seed{seed}" for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
     names = [f"{stem}.{kind}" for kind in (suffix, "json") for stem in stems]
     *paths, sheet_path, facts_path = free_paths(folder, [*names, "contact_sheet.png", "generation.json"])
     listed = []
-    for path, sidecar, video, prompt, seed in zip(paths[:len(stems)], paths[len(stems):], videos, prompts, seeds, strict=True):
+    for path, video, prompt, seed in zip(paths[:len(stems)], videos, prompts, seeds, strict=True):
         if suffix == "npz":
             save_array(path, video, prompt)
         else:
             save_video(path, to_display(video))
         listed.append({"file": path.name, "prompt": prompt, "seed": seed})
-        _write_json(sidecar, {**listed[-1], **facts})
+        _write_json(path.with_suffix(".json"), {**listed[-1], **facts})
     labels = [
         f"{prompt[:MAX_LABEL_LENGTH]}{'...' if len(prompt) > MAX_LABEL_LENGTH else ''} (seed {seed})"
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     contact_sheet(sheet_path, to_display(videos[:MAX_SHEET_ROWS]), labels[:MAX_SHEET_ROWS])
     _write_json(facts_path, {**facts, "contact_sheet": sheet_path.name, "videos": listed})
-    return [*paths, sheet_path, facts_path]
+    return sheet_path
 
 
 def _write_json(path: Path, facts: dict[str, Any]) -> None:
@@ -230,13 +230,14 @@ def run(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     # 3. Write and report.
     titles = prompts if schedule is None else [str(schedule)] * len(prompts)
-    paths = write_videos(arguments.output_dir, videos, titles, seeds, arguments.format, facts)
-    if paths[-1].name != "generation.json":
-        print(f"files of an earlier call stand in {arguments.output_dir}: this call's names end in {paths[-1].stem[len('generation'):]}")
+    sheet = write_videos(arguments.output_dir, videos, titles, seeds, arguments.format, facts)
+    if sheet.name != "contact_sheet.png":
+        number = sheet.stem.removeprefix("contact_sheet")
+        print(f"files of an earlier call are in {arguments.output_dir}: this call's names end in {number}")
     frames_per_second = len(prompts) * num_frames / seconds
     print(
         f"{len(prompts)} video{'s' if len(prompts) > 1 else ''} of {num_frames} frames in {seconds:.2f} s "
-        f"({frames_per_second:.1f} frames/s, sampling only), written to {arguments.output_dir}; contact sheet {paths[-2].name}"
+        f"({frames_per_second:.1f} frames/s, sampling only), written to {arguments.output_dir}; contact sheet {sheet.name}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures and clips that others made: every kind is told by its content, and what is none is refused in one line."""
+"""Pictures and clips of other programs: every kind is recognised by content, other files are refused in one line."""
 
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def test_an_array_without_a_prompt_is_read_in_every_floating_type(tmp_path: Path
 
 @pytest.mark.parametrize("compress", [np.savez, np.savez_compressed])
 def test_damage_anywhere_in_an_array_is_one_line(tmp_path: Path, compress):
-    """Of the header, of the compressed stream and of the checksum: each has an error of its own in numpy and zipfile."""
+    """Of the header, of the compressed stream and of the checksum: numpy and zipfile raise different errors for each."""
     compress(tmp_path / "whole.npz", video=np.random.default_rng(0).uniform(-1, 1, (2, 1, SIDE, SIDE)).astype(np.float32))
     whole = (tmp_path / "whole.npz").read_bytes()
     num_refused = 0

@@ -169,7 +169,7 @@ def test_a_corrupt_idx_file_is_refused_by_name(tmp_path, mnist_files, damage, wo
 
 @pytest.mark.parametrize(("shape", "label", "words"), [
     ((30,), 11, "found the label 11, expected 0 to 9"),
-    ((0,), 0, "labels.* is not a sound MNIST file: found no labels, expected one for ever"),
+    ((0,), 0, "labels.* is not a sound MNIST file: found no labels, expected one for every"),
 ])
 def test_labels_that_are_none_are_refused(tmp_path, mnist_files, shape, label, words):
     labels = gzip.compress(idx_bytes(np.full(shape, label, dtype=np.uint8)))
@@ -188,29 +188,15 @@ def test_missing_idx_files_are_named(tmp_path, mnist_files):
 # ------------------------------------------------------------------------------------------------------- download
 
 
-class Mirror(ThreadingHTTPServer):
-    """A file server on the loopback that breaks off the answers in `break_at`."""
-
-    def __init__(self, files: dict[str, bytes]):
-        super().__init__(("127.0.0.1", 0), MirrorHandler)
-        self.files = files
-        self.break_at: list[int] = []  # bytes after which each of the first answers breaks off
-        self.requests: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_port}/"
-
-
 class MirrorHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        name = self.path.lstrip("/")
-        self.server.requests.append(name)
-        if name not in self.server.files:
-            self.send_error(404)
-            return
-        content = self.server.files[name]
-        self.send_response(200)
+        name, server = self.path.lstrip("/"), self.server
+        server.requests.append(name)
+        content = server.files.get(name, b"")
+        self.send_response(200 if content else 404)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content[:self.server.break_at.pop(0)] if self.server.break_at else content)
+        self.wfile.write(content[:server.break_at.pop(0)] if server.break_at else content)
 
     def log_message(self, *arguments) -> None:
         pass
@@ -218,7 +204,10 @@ class MirrorHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def mirror(mnist_files):
-    with Mirror(dict(mnist_files)) as server:
+    """A file server. break_at: bytes after which each of the first answers breaks off."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), MirrorHandler) as server:
+        server.files, server.requests, server.break_at = dict(mnist_files), [], []
+        server.url = f"http://127.0.0.1:{server.server_port}/"
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield server
         server.shutdown()
