@@ -20,6 +20,7 @@ from helpers.networks import save_untrained
 from helpers.runs import SHARED, pretraining, resumed, self_forcing, tiny_config
 
 import train
+from machine.files import require_writable
 from machine.paths import REPOSITORY as ROOT
 from train import SimplifiedTrainer, TrainingDiverged
 from training import run_log
@@ -101,7 +102,7 @@ def test_fifty_kills_at_random_moments_of_saving_lose_nothing(tmp_path):
     assert num_hit >= 20, f"only {num_hit} of 50 kills met a save: nothing was tested"
 
 
-# --- disk full --------------------------------------------------------------------------
+# --- disk full, folders that cannot be written --------------------------------------------------------------------------
 
 
 def test_the_kernels_refusal_of_a_larger_file_is_one_line_and_loses_nothing(tmp_path):
@@ -143,6 +144,17 @@ def test_a_run_on_a_full_disk_stops_in_one_line_and_continues_when_there_is_room
     assert not list(tmp_path.rglob("*.part*"))
     monkeypatch.undo()
     assert find_start(resumed(config)).checkpoint["step"] == 2
+
+
+@pytest.mark.parametrize("use", [
+    lambda folder: save_checkpoint(folder / "checkpoint.pt", small_checkpoint()), lambda folder: make_run_folder(folder, "run"),
+    require_writable,
+], ids=["save_checkpoint", "make_run_folder", "generate"])
+def test_a_folder_that_cannot_be_written_is_named_in_one_line(use, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="cannot write (in)?to the folder .*folder") as caught:
+        use(tmp_path / "file" / "folder")
+    assert one_line(caught)
 
 
 # --- broken and hostile checkpoints ------------------------------------------------------------------------------------
