@@ -116,7 +116,8 @@ def test_the_page_draws_the_asked_digit_before_and_after_a_switch():
     readings = (read_videos(load_judge(), videos_of(seen["values"][name])) for name in ("before", "after"))
     before, after = (read.probabilities.argmax(-1).flatten() for read in readings)
     changed = int((after == 7).int().argmax())  # a buffered block, one being made, and a few until the digit has changed
-    assert (before == 3).float().mean() > 0.8 and changed <= 45 and (after[changed:] == 7).float().mean() > 0.8, (before, after)
+    shown = after[changed : changed + 42]  # two windows: how long a stream keeps its digit is a figure of the network (docs/long_video.md)
+    assert (before == 3).float().mean() > 0.8 and changed <= 45 and (shown == 7).float().mean() > 0.8, (before, after)
     assert "In the window" in seen["values"]["cache"]
 
 
