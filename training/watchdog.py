@@ -106,7 +106,7 @@ class Watchdog:
             return ""
         if self.best.frames_right < READABLE:
             return f"verdict: NOT LEARNED: the fixed prompts read at best {self.best}, at step {self.best.step}"
-        end = f"at the end {self.latest}, at best {self.best} at step {self.best.step}"
+        end = f"at the end {self.latest}, at best (digits and strokes together) {self.best} at step {self.best.step}"
         if self.collapse is None:
             return f"verdict: no collapse; the fixed prompts read {end}"
         after = "" if self._is_lost(self.latest) else " and recovered"
