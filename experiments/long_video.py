@@ -347,7 +347,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     judge = load_judge()
     judge.check_matches(networks.config.dataset)
     for option in {"switch": ("num_before", "num_after"), "continue": ("num_frames",)}.get(command, ()):
-        check_num_frames(f"--{option}", vars(arguments)[option], plan.num_frames_per_block)
+        check_num_frames(f"--{option}", getattr(arguments, option), plan.num_frames_per_block)
     setup = networks, plan, runtime, judge
     if command == "switch":
         found = {how: measure_switch(setup, arguments, how) for how in SWITCHES}
@@ -356,7 +356,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     found |= {
         "window_frames": plan.context.window_frames, "sink_frames": plan.context.sink_frames, "device": runtime.device.type,
         "precision": runtime.precision, "seed": arguments.seed,
-        "prompt_seed": vars(arguments).get("prompt_seed"), "num_steps": len(plan.times), "guidance": plan.guidance,
+        "prompt_seed": getattr(arguments, "prompt_seed", None), "num_steps": len(plan.times), "guidance": plan.guidance,
         "judge_held_out_accuracy": judge.config.accuracy, "evaluations_a_block": plan.evaluations,
         "cache_evaluations_a_block": plan.cache_evaluations, "checkpoint_sha256": file_digest(arguments.checkpoint),
         "code_sha256": code_digest("experiments.long_video"),
